@@ -1,0 +1,120 @@
+"""The public attention function: checks its arguments, then dispatches."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._backend import Implementation, resolve
+from pallas_kernels.attention import reference, triton
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def select_head_attention(
+    q: Float[Array, "b h d"],
+    k_cache: Float[Array, "b k s d"],
+    v_cache: Float[Array, "b k s d"],
+    lengths: Int32[Array, " b"],
+    heads: Int32[Array, "b n"] | None = None,
+    n_active: Int32[Array, " b"] | None = None,
+    *,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b h d"]:
+    """Attend with one query token per sequence, for the selected KV groups only.
+
+    Query head `i` belongs to KV group `i // g` with `g = h // k`; a selected group
+    computes all its `g` query heads. The softmax is in float32. What the caches
+    hold at and beyond a sequence's length never reaches the output.
+
+    Source: Select Head/Group Attention, Polar Sparsity section 4 (arXiv 2505.14884).
+
+    Args:
+        q: queries of the newest token, [b, h, d], bfloat16, float16 or float32.
+        k_cache: cached keys, [b, k, s, d], the dtype of q; h is a multiple of k.
+        v_cache: cached values, like k_cache.
+        lengths: valid cache positions of each sequence in tokens, the newest
+            included, int32 [b], 0..s. A sequence of length 0 yields zeros.
+        heads: KV groups to compute for each sequence, int32 [b, n] with
+            1 <= n <= k, in any order, distinct and in 0..k-1 within the first
+            n_active[b]. None computes every group (dense).
+        n_active: how many leading entries of heads[b] count, int32 [b], 0..n; the
+            entries behind them may hold anything. None means all n.
+        scale: factor on the scores before the softmax; None means d ** -0.5.
+        implementation: "xla", "triton", "triton_interpret", or None for the default
+            backend's own.
+
+    Returns:
+        The attention output [b, h, d] in the dtype of q; exactly zero for the heads
+        of groups that are not selected.
+
+    Raises:
+        ValueError: if a shape or dtype is wrong, or n_active comes without heads.
+        NotImplementedError: if the implementation cannot serve these shapes.
+    """
+    _check(q, k_cache, v_cache, lengths, heads, n_active)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    implementation = resolve(implementation)
+    with jax.named_scope("select_head_attention"):
+        if implementation == "xla":
+            return reference.attend(
+                q, k_cache, v_cache, lengths, heads, n_active, scale=scale
+            )
+        return triton.attend(
+            q,
+            k_cache,
+            v_cache,
+            lengths,
+            heads,
+            n_active,
+            scale=scale,
+            interpret=implementation == "triton_interpret",
+        )
+
+
+def _check(q, k_cache, v_cache, lengths, heads, n_active) -> None:
+    if q.ndim != 3:
+        raise ValueError(f"q has shape {q.shape}; it must be [b, h, d]")
+    b, h, d = q.shape
+    if k_cache.ndim != 4 or (k_cache.shape[0], k_cache.shape[3]) != (b, d):
+        raise ValueError(
+            f"k_cache has shape {k_cache.shape}; with q {q.shape} it must be "
+            f"[{b}, k, s, {d}]"
+        )
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"v_cache has shape {v_cache.shape}; it must be that of k_cache, "
+            f"{k_cache.shape}"
+        )
+    k = k_cache.shape[1]
+    if min(q.shape) == 0 or min(k_cache.shape) == 0:
+        raise ValueError(
+            f"q has shape {q.shape} and k_cache {k_cache.shape}; no axis may be empty"
+        )
+    if h % k:
+        raise ValueError(f"q has {h} heads; it must be a multiple of k_cache's {k}")
+    if jnp.dtype(q.dtype).name not in _DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; it must be one of {_DTYPES}")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype != q.dtype:
+            raise ValueError(
+                f"{name} has dtype {cache.dtype}; it must be that of q, {q.dtype}"
+            )
+    _check_indices("lengths", lengths, (b,))
+    if heads is not None:
+        if heads.ndim != 2 or heads.shape[0] != b or not 1 <= heads.shape[1] <= k:
+            raise ValueError(
+                f"heads has shape {heads.shape}; it must be [{b}, n] with n in 1..{k}"
+            )
+        _check_indices("heads", heads, heads.shape)
+    if n_active is not None:
+        if heads is None:
+            raise ValueError("n_active is given without heads; pass both or neither")
+        _check_indices("n_active", n_active, (b,))
+
+
+def _check_indices(name: str, array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape or array.dtype != jnp.int32:
+        raise ValueError(
+            f"{name} is {array.dtype}{list(array.shape)}; it must be int32{list(shape)}"
+        )

@@ -1,0 +1,56 @@
+"""The reference in plain XLA; also what serves on a CPU."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def attend(q, k_cache, v_cache, lengths, heads, n_active, *, scale):
+    """See `select_head_attention`; the arguments are checked there."""
+    b, h, d = q.shape
+    k, s = k_cache.shape[1:3]
+    q = q.reshape(b, k, h // k, d)
+    valid = jnp.arange(s, dtype=jnp.int32) < lengths[:, None]  # [b, s]
+    if heads is None:
+        return _attend_groups(q, k_cache, v_cache, valid, scale).reshape(b, h, d)
+
+    n = heads.shape[1]
+    n_active = jnp.full(b, n, jnp.int32) if n_active is None else n_active
+    active = jnp.arange(n, dtype=jnp.int32) < n_active[:, None]  # [b, n]
+    rows = jnp.arange(b, dtype=jnp.int32)[:, None]
+    source = jnp.where(active, heads, 0)  # what lies behind n_active may be anything
+    out = _attend_groups(
+        q.at[rows, source].get(mode="clip"),
+        k_cache.at[rows, source].get(mode="clip"),
+        v_cache.at[rows, source].get(mode="clip"),
+        valid,
+        scale,
+    )
+    target = jnp.where(active, heads, k)  # k lies outside: dropped
+    return jnp.zeros_like(q).at[rows, target].set(out, mode="drop").reshape(b, h, d)
+
+
+def _attend_groups(q, keys, values, valid, scale):
+    """Attention of q [b, n, g, d] over keys and values [b, n, s, d], valid [b, s]."""
+    # The values are masked as well as the scores: a weight of 0 does not silence NaN.
+    values = jnp.where(valid[:, None, :, None], values, jnp.zeros((), values.dtype))
+    scores = _dot("bngd,bnsd->bngs", q, keys) * scale
+    scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    # Without a valid position top is -inf, and -inf - -inf is NaN.
+    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = _dot("bngs,bnsd->bngd", weights.astype(values.dtype), values)
+    return (out / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
+
+
+def _dot(subscripts, x, y) -> jax.Array:
+    # HIGHEST keeps float32 operands out of TF32; it changes nothing for 16-bit ones,
+    # which stay as they are: the sums are float32 either way.
+    return jnp.einsum(
+        subscripts,
+        x,
+        y,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

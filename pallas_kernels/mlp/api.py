@@ -1,0 +1,110 @@
+"""The public MLP function: checks its arguments, then dispatches."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._backend import Implementation, resolve
+from pallas_kernels.mlp import reference, triton
+
+Activation = Literal["relu", "silu", "gelu"]
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def gathered_mlp(
+    x: Float[Array, "b m"],
+    weights: Mapping[str, Float[Array, "..."]],
+    neurons: Int32[Array, " n"] | None = None,
+    *,
+    activation: Activation,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b m"]:
+    """Apply a feed-forward layer, reading only the selected neurons' weight rows.
+
+    Plain: `act(x up^T + up_bias) down + down_bias`. Gated, when weights has "gate":
+    `(act(x gate^T) * (x up^T + up_bias)) down + down_bias`. Sums are float32; the
+    hidden activations are rounded to the dtype of x between the two products.
+
+    Source: the selective MLP of Polar Sparsity section 4 (arXiv 2505.14884).
+
+    Args:
+        x: inputs, [b, m], bfloat16, float16 or float32.
+        weights: "up" and "down" and optionally "gate", each [f, m] (neuron-major: a
+            neuron is one row in every matrix) in the dtype of x; optionally the
+            biases "up_bias" [f] and "down_bias" [m] in any float dtype.
+        neurons: rows to read, int32 [n] with n >= 1, one set for the whole batch,
+            distinct, in 0..f-1, in any order. None reads all f (dense).
+        activation: "relu", "silu" or "gelu" (the exact one, by the error function).
+        implementation: "xla", "triton", "triton_interpret", or None for the default
+            backend's own.
+
+    Returns:
+        The output [b, m] in the dtype of x. The down_bias is added once, whatever
+        the selection.
+
+    Raises:
+        ValueError: if a shape, dtype, weight name or the activation is wrong.
+        NotImplementedError: if the implementation cannot serve these shapes.
+    """
+    # Weights that are None count as absent: a params tree may carry them so.
+    weights = {name: w for name, w in weights.items() if w is not None}
+    _check(x, weights, neurons, activation)
+    act = {
+        "relu": jax.nn.relu,
+        "silu": jax.nn.silu,
+        "gelu": partial(jax.nn.gelu, approximate=False),
+    }[activation]
+    implementation = resolve(implementation)
+    with jax.named_scope("gathered_mlp"):
+        if implementation == "xla":
+            return reference.mlp(x, weights, neurons, act=act)
+        interpret = implementation == "triton_interpret"
+        return triton.mlp(x, weights, neurons, act=act, interpret=interpret)
+
+
+def _check(x, weights, neurons, activation) -> None:
+    if activation not in ("relu", "silu", "gelu"):
+        raise ValueError(
+            f"activation is {activation!r}; it must be 'relu', 'silu' or 'gelu'"
+        )
+    if x.ndim != 2 or min(x.shape) == 0:
+        raise ValueError(f"x has shape {x.shape}; it must be [b, m], neither axis 0")
+    if jnp.dtype(x.dtype).name not in _DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}; it must be one of {_DTYPES}")
+    if missing := {"up", "down"} - set(weights):
+        raise ValueError(f"weights lacks {sorted(missing)}; it has {sorted(weights)}")
+    m = x.shape[1]
+    f = weights["up"].shape[0] if weights["up"].ndim else 0
+    shapes = {"up": (f, m), "down": (f, m), "gate": (f, m)}
+    shapes |= {"up_bias": (f,), "down_bias": (m,)}
+    for name, weight in weights.items():
+        if name not in shapes:
+            raise ValueError(
+                f"weights has an unknown {name!r}; it may have {sorted(shapes)}"
+            )
+        if weight.shape != shapes[name] or weight.size == 0:
+            raise ValueError(
+                f"weights[{name!r}] has shape {weight.shape}; with x {x.shape} and "
+                f"{f} rows of 'up' it must be {shapes[name]}, no axis 0"
+            )
+        if weight.ndim == 2 and weight.dtype != x.dtype:
+            raise ValueError(
+                f"weights[{name!r}] has dtype {weight.dtype}; it must be that of x, "
+                f"{x.dtype}"
+            )
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise ValueError(
+                f"weights[{name!r}] has dtype {weight.dtype}; it must be a float"
+            )
+    if neurons is not None and (
+        neurons.ndim != 1 or neurons.size == 0 or neurons.dtype != jnp.int32
+    ):
+        raise ValueError(
+            f"neurons is {neurons.dtype}{list(neurons.shape)}; it must be int32[n] "
+            "with n >= 1"
+        )
