@@ -1,0 +1,1 @@
+"""Batched decoding of language models in JAX, made cheaper by contextual sparsity."""

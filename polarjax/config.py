@@ -1,0 +1,153 @@
+"""What a model is: one frozen, hashable record, the static half of `Params`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021) and its context extensions.
+
+    Attributes:
+      theta: base of the geometric series of wavelengths.
+      kind: "default", or "llama3" (frequencies rescaled by wavelength, as LLaMA-3.1).
+      factor: how much longer the context became ("llama3").
+      low_freq_factor: wavelengths above `original_context` / this are stretched by
+        `factor` ("llama3").
+      high_freq_factor: wavelengths below `original_context` / this stay ("llama3").
+      original_context: context length in tokens before the extension ("llama3").
+      divisors: d / 2 numbers that divide the frequencies, as GGUF files store a
+        scaling; empty for none.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+    divisors: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and kind of a decoder-only model.
+
+    Letters are the README's glossary. Fields that describe the checkpoint rather than
+    the computation take no part in equality, so that they never cause a recompilation.
+
+    Attributes:
+      family: the family it was converted from ("llama", "opt").
+      vocab_size: v.
+      dim: m, width of the residual stream.
+      layers: number of decoder layers.
+      heads: h, query heads.
+      kv_heads: k, KV groups; h is a multiple of k.
+      head_dim: d.
+      neurons: f, MLP neurons.
+      context: longest sequence in tokens.
+      norm: "rms" (RMSNorm) or "layer" (LayerNorm with bias).
+      norm_eps: added to the variance.
+      activation: of the MLP.
+      gated_mlp: whether the activation multiplies a second projection (SwiGLU).
+      rope: rotary positions, or None for learned ones.
+      qkv_bias: whether the query, key and value projections have a bias.
+      out_bias: whether the attention's output projection has a bias.
+      mlp_bias: whether the MLP's matrices have biases.
+      tied_embeddings: whether the output head is the token embedding.
+      embed_dim: width of the token embedding where it differs from `dim` (OPT's
+        `word_embed_proj_dim`), else `dim`.
+      bos_ids: tokens that start a text; for information, the tokenizer adds them.
+      eos_ids: tokens that end a text.
+      budgets: KV groups that an adapter's policy reads in each layer; empty without
+        an adapter.
+      model_hash: SHA-256 over the source tensors, hexadecimal.
+      folder: the checkpoint's folder; holds the tokenizer.
+    """
+
+    family: str
+    vocab_size: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    neurons: int
+    context: int
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    activation: Literal["relu", "silu", "gelu"]
+    gated_mlp: bool
+    rope: Rope | None
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    tied_embeddings: bool
+    embed_dim: int
+    bos_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    eos_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    budgets: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    model_hash: str = dataclasses.field(default="", compare=False)
+    folder: str = dataclasses.field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim"),
+            *("neurons", "context", "embed_dim"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+            )
+        if self.rope and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim: {self.head_dim}")
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV group, g."""
+        return self.heads // self.kv_heads
+
+    def to_json(self) -> str:
+        """The record as JSON text, without `folder` (it may move)."""
+        fields = dataclasses.asdict(self)
+        del fields["folder"]
+        return json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, folder: str = "") -> ModelConfig:
+        """Read what `to_json` wrote.
+
+        Args:
+          text: JSON.
+          folder: the checkpoint's folder.
+
+        Raises:
+          ValueError: if the text is not such a record, or of another format version.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            version = fields.pop("format_version")
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"not a polarjax config.json: {error}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"checkpoint format {version!r}, but this polarjax reads "
+                f"{FORMAT_VERSION}: convert the model again"
+            )
+        try:
+            if fields["rope"] is not None:
+                rope = fields["rope"]
+                fields["rope"] = Rope(**{**rope, "divisors": tuple(rope["divisors"])})
+            for name in ("bos_ids", "eos_ids", "budgets"):
+                fields[name] = tuple(fields[name])
+            return cls(**fields, folder=folder)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a polarjax config.json: {error}") from error

@@ -1,0 +1,162 @@
+"""Self-attention over a KV cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pallas_kernels import Implementation, select_head_attention
+from polarjax.config import ModelConfig
+from polarjax.model.linear import linear
+from polarjax.model.positions import rotate
+from polarjax.policy import SelectionPolicy
+
+
+class Attention(nn.Module):
+    """Multi-head, multi-query or grouped-query attention.
+
+    Attributes:
+      config: of the model.
+      layer: from 0.
+      dtype: of the weights.
+      score_rows: further rows of the QKV matrix, the policy's: what they yield is
+        handed to it.
+      implementation: of the decode kernel.
+    """
+
+    config: ModelConfig
+    layer: int
+    dtype: jnp.dtype
+    score_rows: int = 0
+    implementation: Implementation | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        zeros = nn.initializers.zeros
+        rows = (c.heads + 2 * c.kv_heads) * c.head_dim + self.score_rows
+        # All matrices head-major: what belongs to a head is a block of rows.
+        self.qkv = self.param("qkv", _normal, (rows, c.dim), self.dtype)
+        self.out = self.param("out", _normal, (c.heads * c.head_dim, c.dim), self.dtype)
+        # Router rows bring biases of their own.
+        if c.qkv_bias or self.score_rows:
+            self.qkv_bias = self.param("qkv_bias", zeros, (rows,), self.dtype)
+        if c.out_bias:
+            self.out_bias = self.param("out_bias", zeros, (c.dim,), self.dtype)
+
+    def project(
+        self, u: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Queries, keys and values, rotated where the model rotates, and scores.
+
+        Args:
+          u: [b, t, m], the layer's normalised input.
+          positions: int32[b, t].
+
+        Returns:
+          q [b, t, h, d]; k and v [b, t, k, d]; scores float32[b, t, r] or None.
+        """
+        c, (b, t, _) = self.config, u.shape
+        has_bias = c.qkv_bias or self.score_rows
+        y = linear(u, self.qkv, self.qkv_bias if has_bias else None)
+        end_q = c.heads * c.head_dim
+        end_k = end_q + c.kv_heads * c.head_dim
+        end_v = end_k + c.kv_heads * c.head_dim
+        q, k, v = (
+            part.astype(u.dtype).reshape(b, t, -1, c.head_dim)
+            for part in (y[..., :end_q], y[..., end_q:end_k], y[..., end_k:end_v])
+        )
+        scores = y[..., end_v:] if self.score_rows else None
+        if c.rope:
+            q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
+        return q, k, v, scores
+
+    def output(self, o: jax.Array) -> jax.Array:
+        """Head outputs [..., h, d] to the residual stream [..., m]."""
+        flat = o.reshape(*o.shape[:-2], -1)
+        y = jnp.einsum(
+            "...o,om->...m", flat, self.out, preferred_element_type=jnp.float32
+        )
+        if self.config.out_bias:
+            y = y + self.out_bias.astype(jnp.float32)
+        return y.astype(o.dtype)
+
+    def prefill(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Causal attention of whole sequences; padding at the end is never seen.
+
+        Args:
+          u: [b, t, m], the layer's normalised input.
+
+        Returns:
+          Head outputs [b, t, h, d], keys and values [b, t, k, d].
+        """
+        b, t, _ = u.shape
+        positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        q, k, v, _ = self.project(u, positions)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True), k, v
+
+    def decode(
+        self,
+        u: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        lengths: jax.Array,
+        live: jax.Array,
+        policy: SelectionPolicy,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
+        """Attention of one new token per sequence, to the KV groups the policy picks.
+
+        The keys and values of all heads are written, whatever is read.
+
+        Args:
+          u: [b, m], the layer's normalised input.
+          keys: [b, k, s, d], this layer's cache.
+          values: [b, k, s, d].
+          lengths: int32[b], tokens in the cache before this one.
+          live: bool[b]; the others read nothing.
+          policy: bound to the weights.
+
+        Returns:
+          Head outputs [b, h, d]; the new keys and values; scores float32[b, r] or
+          None; int32[b], the number of KV groups read.
+        """
+        c, b = self.config, u.shape[0]
+        q, k, v, scores = self.project(u[:, None], lengths[:, None])
+        q, scores = q[:, 0], None if scores is None else scores[:, 0]
+        # Finished rows may be full: a write beyond the buffer is dropped.
+        at = (jnp.arange(b)[:, None], jnp.arange(c.kv_heads)[None], lengths[:, None])
+        keys = keys.at[at].set(k[:, 0].astype(keys.dtype), mode="drop")
+        values = values.at[at].set(v[:, 0].astype(values.dtype), mode="drop")
+        visible = jnp.where(live, lengths + 1, 0)
+
+        def attend(heads=None, n_active=None) -> jax.Array:
+            return select_head_attention(
+                *(q, keys, values, visible, heads, n_active),
+                implementation=self.implementation,
+            )
+
+        norms = head_norms(attend(), c.kv_heads) if policy.wants_norms else None
+        chosen = policy.heads(self.layer, scores, norms)
+        if chosen is None:
+            chosen, n_active = (None, None), jnp.full(b, c.kv_heads, jnp.int32)
+        else:
+            n_active = chosen[1]
+        reads = jnp.where(live, n_active, 0)
+        return attend(*chosen), keys, values, scores, reads
+
+
+def head_norms(o: jax.Array, kv_heads: int) -> jax.Array:
+    """L2 norm of each KV group's output, the quantity that routers predict.
+
+    Args:
+      o: [..., h, d], head outputs before the output projection.
+      kv_heads: k.
+
+    Returns:
+      float32[..., k].
+    """
+    groups = o.astype(jnp.float32).reshape(*o.shape[:-2], kv_heads, -1)
+    return jnp.sqrt((groups * groups).sum(-1))
+
+
+_normal = nn.initializers.normal(0.02)

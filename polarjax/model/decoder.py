@@ -1,0 +1,229 @@
+"""The decoder-only transformer, over whole prompts and one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pallas_kernels import Implementation
+from polarjax.cache import KVCache
+from polarjax.config import ModelConfig
+from polarjax.model.attention import Attention
+from polarjax.model.linear import linear
+from polarjax.model.mlp import MLP
+from polarjax.model.norms import make_norm
+from polarjax.model.positions import LEARNED_OFFSET
+from polarjax.params import Tree
+from polarjax.policy import SelectionPolicy
+
+Observe = Callable[[int, jax.Array, jax.Array], Any]
+"""(layer, normalised layer input [b, t, m], head outputs [b, t, h, d]) -> anything."""
+
+
+class Embed(nn.Module):
+    """Token and learned position tables, with OPT's projections where it has them."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        c, normal = self.config, nn.initializers.normal(0.02)
+        shape = (c.vocab_size, c.embed_dim)
+        self.tokens = self.param("tokens", normal, shape, self.dtype)
+        if not c.tied_embeddings:
+            self.head = self.param("head", normal, shape, self.dtype)
+        if c.rope is None:
+            rows = c.context + LEARNED_OFFSET
+            self.positions = self.param("positions", normal, (rows, c.dim), self.dtype)
+        if c.embed_dim != c.dim:
+            shape = (c.dim, c.embed_dim)
+            self.project_in = self.param("project_in", normal, shape, self.dtype)
+            self.project_out = self.param("project_out", normal, shape[::-1], self.dtype)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Token ids int32[...] at positions int32[...] to [..., m]."""
+        x = jnp.take(self.tokens, tokens, axis=0)
+        if self.config.embed_dim != self.config.dim:
+            x = linear(x, self.project_in).astype(x.dtype)
+        if self.config.rope is None:
+            x = x + jnp.take(self.positions, positions + LEARNED_OFFSET, axis=0)
+        return x
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Normalised hidden states [..., m] to float32[..., v]."""
+        if self.config.embed_dim != self.config.dim:
+            x = linear(x, self.project_out).astype(x.dtype)
+        return linear(x, self.tokens if self.config.tied_embeddings else self.head)
+
+
+class Layer(nn.Module):
+    """Norm, attention, norm, MLP; each half added to the residual stream."""
+
+    config: ModelConfig
+    layer: int
+    dtype: jnp.dtype
+    score_rows: int = 0
+    implementation: Implementation | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention_norm = make_norm(c, self.dtype)
+        self.attention = Attention(
+            *(c, self.layer, self.dtype, self.score_rows, self.implementation)
+        )
+        self.mlp_norm = make_norm(c, self.dtype)
+        self.mlp = MLP(c, self.dtype, self.implementation)
+
+    def prefill(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """[b, t, m] to the same; also keys, values, normalised input, head outputs."""
+        u = self.attention_norm(x)
+        o, k, v = self.attention.prefill(u)
+        y = x + self.attention.output(o)
+        return y + self.mlp(self.mlp_norm(y)), k, v, u, o
+
+    def decode(
+        self,
+        x: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        lengths: jax.Array,
+        live: jax.Array,
+        policy: SelectionPolicy,
+    ) -> tuple[jax.Array, ...]:
+        """[b, m] to the same; also the new keys and values, and KV groups read."""
+        u = self.attention_norm(x)
+        o, keys, values, scores, reads = self.attention.decode(
+            u, keys, values, lengths, live, policy
+        )
+        neurons = policy.neurons(self.layer, scores, live)
+        y = x + self.attention.output(o)
+        return y + self.mlp(self.mlp_norm(y), neurons), keys, values, reads
+
+
+class Decoder(nn.Module):
+    """OPT, LLaMA and their kin.
+
+    Attributes:
+      config: what the model is.
+      dtype: of weights and activations.
+      score_rows: per layer, rows that a policy appended to the QKV matrix.
+      implementation: of the decode kernels; None chooses by device.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+    score_rows: tuple[int, ...] = ()
+    implementation: Implementation | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = Embed(c, self.dtype)
+        self.layers = [
+            Layer(c, i, self.dtype, rows, self.implementation)
+            for i, rows in enumerate(self.score_rows or (0,) * c.layers)
+        ]
+        self.final_norm = make_norm(c, self.dtype)
+
+    def _forward(self, tokens: jax.Array, observe: Observe | None):
+        b, t = tokens.shape
+        x = self.embed(tokens, jnp.broadcast_to(jnp.arange(t), (b, t)))
+        keys, values, observed = [], [], []
+        for i, layer in enumerate(self.layers):
+            x, k, v, u, o = layer.prefill(x)
+            keys.append(k)
+            values.append(v)
+            if observe:
+                observed.append(observe(i, u, o))
+        return x, keys, values, observed
+
+    def __call__(
+        self, tokens: jax.Array, observe: Observe | None = None
+    ) -> tuple[jax.Array, list[Any]]:
+        """Logits of every position, dense.
+
+        Args:
+          tokens: int32[b, t], padded at the end with any id.
+          observe: called in each layer; the layer's activations are freed after it.
+
+        Returns:
+          float32[b, t, v], and what `observe` returned, by layer.
+        """
+        x, _, _, observed = self._forward(tokens, observe)
+        return self.embed.logits(self.final_norm(x)), observed
+
+    def observe(self, tokens: jax.Array, observe: Observe) -> list[Any]:
+        """As `__call__`, without the logits."""
+        return self._forward(tokens, observe)[3]
+
+    def prefill(
+        self, tokens: jax.Array, lengths: jax.Array, capacity: int
+    ) -> tuple[jax.Array, KVCache]:
+        """Read ragged prompts, dense.
+
+        Args:
+          tokens: int32[b, t], padded at the end with any id.
+          lengths: int32[b], tokens of each prompt, at least 1.
+          capacity: positions of the cache, s, at least t.
+
+        Returns:
+          Logits after each prompt's last token, float32[b, v], and the cache.
+        """
+        x, keys, values, _ = self._forward(tokens, None)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        grow = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
+
+        def store(part: jax.Array) -> jax.Array:  # [b, t, k, d] -> [b, k, s, d]
+            return jnp.pad(part.swapaxes(1, 2), grow)
+
+        cache = KVCache(
+            tuple(map(store, keys)), tuple(map(store, values)), lengths.astype(jnp.int32)
+        )
+        return self.embed.logits(self.final_norm(last)), cache
+
+    def decode(
+        self,
+        token: jax.Array,
+        cache: KVCache,
+        policy: SelectionPolicy,
+        live: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache, jax.Array]:
+        """Read one more token of each sequence, with the heads the policy picks.
+
+        Args:
+          token: int32[b].
+          cache: what came before; donate it.
+          policy: bound to the weights.
+          live: bool[b], the sequences that go on; None for all. The others' cache
+            stays as it is and their logits mean nothing.
+
+        Returns:
+          Logits float32[b, v]; the cache; int32[layers, b], KV groups read.
+        """
+        if live is None:
+            live = jnp.ones(token.shape, bool)
+        x = self.embed(token, cache.lengths)
+        keys, values, reads = [], [], []
+        for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
+            x, k, v, read = layer.decode(x, k, v, cache.lengths, live, policy)
+            keys.append(k)
+            values.append(v)
+            reads.append(read)
+        lengths = cache.lengths + live.astype(jnp.int32)
+        logits = self.embed.logits(self.final_norm(x))
+        return logits, KVCache(tuple(keys), tuple(values), lengths), jnp.stack(reads)
+
+
+def weight_shapes(config: ModelConfig, dtype=jnp.float32) -> Tree:
+    """The weights a model has, as a tree of `jax.ShapeDtypeStruct`.
+
+    Args:
+      config: of the model.
+      dtype: of the weights.
+    """
+    init = Decoder(config, dtype).init
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(init, jax.random.key(0), tokens)["params"]

@@ -1,0 +1,98 @@
+"""What a step asks of contextual sparsity, and the policy that answers "all of it".
+
+A policy answers two questions for each layer and computes no layer itself. It is a
+frozen pytree and an argument of the jitted step, so that its arithmetic and the
+layer's compile into one program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import jax
+
+from polarjax.params import Params, Tree
+
+
+class SelectionPolicy(Protocol):
+    """Which KV groups each sequence reads, and which neurons the batch reads."""
+
+    @property
+    def wants_norms(self) -> bool:
+        """Whether `heads` needs the true head-output norms (they cost a dense pass)."""
+        ...
+
+    @property
+    def score_rows(self) -> tuple[int, ...]:
+        """Per layer, the rows that `bind` appended to the QKV matrix; () for none."""
+        ...
+
+    def bind(self, params: Params, batch: int) -> tuple[Tree, SelectionPolicy]:
+        """Prepare weights and policy for a batch, once, outside the step.
+
+        Args:
+          params: the model.
+          batch: number of requests, b.
+
+        Returns:
+          The weights with router rows appended to each QKV matrix, and the policy that
+          the step takes with them.
+
+        Raises:
+          ValueError: if the policy does not fit the model or the batch.
+        """
+        ...
+
+    def heads(
+        self, layer: int, scores: jax.Array | None, norms: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Choose the KV groups that each sequence's attention reads.
+
+        Args:
+          layer: from 0.
+          scores: float32[b, r], what the router rows yield for this layer's input.
+          norms: float32[b, k], L2 norms of the groups' true outputs, if wanted.
+
+        Returns:
+          (indices int32[b, n], n_active int32[b]): sequence i reads the groups
+          indices[i, :n_active[i]]. None means every group.
+        """
+        ...
+
+    def neurons(
+        self, layer: int, scores: jax.Array | None, live: jax.Array
+    ) -> jax.Array | None:
+        """Choose the MLP neurons that the whole batch reads.
+
+        Args:
+          layer: from 0.
+          scores: as in `heads`.
+          live: bool[b], False for finished rows and padding: they have no say.
+
+        Returns:
+          int32[n], distinct. None means every neuron.
+        """
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Every head, every neuron, the original weights."""
+
+    wants_norms = False
+    score_rows = ()
+
+    def bind(self, params: Params, batch: int) -> tuple[Tree, Dense]:
+        """Nothing to prepare."""
+        del batch
+        return params.weights, self
+
+    def heads(self, layer, scores, norms) -> None:
+        """Every KV group."""
+        del layer, scores, norms
+
+    def neurons(self, layer, scores, live) -> None:
+        """Every neuron."""
+        del layer, scores, live
