@@ -53,12 +53,12 @@ def select_head_attention(
         NotImplementedError: if the implementation cannot serve these shapes.
     """
     _check(q, k_cache, v_cache, lengths, heads, n_active)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     implementation = resolve(implementation)
     with jax.named_scope("select_head_attention"):
         if implementation == "xla":
             return reference.attend(
-                q, k_cache, v_cache, lengths, heads, n_active, scale=scale
+                q, k_cache, v_cache, lengths, heads, n_active, scale=factor
             )
         return triton.attend(
             q,
@@ -67,7 +67,7 @@ def select_head_attention(
             lengths,
             heads,
             n_active,
-            scale=scale,
+            scale=factor,
             interpret=implementation == "triton_interpret",
         )
 

@@ -92,9 +92,7 @@ def attend(
 
 def _pallas_call(kernel, *, num_warps, num_stages, interpret, **kwargs):
     params = pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    return pl.pallas_call(
-        kernel, interpret=interpret, compiler_params=params, **kwargs
-    )
+    return pl.pallas_call(kernel, interpret=interpret, compiler_params=params, **kwargs)
 
 
 def _attend_split(attend_group, *refs):
@@ -174,9 +172,7 @@ def _attend_group(
                 out_ref.at[i, heads_out, cols], acc.astype(out_ref.dtype), mask=mask
             )
         else:
-            pltriton.store(
-                out_ref.at[i, j, split, rows[:, None], cols], acc, mask=mask
-            )
+            pltriton.store(out_ref.at[i, j, split, rows[:, None], cols], acc, mask=mask)
             logs = top + jnp.log2(total)  # -inf where nothing was attended to
             pltriton.store(logs_ref.at[i, j, split, rows], logs, mask=in_group)
 

@@ -1,7 +1,6 @@
 """The public MLP function: checks its arguments, then dispatches."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Literal
 
 import jax
@@ -54,17 +53,17 @@ def gathered_mlp(
     # Weights that are None count as absent: a params tree may carry them so.
     weights = {name: w for name, w in weights.items() if w is not None}
     _check(x, weights, neurons, activation)
-    act = {
-        "relu": jax.nn.relu,
-        "silu": jax.nn.silu,
-        "gelu": partial(jax.nn.gelu, approximate=False),
-    }[activation]
     implementation = resolve(implementation)
     with jax.named_scope("gathered_mlp"):
         if implementation == "xla":
-            return reference.mlp(x, weights, neurons, act=act)
-        interpret = implementation == "triton_interpret"
-        return triton.mlp(x, weights, neurons, act=act, interpret=interpret)
+            return reference.mlp(x, weights, neurons, activation=activation)
+        return triton.mlp(
+            x,
+            weights,
+            neurons,
+            activation=activation,
+            interpret=implementation == "triton_interpret",
+        )
 
 
 def _check(x, weights, neurons, activation) -> None:

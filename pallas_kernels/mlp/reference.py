@@ -1,11 +1,21 @@
 """The reference in plain XLA; also what serves on a CPU."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+_ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+}
 
-def mlp(x, weights, neurons, *, act):
+
+def mlp(x, weights, neurons, *, activation):
     """See `gathered_mlp`; the arguments are checked there."""
+    act = _ACTIVATIONS[activation]
     if neurons is None:
         rows = weights
     else:  # every tensor but down_bias is neuron-major
