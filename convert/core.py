@@ -1,0 +1,272 @@
+"""From an opened checkpoint to a folder, each tensor read once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from convert.readers import open_source
+from convert.rules import understand
+from convert.rules.rule import Rule
+from convert.source import ConversionError, Source, SourceTensor
+from polarjax.config import ModelConfig
+from polarjax.model import weight_shapes
+from polarjax.params import CONFIG_FILE, check_finite, write_folder
+
+DTYPES = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float32": np.float32,
+}
+
+# Buffers that follow from the configuration: old LLaMA files hold the rotary
+# frequencies, and GGUF's divisors are in the configuration by now.
+_BUFFERS = ("rotary_emb.inv_freq", "rope_freqs.weight")
+_EMBEDDING, _HEAD = "embed/tokens", "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a source tensor goes: these rows of that weight."""
+
+    target: str
+    rows: slice
+    transpose: bool
+    shape: tuple[int, ...]  # that the source must have
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ModelConfig:
+    """Convert a checkpoint into a folder that `polarjax.load` reads.
+
+    The folder appears whole or not at all. Nothing is ever unpickled.
+
+    Args:
+      source: a Hugging Face folder with safetensors, or a GGUF file.
+      destination: the folder to make.
+      dtype: of the weights: "bfloat16", "float16" or "float32".
+      overwrite: replace a checkpoint that is at `destination`.
+      progress: show a bar on stderr, where that is a terminal.
+
+    Returns:
+      What the model is.
+
+    Raises:
+      ConversionError: if the source is damaged or not supported.
+      FileExistsError: if the destination exists.
+      OSError: if the disk is too small or cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise ConversionError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    source, destination = Path(source), Path(destination)
+    _check_destination(source, destination, overwrite)
+    opened = open_source(source)
+    config, rules = understand(opened.config)
+    weights, model_hash = _load(opened, config, rules, dtype, progress)
+    ids, notes = _token_ids(opened, config)
+    config = dataclasses.replace(config, model_hash=model_hash, **ids)
+    for note in (*opened.notes, *notes):
+        print(f"note: {note}", file=sys.stderr)
+    write_folder(destination, config, weights, files=opened.files, overwrite=overwrite)
+    return dataclasses.replace(config, folder=str(destination.absolute()))
+
+
+def _check_destination(source: Path, destination: Path, overwrite: bool) -> None:
+    # The destination and its temporary neighbour are deleted: neither may hold, or
+    # be, the source.
+    src = source.resolve()
+    for path in (destination, destination.with_name(destination.name + ".partial")):
+        dst = path.resolve()
+        if src == dst or dst in src.parents:
+            raise ConversionError(f"writing {destination} would delete {source}")
+        if src.is_dir() and src in dst.parents:
+            raise ConversionError(f"{destination} lies inside {source}")
+    if not destination.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{destination} exists: choose another place, or overwrite it (--overwrite)"
+        )
+    if destination.is_dir() and not any(destination.iterdir()):
+        return
+    try:
+        ours = json.loads((destination / CONFIG_FILE).read_text(encoding="utf-8"))
+        ours = "format_version" in ours
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise FileExistsError(
+            f"{destination} is not a polarjax checkpoint: it will not be overwritten"
+        )
+
+
+def _token_ids(source: Source, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    kept: dict[str, Any] = {}
+    notes = []
+    for name in ("bos_ids", "eos_ids"):
+        ids = getattr(source, name)
+        kept[name] = tuple(i for i in ids if 0 <= i < config.vocab_size)
+        if dropped := [i for i in ids if i not in kept[name]]:
+            notes.append(
+                f"{name} {dropped} left out: the vocabulary has {config.vocab_size}"
+            )
+    return kept, notes
+
+
+def _load(
+    source: Source,
+    config: ModelConfig,
+    rules: tuple[Rule, ...],
+    dtype: str,
+    progress: bool,
+) -> tuple[dict[str, Any], str]:
+    """Fill the model's weights, and hash the source on the way."""
+    if config.layers > len(source.tensors):  # before a tree of that many is made
+        raise ConversionError(
+            f"config.json asks for {config.layers} layers, but the checkpoint has only "
+            f"{len(source.tensors)} tensors"
+        )
+    leaves = flatten_dict(weight_shapes(config), sep="/")
+    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    places, fills = _plan(config, rules, shapes)
+    _check_coverage(source, places)
+    weights = {name: np.empty(shape, DTYPES[dtype]) for name, shape in shapes.items()}
+    for name, value in fills.items():
+        weights[name][...] = value
+    digest = hashlib.sha256()
+    for tensor in _with_progress(source, progress):
+        head = f"{tensor.stored_name}\0{tensor.kind}\0{list(tensor.shape)}\0"
+        digest.update(head.encode())
+        digest.update(tensor.raw)
+        if place := places.get(tensor.name):
+            _put(tensor, place, weights[place.target])
+    return unflatten_dict(weights, sep="/"), digest.hexdigest()
+
+
+def _plan(
+    config: ModelConfig, rules: tuple[Rule, ...], shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, _Place], dict[str, float]]:
+    """Write the family's table out for this model."""
+    places: dict[str, _Place] = {}
+    fills: dict[str, float] = {}
+    for rule in rules:
+        for i in range(config.layers) if "{i}" in rule.target else (0,):
+            target = rule.target.replace("{i}", str(i))
+            if target not in shapes:
+                continue
+            if rule.fill is not None:
+                fills[target] = rule.fill
+                continue
+            counts = [getattr(config, name) * config.head_dim for name in rule.heads]
+            counts = counts or shapes[target][:1]
+            begin = 0
+            for name, rows in zip(rule.sources, counts, strict=True):
+                shape = (rows, *shapes[target][1:])
+                places[name.replace("{i}", str(i))] = _Place(
+                    target,
+                    slice(begin, begin + rows),
+                    rule.transpose,
+                    shape[::-1] if rule.transpose else shape,
+                )
+                begin += rows
+    unset = shapes.keys() - {place.target for place in places.values()} - fills.keys()
+    if unset:
+        raise ConversionError(f"no rule sets {', '.join(sorted(unset))}")
+    return places, fills
+
+
+def _check_coverage(source: Source, places: dict[str, _Place]) -> None:
+    """Every tensor has a place, every place a tensor, and the shapes agree."""
+    for name, place in places.items():
+        tensor = source.tensors.get(name)
+        if tensor is None:
+            raise ConversionError(
+                f"the checkpoint has no tensor {name}, which config.json asks for "
+                f"(shape {list(place.shape)})"
+            )
+        if tensor.shape != place.shape:
+            raise ConversionError(
+                f"{tensor.stored_name} has shape {list(tensor.shape)}, but config.json "
+                f"asks for {list(place.shape)}"
+            )
+    for name, tensor in source.tensors.items():
+        if name in places or name.endswith(_BUFFERS):
+            continue
+        if name == _HEAD:
+            _check_tied(source, places, tensor)
+            continue
+        raise ConversionError(
+            f"the checkpoint has a tensor {tensor.stored_name} of shape "
+            f"{list(tensor.shape)} that a model of this config.json does not have"
+        )
+
+
+def _check_tied(source: Source, places: dict[str, _Place], head: SourceTensor) -> None:
+    """A tied model's file may hold the head too, as a copy."""
+    name = next(name for name, place in places.items() if place.target == _EMBEDDING)
+    embedding = source.tensors[name]
+    same = head.kind == embedding.kind and head.shape == embedding.shape
+    if not (same and np.array_equal(head.raw, embedding.raw)):
+        raise ConversionError(
+            f"config.json ties the output head to the embedding, but {_HEAD} differs "
+            f"from {name}: if the head is its own, set tie_word_embeddings to false"
+        )
+
+
+def _put(tensor: SourceTensor, place: _Place, weight: np.ndarray) -> None:
+    values = tensor.read()
+    try:
+        check_finite(tensor.stored_name, values)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    part = weight[place.rows]
+    with np.errstate(over="ignore"):
+        part[...] = values.T if place.transpose else values
+    if not np.isfinite(part).all():
+        raise ConversionError(
+            f"{tensor.stored_name} has values beyond the range of {weight.dtype}: "
+            "convert to bfloat16 or float32"
+        )
+
+
+def _with_progress(source: Source, shown: bool) -> Iterator[SourceTensor]:
+    """The tensors by stored name, which is the order that the hash is over."""
+    tensors = sorted(source.tensors.values(), key=lambda tensor: tensor.stored_name)
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        disable=not (shown and console.is_terminal),
+    ) as bar:
+        task = bar.add_task("", total=sum(tensor.raw.nbytes for tensor in tensors))
+        for tensor in tensors:
+            bar.update(task, description=tensor.stored_name)
+            yield tensor
+            bar.advance(task, tensor.raw.nbytes)

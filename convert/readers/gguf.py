@@ -1,0 +1,235 @@
+"""A GGUF file, in the words of Hugging Face."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from convert.readers.gguf_header import MAGIC, Entry, read_header
+from convert.source import ConversionError, Source, SourceTensor
+from convert.tokenizer import from_gguf
+
+__all__ = ["MAGIC", "read"]
+
+# Those that `gguf.quants` reads and that hold weights.
+_KINDS = frozenset(
+    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL "
+    "IQ4_XS".split()
+)
+
+_LAYER = "model.layers.{i}."
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk.{i}.attn_norm": f"{_LAYER}input_layernorm",
+    "blk.{i}.attn_q": f"{_LAYER}self_attn.q_proj",
+    "blk.{i}.attn_k": f"{_LAYER}self_attn.k_proj",
+    "blk.{i}.attn_v": f"{_LAYER}self_attn.v_proj",
+    "blk.{i}.attn_output": f"{_LAYER}self_attn.o_proj",
+    "blk.{i}.ffn_norm": f"{_LAYER}post_attention_layernorm",
+    "blk.{i}.ffn_gate": f"{_LAYER}mlp.gate_proj",
+    "blk.{i}.ffn_up": f"{_LAYER}mlp.up_proj",
+    "blk.{i}.ffn_down": f"{_LAYER}mlp.down_proj",
+}
+# metadata key without the architecture -> field of config.json
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+_DIVISORS = "rope_freqs.weight"
+
+# Control tokens that end a text whatever the metadata say: instruction-tuned files
+# name one end of turn there, and the model may still write its end of text.
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>")
+_CONTROL = 3
+
+
+def read(path: Path) -> Source:
+    """Open a file of the `llama` architecture.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      ConversionError: if it is truncated, damaged or not supported.
+    """
+    data = np.memmap(path, mode="r")
+    fields, entries = read_header(data, path)
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise ConversionError(
+            f"{path}: the GGUF architecture {architecture!r} is not supported; "
+            "supported: llama"
+        )
+    if fields.get("split.count", 1) != 1:
+        raise ConversionError(
+            f"{path} is one part of {fields['split.count']}: join them first with "
+            "`llama-gguf-split --merge`"
+        )
+    for entry in entries:
+        if entry.kind.name not in _KINDS:
+            raise ConversionError(
+                f"{path}: {entry.name} has type {entry.kind.name}, which is not "
+                f"supported; supported: {', '.join(sorted(_KINDS))}"
+            )
+    config = _config(fields, entries, data)
+    files, notes = from_gguf(fields)
+    tensors = [_tensor(entry, config, data) for entry in entries]
+    return Source(
+        config=config,
+        tensors={tensor.name: tensor for tensor in tensors},
+        files=files,
+        eos_ids=_eos_ids(fields),
+        bos_ids=_ids(fields, "bos"),
+        notes=tuple(notes),
+    )
+
+
+def _config(
+    fields: dict[str, Any], entries: list[Entry], data: np.ndarray
+) -> dict[str, Any]:
+    """The metadata as a config.json, in transformers 4's words."""
+    config: dict[str, Any] = {"model_type": "llama"}
+    for key, name in _FIELDS.items():
+        value = fields.get(f"llama.{key}")
+        if isinstance(value, list):
+            raise ConversionError(
+                f"llama.{key} differs from layer to layer: not supported"
+            )
+        config[name] = value
+    shapes = {entry.name: entry.shape for entry in entries}
+    config["tie_word_embeddings"] = "output.weight" not in shapes
+    config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    if config["vocab_size"] is None:
+        config["vocab_size"] = shapes.get("token_embd.weight", (None,))[0]
+    for name in ("num_attention_heads", "hidden_size"):
+        if type(config[name]) is not int or config[name] < 1:
+            raise ConversionError(f"the metadata have no {name}")
+    if config["head_dim"] is None:
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    if config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    _refuse_variants(fields, config)
+    for entry in entries:
+        if entry.name == _DIVISORS:
+            config["rope_divisors"] = _divisors(entry, config, data)
+    return config
+
+
+def _refuse_variants(fields: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raise for what would change the computation and is not built."""
+
+    def refuse(key: str, *plain: Any) -> None:
+        value = fields.get(f"llama.{key}")
+        if value is not None and value not in plain:
+            raise ConversionError(f"llama.{key} = {value!r} is not supported")
+
+    refuse("rope.dimension_count", config["head_dim"])
+    refuse("attention.value_length", config["head_dim"])
+    refuse("rope.scale_linear", 0.0, 1.0)
+    refuse("rope.scaling.type", "none")
+    refuse("rope.scaling.factor", 0.0, 1.0)
+    refuse("expert_count", 0)
+    refuse("attention.sliding_window", 0, config["max_position_embeddings"])
+    for key in ("attention.clamp_kqv", "attention.max_alibi_bias"):
+        refuse(key, 0.0)
+    for key in ("logit_scale", "embedding_scale", "residual_scale", "attention.scale"):
+        refuse(key, 0.0, 1.0)
+
+
+def _divisors(
+    entry: Entry, config: dict[str, Any], data: np.ndarray
+) -> tuple[float, ...]:
+    values = _dequantize(entry.kind, entry.shape, _raw(entry, data)).ravel()
+    if values.size != config["head_dim"] // 2:
+        raise ConversionError(
+            f"{_DIVISORS} has {values.size} numbers; a head of {config['head_dim']} "
+            f"needs {config['head_dim'] // 2}"
+        )
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ConversionError(f"{_DIVISORS} must be positive and finite")
+    return tuple(values.tolist())
+
+
+def _tensor(entry: Entry, config: dict[str, Any], data: np.ndarray) -> SourceTensor:
+    layer = re.match(r"blk\.(\d+)\.", entry.name)
+    i = layer.group(1) if layer else ""
+    stem, _, suffix = entry.name.rpartition(".")
+    generic = stem.replace(f"blk.{i}.", "blk.{i}.", 1)
+    name = entry.name
+    if generic in _NAMES:
+        name = f"{_NAMES[generic].replace('{i}', i)}.{suffix}"
+    decode: Callable[[np.ndarray], np.ndarray]
+    decode = partial(_dequantize, entry.kind, entry.shape)
+    if generic == "blk.{i}.attn_q":
+        decode = partial(_split_rotary, config["num_attention_heads"], decode)
+    elif generic == "blk.{i}.attn_k":
+        decode = partial(_split_rotary, config["num_key_value_heads"], decode)
+    return SourceTensor(
+        name=name,
+        stored_name=entry.name,
+        kind=entry.kind.name,
+        shape=entry.shape,
+        raw=_raw(entry, data),
+        decode=decode,
+    )
+
+
+def _raw(entry: Entry, data: np.ndarray) -> np.ndarray:
+    return data[entry.begin : entry.begin + entry.nbytes]
+
+
+def _dequantize(
+    kind: GGMLQuantizationType, shape: tuple[int, ...], raw: np.ndarray
+) -> np.ndarray:
+    rows = np.asarray(raw).reshape(*shape[:-1], -1)
+    return dequantize(rows, kind).reshape(shape)
+
+
+def _split_rotary(
+    heads: int, decode: Callable[[np.ndarray], np.ndarray], raw: np.ndarray
+) -> np.ndarray:
+    """Rows of q and k as the model has them: i and i + d / 2 rotate together.
+
+    GGUF files of this architecture store each head's rows interleaved, for a rotation
+    that pairs 2 i with 2 i + 1.
+    """
+    stored = decode(raw)
+    pairs = stored.reshape(heads, -1, 2, *stored.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(stored.shape)
+
+
+def _ids(fields: dict[str, Any], *names: str) -> tuple[int, ...]:
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in names]
+    found = [fields[key] for key in keys if key in fields]
+    if not all(type(token) is int for token in found):
+        raise ConversionError(f"{', '.join(keys)} must be token ids, not {found}")
+    return tuple(dict.fromkeys(found))
+
+
+def _eos_ids(fields: dict[str, Any]) -> tuple[int, ...]:
+    declared = _ids(fields, "eos", "eot", "eom")
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    kinds = fields.get("tokenizer.ggml.token_type", [])
+    named = [
+        i
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind == _CONTROL and token in _ENDS
+    ]
+    return tuple(dict.fromkeys((*declared, *named)))

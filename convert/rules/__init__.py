@@ -1,0 +1,60 @@
+"""Per family: its configuration in our words, and where each of its tensors goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convert.rules import llama, opt
+from convert.rules.rule import Rule
+from convert.source import ConversionError
+from polarjax.config import ModelConfig
+
+# model_type -> (architecture, module)
+_FAMILIES = {
+    "llama": ("LlamaForCausalLM", llama),
+    "opt": ("OPTForCausalLM", opt),
+}
+
+
+def understand(config: dict[str, Any]) -> tuple[ModelConfig, tuple[Rule, ...]]:
+    """Find the family of a checkpoint and read its configuration.
+
+    Args:
+      config: what Hugging Face's config.json holds.
+
+    Returns:
+      What the model is, and the family's rules.
+
+    Raises:
+      ConversionError: naming what is not supported, or missing.
+    """
+    supported = ", ".join(name for name, _ in _FAMILIES.values())
+    model_type = config.get("model_type")
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ConversionError(f"config.json: architectures is {architectures!r}")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        what = ", ".join(map(str, architectures)) or f"model_type {model_type!r}"
+        raise ConversionError(
+            f"the architecture {what} is not supported; supported: {supported}"
+        )
+    architecture, family = _FAMILIES[model_type]
+    if architectures and architecture not in architectures:
+        raise ConversionError(
+            f"the architecture {', '.join(map(str, architectures))} is not supported; "
+            f"supported: {supported}"
+        )
+    if quantization := config.get("quantization_config"):
+        method = "?"
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", "?")
+        raise ConversionError(
+            f"the checkpoint is quantised ({method}): convert the original one, or a "
+            "GGUF file"
+        )
+    try:
+        return family.model_config(config), family.rules(config)
+    except ConversionError:
+        raise
+    except ValueError as error:  # ModelConfig's own checks
+        raise ConversionError(f"config.json: {error}") from None
