@@ -122,7 +122,9 @@ def write_folder(
                 try:
                     checkpointer.save((partial / name).absolute(), tree)
                 except Exception as error:  # of many types, from its threads
-                    raise OSError(f"cannot write {path}: {_first_line(error)}") from None
+                    raise OSError(
+                        f"cannot write {path}: {_first_line(error)}"
+                    ) from None
         for name, text in (files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         # Last: a folder without it does not load.

@@ -42,7 +42,9 @@ class Embed(nn.Module):
         if c.embed_dim != c.dim:
             shape = (c.dim, c.embed_dim)
             self.project_in = self.param("project_in", normal, shape, self.dtype)
-            self.project_out = self.param("project_out", normal, shape[::-1], self.dtype)
+            self.project_out = self.param(
+                "project_out", normal, shape[::-1], self.dtype
+            )
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """Token ids int32[...] at positions int32[...] to [..., m]."""
@@ -180,7 +182,9 @@ class Decoder(nn.Module):
             return jnp.pad(part.swapaxes(1, 2), grow)
 
         cache = KVCache(
-            tuple(map(store, keys)), tuple(map(store, values)), lengths.astype(jnp.int32)
+            tuple(map(store, keys)),
+            tuple(map(store, values)),
+            lengths.astype(jnp.int32),
         )
         return self.embed.logits(self.final_norm(last)), cache
 

@@ -1,0 +1,317 @@
+"""`generate` and `logits`: what users call."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import Implementation
+from polarjax.generation import loop
+from polarjax.generation.requests import bucket, encode_prompts, make_sampling
+from polarjax.generation.stats import (
+    Stats,
+    neuron_densities,
+    read_bandwidth,
+    step_weight_bytes,
+)
+from polarjax.generation.text import Request
+from polarjax.generation.tokenizer import Tokenizer
+from polarjax.params import Params
+from polarjax.policy import Dense, SelectionPolicy
+from polarjax.sparsity import Density, Polar
+
+Stream = Callable[[int, str, list[int]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What `generate` returns; lists have one entry per prompt.
+
+    Attributes:
+      tokens: new token ids, the stop token excluded.
+      texts: their text, cut before a stop string; None without a tokenizer.
+      logprobs: natural log-probability of each token under the model.
+      finish_reasons: "stop" (stop token or string) or "length".
+      stats: times, bytes and densities.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str] | None
+    logprobs: list[list[float]]
+    finish_reasons: list[str]
+    stats: Stats
+
+
+def generate(
+    params: Params,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    density: Density = None,
+    policy: SelectionPolicy | None = None,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    seed: int | Sequence[int] = 0,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    stream: Stream | None = None,
+    chunk: int = 16,
+    implementation: Implementation | None = None,
+) -> Output:
+    """Continue a batch of prompts.
+
+    Sparse if `params` carries routers, else dense. Settings that say "or one per
+    request" take a number or a sequence as long as `prompts`.
+
+    Args:
+      params: the model, from `polarjax.load`.
+      prompts: a list of str, or of lists of token ids (taken verbatim); lengths may
+        differ.
+      max_new_tokens: most tokens to add to each prompt. Less are added where the
+        model's context ends.
+      density: fraction of KV groups to read from layer 1 on, in (0, 1], or one per
+        request; 1.0 is dense. None means the adapter's budgets.
+      policy: another selection policy (`Dense()`, `Oracle(0.5)`, ...), not together
+        with `density`.
+      temperature: 0 for greedy, or one per request.
+      top_k: most probable tokens to draw from, 0 for all, or one per request.
+      top_p: probability mass to draw from, in (0, 1], or one per request.
+      seed: of the draws: one per request, or a number s that gives request i the seed
+        s + i.
+      stop: strings that end a text; they are cut off.
+      stop_ids: token ids that end a text; None means the model's own.
+      stream: called as stream(request, text, tokens) with what is new, between chunks.
+      chunk: decode steps between two looks of the host: stop strings, streaming and
+        the end of all requests take effect at its multiples.
+      implementation: of the kernels: "xla", "triton", "triton_interpret"; None chooses
+        by device.
+
+    Returns:
+      Tokens, texts, log-probabilities and statistics.
+
+    Raises:
+      TypeError: if prompts are no list of str or token ids.
+      ValueError: if a prompt or setting is out of range; it is named.
+    """
+    config, tokenizer = params.config, Tokenizer.load(params.config)
+    encoded = encode_prompts(prompts, tokenizer, config)
+    batch = len(encoded)
+    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"stop must be non-empty strings, got {stop!r}")
+    if stops and tokenizer is None:
+        raise ValueError("stop strings need a tokenizer, this checkpoint has none")
+    ends = config.eos_ids if stop_ids is None else tuple(stop_ids)
+    sampling = make_sampling(config, batch, temperature, top_k, top_p, seed)
+    weights, bound = _choose_policy(params, density, policy).bind(params, batch)
+
+    lengths = np.array([len(ids) for ids in encoded], np.int32)
+    remaining = np.minimum(max_new_tokens, config.context - lengths).astype(np.int32)
+    width = min(bucket(int(lengths.max())), config.context)
+    capacity = min(bucket(int((lengths + remaining).max())), config.context)
+    tokens = np.zeros((batch, width), np.int32)
+    for row, ids in zip(tokens, encoded, strict=True):
+        row[: len(ids)] = ids
+
+    requests = [
+        Request(ids, limit, tokenizer, stops)
+        for ids, limit in zip(encoded, remaining.tolist(), strict=True)
+    ]
+    end_ids = jnp.asarray(ends or (-1,), jnp.int32)
+    common = {"config": config, "implementation": implementation}
+    args = (weights, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(remaining))
+    kwargs = {"capacity": capacity, "score_rows": bound.score_rows, **common}
+    clock = _Clock()
+    state, drawn = clock.run(
+        "prefill", loop.prefill, *args, sampling, end_ids, **kwargs
+    )
+    counted = [drawn]
+    _deliver(requests, jax.tree.map(lambda x: x[None], drawn), state.live, stream)
+    while any(request.going for request in requests):
+        go_on = jnp.array([request.going for request in requests])
+        state, drawn = clock.run(
+            *("decode", loop.decode_chunk, weights, bound, state, go_on, sampling),
+            *(end_ids,),
+            **{"steps": chunk, **common},
+        )
+        counted.append(drawn)
+        _deliver(requests, drawn, state.live, stream)
+
+    stats = _make_stats(params, weights, bound, requests, counted[1:], chunk, clock)
+    return Output(
+        tokens=[request.tokens for request in requests],
+        texts=None if tokenizer is None else [request.text for request in requests],
+        logprobs=[request.logprobs for request in requests],
+        finish_reasons=[request.finish_reason for request in requests],
+        stats=stats,
+    )
+
+
+def logits(
+    params: Params,
+    tokens: Any,
+    lengths: Any = None,
+    *,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Logits of every position, dense prefill with the original weights.
+
+    Args:
+      params: the model.
+      tokens: int[b, t] token ids, padded at the end with any valid id.
+      lengths: int[b], tokens of each row; None for all t. Positions beyond a length
+        are undefined.
+      implementation: of the kernels; None chooses by device.
+
+    Returns:
+      float32[b, t, v].
+
+    Raises:
+      ValueError: if shapes, lengths or ids are out of range.
+    """
+    tokens = np.asarray(tokens)
+    config = params.config
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"tokens must be integers of shape [b, t], got {tokens.dtype} "
+            f"{list(tokens.shape)}"
+        )
+    b, t = tokens.shape
+    if not b or not 1 <= t <= config.context:
+        raise ValueError(
+            f"tokens has shape [{b}, {t}]; t may be 1 to {config.context}, the context"
+        )
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise ValueError(
+            f"token ids go from 0 to {config.vocab_size - 1}, got {tokens.min()} to "
+            f"{tokens.max()}"
+        )
+    if lengths is not None:
+        # Causality alone keeps padding out of what comes before it.
+        lengths = np.asarray(lengths)
+        if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > t:
+            raise ValueError(f"lengths must be {b} numbers from 1 to {t}: {lengths}")
+    return loop.all_logits(
+        *(params.weights, jnp.asarray(tokens, jnp.int32)),
+        config=config,
+        implementation=implementation,
+    )
+
+
+def _choose_policy(
+    params: Params, density: Density, policy: SelectionPolicy | None
+) -> SelectionPolicy:
+    if policy is not None:
+        if density is not None:
+            raise ValueError("pass either policy or density, not both")
+        return policy
+    if density is not None:
+        return Polar(density)
+    return Polar() if params.routers else Dense()
+
+
+class _Clock:
+    """Wall time by kind of work, compilation apart."""
+
+    def __init__(self) -> None:
+        self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
+
+    def run(self, kind: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        function.lower(*args, **kwargs).compile()  # kept: the call below finds it
+        ready = time.perf_counter()
+        result = jax.block_until_ready(function(*args, **kwargs))
+        self.seconds["compile"] += ready - start
+        self.seconds[kind] += time.perf_counter() - ready
+        return result
+
+
+def _deliver(
+    requests: list[Request], drawn: loop.Drawn, live: Any, stream: Stream | None
+) -> None:
+    token, logprob, valid = map(np.asarray, (drawn.token, drawn.logprob, drawn.valid))
+    alive = np.asarray(live)
+    for i, request in enumerate(requests):
+        if not request.going:
+            continue
+        keep = valid[:, i]
+        if np.isnan(logprob[keep, i]).any():
+            raise ValueError(
+                f"the model yields NaN for prompt {i}: its weights are damaged"
+            )
+        request.add(
+            token[keep, i].tolist(), logprob[keep, i].tolist(), ended=not alive[i]
+        )
+        if stream:
+            text, tokens = request.news()
+            if text or tokens:
+                stream(i, text, tokens)
+
+
+def _make_stats(
+    params: Params,
+    weights: Any,
+    policy: SelectionPolicy,
+    requests: list[Request],
+    chunks: list[loop.Drawn],
+    steps_per_chunk: int,
+    clock: _Clock,
+) -> Stats:
+    config = params.config
+    reads = np.zeros(config.layers, np.int64)
+    live_steps, kv_rows, kv_rows_dense, decoded = 0, 0.0, 0.0, 0
+    for drawn in chunks:
+        by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
+        reads += by_layer.sum(axis=(0, 2))
+        # Layer 0 is always dense: it counts the steps and the visible rows.
+        live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
+        rows = np.asarray(drawn.kv_rows, np.float64)
+        kv_rows += rows.sum()
+        total = np.maximum(by_layer.sum(axis=1), 1)  # [steps, b]
+        kv_rows_dense += (rows / total).sum() * config.kv_heads * config.layers
+        decoded += int(np.asarray(drawn.valid).sum())
+    row_bytes = 2 * config.head_dim * params.dtype.itemsize
+    steps = steps_per_chunk * len(chunks)
+    weight_bytes = step_weight_bytes(weights, config, policy)
+    bandwidth = read_bandwidth(next(iter(weights["embed"]["tokens"].devices())))
+    seconds = clock.seconds
+    neuron_density = neuron_densities(config, policy)
+    notes = []
+    if policy.wants_norms:
+        notes.append(
+            f"{type(policy).__name__} computes dense attention first, to know the "
+            "norms: its times are no measure of sparsity, its bytes are those it chose"
+        )
+    if min(neuron_density) < 1:
+        notes.append(
+            "neuron sparsity: the batch shares one set of neurons, so a request's "
+            "result may depend on its batch-mates"
+        )
+    return Stats(
+        policy=type(policy).__name__,
+        prompt_tokens=sum(len(request.prompt) for request in requests),
+        new_tokens=sum(len(request.tokens) for request in requests),
+        steps=steps,
+        compile_seconds=seconds["compile"],
+        prefill_seconds=seconds["prefill"],
+        decode_seconds=seconds["decode"],
+        tokens_per_second=decoded / seconds["decode"] if decoded else 0.0,
+        density=tuple((reads / max(1, live_steps * config.kv_heads)).tolist()),
+        neuron_density=neuron_density,
+        kv_bytes=kv_rows * row_bytes,
+        kv_bytes_dense=kv_rows_dense * row_bytes,
+        weight_bytes=weight_bytes,
+        bandwidth=bandwidth,
+        floor_seconds=(steps * weight_bytes + kv_rows * row_bytes) / bandwidth,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,121 @@
+"""Checks of what users pass to `generate`, each with one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax.config import ModelConfig
+from polarjax.generation.sampling import Sampling
+from polarjax.generation.tokenizer import Tokenizer
+
+
+def encode_prompts(
+    prompts: Any, tokenizer: Tokenizer | None, config: ModelConfig
+) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Args:
+      prompts: a list of str, or of lists of token ids.
+      tokenizer: of the checkpoint, or None.
+      config: of the model.
+
+    Raises:
+      TypeError: if prompts is not such a list.
+      ValueError: if one is empty, too long or has an id that the model lacks.
+    """
+    if not isinstance(prompts, list | tuple):
+        raise TypeError(
+            "prompts must be a list of str or of lists of token ids, "
+            f"got {type(prompts).__name__}"
+        )
+    if not prompts:
+        raise ValueError("prompts is empty: pass at least one")
+    encoded = [_encode(i, p, tokenizer) for i, p in enumerate(prompts)]
+    for i, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompt {i} is empty: it must have at least one token")
+        if len(ids) >= config.context:
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens; the model's context is "
+                f"{config.context}, so a prompt may have {config.context - 1} at most"
+            )
+        wrong = [x for x in ids if not 0 <= x < config.vocab_size]
+        if wrong:
+            raise ValueError(
+                f"prompt {i} has token id {wrong[0]}; ids go from 0 to "
+                f"{config.vocab_size - 1}"
+            )
+    return encoded
+
+
+def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(
+                f"prompt {i} is a str, but this checkpoint has no tokenizer: pass "
+                "lists of token ids"
+            )
+        return tokenizer.encode(prompt)
+    if isinstance(prompt, list | tuple | np.ndarray):
+        whole = [isinstance(x, int | np.integer) for x in prompt]
+        if all(whole) and not any(isinstance(x, bool) for x in prompt):
+            return [int(x) for x in prompt]
+    raise TypeError(f"prompt {i} must be a str or a list of token ids, got {prompt!r}")
+
+
+def per_request(name: str, value: Any, batch: int, low: float, high: float) -> list:
+    """A setting for each request, from one number or one per request.
+
+    Args:
+      name: for messages.
+      value: a number or a sequence of b numbers.
+      batch: b.
+      low: smallest value allowed.
+      high: largest.
+
+    Raises:
+      ValueError: naming the setting, the value and the range.
+    """
+    many = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    values = list(value) if many else [value] * batch
+    if len(values) != batch:
+        raise ValueError(f"{name} has {len(values)} values for {batch} prompts")
+    for x in values:
+        number = isinstance(x, int | float | np.number) and not isinstance(x, bool)
+        if not number or not low <= x <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {x!r}")
+    return values
+
+
+def make_sampling(
+    config: ModelConfig, batch: int, temperature: Any, top_k: Any, top_p: Any, seed: Any
+) -> Sampling:
+    """Settings of a batch, checked; see `generate`."""
+    v = config.vocab_size
+    temperatures = per_request("temperature", temperature, batch, 0.0, 1e6)
+    ks = [int(k) or v for k in per_request("top_k", top_k, batch, 0, 2**31 - 1)]
+    ps = per_request("top_p", top_p, batch, 0.0, 1.0)
+    if min(ps) <= 0:
+        raise ValueError(f"top_p must be above 0, got {min(ps)}")
+    many = isinstance(seed, Sequence | np.ndarray)
+    seeds = per_request("seed", seed, batch, 0, 2**32 - 1)
+    if not many:
+        seeds = [(int(s) + i) % 2**32 for i, s in enumerate(seeds)]
+    greedy = max(temperatures) == 0
+    return Sampling(
+        jnp.asarray(temperatures, jnp.float32),
+        jnp.asarray([min(k, v) for k in ks], jnp.int32),
+        jnp.asarray(ps, jnp.float32),
+        jnp.asarray(np.array(seeds, np.uint32)),
+        greedy=greedy,
+        filtered=not greedy and (min(ks) < v or min(ps) < 1),
+    )
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """The next power of two: one program serves all lengths up to it."""
+    return max(smallest, 1 << (length - 1).bit_length())

@@ -1,0 +1,139 @@
+"""What a generation cost, beside the least it could have cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax.config import ModelConfig
+from polarjax.params import Tree
+from polarjax.policy import SelectionPolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Measured times and counted bytes of one call of `generate`.
+
+    Attributes:
+      policy: name of the selection policy.
+      prompt_tokens: read by prefill, padding not counted.
+      new_tokens: in the output, all requests together.
+      steps: decode steps computed, those after the last request's end included.
+      compile_seconds: spent compiling; 0 when the programs were there already.
+      prefill_seconds: wall time, first token of each request included.
+      decode_seconds: wall time of all decode steps.
+      tokens_per_second: tokens of the decode steps by `decode_seconds`.
+      density: per layer, KV groups read / KV groups there, over live requests.
+      neuron_density: per layer, MLP neurons read / neurons there.
+      kv_bytes: KV bytes that the decode steps had to read.
+      kv_bytes_dense: what they would have been at density 1.
+      weight_bytes: per decode step.
+      bandwidth: bytes per second that a streaming sum reads on this device, measured
+        once in this process.
+      floor_seconds: (steps x weight_bytes + kv_bytes) / bandwidth.
+      notes: what a reader of the numbers should know.
+    """
+
+    policy: str
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+    density: tuple[float, ...]
+    neuron_density: tuple[float, ...]
+    kv_bytes: float
+    kv_bytes_dense: float
+    weight_bytes: int
+    bandwidth: float
+    floor_seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def floor_fraction(self) -> float:
+        """floor_seconds / decode_seconds: 1 is as fast as the memory allows."""
+        return self.floor_seconds / self.decode_seconds if self.decode_seconds else 0.0
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        mean = float(np.mean(self.density)) if self.density else 1.0
+        lines = [
+            f"{self.policy}: {self.new_tokens} tokens in {self.steps} steps, "
+            f"{self.tokens_per_second:,.1f} tokens/s "
+            f"(decode {self.decode_seconds:.2f} s, floor {self.floor_seconds:.2f} s at "
+            f"{self.bandwidth / 1e9:,.1f} GB/s; prefill {self.prefill_seconds:.2f} s; "
+            f"compile {self.compile_seconds:.1f} s)",
+            f"density {mean:.3f}, KV read {self.kv_bytes / 1e6:,.1f} MB of "
+            f"{self.kv_bytes_dense / 1e6:,.1f} MB, weights "
+            f"{self.weight_bytes / 1e6:,.1f} MB a step",
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+
+def neuron_densities(config: ModelConfig, policy: SelectionPolicy) -> tuple[float, ...]:
+    """Per layer, the fraction of MLP neurons that a bound policy reads."""
+    budget = getattr(policy, "neuron_budget", ()) or (0,) * config.layers
+    return tuple((n or config.neurons) / config.neurons for n in budget)
+
+
+def step_weight_bytes(
+    weights: Tree, config: ModelConfig, policy: SelectionPolicy
+) -> int:
+    """Bytes of weights that one decode step must read.
+
+    The token table counts only where it is the output head too: a lookup reads a row.
+
+    Args:
+      weights: bound to the policy.
+      config: of the model.
+      policy: bound.
+    """
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    embed = weights["embed"]
+    if not config.tied_embeddings:
+        total -= embed["tokens"].nbytes
+    if "positions" in embed:
+        total -= embed["positions"].nbytes
+    for layer, density in enumerate(neuron_densities(config, policy)):
+        if density < 1:
+            mlp = weights[f"layers_{layer}"]["mlp"]
+            rows = sum(leaf.nbytes for name, leaf in mlp.items() if name != "down_bias")
+            total -= round(rows * (1 - density))
+    routers = jax.tree.leaves(getattr(policy, "neuron_routers", {}))
+    return total + sum(leaf.nbytes for leaf in routers)
+
+
+@functools.cache
+def read_bandwidth(device: jax.Device) -> float:
+    """Bytes per second at which a streaming sum reads the device's memory.
+
+    Args:
+      device: measured once per process, with a buffer larger than its caches.
+    """
+    size = 2**27 if device.platform == "gpu" else 2**26  # floats
+    repeats = 16 if device.platform == "gpu" else 4
+    values = jax.device_put(jnp.ones(size, jnp.float32), device)
+
+    @jax.jit
+    def read(values: jax.Array) -> jax.Array:
+        # Each pass depends on the one before, else one would do for all.
+        def once(total, _):
+            return jnp.sum(values + total * 0), None
+
+        return jax.lax.scan(once, jnp.float32(0), length=repeats)[0]
+
+    read(values).block_until_ready()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        read(values).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return repeats * values.nbytes / min(times)

@@ -1,0 +1,60 @@
+"""`polarjax.load`: a checkpoint folder, with an adapter if wanted."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.model import weight_shapes
+from polarjax.params import Params, read_folder
+from polarjax.sparsity import load_adapter
+
+
+def load(path: str | Path, *, adapter: str | Path | None = None, dtype=None) -> Params:
+    """Load a converted model.
+
+    Args:
+      path: a folder that `python -m convert` or `polarjax.save` wrote.
+      adapter: a folder that `polarjax calibrate` wrote, or the name of an adapter that
+        ships with the package ("smollm2-135m"); None for none.
+      dtype: of the weights in memory, None for that of the file.
+
+    Returns:
+      The model, on the default device.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint or no such adapter.
+      ValueError: if one of them is damaged, or they do not belong together.
+    """
+    params = read_folder(path, dtype)
+    want = weight_shapes(params.config, params.dtype)
+    if jax.tree.structure(want) != jax.tree.structure(params.weights):
+        raise ValueError(f"{path}: its weights are not those of its config.json")
+    pairs = jax.tree.leaves_with_path(want), jax.tree.leaves(params.weights)
+    for (where, shape), leaf in zip(*pairs, strict=True):
+        if shape.shape != leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{path}: {jax.tree_util.keystr(where)} is {leaf.dtype}"
+                f"{list(leaf.shape)}, its config.json needs {list(shape.shape)}"
+            )
+    if adapter is None:
+        return params
+    return load_adapter(params, find_adapter(adapter))
+
+
+def find_adapter(name: str | Path) -> Path:
+    """Folder of an adapter: a path wins over one that ships with the package."""
+    path = Path(name)
+    if path.exists():
+        return path
+    shipped = Path(str(resources.files("polarjax"))) / "adapters"
+    if (shipped / name).is_dir():
+        return shipped / name
+    names = sorted(p.name for p in shipped.glob("*") if p.is_dir())
+    raise FileNotFoundError(
+        f"no adapter at {name}, and the package ships none of that name: it has "
+        f"{', '.join(names) or 'none'}"
+    )

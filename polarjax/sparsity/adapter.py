@@ -1,0 +1,127 @@
+"""Adapters: trained routers and their budgets in a small folder of their own.
+
+`routers.safetensors` holds float32 arrays named by their path in `Params.routers`;
+`card.json` says for people and for `load_adapter` what they were trained for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from polarjax.params import Params, Tree, check_finite, new_folder
+from polarjax.sparsity.routers import check_routers
+
+ADAPTER_FORMAT = 1
+CARD_FILE, ROUTERS_FILE = "card.json", "routers.safetensors"
+
+
+def save_adapter(
+    path: str | Path,
+    params: Params,
+    card: dict[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the routers and budgets of `params`, whole or not at all.
+
+    Args:
+      path: the folder to make.
+      params: a model with routers and `config.budgets`.
+      card: what else to say in the card (training data, recall); JSON values.
+      overwrite: replace what is there.
+
+    Raises:
+      FileExistsError: if `path` exists and is not to be overwritten.
+      ValueError: if the routers do not fit the model.
+    """
+    check_routers(params.routers, params.config)
+    flat = traverse_util.flatten_dict(params.routers, sep="/")
+    tensors = {k: jax.device_get(v.astype(jnp.float32)) for k, v in flat.items()}
+    facts = {
+        "format_version": ADAPTER_FORMAT,
+        "model_hash": params.config.model_hash,
+        "budgets": list(params.config.budgets),
+        "kv_heads": params.config.kv_heads,
+    }
+    with new_folder(path, overwrite) as partial:
+        save_file(tensors, partial / ROUTERS_FILE)
+        text = json.dumps({**(card or {}), **facts}, indent=2)
+        (partial / CARD_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """The card of an adapter.
+
+    Raises:
+      FileNotFoundError: if there is no adapter.
+      ValueError: if its card is damaged or of another format.
+    """
+    path = Path(path)
+    if not (path / CARD_FILE).exists() or not (path / ROUTERS_FILE).exists():
+        raise FileNotFoundError(
+            f"no adapter at {path}: it should hold {CARD_FILE} and {ROUTERS_FILE}, as "
+            "`polarjax calibrate` writes them"
+        )
+    try:
+        card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
+        version, _, _ = (card[x] for x in ("format_version", "model_hash", "budgets"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / CARD_FILE} is no adapter card: {error}") from error
+    if version != ADAPTER_FORMAT:
+        raise ValueError(
+            f"{path} has adapter format {version!r}, this polarjax reads "
+            f"{ADAPTER_FORMAT}: calibrate again"
+        )
+    return card
+
+
+def load_adapter(params: Params, path: str | Path) -> Params:
+    """Give a model the routers of an adapter.
+
+    Args:
+      params: the model.
+      path: a folder that `save_adapter` wrote.
+
+    Returns:
+      The model with `routers` and `config.budgets`.
+
+    Raises:
+      FileNotFoundError: if there is no adapter.
+      ValueError: if it is damaged, or was made for another model.
+    """
+    card, path = read_card(path), Path(path)
+    if card["model_hash"] != params.config.model_hash:
+        raise ValueError(
+            f"adapter {path} was made for another model (hash "
+            f"{str(card['model_hash'])[:12]}, this one is "
+            f"{params.config.model_hash[:12] or 'unknown'}): calibrate this model with "
+            "`polarjax calibrate`"
+        )
+    try:
+        flat = load_file(path / ROUTERS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path / ROUTERS_FILE} is damaged: {error}") from error
+    for name, array in flat.items():
+        check_finite(f"router {name}", array)
+    tree = traverse_util.unflatten_dict(flat, sep="/")
+    check_routers(tree, params.config)
+    budgets = tuple(card["budgets"])
+    k = params.config.kv_heads
+    right = all(isinstance(n, int) and 1 <= n <= k for n in budgets)
+    if len(budgets) != params.config.layers or not right:
+        raise ValueError(
+            f"adapter {path} has budgets {budgets}: they must be "
+            f"{params.config.layers} numbers from 1 to {k}"
+        )
+    routers: Tree = jax.tree.map(jnp.asarray, tree)
+    config = dataclasses.replace(params.config, budgets=budgets)
+    return Params(params.weights, routers, config)

@@ -1,0 +1,196 @@
+"""The sparse policies: learned routers, true norms, and chance."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import union_neurons
+from polarjax.config import ModelConfig
+from polarjax.params import Params, Tree
+from polarjax.sparsity.routers import append_rows
+from polarjax.sparsity.select import Density, HeadBudget, check_density, count
+from polarjax.sparsity.select import head_budget as make_budget
+
+_static = {"static": True}
+
+
+def _static_density(density: Density) -> Density:
+    """A form of the density that hashes; anything odd is left for the check."""
+    single = density is None or isinstance(density, int | float | np.number | str)
+    return density if single else tuple(np.asarray(density).tolist())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Polar:
+    """Heads by a learned router per sequence, neurons by one for the batch.
+
+    The method of "Polar Sparsity" (arXiv 2505.14884), sections 4.1 and 4.2.
+
+    Attributes:
+      density: fraction of the KV groups to read, one number or one per request; None
+        for the adapter's own budgets.
+      neuron_density: fraction of the MLP neurons that the batch reads from layer 1 on
+        (ReLU models whose adapter has neuron routers); None for all.
+      budget: set by `bind`.
+      neuron_budget: neurons that each layer reads, set by `bind`; 0 for all.
+      neuron_routers: the second matrices [f, r] by layer, set by `bind`.
+      score_rows: set by `bind`.
+    """
+
+    density: Density = dataclasses.field(default=None, metadata=_static)
+    neuron_density: float | None = dataclasses.field(default=None, metadata=_static)
+    budget: HeadBudget | None = None
+    neuron_budget: tuple[int, ...] = dataclasses.field(default=(), metadata=_static)
+    neuron_routers: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+    score_rows: tuple[int, ...] = dataclasses.field(default=(), metadata=_static)
+
+    wants_norms = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "density", _static_density(self.density))
+
+    def bind(self, params: Params, batch: int) -> tuple[Tree, Polar]:
+        """Append the router rows; see `SelectionPolicy.bind`."""
+        config = params.config
+        budget = make_budget(config, self.density, batch)
+        # A request at density 1 is promised its exact MLP, so the batch's is dense.
+        wants_dense = bool((budget.counts == config.kv_heads).all(axis=0).any())
+        neuron_budget, neuron_routers = (0,) * config.layers, {}
+        if self.neuron_density is not None and not wants_dense:
+            n = count(check_density(self.neuron_density), config.neurons)
+            if config.activation != "relu":
+                raise ValueError(
+                    f"neuron sparsity needs a ReLU MLP, the model's is "
+                    f"{config.activation}: leave neuron_density out"
+                )
+            if n < config.neurons:
+                neuron_budget = (0, *(n,) * (config.layers - 1))
+        sparse = [
+            i
+            for i, (limit, n) in enumerate(
+                zip(budget.limits, neuron_budget, strict=True)
+            )
+            if limit is not None or n
+        ]
+        weights, rows = append_rows(params, sparse, neurons=any(neuron_budget))
+        for i in sparse if any(neuron_budget) else ():
+            router = params.routers[f"layers_{i}"]["neurons"]
+            neuron_routers[i] = router["up"].astype(params.dtype)
+        return weights, Polar(
+            budget=budget,
+            neuron_budget=neuron_budget,
+            neuron_routers=neuron_routers,
+            score_rows=rows,
+        )
+
+    def heads(self, layer, scores, norms):
+        """The groups with the highest router scores."""
+        del norms
+        assert self.budget is not None
+        k = None if scores is None else scores.shape[-1] - self._rank(layer)
+        return self.budget.choose(layer, None if scores is None else scores[:, :k])
+
+    def neurons(self, layer, scores, live):
+        """The neurons with the highest scores summed over the live batch."""
+        if not self.neuron_budget[layer]:
+            return None
+        up = self.neuron_routers[layer]
+        hidden = scores[:, -up.shape[1] :].astype(up.dtype)
+        z = jnp.einsum("br,fr->bf", hidden, up, preferred_element_type=jnp.float32)
+        return union_neurons(z, live, self.neuron_budget[layer])
+
+    def _rank(self, layer: int) -> int:
+        router = self.neuron_routers.get(layer)
+        return 0 if router is None else router.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """The groups whose true output is largest: what a perfect router would pick.
+
+    For measurement: it computes dense attention to know the norms. Neurons are dense.
+
+    Attributes:
+      density: as in `Polar`.
+      budget: set by `bind`.
+    """
+
+    density: Density = dataclasses.field(default=None, metadata=_static)
+    budget: HeadBudget | None = None
+
+    wants_norms = True
+    score_rows = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "density", _static_density(self.density))
+
+    def bind(self, params: Params, batch: int) -> tuple[Tree, Oracle]:
+        """Only the budget; see `SelectionPolicy.bind`."""
+        budget = make_budget(params.config, self.density, batch)
+        return params.weights, Oracle(budget=budget)
+
+    def heads(self, layer, scores, norms):
+        """The groups with the largest output norms."""
+        del scores
+        assert self.budget is not None
+        return self.budget.choose(layer, norms)
+
+    def neurons(self, layer, scores, live) -> None:
+        """Every neuron."""
+        del layer, scores, live
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Groups by chance, drawn once per layer and request: the floor for a router.
+
+    Attributes:
+      density: as in `Polar`.
+      seed: of the draw.
+      budget: set by `bind`.
+      ranking: float32[layers, b, k], set by `bind`.
+    """
+
+    density: Density = dataclasses.field(default=None, metadata=_static)
+    seed: int = dataclasses.field(default=0, metadata=_static)
+    budget: HeadBudget | None = None
+    ranking: jax.Array | None = None
+
+    wants_norms = False
+    score_rows = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "density", _static_density(self.density))
+
+    def bind(self, params: Params, batch: int) -> tuple[Tree, Random]:
+        """Draw; see `SelectionPolicy.bind`."""
+        budget = make_budget(params.config, self.density, batch)
+        ranking = random_ranking(params.config, batch, self.seed)
+        return params.weights, Random(budget=budget, ranking=ranking)
+
+    def heads(self, layer, scores, norms):
+        """The groups that chance ranked first."""
+        del scores, norms
+        assert self.budget is not None and self.ranking is not None
+        return self.budget.choose(layer, self.ranking[layer])
+
+    def neurons(self, layer, scores, live) -> None:
+        """Every neuron."""
+        del layer, scores, live
+
+
+def random_ranking(config: ModelConfig, batch: int, seed: int) -> jax.Array:
+    """float32[layers, b, k], uniform in [0, 1); row i does not depend on b."""
+
+    def draw(request: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), request)
+        return jax.random.uniform(key, (config.layers, config.kv_heads))
+
+    return jax.vmap(draw, out_axes=1)(jnp.arange(batch))

@@ -1,0 +1,94 @@
+"""Router weights: their shapes, and how they ride in the QKV matmul.
+
+The head router is one linear layer from the layer's normalised input to one score per
+KV group (paper section 4.2). The neuron router (ReLU models) is two matrices of low
+rank without nonlinearity. Both read what the QKV projection reads, so their first
+matrices are appended to it as further rows and cost no launch of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.config import ModelConfig
+from polarjax.params import Params, Tree
+
+
+def check_routers(routers: Tree, config: ModelConfig) -> None:
+    """Raise unless the routers fit the model.
+
+    Args:
+      routers: as in `Params.routers`.
+      config: of the model.
+
+    Raises:
+      ValueError: naming the router and the shape that would be right.
+    """
+    k, m, f = config.kv_heads, config.dim, config.neurons
+    for layer, parts in routers.items():
+        index = layer.removeprefix("layers_")
+        if not index.isdecimal() or not 0 < int(index) < config.layers:
+            raise ValueError(
+                f"router {layer}: the model has routers for layers_1 to "
+                f"layers_{config.layers - 1}"
+            )
+        want: Tree = {"heads": {"weight": (k, m), "bias": (k,)}}
+        if "neurons" in parts:
+            rank = parts["neurons"].get("down", jnp.zeros((0, 0))).shape[0]
+            want["neurons"] = {"down": (rank, m), "up": (f, rank)}
+        have = jax.tree.map(lambda leaf: tuple(leaf.shape), parts)
+        if have != want:
+            raise ValueError(
+                f"router {layer} has shapes {have}, the model needs {want}"
+            )
+
+
+def append_rows(
+    params: Params, layers: Iterable[int], neurons: bool
+) -> tuple[Tree, tuple[int, ...]]:
+    """Append router rows to the QKV matrices of some layers.
+
+    Args:
+      params: the model with its routers; left as it is.
+      layers: which layers.
+      neurons: whether the neuron routers' first matrices come along.
+
+    Returns:
+      The new weights, and the number of rows appended in each layer.
+
+    Raises:
+      ValueError: if a layer has no router.
+    """
+    weights = dict(params.weights)
+    rows = [0] * params.config.layers
+    for layer in layers:
+        name = f"layers_{layer}"
+        if name not in params.routers:
+            raise ValueError(
+                f"no router for layer {layer}: load the model with adapter=, or make "
+                "one with `polarjax calibrate`"
+            )
+        router = params.routers[name]
+        added = [router["heads"]["weight"]]
+        biases = [router["heads"]["bias"]]
+        if neurons:
+            if "neurons" not in router:
+                raise ValueError(f"the adapter has no neuron router for layer {layer}")
+            added.append(router["neurons"]["down"])
+            biases.append(jnp.zeros(added[-1].shape[0]))
+        attention = dict(weights[name]["attention"])
+        qkv = attention["qkv"]
+        bias = attention.get("qkv_bias", jnp.zeros(qkv.shape[0], qkv.dtype))
+        attention["qkv"] = _concatenate(qkv, *added)
+        attention["qkv_bias"] = _concatenate(bias, *biases)
+        rows[layer] = attention["qkv"].shape[0] - qkv.shape[0]
+        weights[name] = {**weights[name], "attention": attention}
+    return weights, tuple(rows)
+
+
+@jax.jit
+def _concatenate(first: jax.Array, *others: jax.Array) -> jax.Array:
+    return jnp.concatenate([first, *(o.astype(first.dtype) for o in others)])

@@ -1,0 +1,100 @@
+"""Densities to budgets: how many KV groups each request reads in each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import top_heads
+from polarjax.config import ModelConfig
+
+Density = float | Sequence[float] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadBudget:
+    """KV groups to read, by layer and request.
+
+    Attributes:
+      counts: int32[layers, b].
+      limits: per layer, the largest count of the batch, which is compiled into the
+        step; None where every request reads every group.
+    """
+
+    counts: jax.Array
+    limits: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
+
+    def choose(
+        self, layer: int, ranking: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """The best groups of each request within its budget.
+
+        Args:
+          layer: from 0.
+          ranking: float[b, k], larger is better.
+
+        Returns:
+          (indices int32[b, limit], n_active int32[b]), or None for every group.
+        """
+        limit = self.limits[layer]
+        if limit is None:
+            return None
+        assert ranking is not None
+        return top_heads(ranking, limit), self.counts[layer]
+
+
+def count(density: float, total: int) -> int:
+    """How many of `total` heads (or neurons) a density keeps, at least 1."""
+    return max(1, math.floor(density * total + 1e-4))
+
+
+def check_density(density: float) -> float:
+    """Raise unless a density is a number in (0, 1].
+
+    Raises:
+      ValueError: naming the value.
+    """
+    number = isinstance(density, int | float | np.number)
+    if not number or isinstance(density, bool) or not 0 < density <= 1:
+        raise ValueError(
+            f"density must be a number above 0 and at most 1, got {density!r}"
+        )
+    return float(density)
+
+
+def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget:
+    """Budgets for a batch. Layer 0's attention is always dense.
+
+    Args:
+      config: of the model.
+      density: fraction of the KV groups to read from layer 1 on, one number or one
+        per request; None for the adapter's own budgets.
+      batch: number of requests, b.
+
+    Raises:
+      ValueError: if a density is outside (0, 1], if there is not one per request, or
+        if there is neither density nor adapter.
+    """
+    k = config.kv_heads
+    if density is None:
+        if not config.budgets:
+            raise ValueError(
+                "no density given and no adapter loaded that brings its own: pass "
+                "density=, or load with adapter="
+            )
+        table = np.repeat(np.array(config.budgets, np.int32)[:, None], batch, axis=1)
+    else:
+        single = isinstance(density, int | float | np.number | str)
+        densities = [density] * batch if single else list(density)
+        if len(densities) != batch:
+            raise ValueError(f"{len(densities)} densities for {batch} prompts")
+        counts = [count(check_density(d), k) for d in densities]
+        table = np.array([[k] * batch, *[counts] * (config.layers - 1)], np.int32)
+    limits = tuple(None if row.min() == k else int(row.max()) for row in table)
+    return HeadBudget(jnp.asarray(table), limits)
