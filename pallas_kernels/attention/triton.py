@@ -116,7 +116,7 @@ def _attend_group(
     config: Config,
 ):
     i, j, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    k, d = k_ref.shape[1], k_ref.shape[3]
+    k, s, d = k_ref.shape[1:]
     g = q_ref.shape[1] // k
     rows = jnp.arange(max(pl.next_power_of_2(g), 16), dtype=jnp.int32)
     cols = jnp.arange(pl.next_power_of_2(d), dtype=jnp.int32)[None, :]
@@ -126,14 +126,14 @@ def _attend_group(
 
     @pl.when(j < n_active_ref[i])
     def _():
-        # The clip keeps a wrong index from reading outside of the cache.
+        # The clips keep wrong indices and lengths from reading outside of the cache.
         group = jnp.clip(heads_ref[i, j], 0, k - 1)
+        length = jnp.clip(lengths_ref[i], 0, s)
         q = pltriton.load(
             q_ref.at[i, (group * g + rows)[:, None], cols],
             mask=in_group[:, None] & in_head,
             other=0,
         )
-        length = lengths_ref[i]
         blocks = pl.cdiv(length, config.block)
         # Each split takes an equal share of this sequence's own blocks.
         share = pl.cdiv(blocks, config.splits)

@@ -1,0 +1,311 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pallas_kernels import _backend, select_head_attention
+from pallas_kernels.attention import configs, triton
+
+# Deprecated since jax 0.11, but it still lowers there; Mosaic is to follow.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+
+
+@dataclasses.dataclass
+class Case:
+    """Inputs whose every unneeded entry is poison, and what they should yield."""
+
+    q: jax.Array
+    k_cache: jax.Array
+    v_cache: jax.Array
+    lengths: jax.Array
+    heads: jax.Array | None
+    n_active: jax.Array | None
+    expected: np.ndarray
+
+    @property
+    def args(self):
+        return (
+            self.q,
+            self.k_cache,
+            self.v_cache,
+            self.lengths,
+            self.heads,
+            self.n_active,
+        )
+
+    def check(self, out):
+        assert out.dtype == self.q.dtype
+        out = np.asarray(out, np.float64)
+        assert np.all(out[self.expected == 0] == 0), "unselected heads must be zero"
+        error = np.max(np.abs(out - self.expected))  # NaN fails the comparison
+        assert error <= TOLERANCE[self.q.dtype.name], error
+
+
+def make_case(
+    b=3, h=6, k=3, s=40, d=64, dtype="float32", n=2, n_active=(2, 1, 0), lengths=None
+):
+    """A random case; lengths and n_active repeat along the batch, None means absent."""
+    rng = np.random.default_rng(h * s + d)
+    q = jnp.asarray(rng.normal(size=(b, h, d)), dtype)
+    k_cache, v_cache = (rng.normal(size=(b, k, s, d)) for _ in range(2))
+    lengths = np.resize((s, 1, 17) if lengths is None else lengths, b)
+    heads = active = None
+    selected = [range(k)] * b
+    if n is not None:
+        heads = np.stack([rng.permutation(k)[:n] for _ in range(b)])
+        selected = list(heads)
+        if n_active is not None:
+            active = np.resize(n_active, b)
+            selected = [row[:count] for row, count in zip(heads, active, strict=True)]
+            for row, count in zip(heads, active, strict=True):
+                row[count:] = rng.choice([-7, 10**6, k, *row[:count]], n - count)
+    for i in range(b):
+        unselected = np.setdiff1d(np.arange(k), selected[i])
+        for cache in (k_cache, v_cache):
+            cache[i, :, lengths[i] :] = rng.choice([np.nan, np.inf, -np.inf])
+            cache[i, unselected] = np.nan
+    k_cache, v_cache = jnp.asarray(k_cache, dtype), jnp.asarray(v_cache, dtype)
+    expected = attention_float64(q, k_cache, v_cache, lengths, selected)
+    indices = (
+        None if a is None else jnp.asarray(a, jnp.int32)
+        for a in (lengths, heads, active)
+    )
+    return Case(q, k_cache, v_cache, *indices, expected)
+
+
+def attention_float64(q, k_cache, v_cache, lengths, selected):
+    q, k_cache, v_cache = (np.asarray(a, np.float64) for a in (q, k_cache, v_cache))
+    out = np.zeros_like(q)
+    g = q.shape[1] // k_cache.shape[1]
+    for i, groups in enumerate(selected):
+        for group in groups:
+            keys = k_cache[i, group, : lengths[i]]
+            values = v_cache[i, group, : lengths[i]]
+            if not len(keys):
+                continue
+            for head in range(group * g, (group + 1) * g):
+                scores = keys @ q[i, head] / np.sqrt(q.shape[2])
+                weights = np.exp(scores - scores.max())
+                out[i, head] = weights @ values / weights.sum()
+    return out
+
+
+def run(args, implementation):
+    attend = functools.partial(select_head_attention, implementation=implementation)
+    return jax.jit(attend)(*args)
+
+
+CASES = {
+    "gqa": dict(),
+    "gqa-all-groups-in-any-order": dict(n=3, n_active=None),
+    "gqa-bfloat16-d128": dict(h=8, k=2, d=128, dtype="bfloat16", n=1, n_active=None),
+    "mha-float16-d80": dict(h=5, k=5, d=80, dtype="float16", n=4, n_active=(4, 0, 2)),
+    "mha-dense-d96": dict(h=3, k=3, d=96, n=None, lengths=(40, 0, 16)),
+    "mqa-d256": dict(h=20, k=1, d=256, s=33, n=1, n_active=(1, 0, 1)),
+    "empty-sequence": dict(lengths=(0, 40, 39)),
+    "one-position": dict(s=1, lengths=(1, 0, 1)),
+    "long": dict(b=2, s=1100, h=4, k=2, lengths=(1100, 300), n=2, n_active=(2, 1)),
+    "smollm2": dict(b=2, h=9, k=3, s=70, dtype="bfloat16", n=2, n_active=None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_float64(name, implementation):
+    case = make_case(**CASES[name])
+    case.check(run(case.args, implementation))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("n", [None, 2])
+def test_splits_and_blocks(splits, n, interpret):
+    # 90 positions in blocks of 16: splits of unequal shares, some of none.
+    case = make_case(s=90, d=80, n=n, lengths=(90, 3, 33))
+    config = configs.Config(block=16, splits=splits, num_warps=4, num_stages=2)
+    out = triton.attend(*case.args, scale=80**-0.5, interpret=interpret, config=config)
+    case.check(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("h", "k"), [(6, 6), (6, 3), (6, 1), (34, 2)])
+def test_sweep(dtype, d, h, k, implementation):
+    for s in (15, 129, 700):
+        case = make_case(
+            h=h, k=k, s=s, d=d, dtype=dtype, n=max(k - 1, 1), n_active=None
+        )
+        case.check(run(case.args, implementation))
+
+
+def test_density_one_is_dense(implementation):
+    case = make_case(n=3, n_active=(3,), lengths=(40, 0, 7))
+    sparse = run(case.args, implementation)
+    dense = run(case.args[:4], implementation)
+    np.testing.assert_allclose(sparse, dense, rtol=1e-6, atol=1e-6)
+
+
+def test_a_sequence_does_not_depend_on_its_batch_mates(implementation):
+    case = make_case(n_active=(2, 2, 2))
+    spoiled = case.q.at[1:].set(jnp.nan)
+    out = run((spoiled, *case.args[1:]), implementation)
+    assert np.all(np.isnan(out[1:]).any(axis=2).sum(axis=1) == 4)
+    case.expected, case.q = case.expected[:1], case.q[:1]
+    case.check(out[:1])
+
+
+def test_large_scores_do_not_overflow(implementation):
+    # Ever larger scores: each block outweighs all that came before it.
+    s, d = 300, 64
+    position = jnp.arange(s, dtype=jnp.float32)[:, None]
+    keys = jnp.broadcast_to(position, (1, 1, s, d))
+    values = jnp.broadcast_to(jnp.where(position == s - 1, 2.0, 1e30), keys.shape)
+    q, lengths = jnp.full((1, 1, d), 1e4), jnp.array([s], jnp.int32)
+    out = run((q, keys, values, lengths), implementation)
+    np.testing.assert_allclose(out, 2.0, rtol=1e-6)
+
+
+def test_scale(implementation):
+    case = make_case()
+    scaled = select_head_attention(
+        2.0 * case.q, *case.args[1:], scale=0.5 / 8.0, implementation=implementation
+    )
+    case.check(scaled)
+
+
+def test_under_jit_in_a_scan(implementation):
+    case = make_case()
+
+    @jax.jit
+    def steps(lengths):
+        def step(lengths, _):
+            args = (*case.args[:3], lengths, *case.args[4:])
+            out = select_head_attention(*args, implementation=implementation)
+            return lengths + 1, out
+
+        return jax.lax.scan(step, lengths, length=3)[1]
+
+    case.check(steps(case.lengths - 2)[-1])
+
+
+def test_annotations_hold(implementation):
+    checked = jaxtyped(typechecker=beartype)(select_head_attention)
+    case = make_case()
+    case.check(checked(*case.args, implementation=implementation))
+    dense = make_case(n=None)
+    dense.check(checked(*dense.args, implementation=implementation))
+
+
+# The message, and the changes to a good call that must raise it.
+WRONG = {
+    r"q has shape \(6, 64\).*\[b, h, d\]": lambda c: dict(q=c.q[0]),
+    r"k_cache has shape.*must be \[3, k, s, 64\]": lambda c: dict(
+        k_cache=c.k_cache[..., :32]
+    ),
+    r"v_cache has shape.*that of k_cache": lambda c: dict(v_cache=c.v_cache[:, :2]),
+    r"no axis may be empty": lambda c: dict(
+        k_cache=c.k_cache[:, :, :0], v_cache=c.v_cache[:, :, :0]
+    ),
+    r"q has 5 heads; it must be a multiple": lambda c: dict(q=c.q[:, :5]),
+    r"q has dtype int32; it must be one of": lambda c: dict(q=c.q.astype(jnp.int32)),
+    r"v_cache has dtype float16; it must be that of q": lambda c: dict(
+        v_cache=c.v_cache.astype(jnp.float16)
+    ),
+    r"lengths is float32\[3\]; it must be int32\[3\]": lambda c: dict(
+        lengths=c.lengths.astype(jnp.float32)
+    ),
+    r"heads has shape \(2, 2\); it must be \[3, n\] with n in 1..3": lambda c: dict(
+        heads=c.heads[:2]
+    ),
+    r"heads is float32": lambda c: dict(heads=c.heads.astype(jnp.float32)),
+    r"n_active is int32\[2\]; it must be int32\[3\]": lambda c: dict(
+        n_active=c.n_active[:2]
+    ),
+    r"n_active is given without heads": lambda c: dict(heads=None),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments(message):
+    case = make_case()
+    case = dataclasses.replace(case, **WRONG[message](case))
+    with pytest.raises(ValueError, match=message):
+        select_head_attention(*case.args)
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="'cuda'; it must be one of 'xla'"):
+        select_head_attention(*make_case().args, implementation="cuda")
+
+
+@pytest.mark.parametrize(("h", "d"), [(129, 64), (1, 512)])
+def test_what_the_kernel_cannot_serve(h, d):
+    case = make_case(b=1, h=h, k=1, d=d, s=4, n=None, lengths=(4,))
+    with pytest.raises(NotImplementedError, match="'xla' serves any"):
+        select_head_attention(*case.args, implementation="triton")
+    case.check(select_head_attention(*case.args, implementation="xla"))
+
+
+def test_default_implementation():
+    on_gpu = jax.default_backend() == "gpu"
+    expected = "triton" if on_gpu else "xla"
+    assert _backend.default_implementation() == expected
+
+
+# b, h, k, s, d, n of the models: their decode shapes, long enough to be split or not.
+MODELS = {
+    "opt-66b": (64, 72, 72, 1920, 128, 21),
+    "opt-2.7b": (16, 32, 32, 2048, 80, 16),
+    "llama-2-7b": (16, 32, 32, 4096, 128, 16),
+    "llama-3.1-8b": (64, 32, 8, 4096, 128, 5),
+    "llama-3.1-70b": (16, 64, 8, 8192, 128, 5),
+    "smollm2-135m": (8, 9, 3, 2048, 64, 2),
+    "head-dim-256": (4, 16, 8, 1000, 256, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("model", MODELS)
+def test_lowers_for_cuda(model, dtype, lower_for_cuda, monkeypatch):
+    b, h, k, s, d, n = MODELS[model]
+    spec = jax.ShapeDtypeStruct
+    cache = spec((b, k, s, d), dtype)
+    arrays = (spec((b, h, d), dtype), cache, cache, spec((b,), "int32"))
+    selection = (spec((b, n), "int32"), spec((b,), "int32"))
+
+    def attend(*args):
+        return select_head_attention(*args, implementation="triton")
+
+    # A named kernel must not ask which backend this host has.
+    monkeypatch.setattr(jax, "default_backend", None)
+    for args in (arrays, arrays + selection):
+        text = lower_for_cuda(attend, *args)
+        count = n if len(args) > 4 else k
+        config = configs.heuristic(
+            b=b, n=count, g=h // k, s=s, d=d, itemsize=jnp.dtype(dtype).itemsize
+        )
+        assert text.count("@__gpu$xla.gpu.triton") == (1 if config.splits == 1 else 2)
+        # The caches go to the kernel as they are: no copy in another order.
+        assert "stablehlo.transpose" not in text
+        assert "stablehlo.gather" not in text
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("d", [8, 64, 80, 128, 256])
+@pytest.mark.parametrize("s", [1, 100, 8192])
+def test_heuristic_fits_the_hardware(itemsize, d, s):
+    for b, n, g in ((1, 1, 1), (1, 8, 4), (16, 5, 8), (64, 72, 1), (4, 1, 128)):
+        config = configs.heuristic(b=b, n=n, g=g, s=s, d=d, itemsize=itemsize)
+        assert config.block >= 16 and config.block.bit_count() == 1
+        assert config.splits.bit_count() == 1 and config.splits <= max(s // 256, 1)
+        padded = 1 << (d - 1).bit_length()
+        tiles = 2 * config.block * padded * itemsize * config.num_stages
+        assert tiles <= 96 * 1024

@@ -1,0 +1,277 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pallas_kernels import gathered_mlp
+from pallas_kernels.mlp import configs, triton
+
+# Deprecated since jax 0.11, but it still lowers there; Mosaic is to follow.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+
+TOLERANCE = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
+ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+}
+
+
+def make_case(b=3, m=40, f=70, dtype="float32", n=33, gated=False, biases=True):
+    """Inputs x, weights, neurons; the rows of neurons not selected hold NaN."""
+    rng = np.random.default_rng(m * f + b)
+    names = ("up", "down", "gate") if gated else ("up", "down")
+    weights = {name: rng.normal(size=(f, m)) / math.sqrt(m) for name in names}
+    if biases:
+        weights |= {"up_bias": rng.normal(size=f), "down_bias": rng.normal(size=m)}
+    neurons = None if n is None else rng.permutation(f)[:n]
+    if n is not None:
+        unselected = np.setdiff1d(np.arange(f), neurons)
+        for name in weights.keys() - {"down_bias"}:
+            weights[name][unselected] = np.nan
+    x = jnp.asarray(rng.normal(size=(b, m)), dtype)
+    weights = {name: jnp.asarray(weight, dtype) for name, weight in weights.items()}
+    return x, weights, None if n is None else jnp.asarray(neurons, jnp.int32)
+
+
+def mlp_float64(x, weights, neurons, activation):
+    x = np.asarray(x, np.float64)
+    w = {name: np.asarray(weight, np.float64) for name, weight in weights.items()}
+    rows = slice(None) if neurons is None else np.asarray(neurons)
+    act = ACTIVATIONS[activation]
+    up = x @ w["up"][rows].T
+    if "up_bias" in w:
+        up = up + w["up_bias"][rows]
+    hidden = act(x @ w["gate"][rows].T) * up if "gate" in w else act(up)
+    return hidden @ w["down"][rows] + w.get("down_bias", 0.0)
+
+
+def check(out, case, activation):
+    x = case[0]
+    assert out.shape == x.shape and out.dtype == x.dtype
+    expected = mlp_float64(*case, activation)
+    error = np.max(np.abs(np.asarray(out, np.float64) - expected))
+    limit = TOLERANCE[x.dtype.name] * np.max(np.abs(expected))
+    assert error <= limit, (error, limit)  # NaN fails the comparison
+
+
+def run(case, activation, implementation):
+    mlp = functools.partial(
+        gathered_mlp, activation=activation, implementation=implementation
+    )
+    return jax.jit(mlp)(*case)
+
+
+CASES = {
+    "relu": ("relu", dict()),
+    "relu-dense": ("relu", dict(n=None)),
+    "one-input": ("relu", dict(b=1, f=1000, m=100, n=1)),
+    "every-neuron-in-any-order": ("relu", dict(b=17, f=33, n=33)),
+    "without-biases": ("relu", dict(biases=False)),
+    "swiglu-dense": ("silu", dict(gated=True, n=None, biases=False)),
+    "swiglu-bfloat16": ("silu", dict(gated=True, b=2, m=576, dtype="bfloat16")),
+    "gated-with-biases": ("gelu", dict(gated=True, m=129)),
+    "gelu-float16": ("gelu", dict(dtype="float16", m=136, f=300, n=160)),
+    "wide-batch": ("relu", dict(b=140, dtype="bfloat16")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_float64(name, implementation):
+    activation, shape = CASES[name]
+    case = make_case(**shape)
+    check(run(case, activation, implementation), case, activation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("b", [1, 16, 100, 256])
+def test_sweep(activation, gated, dtype, b, implementation):
+    for m, f, n in ((576, 1536, 500), (1000, 999, None), (64, 20, 7)):
+        case = make_case(b=b, m=m, f=f, dtype=dtype, n=n, gated=gated)
+        check(run(case, activation, implementation), case, activation)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+def test_splits_and_blocks(splits, interpret):
+    # 70 neurons in blocks of 16: splits of unequal shares, some of none.
+    case = make_case(b=20, m=70, f=100, n=70, gated=True)
+    config = configs.Config(
+        batch=16,
+        up_neurons=32,
+        up_columns=16,
+        down_neurons=16,
+        down_columns=32,
+        splits=splits,
+        num_warps=4,
+        num_stages=2,
+    )
+    out = triton.mlp(*case, activation="silu", interpret=interpret, config=config)
+    check(out, case, "silu")
+
+
+def test_order_of_the_neurons_does_not_matter(implementation):
+    x, weights, neurons = make_case()
+    out = run((x, weights, neurons), "relu", implementation)
+    ordered = run((x, weights, jnp.sort(neurons)), "relu", implementation)
+    np.testing.assert_allclose(out, ordered, rtol=1e-5, atol=1e-5)
+
+
+def test_all_neurons_is_dense(implementation):
+    x, weights, _ = make_case(n=None)
+    neurons = jnp.arange(70, dtype=jnp.int32)
+    sparse = run((x, weights, neurons), "relu", implementation)
+    dense = run((x, weights, None), "relu", implementation)
+    np.testing.assert_allclose(sparse, dense, rtol=1e-6, atol=1e-6)
+
+
+def test_down_bias_is_kept_when_sparse(implementation):
+    # The public code of the paper loses it after the first sparse step.
+    x, weights, neurons = make_case()
+    weights = {**weights, "down_bias": weights["down_bias"] + 100.0}
+    out = run((x, weights, neurons), "relu", implementation)
+    check(out, (x, weights, neurons), "relu")
+    assert np.min(out) > 50.0
+
+
+def test_an_input_does_not_depend_on_its_batch_mates(implementation):
+    x, weights, neurons = make_case()
+    out = run((x.at[1:].set(jnp.nan), weights, neurons), "silu", implementation)
+    check(out[:1], (x[:1], weights, neurons), "silu")
+
+
+def test_activations_far_from_zero(implementation):
+    x = jnp.asarray([[-1e4], [-30.0], [-5.0], [0.0], [5.0], [1e4]], jnp.float32)
+    weights = {"up": jnp.ones((1, 1)), "down": jnp.ones((1, 1))}
+    for activation in ACTIVATIONS:
+        with np.errstate(over="ignore"):
+            expected = mlp_float64(x, weights, None, activation)
+        out = run((x, weights, None), activation, implementation)
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_absent_weights_may_be_none(implementation):
+    x, weights, neurons = make_case(biases=False)
+    padded = {**weights, "gate": None, "up_bias": None, "down_bias": None}
+    check(
+        run((x, padded, neurons), "relu", implementation),
+        (x, weights, neurons),
+        "relu",
+    )
+
+
+def test_annotations_hold(implementation):
+    checked = jaxtyped(typechecker=beartype)(gathered_mlp)
+    case = make_case()
+    out = checked(*case, activation="relu", implementation=implementation)
+    check(out, case, "relu")
+
+
+# The message, and the changes to (x, weights, neurons) that must raise it.
+WRONG = {
+    r"x has shape \(40,\); it must be \[b, m\]": lambda x, w, i: (x[0], w, i),
+    r"x has dtype int32; it must be one of": lambda x, w, i: (x.astype("int32"), w, i),
+    r"weights lacks \['down'\]; it has": lambda x, w, i: (x, {"up": w["up"]}, i),
+    r"unknown 'bias'; it may have": lambda x, w, i: (x, {**w, "bias": x}, i),
+    r"weights\['up'\] has shape \(40, 70\); .* must be \(40, 40\)": lambda x, w, i: (
+        x,
+        {**w, "up": w["up"].T},
+        i,
+    ),
+    r"weights\['down'\] has shape \(69, 40\); .* must be \(70, 40\)": lambda x, w, i: (
+        x,
+        {**w, "down": w["down"][1:]},
+        i,
+    ),
+    r"weights\['down_bias'\] has shape \(70,\); .* must be \(40,\)": lambda x, w, i: (
+        x,
+        {**w, "down_bias": w["up_bias"]},
+        i,
+    ),
+    r"weights\['up'\] has dtype float16; it must be that of x": lambda x, w, i: (
+        x,
+        {**w, "up": w["up"].astype("float16")},
+        i,
+    ),
+    r"neurons is float32\[33\]; it must be int32": lambda x, w, i: (
+        x,
+        w,
+        i.astype("float32"),
+    ),
+    r"neurons is int32\[1, 33\]; it must be int32\[n\]": lambda x, w, i: (
+        x,
+        w,
+        i[None],
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments(message):
+    with pytest.raises(ValueError, match=message):
+        gathered_mlp(*WRONG[message](*make_case()), activation="relu")
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="activation is 'tanh'; it must be 'relu'"):
+        gathered_mlp(*make_case(), activation="tanh")
+
+
+# b, m, f, n of the models, and whether they are gated.
+MODELS = {
+    "opt-66b": (64, 9216, 36864, 3686, False),
+    "opt-6.7b": (1, 4096, 16384, 1638, False),
+    "llama-2-7b": (16, 4096, 11008, 5504, True),
+    "llama-3.1-8b": (256, 4096, 14336, 7168, True),
+    "smollm2-135m": (8, 576, 1536, 500, True),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("model", MODELS)
+def test_lowers_for_cuda(model, dtype, lower_for_cuda, monkeypatch):
+    b, m, f, n, gated = MODELS[model]
+    spec = jax.ShapeDtypeStruct
+    weights = {"up": spec((f, m), dtype), "down": spec((f, m), dtype)}
+    if gated:
+        weights["gate"] = spec((f, m), dtype)
+    else:
+        weights |= {"up_bias": spec((f,), dtype), "down_bias": spec((m,), dtype)}
+    # A named kernel must not ask which backend this host has.
+    monkeypatch.setattr(jax, "default_backend", None)
+    for activation, neurons in (("gelu", None), ("silu", spec((n,), "int32"))):
+        mlp = functools.partial(
+            gathered_mlp, activation=activation, implementation="triton"
+        )
+        text = lower_for_cuda(mlp, spec((b, m), dtype), weights, neurons)
+        assert text.count("@__gpu$xla.gpu.triton") == 2
+        # The weights go to the kernels as they are: no copy of them is made.
+        assert "stablehlo.transpose" not in text
+        assert "stablehlo.gather" not in text
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("b", [1, 16, 17, 64, 100, 256])
+def test_heuristic_fits_the_hardware(itemsize, b):
+    for n, m in ((1, 1), (500, 576), (3686, 9216), (36864, 9216), (999, 1000)):
+        config = configs.heuristic(b=b, n=n, m=m, itemsize=itemsize)
+        blocks = (
+            config.batch,
+            config.up_neurons,
+            config.up_columns,
+            config.down_neurons,
+            config.down_columns,
+        )
+        assert all(x >= 16 and x.bit_count() == 1 for x in blocks)
+        up = (config.batch + 2 * config.up_neurons) * config.up_columns
+        down = (config.batch + config.down_columns) * config.down_neurons
+        assert max(up, down) * itemsize * config.num_stages <= 96 * 1024
