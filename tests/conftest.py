@@ -1,0 +1,55 @@
+"""Fixtures that several folders share."""
+
+import os
+from pathlib import Path
+
+# Before jax starts: tests of sharding need several devices.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_runtest_setup(item):
+    if "gpu" in item.keywords and jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU-backed jaxlib")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The default model's file, which `make model` fetches."""
+    default = REPOSITORY / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = Path(os.environ.get("POLARJAX_SMOLLM2_GGUF", default))
+    if not path.exists():
+        pytest.skip(f"no default model at {path}: `make model` fetches it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf, tmp_path_factory) -> Path:
+    """The default model, converted at float32."""
+    from convert import convert
+
+    folder = tmp_path_factory.mktemp("smollm2") / "float32"
+    convert(smollm2_gguf, folder, dtype="float32", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder):
+    """The default model in memory, float32."""
+    import polarjax
+
+    return polarjax.load(smollm2_folder)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Texts and tasks that are not part of the repository."""
+    default = REPOSITORY.parent / "shared" / "data"
+    path = Path(os.environ.get("POLARJAX_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"no evaluation data at {path}: set POLARJAX_DATA")
+    return path

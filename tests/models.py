@@ -1,0 +1,69 @@
+"""Small random models for tests, and how to call them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+import polarjax
+from polarjax.model import weight_shapes
+
+LLAMA = polarjax.ModelConfig(
+    family="llama",
+    vocab_size=331,
+    dim=48,
+    layers=4,
+    heads=8,
+    kv_heads=4,
+    head_dim=16,
+    neurons=80,
+    context=128,
+    norm="rms",
+    norm_eps=1e-5,
+    activation="silu",
+    gated_mlp=True,
+    rope=polarjax.Rope(1e4),
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    tied_embeddings=True,
+    embed_dim=48,
+)
+MHA = dataclasses.replace(LLAMA, heads=6, kv_heads=6, head_dim=8)
+OPT = dataclasses.replace(
+    MHA,
+    family="opt",
+    norm="layer",
+    activation="relu",
+    gated_mlp=False,
+    rope=None,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+)
+
+
+def random_params(
+    config, seed=0, routers=False, neuron_rank=0, scale=0.2
+) -> polarjax.Params:
+    """Random weights, norms and biases included; optionally random routers."""
+    keys = iter(jax.random.split(jax.random.key(seed), 10_000))
+
+    def draw(shape):
+        return scale * jax.random.normal(next(keys), shape)
+
+    weights = jax.tree.map(lambda leaf: draw(leaf.shape), weight_shapes(config))
+    weights = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf + 1 if path[-1].key == "scale" else leaf, weights
+    )
+    tree = {}
+    for layer in range(1, config.layers) if routers else ():
+        k, m, f = config.kv_heads, config.dim, config.neurons
+        parts = {"heads": {"weight": draw((k, m)), "bias": draw((k,))}}
+        if neuron_rank:
+            parts["neurons"] = {
+                "down": draw((neuron_rank, m)),
+                "up": draw((f, neuron_rank)),
+            }
+        tree[f"layers_{layer}"] = parts
+    return polarjax.Params(jax.tree.map(jnp.asarray, weights), tree, config)
