@@ -21,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from tokenizers import Tokenizer
 
 from convert.readers import open_source
 from convert.rules import understand
@@ -28,7 +29,7 @@ from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor
 from polarjax.config import ModelConfig
 from polarjax.model import weight_shapes
-from polarjax.params import CONFIG_FILE, check_finite, write_folder
+from polarjax.params import CONFIG_FILE, TOKENIZER_FILE, check_finite, write_folder
 
 DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
@@ -88,6 +89,7 @@ def convert(
     weights, model_hash = _load(opened, config, rules, dtype, progress)
     ids, notes = _token_ids(opened, config)
     config = dataclasses.replace(config, model_hash=model_hash, **ids)
+    notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
     for note in (*opened.notes, *notes):
         print(f"note: {note}", file=sys.stderr)
     write_folder(destination, config, weights, files=opened.files, overwrite=overwrite)
@@ -136,6 +138,18 @@ def _token_ids(source: Source, config: ModelConfig) -> tuple[dict[str, Any], lis
     return kept, notes
 
 
+def _tokenizer_notes(tokenizer: str | None, config: ModelConfig) -> list[str]:
+    if tokenizer is None:
+        return []
+    ids = Tokenizer.from_str(tokenizer).get_vocab().values()
+    if not ids or max(ids) < config.vocab_size:
+        return []
+    return [
+        f"the tokenizer has ids up to {max(ids)}, but the vocabulary "
+        f"{config.vocab_size}: texts that need the further ids will be refused"
+    ]
+
+
 def _load(
     source: Source,
     config: ModelConfig,
@@ -149,7 +163,7 @@ def _load(
             f"config.json asks for {config.layers} layers, but the checkpoint has only "
             f"{len(source.tensors)} tensors"
         )
-    leaves = flatten_dict(weight_shapes(config), sep="/")
+    leaves: dict[str, Any] = flatten_dict(weight_shapes(config), sep="/")
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     places, fills = _plan(config, rules, shapes)
     _check_coverage(source, places)
@@ -160,7 +174,7 @@ def _load(
     for tensor in _with_progress(source, progress):
         head = f"{tensor.stored_name}\0{tensor.kind}\0{list(tensor.shape)}\0"
         digest.update(head.encode())
-        digest.update(tensor.raw)
+        digest.update(tensor.raw.data)
         if place := places.get(tensor.name):
             _put(tensor, place, weights[place.target])
     return unflatten_dict(weights, sep="/"), digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from tokenizers import (
     processors,
 )
 
+from convert.files import read_json_if_there, read_text
 from convert.source import ConversionError
 from polarjax.params import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 
 Files = dict[str, str]
 
 # Token types of GGUF.
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _UNDERLINE = "▁"  # stands for a space in SentencePiece's tokens
 
 # How LLaMA-3 splits text before the merges: contractions, words, up to three digits,
@@ -38,10 +38,10 @@ _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 
 
 def from_folder(folder: Path) -> tuple[Files, list[str]]:
-    """Read tokenizer.json and the chat template of a Hugging Face folder.
+    """Read the tokenizer and the chat template of a Hugging Face folder.
 
     Args:
-      folder: of the checkpoint.
+      folder: of the checkpoint, with tokenizer.json, or vocab.json and merges.txt.
 
     Returns:
       Text files by name, and notes for the user.
@@ -49,9 +49,10 @@ def from_folder(folder: Path) -> tuple[Files, list[str]]:
     Raises:
       ConversionError: if a file is damaged.
     """
+    config = read_json_if_there(folder / "tokenizer_config.json")
     files, notes = {}, []
     if (folder / "tokenizer.json").exists():
-        text = _text(folder / "tokenizer.json")
+        text = read_text(folder / "tokenizer.json")
         try:
             Tokenizer.from_str(text)
         except Exception as error:  # the package raises bare ones
@@ -59,40 +60,64 @@ def from_folder(folder: Path) -> tuple[Files, list[str]]:
                 f"{folder / 'tokenizer.json'} is not a tokenizer: {error}"
             ) from None
         files[TOKENIZER_FILE] = text
+    elif all((folder / name).exists() for name in ("vocab.json", "merges.txt")):
+        files[TOKENIZER_FILE] = _from_vocab_and_merges(folder, config)
     else:
         notes.append(
             f"no tokenizer.json in {folder}: the checkpoint will serve token ids, "
             "not text"
         )
-    template = _folder_template(folder)
+    template = _folder_template(folder, config)
     if template:
         files[CHAT_TEMPLATE_FILE] = template
     return files, notes
 
 
-def _text(path: Path) -> str:
+def _from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> str:
+    """GPT-2's own pair of files, as OPT has them."""
+    ids = read_json_if_there(folder / "vocab.json")
+    # Beyond the vocabulary, and of tokenizers older than tokenizer.json.
+    ids |= read_json_if_there(folder / "added_tokens.json")
+    lines = read_text(folder / "merges.txt").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    names = {**read_json_if_there(folder / "special_tokens_map.json"), **config}
+    special = {}
+    for role in ("bos", "eos", "unk", "pad"):
+        token = names.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in ids:
+            special[role] = token
     try:
-        return path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise ConversionError(f"{path} is not UTF-8 text: {error}") from None
+        tokenizer = _byte_level(ids, merges, "gpt-2")
+        tokenizer.add_special_tokens(
+            [AddedToken(token, normalized=False) for token in special.values()]
+        )
+        if config.get("add_bos_token") and "bos" in special:
+            _surround(tokenizer, (special["bos"], ids[special["bos"]]), None)
+        return tokenizer.to_str(pretty=True)
+    except ConversionError:
+        raise
+    except Exception as error:  # the package raises bare ones
+        raise ConversionError(
+            f"vocab.json and merges.txt in {folder} are damaged: {error}"
+        ) from None
 
 
-def _folder_template(folder: Path) -> str | None:
+def _folder_template(folder: Path, config: dict[str, Any]) -> str | None:
     if (folder / "chat_template.jinja").exists():
-        return _text(folder / "chat_template.jinja")
-    if not (folder / "tokenizer_config.json").exists():
-        return None
-    path = folder / "tokenizer_config.json"
+        return read_text(folder / "chat_template.jinja")
+    template = config.get("chat_template")
     try:
-        config = json.loads(_text(path))
-        template = config.get("chat_template")
         if isinstance(template, list):  # several, by name
             named = {entry["name"]: entry["template"] for entry in template}
             template = named.get("default")
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        raise ConversionError(f"{path} is damaged: {error!r}") from None
+    except (KeyError, TypeError):
+        template = False
     if not isinstance(template, str | None):
-        raise ConversionError(f"{path}: chat_template must be text")
+        raise ConversionError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be text, or a "
+            "list of named texts"
+        )
     return template
 
 
@@ -126,7 +151,8 @@ def from_gguf(fields: dict[str, Any]) -> tuple[Files, list[str]]:
     vocabulary = _Vocabulary(fields)
     try:
         if model == "gpt2":
-            tokenizer = _byte_level(vocabulary, fields, pre)
+            merges = fields.get("tokenizer.ggml.merges") or []
+            tokenizer = _byte_level(vocabulary.ids, merges, pre)
         else:
             tokenizer = _sentence_piece(vocabulary, fields)
         _add_special(tokenizer, vocabulary)
@@ -158,16 +184,26 @@ class _Vocabulary:
         if len(self.ids) != len(tokens):
             raise ConversionError("tokenizer.ggml.tokens holds a token twice")
 
+    def token(self, i: int) -> str:
+        """The text of an id."""
+        if not 0 <= i < len(self.tokens):
+            raise ConversionError(
+                f"token id {i} is beyond the {len(self.tokens)} tokens of the file"
+            )
+        return self.tokens[i]
 
-def _byte_level(vocabulary: _Vocabulary, fields: dict[str, Any], pre: str) -> Tokenizer:
+
+def _byte_level(ids: dict[str, int], merges: list[str], pre: str) -> Tokenizer:
     """GPT-2's byte-level BPE; the splitting before it differs from model to model."""
-    merges = fields.get("tokenizer.ggml.merges")
-    pairs = [tuple(merge.split(" ")) for merge in merges] if merges else []
-    if not all(len(pair) == 2 for pair in pairs):
-        raise ConversionError("tokenizer.ggml.merges must hold pairs of tokens")
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not (left and right):
+            raise ConversionError(f"the tokenizer's merge {merge!r} is no pair")
+        pairs.append((left, right))
     # LLaMA-3 takes a whole word's token before it tries merges.
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary.ids, merges=pairs, ignore_merges=pre in _LLAMA3)
+        models.BPE(vocab=ids, merges=pairs, ignore_merges=pre in _LLAMA3)
     )
     if pre in _LLAMA3:
         split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
@@ -190,7 +226,7 @@ def _sentence_piece(vocabulary: _Vocabulary, fields: dict[str, Any]) -> Tokenize
     ids = vocabulary.ids
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
         raise ConversionError("tokenizer.ggml.scores must have one number per token")
-    special = (_CONTROL, _USER_DEFINED, _BYTE)
+    special = (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
     ranked = []
     for token, i in ids.items():
         if vocabulary.kinds[i] in special:
@@ -205,7 +241,7 @@ def _sentence_piece(vocabulary: _Vocabulary, fields: dict[str, Any]) -> Tokenize
         models.BPE(
             vocab=ids,
             merges=merges,
-            unk_token=vocabulary.tokens[unknown],
+            unk_token=vocabulary.token(unknown),
             fuse_unk=True,
             byte_fallback=_BYTE in vocabulary.kinds,
         )
@@ -231,7 +267,7 @@ def _sentence_piece(vocabulary: _Vocabulary, fields: dict[str, Any]) -> Tokenize
 def _add_special(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
     """Make control and user-defined tokens match in text before anything else."""
     pairs = list(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
-    control = [token for token, kind in pairs if kind == _CONTROL]
+    control = [token for token, kind in pairs if kind in (_UNKNOWN, _CONTROL)]
     defined = [token for token, kind in pairs if kind == _USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in control])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in defined])
@@ -248,19 +284,28 @@ def _add_ends(
       fields: the metadata.
       bos: whether this kind of tokenizer starts texts if the metadata do not say.
     """
-    around = {"bos": "", "eos": ""}
-    special = []
+    ends: list[tuple[str, int] | None] = []
     for name, default in (("bos", bos), ("eos", False)):
         token_id = fields.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is None or not fields.get(
-            f"tokenizer.ggml.add_{name}_token", default
-        ):
-            continue
-        token = vocabulary.tokens[token_id]
-        around[name] = token
-        special.append((token, token_id))
-    if special:
-        parts = (around["bos"], "$A", around["eos"])
+        wanted = fields.get(f"tokenizer.ggml.add_{name}_token", default)
+        if wanted and token_id is not None:
+            ends.append((vocabulary.token(token_id), token_id))
+        else:
+            ends.append(None)
+    _surround(tokenizer, *ends)
+
+
+def _surround(
+    tokenizer: Tokenizer, first: tuple[str, int] | None, last: tuple[str, int] | None
+) -> None:
+    """Put these tokens around every text."""
+    around = [part for part in (first, last) if part]
+    if around:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[part for part in parts if part], special_tokens=special
+            single=[
+                *([first[0]] if first else []),
+                "$A",
+                *([last[0]] if last else []),
+            ],
+            special_tokens=around,
         )

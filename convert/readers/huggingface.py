@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from convert.files import read_json, read_json_if_there
 from convert.source import ConversionError, Source, SourceTensor
 from convert.tokenizer import from_folder
 
@@ -40,12 +41,10 @@ def read(folder: Path) -> Source:
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; convert {folder / ggufs[0]} itself" if ggufs else ""
         raise ConversionError(f"{folder} has no config.json{hint}")
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "format_version" in config:
         raise ConversionError(f"{folder} is a polarjax checkpoint already")
-    generation = {}
-    if (folder / "generation_config.json").exists():
-        generation = _json(folder / "generation_config.json")
+    generation = read_json_if_there(folder / "generation_config.json")
     files, notes = from_folder(folder)
     return Source(
         config=config,
@@ -65,16 +64,6 @@ def pickle_refusal(path: Path) -> str:
         "trust the file: `AutoModelForCausalLM.from_pretrained(SRC)"
         ".save_pretrained(DST)`"
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold a JSON object")
-    return content
 
 
 def _ids(name: str, *configs: dict[str, Any]) -> tuple[int, ...]:
@@ -104,7 +93,7 @@ def _tensors(folder: Path) -> dict[str, SourceTensor]:
 
 
 def _sharded(folder: Path) -> dict[str, SourceTensor]:
-    index = _json(folder / _INDEX).get("weight_map")
+    index = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise ConversionError(f"{folder / _INDEX} has no weight_map")
     tensors: dict[str, SourceTensor] = {}
