@@ -1,0 +1,231 @@
+"""The dense model computes what transformers' classes compute, once converted."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert import convert
+from polarjax.model import Decoder
+from polarjax.params import read_folder
+from polarjax.policy import Dense
+
+torch = pytest.importorskip("torch", reason="parity is checked against torch")
+transformers = pytest.importorskip("transformers")
+
+LLAMA = dict(
+    vocab_size=131,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=128,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # So small that the wavelengths of a 16-dimensional head lie on all three parts
+    # of the ramp.
+    "original_max_position_embeddings": 32,
+}
+OPT = dict(
+    vocab_size=131,
+    hidden_size=64,
+    ffn_dim=112,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=96,
+    word_embed_proj_dim=64,
+    init_std=0.2,
+)
+MODELS = {
+    "llama-mha": dict(LLAMA),
+    "llama-gqa-tied": dict(LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
+    "llama-mqa": dict(LLAMA, num_key_value_heads=1, rms_norm_eps=1e-3),
+    "llama-gqa-llama3-rope": dict(
+        LLAMA, num_key_value_heads=2, rope_parameters=LLAMA3
+    ),
+    "llama-head-dim": dict(LLAMA, head_dim=24, num_key_value_heads=2),
+    "llama-bias": dict(LLAMA, attention_bias=True, num_key_value_heads=2),
+    "llama-odd": dict(
+        LLAMA,
+        **dict(vocab_size=97, hidden_size=60, intermediate_size=37),
+        **dict(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1),
+        rope_parameters={"rope_type": "default", "rope_theta": 123.0},
+    ),
+    "opt": dict(OPT),
+    "opt-projected": dict(OPT, word_embed_proj_dim=32),
+    "opt-untied": dict(OPT, tie_word_embeddings=False),
+    "opt-untied-projected": dict(
+        OPT, word_embed_proj_dim=96, tie_word_embeddings=False
+    ),
+    "opt-plain": dict(OPT, enable_bias=False, layer_norm_elementwise_affine=False),
+    "opt-gelu": dict(OPT, activation_function="gelu"),
+    "opt-odd": dict(
+        OPT,
+        **dict(vocab_size=97, hidden_size=42, ffn_dim=29, word_embed_proj_dim=42),
+        **dict(num_attention_heads=3, num_hidden_layers=1),
+    ),
+}
+LENGTHS = (5, 1, 23, 12)
+NEW = 32
+
+
+def make_reference(name: str):
+    """A model of transformers whose every parameter is random and matters."""
+    family = name.split("-")[0]
+    kind, model = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
+    }[family]
+    reference = model(kind(**MODELS[name])).eval()
+    generator = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for path, parameter in reference.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = "norm" in path and path.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if is_norm else 0.25 * noise)
+    return reference
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def pair(request, tmp_path_factory):
+    """The same model in transformers and here."""
+    reference = make_reference(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    reference.save_pretrained(folder / "hf")
+    convert(folder / "hf", folder / "ours", dtype="float32", progress=False)
+    return reference, read_folder(folder / "ours")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(2, 97, n).tolist() for n in LENGTHS]
+
+
+def padded(prompts, filler):
+    """Right-padded token ids [b, t] and lengths [b]."""
+    width = max(map(len, prompts))
+    tokens = np.full((len(prompts), width), filler, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32)
+
+
+def relative(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def greedy(model, weights, tokens, lengths, count):
+    """The next `count` tokens of each prompt, int32[count, b]."""
+
+    def step(carry, _):
+        token, cache = carry
+        logits, cache, _ = model.apply(
+            {"params": weights}, token, cache, Dense(), method="decode"
+        )
+        return (logits.argmax(-1), cache), token
+
+    logits, cache = model.apply(
+        {"params": weights}, tokens, lengths, tokens.shape[1] + count, method="prefill"
+    )
+    first = (logits.argmax(-1), cache)
+    return jax.lax.scan(step, first, length=count)[1]
+
+
+def test_logits(pair, prompts):
+    reference, params = pair
+    theirs = []
+    with torch.no_grad():
+        theirs = [reference(torch.tensor([p])).logits[0].numpy() for p in prompts]
+    tokens, lengths = padded(prompts, filler=7)
+    model = Decoder(params.config)
+    logits = jax.jit(lambda w, t: model.apply({"params": w}, t)[0])(
+        params.weights, tokens
+    )
+    ours = [row[:n] for row, n in zip(np.asarray(logits), lengths, strict=True)]
+    assert relative(np.concatenate(ours), np.concatenate(theirs)) < 1e-4
+    for mine, other in zip(ours, theirs, strict=True):
+        assert relative(mine, other) < 1e-4
+    # What follows a prompt's end must not matter, nor its neighbours.
+    again, _ = padded(prompts, filler=3)
+    last, _ = model.apply(
+        {"params": params.weights}, again, lengths, again.shape[1], method="prefill"
+    )
+    ends = np.stack([rows[-1] for rows in theirs])
+    assert relative(last, ends) < 1e-4
+
+
+def test_greedy_tokens(pair, prompts):
+    reference, params = pair
+    tokens, lengths = padded(prompts, filler=7)
+    ours = greedy(Decoder(params.config), params.weights, tokens, lengths, NEW)
+    theirs = []
+    for prompt in prompts:
+        out = reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        theirs.append(out[0, len(prompt) :].tolist())
+    assert np.asarray(ours).T.tolist() == theirs
+    assert len({t for row in theirs for t in row}) > 10, "a degenerate comparison"
+
+
+def test_the_models_reach_what_they_are_meant_to(pair):
+    reference, params = pair
+    config = params.config
+    their = reference.config
+    assert config.tied_embeddings == their.tie_word_embeddings
+    assert config.context == their.max_position_embeddings
+    assert config.qkv_bias == getattr(
+        their, "attention_bias", getattr(their, "enable_bias", None)
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(params.weights))
+    stored = sum(p.numel() for p in reference.parameters())
+    if config.family == "opt" and not their.layer_norm_elementwise_affine:
+        stored += config.dim * 2 * (2 * config.layers + 1)
+    assert count == stored
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-llama3-rope", "llama-odd", "opt"])
+def test_configs_of_transformers_4_and_5_agree(name, tmp_path):
+    make_reference(name).save_pretrained(tmp_path / "five")
+    five = json.loads((tmp_path / "five/config.json").read_text())
+    four = dict(five, torch_dtype=five.pop("dtype"), transformers_version="4.44.0")
+    variants = [four]
+    if rope := four.pop("rope_parameters", None):
+        four["rope_theta"] = rope.pop("rope_theta")
+        four["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+        if four["rope_scaling"]:  # the oldest wrote `type`
+            older = {"type" if k == "rope_type" else k: v for k, v in rope.items()}
+            variants.append(dict(four, rope_scaling=older))
+        del four["head_dim"]
+    first = convert(tmp_path / "five", tmp_path / "ours", progress=False)
+    reference = read_folder(tmp_path / "ours")
+    for i, config in enumerate(variants):
+        (tmp_path / "five/config.json").write_text(json.dumps(config))
+        other = convert(tmp_path / "five", tmp_path / f"v{i}", progress=False)
+        assert dataclasses.replace(other, folder="") == dataclasses.replace(
+            first, folder=""
+        )
+        assert other.model_hash == first.model_hash
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            reference.weights,
+            read_folder(tmp_path / f"v{i}").weights,
+        )
