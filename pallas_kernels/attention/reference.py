@@ -18,11 +18,11 @@ def attend(q, k_cache, v_cache, lengths, heads, n_active, *, scale):
     n_active = jnp.full(b, n, jnp.int32) if n_active is None else n_active
     active = jnp.arange(n, dtype=jnp.int32) < n_active[:, None]  # [b, n]
     rows = jnp.arange(b, dtype=jnp.int32)[:, None]
-    source = jnp.where(active, heads, 0)  # what lies behind n_active may be anything
+    # What lies behind n_active may be anything: clipped here, and dropped below.
     out = _attend_groups(
-        q.at[rows, source].get(mode="clip"),
-        k_cache.at[rows, source].get(mode="clip"),
-        v_cache.at[rows, source].get(mode="clip"),
+        q.at[rows, heads].get(mode="clip"),
+        k_cache.at[rows, heads].get(mode="clip"),
+        v_cache.at[rows, heads].get(mode="clip"),
         valid,
         scale,
     )
