@@ -38,8 +38,8 @@ class Rope:
 class ModelConfig:
     """Shape and kind of a decoder-only model.
 
-    Letters are the README's glossary. Fields that describe the checkpoint rather than
-    the computation take no part in equality, so that they never cause a recompilation.
+    Letters are the README's glossary. The last five fields describe the checkpoint
+    rather than the computation; `architecture` leaves them out.
 
     Attributes:
       family: the family it was converted from ("llama", "opt").
@@ -89,11 +89,11 @@ class ModelConfig:
     mlp_bias: bool
     tied_embeddings: bool
     embed_dim: int
-    bos_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
-    eos_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
-    budgets: tuple[int, ...] = dataclasses.field(default=(), compare=False)
-    model_hash: str = dataclasses.field(default="", compare=False)
-    folder: str = dataclasses.field(default="", compare=False)
+    bos_ids: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()
+    budgets: tuple[int, ...] = ()
+    model_hash: str = ""
+    folder: str = ""
 
     def __post_init__(self) -> None:
         for name in (
@@ -114,6 +114,18 @@ class ModelConfig:
     def group(self) -> int:
         """Query heads per KV group, g."""
         return self.heads // self.kv_heads
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """What the computation depends on: the static argument of compiled programs.
+
+        Two checkpoints of one architecture share their programs, although their
+        configs differ (as they must: `jax.jit` hands back a pytree with the static
+        half that it saw first).
+        """
+        return dataclasses.replace(
+            self, bos_ids=(), eos_ids=(), budgets=(), model_hash="", folder=""
+        )
 
     def to_json(self) -> str:
         """The record as JSON text, without `folder` (it may move)."""

@@ -128,7 +128,7 @@ def generate(
         for ids, limit in zip(encoded, remaining.tolist(), strict=True)
     ]
     end_ids = jnp.asarray(ends or (-1,), jnp.int32)
-    common = {"config": config, "implementation": implementation}
+    common = {"config": config.architecture, "implementation": implementation}
     args = (weights, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(remaining))
     kwargs = {"capacity": capacity, "score_rows": bound.score_rows, **common}
     clock = _Clock()
@@ -203,7 +203,7 @@ def logits(
             raise ValueError(f"lengths must be {b} numbers from 1 to {t}: {lengths}")
     return loop.all_logits(
         *(params.weights, jnp.asarray(tokens, jnp.int32)),
-        config=config,
+        config=config.architecture,
         implementation=implementation,
     )
 
