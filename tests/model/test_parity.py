@@ -21,7 +21,7 @@ LLAMA = dict(
     vocab_size=131,
     hidden_size=64,
     intermediate_size=112,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=4,
     max_position_embeddings=128,
@@ -40,7 +40,7 @@ OPT = dict(
     vocab_size=131,
     hidden_size=64,
     ffn_dim=112,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     max_position_embeddings=96,
     word_embed_proj_dim=64,
@@ -50,9 +50,7 @@ MODELS = {
     "llama-mha": dict(LLAMA),
     "llama-gqa-tied": dict(LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
     "llama-mqa": dict(LLAMA, num_key_value_heads=1, rms_norm_eps=1e-3),
-    "llama-gqa-llama3-rope": dict(
-        LLAMA, num_key_value_heads=2, rope_parameters=LLAMA3
-    ),
+    "llama-gqa-llama3-rope": dict(LLAMA, num_key_value_heads=2, rope_parameters=LLAMA3),
     "llama-head-dim": dict(LLAMA, head_dim=24, num_key_value_heads=2),
     "llama-bias": dict(LLAMA, attention_bias=True, num_key_value_heads=2),
     "llama-odd": dict(
@@ -96,6 +94,15 @@ def make_reference(name: str):
     return reference
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that torch's threads only cost."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=list(MODELS))
 def pair(request, tmp_path_factory):
     """The same model in transformers and here."""
@@ -112,6 +119,15 @@ def prompts() -> list[list[int]]:
     return [rng.integers(2, 97, n).tolist() for n in LENGTHS]
 
 
+@pytest.fixture(scope="module")
+def outputs(pair, prompts):
+    """What the model here makes of the prompts, as one ragged batch."""
+    params = pair[1]
+    tokens, lengths = padded(prompts, filler=7)
+    other, _ = padded(prompts, filler=3)
+    return run(Decoder(params.config), params.weights, tokens, other, lengths)
+
+
 def padded(prompts, filler):
     """Right-padded token ids [b, t] and lengths [b]."""
     width = max(map(len, prompts))
@@ -126,51 +142,37 @@ def relative(ours, theirs) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def greedy(model, weights, tokens, lengths, count):
-    """The next `count` tokens of each prompt, int32[count, b]."""
+@partial(jax.jit, static_argnums=0)
+def run(model, weights, tokens, other, lengths):
+    """All logits; those after the prompts, padded otherwise; the next tokens."""
 
     def step(carry, _):
         token, cache = carry
-        logits, cache, _ = model.apply(
-            {"params": weights}, token, cache, Dense(), method="decode"
-        )
+        logits, cache, _ = apply(token, cache, Dense(), method="decode")
         return (logits.argmax(-1), cache), token
 
-    logits, cache = model.apply(
-        {"params": weights}, tokens, lengths, tokens.shape[1] + count, method="prefill"
-    )
-    first = (logits.argmax(-1), cache)
-    return jax.lax.scan(step, first, length=count)[1]
+    apply = partial(model.apply, {"params": weights})
+    every, _ = apply(tokens)
+    last, cache = apply(other, lengths, other.shape[1] + NEW, method="prefill")
+    _, chosen = jax.lax.scan(step, (last.argmax(-1), cache), length=NEW)
+    return every, last, chosen.T
 
 
-def test_logits(pair, prompts):
-    reference, params = pair
-    theirs = []
+def test_logits(pair, prompts, outputs):
+    reference, _ = pair
     with torch.no_grad():
         theirs = [reference(torch.tensor([p])).logits[0].numpy() for p in prompts]
-    tokens, lengths = padded(prompts, filler=7)
-    model = Decoder(params.config)
-    logits = jax.jit(lambda w, t: model.apply({"params": w}, t)[0])(
-        params.weights, tokens
-    )
-    ours = [row[:n] for row, n in zip(np.asarray(logits), lengths, strict=True)]
+    every, last, _ = map(np.asarray, outputs)
+    ours = [row[: len(p)] for row, p in zip(every, prompts, strict=True)]
     assert relative(np.concatenate(ours), np.concatenate(theirs)) < 1e-4
     for mine, other in zip(ours, theirs, strict=True):
         assert relative(mine, other) < 1e-4
-    # What follows a prompt's end must not matter, nor its neighbours.
-    again, _ = padded(prompts, filler=3)
-    last, _ = model.apply(
-        {"params": params.weights}, again, lengths, again.shape[1], method="prefill"
-    )
-    ends = np.stack([rows[-1] for rows in theirs])
-    assert relative(last, ends) < 1e-4
+    # The other padding must not matter.
+    assert relative(last, np.stack([rows[-1] for rows in theirs])) < 1e-4
 
 
-def test_greedy_tokens(pair, prompts):
-    reference, params = pair
-    tokens, lengths = padded(prompts, filler=7)
-    ours = greedy(Decoder(params.config), params.weights, tokens, lengths, NEW)
+def test_greedy_tokens(pair, prompts, outputs):
+    reference, _ = pair
     theirs = []
     for prompt in prompts:
         out = reference.generate(
@@ -182,7 +184,7 @@ def test_greedy_tokens(pair, prompts):
             pad_token_id=0,
         )
         theirs.append(out[0, len(prompt) :].tolist())
-    assert np.asarray(ours).T.tolist() == theirs
+    assert np.asarray(outputs[2]).tolist() == theirs
     assert len({t for row in theirs for t in row}) > 10, "a degenerate comparison"
 
 
