@@ -49,7 +49,7 @@ def test_llama_weights_are_where_they_belong(changes, tmp_path):
     write_hf(tmp_path / "hf", config, tensors)
     made = convert(tmp_path / "hf", tmp_path / "out", dtype="float32", progress=False)
     assert_same(weights(tmp_path / "out"), expected_llama(config, tensors))
-    assert made == ModelConfig(
+    assert made.architecture == ModelConfig(
         family="llama",
         vocab_size=61,
         dim=32,
@@ -135,7 +135,7 @@ def test_shards_equal_one_file(tmp_path):
     one = convert(tmp_path / "one", tmp_path / "a", progress=False)
     many = convert(tmp_path / "many", tmp_path / "b", progress=False)
     assert_same(weights(tmp_path / "b"), weights(tmp_path / "a"))
-    assert one == many and one.model_hash == many.model_hash
+    assert one.architecture == many.architecture and one.model_hash == many.model_hash
 
 
 def test_the_hash_is_the_source_s(tmp_path):
