@@ -65,6 +65,8 @@ def _advance(
 ) -> tuple[State, jax.Array, jax.Array]:
     token, logprob = sample(logits, sampling, cache.lengths)
     stops = (token[:, None] == stop_ids[None, :]).any(axis=1)
+    # The best of NaN logits is token 0: no stop token, but an error for the host.
+    stops &= ~jnp.isnan(logprob)
     valid = live & ~stops
     remaining = remaining - valid.astype(jnp.int32)
     state = State(cache, token, valid & (remaining > 0), remaining)
