@@ -6,22 +6,21 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import union_neurons
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
 from polarjax.sparsity.routers import append_rows
-from polarjax.sparsity.select import Density, HeadBudget, check_density, count
+from polarjax.sparsity.select import (
+    Density,
+    HeadBudget,
+    check_density,
+    count,
+    static_density,
+)
 from polarjax.sparsity.select import head_budget as make_budget
 
 _static = {"static": True}
-
-
-def _static_density(density: Density) -> Density:
-    """A form of the density that hashes; anything odd is left for the check."""
-    single = density is None or isinstance(density, int | float | np.number | str)
-    return density if single else tuple(np.asarray(density).tolist())
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +51,7 @@ class Polar:
     wants_norms = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "density", _static_density(self.density))
+        object.__setattr__(self, "density", static_density(self.density))
 
     def bind(self, params: Params, batch: int) -> tuple[Tree, Polar]:
         """Append the router rows; see `SelectionPolicy.bind`."""
@@ -128,7 +127,7 @@ class Oracle:
     score_rows = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "density", _static_density(self.density))
+        object.__setattr__(self, "density", static_density(self.density))
 
     def bind(self, params: Params, batch: int) -> tuple[Tree, Oracle]:
         """Only the budget; see `SelectionPolicy.bind`."""
@@ -167,7 +166,7 @@ class Random:
     score_rows = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "density", _static_density(self.density))
+        object.__setattr__(self, "density", static_density(self.density))
 
     def bind(self, params: Params, batch: int) -> tuple[Tree, Random]:
         """Draw; see `SelectionPolicy.bind`."""

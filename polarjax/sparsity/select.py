@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,16 @@ class HeadBudget:
         return top_heads(ranking, limit), self.counts[layer]
 
 
+def static_density(density: Any) -> Any:
+    """A form that hashes, a tuple where there is one density per request.
+
+    Anything odd is left for the check.
+    """
+    if isinstance(density, np.ndarray | jax.Array):
+        density = density.tolist()
+    return tuple(density) if isinstance(density, list | tuple) else density
+
+
 def count(density: float, total: int) -> int:
     """How many of `total` heads (or neurons) a density keeps, at least 1."""
     return max(1, math.floor(density * total + 1e-4))
@@ -90,8 +101,8 @@ def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget
             )
         table = np.repeat(np.array(config.budgets, np.int32)[:, None], batch, axis=1)
     else:
-        single = isinstance(density, int | float | np.number | str)
-        densities = [density] * batch if single else list(density)
+        density = static_density(density)
+        densities = density if isinstance(density, tuple) else [density] * batch
         if len(densities) != batch:
             raise ValueError(f"{len(densities)} densities for {batch} prompts")
         counts = [count(check_density(d), k) for d in densities]
