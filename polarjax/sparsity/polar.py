@@ -60,14 +60,14 @@ class Polar:
         # A request at density 1 is promised its exact MLP, so the batch's is dense.
         wants_dense = bool((budget.counts == config.kv_heads).all(axis=0).any())
         neuron_budget, neuron_routers = (0,) * config.layers, {}
-        if self.neuron_density is not None and not wants_dense:
+        if self.neuron_density is not None:
             n = count(check_density(self.neuron_density), config.neurons)
             if config.activation != "relu":
                 raise ValueError(
                     f"neuron sparsity needs a ReLU MLP, the model's is "
                     f"{config.activation}: leave neuron_density out"
                 )
-            if n < config.neurons:
+            if n < config.neurons and not wants_dense:
                 neuron_budget = (0, *(n,) * (config.layers - 1))
         sparse = [
             i
