@@ -118,13 +118,11 @@ def write_folder(
                 f"and {free / 1e6:,.1f} MB are free"
             )
         for name, tree in parts.items():
-            with _quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-                try:
+            try:  # around it all: its threads' errors come when it closes
+                with _quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
                     checkpointer.save((partial / name).absolute(), tree)
-                except Exception as error:  # of many types, from its threads
-                    raise OSError(
-                        f"cannot write {path}: {_first_line(error)}"
-                    ) from None
+            except Exception as error:  # of many types
+                raise OSError(f"cannot write {path}: {_first_line(error)}") from None
         for name, text in (files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         # Last: a folder without it does not load.
