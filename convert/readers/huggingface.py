@@ -104,11 +104,11 @@ def _sharded(folder: Path) -> dict[str, SourceTensor]:
         if not (folder / shard).exists():
             raise ConversionError(f"the shard {folder / shard} is missing")
         for tensor in _open(folder / shard):
-            if index.get(tensor.name) != shard:
+            listed = index.get(tensor.name)
+            if listed != shard:
+                where = f"places in {listed}" if listed else "does not list"
                 raise ConversionError(
-                    f"{shard} holds {tensor.name}, which {_INDEX} "
-                    + (f"places in {index[tensor.name]}" * (tensor.name in index))
-                    + ("does not list" * (tensor.name not in index))
+                    f"{shard} holds {tensor.name}, which {_INDEX} {where}"
                 )
             tensors[tensor.name] = tensor
     for name, shard in index.items():

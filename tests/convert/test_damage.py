@@ -1,0 +1,316 @@
+"""Damaged files, full disks and killed processes: one error, nothing that loads."""
+
+import dataclasses
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from convert import ConversionError, convert
+from convert.readers.gguf_header import read_header
+from polarjax.params import read_folder
+from tests.convert.checkpoints import (
+    LLAMA,
+    llama_tensors,
+    write_gguf,
+    write_hf,
+    write_sharded,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def safetensors_header(path: Path) -> int:
+    return 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
+
+
+def convert_bytes(path: Path, content: bytes, out: Path):
+    """Convert `path` with this content: weights by path, or None if refused."""
+    path.write_bytes(content)
+    source = path if path.suffix == ".gguf" else path.parent
+    try:
+        convert(source, out, dtype="float32", overwrite=True, progress=False)
+    except ConversionError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        assert not out.exists() and not out.with_name(out.name + ".partial").exists()
+        return None
+    params = read_folder(out)
+    (out / "config.json").unlink()
+    for child in sorted(out.rglob("*"), reverse=True):
+        child.rmdir() if child.is_dir() else child.unlink()
+    out.rmdir()
+    return params
+
+
+def assert_equal(params, reference):
+    jax.tree.map(np.testing.assert_array_equal, params.weights, reference.weights)
+
+
+@pytest.fixture
+def tokenizer_fields():
+    tokens = [f"t{i}" for i in range(LLAMA["vocab_size"])]
+    return [
+        ("add_tokenizer_model", "gpt2"),
+        ("add_tokenizer_pre", "smollm"),
+        ("add_token_list", tokens),
+        ("add_token_types", [1] * len(tokens)),
+        ("add_eos_token_id", 2),
+        ("add_chat_template", "{{ messages }}"),
+    ]
+
+
+def test_truncated_safetensors(tmp_path):
+    path = write_hf(tmp_path / "hf") / "model.safetensors"
+    whole = path.read_bytes()
+    header = safetensors_header(path)
+    for end in (0, 1, 7, 8, 9, header // 2, header, header + 1, len(whole) - 1):
+        assert convert_bytes(path, whole[:end], tmp_path / "out") is None, end
+    assert convert_bytes(path, whole + b"\0", tmp_path / "out") is None
+
+
+def test_truncated_gguf(tmp_path, tokenizer_fields):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, fields=tokenizer_fields)
+    whole = path.read_bytes()
+    ends = [0, 3, 4, 7, 8, 15, 23, 24, *range(32, len(whole), 997), len(whole) - 1]
+    for end in ends:
+        assert convert_bytes(path, whole[:end], tmp_path / "out") is None, end
+    assert convert_bytes(path, whole + bytes(64), tmp_path / "out") is None
+
+
+def flips(size: int, step: int):
+    """(byte, bit) pairs; every bit position occurs."""
+    return [(at, (at // step) % 8) for at in range(0, size, step)]
+
+
+def sweep_safetensors(tmp_path, step):
+    path = write_hf(tmp_path / "hf") / "model.safetensors"
+    whole = path.read_bytes()
+    reference = convert_bytes(path, whole, tmp_path / "out")
+    refused = 0
+    for at, bit in flips(safetensors_header(path), step):
+        content = bytearray(whole)
+        content[at] ^= 1 << bit
+        params = convert_bytes(path, bytes(content), tmp_path / "out")
+        if params is None:
+            refused += 1
+        else:  # in the padding or the free metadata
+            assert_equal(params, reference)
+            assert params.config == reference.config
+    return refused
+
+
+# Those whose every value makes a valid file: nothing tells that they were damaged.
+FREE = ("rope", "norm_eps", "context", "bos_ids", "eos_ids")
+
+
+def sweep_gguf(tmp_path, step, fields):
+    """The metadata have no checksum, but the tensors must be the same in any case."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, fields=fields)
+    whole = path.read_bytes()
+    reference = convert_bytes(path, whole, tmp_path / "out")
+    free = {name: getattr(reference.config, name) for name in FREE}
+    refused = 0
+    _, entries = read_header(np.frombuffer(whole, np.uint8), path)
+    for at, bit in flips(entries[0].begin, step):
+        content = bytearray(whole)
+        content[at] ^= 1 << bit
+        params = convert_bytes(path, bytes(content), tmp_path / "out")
+        if params is None:
+            refused += 1
+        else:
+            assert_equal(params, reference)
+            assert dataclasses.replace(params.config, **free) == reference.config
+    return refused
+
+
+def test_flipped_bits_in_a_safetensors_header(tmp_path):
+    assert sweep_safetensors(tmp_path, step=13) > 100
+
+
+def test_flipped_bits_in_a_gguf_header(tmp_path, tokenizer_fields):
+    assert sweep_gguf(tmp_path, 29, tokenizer_fields) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["safetensors", "gguf"])
+def test_every_flipped_byte_of_a_header(format_, tmp_path, tokenizer_fields):
+    if format_ == "gguf":
+        assert sweep_gguf(tmp_path, 1, tokenizer_fields) > 1000
+    else:
+        assert sweep_safetensors(tmp_path, step=1) > 1000
+
+
+@pytest.mark.parametrize("count", [2**31, 2**40, 2**63, 2**64 - 1])
+def test_absurd_counts_in_gguf(count, tmp_path, tokenizer_fields):
+    """Refused at once: nothing is allocated or looped over on a file's word."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, fields=tokenizer_fields)
+    whole = path.read_bytes()
+    number = struct.pack("<Q", count)
+    array = whole.index(b"tokenizer.ggml.tokens") + 21 + 4 + 4
+    types = whole.index(b"tokenizer.ggml.token_type") + 25 + 4 + 4
+    shape = whole.index(b"token_embd.weight") + 17 + 4
+    for at in (8, 16, 24, array, array + 8, types, shape, shape + 8, shape + 20):
+        content = whole[:at] + number + whole[at + 8 :]
+        assert convert_bytes(path, content, tmp_path / "out") is None, at
+
+
+def test_absurd_sizes_in_safetensors(tmp_path):
+    path = write_hf(tmp_path / "hf") / "model.safetensors"
+    whole = path.read_bytes()
+    header = safetensors_header(path)
+    for size in (0, header, 2**31, 2**62, 2**64 - 1):
+        content = struct.pack("<Q", size) + whole[8:]
+        assert convert_bytes(path, content, tmp_path / "out") is None
+    entries = json.loads(whole[8:header])
+    for change in (
+        {"shape": [2**62, 2**62]},
+        {"shape": [-1]},
+        {"data_offsets": [0, 2**60]},
+        {"dtype": "F128"},
+        {"dtype": "I32"},
+    ):
+        changed = {
+            **entries,
+            "model.norm.weight": entries["model.norm.weight"] | change,
+        }
+        text = json.dumps(changed).encode()
+        content = struct.pack("<Q", len(text)) + text + whole[header:]
+        assert convert_bytes(path, content, tmp_path / "out") is None
+
+
+def test_damaged_shard(tmp_path):
+    folder = write_sharded(tmp_path / "hf", LLAMA, llama_tensors())
+    shard = folder / "model-00002-of-00003.safetensors"
+    whole = shard.read_bytes()
+    assert convert_bytes(shard, whole[:-5], tmp_path / "out") is None
+    assert convert_bytes(shard, b"not at all", tmp_path / "out") is None
+    assert convert_bytes(shard, whole, tmp_path / "out") is not None
+
+
+def test_misnamed_files(tmp_path):
+    gguf = tmp_path / "model.gguf"
+    write_gguf(gguf)
+    folder = write_hf(tmp_path / "hf")
+    safetensors = (folder / "model.safetensors").read_bytes()
+    # Each in the other's clothes; the content decides.
+    assert convert_bytes(tmp_path / "other.gguf", safetensors, tmp_path / "out") is None
+    path = folder / "model.safetensors"
+    assert convert_bytes(path, gguf.read_bytes(), tmp_path / "out") is None
+    renamed = tmp_path / "model.weights"
+    gguf.rename(renamed)
+    convert(renamed, tmp_path / "out", progress=False)
+
+
+def run(code: str, *arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+KILLED = """
+import os, signal, sys
+import orbax.checkpoint as ocp
+from convert import convert
+
+save = ocp.StandardCheckpointer.save
+
+def save_and_die(self, *arguments, **options):
+    save(self, *arguments, **options)
+    if sys.argv[3] == "finished":
+        self.wait_until_finished()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+ocp.StandardCheckpointer.save = save_and_die
+convert(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "finished"])
+def test_killed_while_writing(moment, tmp_path):
+    source, out = write_hf(tmp_path / "hf"), tmp_path / "out"
+    done = run(KILLED, source, out, moment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    partial = tmp_path / "out.partial"
+    assert partial.exists() and not out.exists()
+    for path in (out, partial):
+        with pytest.raises(FileNotFoundError):
+            read_folder(path)
+    convert(source, out, progress=False)
+    assert read_folder(out).config.layers == 2
+    assert not partial.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a tmpfs of some size; unmounted afterwards."""
+    mounted = []
+
+    def mount(limits: str) -> Path:
+        path = tmp_path / f"disk{len(mounted)}"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", limits, "tmpfs", path]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("a full disk needs `mount`")
+        if done.returncode:
+            pytest.skip(f"a full disk needs the right to mount: {done.stderr.strip()}")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", path], check=True)
+
+
+# Too few bytes, which is seen before writing; and too few files, which is not.
+@pytest.mark.parametrize("limits", ["size=200k", "nr_inodes=12"])
+def test_full_disk(limits, tmp_path, small_disk):
+    config = {**LLAMA, "hidden_size": 128, "intermediate_size": 384}
+    write_hf(tmp_path / "hf", config)
+    disk = small_disk(limits)
+    arguments = [tmp_path / "hf", disk / "out", "--dtype", "float32"]
+    done = run(
+        "from convert.__main__ import main; raise SystemExit(main())", *arguments
+    )
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("note")]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: ")
+    assert "no space" in errors[0].lower() or "cannot write" in errors[0]
+    assert list(disk.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_cannot_be_written(tmp_path):
+    source = write_hf(tmp_path / "hf")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(OSError):
+        convert(source, tmp_path / "locked/out", progress=False)
+
+
+def test_interrupted(tmp_path, monkeypatch):
+    """Ctrl-C leaves nothing."""
+    source = write_hf(tmp_path / "hf")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert.core.check_finite", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

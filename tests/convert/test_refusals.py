@@ -1,0 +1,273 @@
+"""What is not supported is refused in one sentence that names it, leaving nothing."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from convert import ConversionError, convert
+from convert.__main__ import main
+from polarjax.params import read_folder
+from tests.convert.checkpoints import (
+    LLAMA,
+    OPT,
+    llama_tensors,
+    opt_tensors,
+    write_gguf,
+    write_hf,
+    write_sharded,
+)
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def refused(source, folder, match, error=ConversionError, **options):
+    """Conversion fails with that message and leaves no trace in the folder."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(error, match=match) as caught:
+        convert(source, folder / "out", progress=False, **options)
+    assert "\n" not in str(caught.value)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+         "MistralForCausalLM is not supported; supported: LlamaForCausalLM, OPTFor"),
+        ({"architectures": None, "model_type": "gpt2"}, "'gpt2' is not supported"),
+        ({"model_type": None, "architectures": []}, "None is not supported"),
+        ({"model_type": []}, "not supported"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassif"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' .* supported: silu"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ({"rope_scaling": {**LLAMA3, "factor": None}}, "has no factor"),
+        ({"rope_scaling": [1]}, "are no record"),
+        ({"rope_theta": -1.0}, "rope_theta must be positive"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
+        ({"hidden_size": None}, "has no hidden_size"),
+        ({"hidden_size": 32.0}, "hidden_size must be an integer, not 32.0"),
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers, but .* only 21 tensors"),
+        ({"num_hidden_layers": True}, "must be an integer, not True"),
+        ({"num_key_value_heads": 3}, "must be a multiple of kv_heads"),
+        ({"head_dim": 7}, "even head_dim"),
+        ({"tie_word_embeddings": "no"}, "must be true or false"),
+        ({"eos_token_id": "2"}, "eos_token_id must be token ids"),
+        # Sizes that the tensors do not have.
+        ({"vocab_size": 60}, r"(lm_head|embed_tokens).weight has shape \[61, 32\], "
+         r"but config.json asks for \[60, 32\]"),
+        ({"num_key_value_heads": 4},
+         r"k_proj.weight has shape \[16, 32\], .* asks for \[32, 32\]"),
+        ({"num_hidden_layers": 3}, r"no tensor model.layers.2.*shape \[32\]"),
+        ({"num_hidden_layers": 1}, "has a tensor model.layers.1.* does not have"),
+        ({"attention_bias": True}, "no tensor model.layers.0.self_attn.q_proj.bias"),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_llama_configurations(changes, match, tmp_path):
+    write_hf(tmp_path / "hf", {**LLAMA, **changes}, llama_tensors())
+    refused(tmp_path / "hf", tmp_path, match)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"do_layer_norm_before": False}, "OPT-350M"),
+        ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ({"activation_function": "tanh"}, "'tanh' .* supported: relu, gelu"),
+        ({"num_attention_heads": 5}, "32 is not a multiple of num_attention_heads 5"),
+        ({"word_embed_proj_dim": 32}, "embed_tokens.weight has shape"),
+        ({"enable_bias": False}, "has a tensor model.decoder.*bias"),
+        ({"max_position_embeddings": 22}, r"shape \[22, 32\], .* for \[24, 32\]"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_opt_configurations(changes, match, tmp_path):
+    write_hf(tmp_path / "hf", {**OPT, **changes}, opt_tensors())
+    refused(tmp_path / "hf", tmp_path, match)
+
+
+def test_missing_and_unexpected_tensors(tmp_path):
+    tensors = llama_tensors()
+    norm = tensors.pop("model.norm.weight")
+    write_hf(tmp_path / "hf", LLAMA, tensors)
+    refused(tmp_path / "hf", tmp_path, r"no tensor model.norm.weight.*\[32\]")
+    tensors |= {"model.norm.weight": norm, "model.extra": norm}
+    write_hf(tmp_path / "hf", LLAMA, tensors)
+    refused(tmp_path / "hf", tmp_path, r"has a tensor model.extra of shape \[32\]")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(value, tmp_path):
+    tensors = llama_tensors()
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+    write_hf(tmp_path / "hf", LLAMA, tensors)
+    refused(tmp_path / "hf", tmp_path, "layers.1.mlp.down_proj.weight holds NaN or inf")
+
+
+def test_weights_beyond_float16(tmp_path):
+    tensors = llama_tensors()
+    tensors["model.norm.weight"][0] = 1e5
+    write_hf(tmp_path / "hf", LLAMA, tensors)
+    match = "model.norm.weight has values beyond the range of float16"
+    refused(tmp_path / "hf", tmp_path, match, dtype="float16")
+    convert(tmp_path / "hf", tmp_path / "out", progress=False)
+
+
+def test_weights_that_are_integers(tmp_path):
+    tensors = llama_tensors()
+    tensors["model.norm.weight"] = np.ones(32, np.int8)
+    write_hf(tmp_path / "hf", LLAMA, tensors)
+    refused(tmp_path / "hf", tmp_path, "model.norm.weight in .* is I8, not a float")
+
+
+def test_files_that_are_missing(tmp_path):
+    refused(tmp_path / "nowhere", tmp_path, "no such file or folder: .*nowhere")
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    refused(folder, tmp_path, "has no config.json")
+    (folder / "model.gguf").touch()
+    refused(folder, tmp_path, "has no config.json; convert .*model.gguf itself")
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    refused(folder, tmp_path, "neither model.safetensors nor model.safetensors.index")
+    save_file({}, folder / "weights.safetensors")
+    refused(folder, tmp_path, "it has weights.safetensors")
+    refused(folder / "weights.safetensors", tmp_path, "give its folder")
+    refused(folder / "config.json", tmp_path, "is not a GGUF file: it begins with")
+    refused(folder / "model.gguf", tmp_path, "is not a GGUF file: it begins with b''")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_pickles(name, tmp_path):
+    write_hf(tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").unlink()
+    (tmp_path / f"hf/{name}").write_bytes(b"\x80\x04never read")
+    for source in (tmp_path / "hf", tmp_path / "hf" / name):
+        refused(source, tmp_path, "is a pickle, and reading a pickle runs whatever")
+
+
+def test_a_pickle_beside_safetensors_is_no_matter(tmp_path):
+    write_hf(tmp_path / "hf")
+    (tmp_path / "hf/pytorch_model.bin").write_bytes(b"\x80\x04never read")
+    convert(tmp_path / "hf", tmp_path / "out", progress=False)
+
+
+def test_shards(tmp_path):
+    folder = write_sharded(tmp_path / "hf", LLAMA, llama_tensors())
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())["weight_map"]
+
+    def with_index(changed):
+        path.write_text(json.dumps({"weight_map": changed}))
+
+    first, second = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
+    name = next(name for name, shard in index.items() if shard == first)
+    with_index({n: s for n, s in index.items() if n != name})
+    refused(folder, tmp_path, f"{first} holds {name}, which .* does not list")
+    with_index({**index, name: second})
+    refused(folder, tmp_path, f"{first} holds {name}, which .* places in {second}")
+    with_index({**index, "model.extra": first})
+    refused(folder, tmp_path, f"places model.extra in {first}: it is not there")
+    with_index({**index, name: "../elsewhere.safetensors"})
+    refused(folder, tmp_path, "'../elsewhere.safetensors', not a file name")
+    with_index({})
+    refused(folder, tmp_path, "no weight_map")
+    with_index(index)
+    (folder / second).unlink()
+    refused(folder, tmp_path, f"the shard .*{second} is missing")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000, "null"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_is_none(name, text, tmp_path):
+    write_hf(tmp_path / "hf")
+    (tmp_path / "hf" / name).write_bytes(text.encode("latin-1"))
+    refused(tmp_path / "hf", tmp_path, f"{name} (is not|must hold)")
+
+
+def test_destinations(tmp_path):
+    source = write_hf(tmp_path / "deep/hf")
+    out = tmp_path / "out"
+    # One that would delete the source.
+    for path in (source, source.parent):
+        with pytest.raises(ConversionError, match="would delete"):
+            convert(source, path, overwrite=True, progress=False)
+    partial = source.rename(tmp_path / "out.partial")
+    with pytest.raises(ConversionError, match="would delete"):
+        convert(partial, out, progress=False)
+    source = partial.rename(source)
+    with pytest.raises(ConversionError, match="lies inside"):
+        convert(source, source / "out", progress=False)
+    # One that exists.
+    convert(source, out, dtype="float32", progress=False)
+    refused(source, tmp_path, "out exists", FileExistsError)
+    convert(source, out, dtype="float16", overwrite=True, progress=False)
+    assert read_folder(out).dtype == "float16"
+    # One that is something else.
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter").write_text("years of work")
+    (tmp_path / "note").write_text("a file")
+    for name in ("thesis", "note"):
+        with pytest.raises(FileExistsError, match="not a polarjax checkpoint"):
+            convert(source, tmp_path / name, overwrite=True, progress=False)
+    assert (tmp_path / "thesis/chapter").read_text() == "years of work"
+    # A checkpoint already.
+    refused_again = tmp_path / "again"
+    with pytest.raises(ConversionError, match="is a polarjax checkpoint already"):
+        convert(out, refused_again, progress=False)
+    assert source.is_dir() and not refused_again.exists()
+
+
+def test_the_source_survives_a_failed_overwrite(tmp_path):
+    convert(write_hf(tmp_path / "hf"), tmp_path / "out", progress=False)
+    before = read_folder(tmp_path / "out").config.model_hash
+    (tmp_path / "hf/model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ConversionError):
+        convert(tmp_path / "hf", tmp_path / "out", overwrite=True, progress=False)
+    assert read_folder(tmp_path / "out").config.model_hash == before
+
+
+def test_command_line(tmp_path, capsys):
+    write_gguf(tmp_path / "model.gguf")
+    arguments = [str(tmp_path / "model.gguf"), str(tmp_path / "out")]
+    assert main([*arguments, "--dtype", "float32"]) == 0
+    captured = capsys.readouterr()
+    assert "llama, 2 layers, 4 heads in 2 KV groups" in captured.out
+    assert captured.err == (
+        "note: no tokenizer in the file: the checkpoint will serve token ids, "
+        "not text\n"
+    )
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert "--overwrite" in captured.err
+    assert main([*arguments, "--overwrite"]) == 0
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 1
+    for wrong in ([], [*arguments, "--dtype", "int4"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "examples:" in capsys.readouterr().out
