@@ -119,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=400_000, help="tokens to train on")
     add("--density", type=fraction, default=2 / 3, help="fraction of KV groups to keep")
     add("--context", type=int, default=512, help="tokens per sequence")
-    add("--batch", type=int, default=2, help="sequences per optimiser step")
-    add("--learning-rate", type=float, default=3e-3, help="peak of AdamW's")
+    add("--batch", type=int, default=1, help="sequences per optimiser step")
+    add("--learning-rate", type=float, default=2e-2, help="peak of AdamW's")
     add("--held-out", type=int, default=4096, help="tokens to measure on")
     add("--overwrite", action="store_true", help="replace an adapter that is there")
 

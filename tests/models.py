@@ -67,3 +67,29 @@ def random_params(
             }
         tree[f"layers_{layer}"] = parts
     return polarjax.Params(jax.tree.map(jnp.asarray, weights), tree, config)
+
+
+def byte_tokenizer():
+    """256 tokens, one per byte, and <end> = 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    return tokenizer
+
+
+def write_checkpoint(folder, params) -> polarjax.Params:
+    """Save a random model with a byte tokenizer and load it back."""
+    from polarjax.params import write_folder
+
+    files = {
+        "tokenizer.json": byte_tokenizer().to_str(),
+        "chat_template.jinja": "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}",
+    }
+    write_folder(folder, params.config, params.weights, params.routers, files)
+    return polarjax.load(folder)

@@ -13,7 +13,14 @@ import numpy as np
 
 from pallas_kernels import Implementation
 from polarjax.generation import loop
-from polarjax.generation.requests import bucket, encode_prompts, make_sampling
+from polarjax.generation.requests import (
+    bucket,
+    encode_prompts,
+    make_sampling,
+    positive,
+    stop_strings,
+    stop_tokens,
+)
 from polarjax.generation.stats import (
     Stats,
     neuron_densities,
@@ -103,20 +110,15 @@ def generate(
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)
     batch = len(encoded)
-    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(s, str) and s for s in stops):
-        raise ValueError(f"stop must be non-empty strings, got {stop!r}")
-    if stops and tokenizer is None:
-        raise ValueError("stop strings need a tokenizer, this checkpoint has none")
-    ends = config.eos_ids if stop_ids is None else tuple(stop_ids)
+    most = min(positive("max_new_tokens", max_new_tokens), config.context)
+    chunk = positive("chunk", chunk)
+    stops = stop_strings(stop, tokenizer)
+    ends = stop_tokens(stop_ids, config)
     sampling = make_sampling(config, batch, temperature, top_k, top_p, seed)
     weights, bound = _choose_policy(params, density, policy).bind(params, batch)
 
     lengths = np.array([len(ids) for ids in encoded], np.int32)
-    remaining = np.minimum(max_new_tokens, config.context - lengths).astype(np.int32)
+    remaining = np.minimum(most, config.context - lengths).astype(np.int32)
     width = min(bucket(int(lengths.max())), config.context)
     capacity = min(bucket(int((lengths + remaining).max())), config.context)
     tokens = np.zeros((batch, width), np.int32)
@@ -179,7 +181,10 @@ def logits(
     Raises:
       ValueError: if shapes, lengths or ids are out of range.
     """
-    tokens = np.asarray(tokens)
+    try:
+        tokens = np.asarray(tokens)
+    except ValueError:
+        raise ValueError("the rows of tokens differ in length: pad them") from None
     config = params.config
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
@@ -199,8 +204,9 @@ def logits(
     if lengths is not None:
         # Causality alone keeps padding out of what comes before it.
         lengths = np.asarray(lengths)
-        if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > t:
-            raise ValueError(f"lengths must be {b} numbers from 1 to {t}: {lengths}")
+        whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == (b,)
+        if not whole or lengths.min() < 1 or lengths.max() > t:
+            raise ValueError(f"lengths must be {b} integers from 1 to {t}: {lengths}")
     return loop.all_logits(
         *(params.weights, jnp.asarray(tokens, jnp.int32)),
         config=config.architecture,
@@ -214,6 +220,8 @@ def _choose_policy(
     if policy is not None:
         if density is not None:
             raise ValueError("pass either policy or density, not both")
+        if isinstance(policy, type) or not hasattr(policy, "bind"):
+            raise TypeError(f"policy must be a policy like Dense(), got {policy!r}")
         return policy
     if density is not None:
         return Polar(density)

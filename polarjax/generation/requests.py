@@ -67,7 +67,9 @@ def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
     raise TypeError(f"prompt {i} must be a str or a list of token ids, got {prompt!r}")
 
 
-def per_request(name: str, value: Any, batch: int, low: float, high: float) -> list:
+def per_request(
+    name: str, value: Any, batch: int, low: float, high: float, whole: bool = False
+) -> list:
     """A setting for each request, from one number or one per request.
 
     Args:
@@ -76,18 +78,23 @@ def per_request(name: str, value: Any, batch: int, low: float, high: float) -> l
       batch: b.
       low: smallest value allowed.
       high: largest.
+      whole: whether only integers will do.
 
     Raises:
       ValueError: naming the setting, the value and the range.
     """
-    many = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    many = isinstance(value, Sequence) and not isinstance(value, str)
     values = list(value) if many else [value] * batch
     if len(values) != batch:
         raise ValueError(f"{name} has {len(values)} values for {batch} prompts")
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    what = "an integer" if whole else "a number"
     for x in values:
-        number = isinstance(x, int | float | np.number) and not isinstance(x, bool)
-        if not number or not low <= x <= high:
-            raise ValueError(f"{name} must be from {low} to {high}, got {x!r}")
+        right = isinstance(x, kinds) and not isinstance(x, bool)
+        if not right or not low <= x <= high:
+            raise ValueError(f"{name} must be {what} from {low} to {high}, got {x!r}")
     return values
 
 
@@ -97,13 +104,13 @@ def make_sampling(
     """Settings of a batch, checked; see `generate`."""
     v = config.vocab_size
     temperatures = per_request("temperature", temperature, batch, 0.0, 1e6)
-    ks = [int(k) or v for k in per_request("top_k", top_k, batch, 0, 2**31 - 1)]
+    ks = per_request("top_k", top_k, batch, 0, 2**31 - 1, whole=True)
+    ks = [int(k) or v for k in ks]
     ps = per_request("top_p", top_p, batch, 0.0, 1.0)
     if min(ps) <= 0:
         raise ValueError(f"top_p must be above 0, got {min(ps)}")
-    many = isinstance(seed, Sequence | np.ndarray)
-    seeds = per_request("seed", seed, batch, 0, 2**32 - 1)
-    if not many:
+    seeds = per_request("seed", seed, batch, 0, 2**32 - 1, whole=True)
+    if np.ndim(seed) == 0:
         seeds = [(int(s) + i) % 2**32 for i, s in enumerate(seeds)]
     greedy = max(temperatures) == 0
     return Sampling(
@@ -113,6 +120,49 @@ def make_sampling(
         jnp.asarray(np.array(seeds, np.uint32)),
         greedy=greedy,
         filtered=not greedy and (min(ks) < v or min(ps) < 1),
+    )
+
+
+def positive(name: str, value: Any) -> int:
+    """A setting that counts something.
+
+    Raises:
+      ValueError: if it is not a positive integer.
+    """
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return int(value)
+
+
+def stop_strings(stop: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    """The strings that end a text, from one or several.
+
+    Raises:
+      ValueError: if one is no string or empty, or there is no tokenizer.
+    """
+    stops = stop if isinstance(stop, list | tuple) else (stop,)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"stop must be non-empty strings, got {stop!r}")
+    if stops and tokenizer is None:
+        raise ValueError("stop strings need a tokenizer, this checkpoint has none")
+    return tuple(stops)
+
+
+def stop_tokens(stop_ids: Any, config: ModelConfig) -> tuple[int, ...]:
+    """The token ids that end a request; None means the model's own.
+
+    Raises:
+      ValueError: if one is no token id of the model.
+    """
+    if stop_ids is None:
+        return config.eos_ids
+    v = config.vocab_size
+    several = isinstance(stop_ids, Sequence | set | frozenset | np.ndarray)
+    if not several or isinstance(stop_ids, str):
+        raise ValueError(f"stop_ids must be a list of token ids, got {stop_ids!r}")
+    return tuple(
+        per_request("stop_ids", list(stop_ids), len(stop_ids), 0, v - 1, whole=True)
     )
 
 

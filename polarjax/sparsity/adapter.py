@@ -73,7 +73,8 @@ def read_card(path: str | Path) -> dict[str, Any]:
         )
     try:
         card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
-        version, _, _ = (card[x] for x in ("format_version", "model_hash", "budgets"))
+        version, _ = card["format_version"], card["model_hash"]
+        card["budgets"] = tuple(card["budgets"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / CARD_FILE} is no adapter card: {error}") from error
     if version != ADAPTER_FORMAT:
@@ -112,16 +113,22 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         raise ValueError(f"{path / ROUTERS_FILE} is damaged: {error}") from error
     for name, array in flat.items():
         check_finite(f"router {name}", array)
-    tree = traverse_util.unflatten_dict(flat, sep="/")
+    try:
+        tree = traverse_util.unflatten_dict(flat, sep="/")
+    except (TypeError, IndexError) as error:  # one name continues another
+        raise ValueError(f"{path / ROUTERS_FILE} is damaged: {error}") from error
     check_routers(tree, params.config)
-    budgets = tuple(card["budgets"])
-    k = params.config.kv_heads
-    right = all(isinstance(n, int) and 1 <= n <= k for n in budgets)
-    if len(budgets) != params.config.layers or not right:
+    budgets, k = card["budgets"], params.config.kv_heads
+    right = all(type(n) is int and 1 <= n <= k for n in budgets)
+    if len(budgets) != params.config.layers or not right or budgets[0] != k:
         raise ValueError(
             f"adapter {path} has budgets {budgets}: they must be "
-            f"{params.config.layers} numbers from 1 to {k}"
+            f"{params.config.layers} numbers from 1 to {k}, the first {k}, as layer 0 "
+            "is dense"
         )
+    missing = [i for i in range(1, len(budgets)) if f"layers_{i}" not in tree]
+    if missing:
+        raise ValueError(f"adapter {path} has no router for layer {missing[0]}")
     routers: Tree = jax.tree.map(jnp.asarray, tree)
     config = dataclasses.replace(params.config, budgets=budgets)
     return Params(params.weights, routers, config)

@@ -28,18 +28,20 @@ def check_routers(routers: Tree, config: ModelConfig) -> None:
       ValueError: naming the router and the shape that would be right.
     """
     k, m, f = config.kv_heads, config.dim, config.neurons
+    names = {f"layers_{i}" for i in range(1, config.layers)}
     for layer, parts in routers.items():
-        index = layer.removeprefix("layers_")
-        if not index.isdecimal() or not 0 < int(index) < config.layers:
+        if layer not in names:
             raise ValueError(
                 f"router {layer}: the model has routers for layers_1 to "
                 f"layers_{config.layers - 1}"
             )
         want: Tree = {"heads": {"weight": (k, m), "bias": (k,)}}
-        if "neurons" in parts:
-            rank = parts["neurons"].get("down", jnp.zeros((0, 0))).shape[0]
-            want["neurons"] = {"down": (rank, m), "up": (f, rank)}
         have = jax.tree.map(lambda leaf: tuple(leaf.shape), parts)
+        match have:
+            case {"neurons": {"down": (rank, _)}}:
+                want["neurons"] = {"down": (rank, m), "up": (f, rank)}
+            case {"neurons": _}:
+                want["neurons"] = {"down": ("rank", m), "up": (f, "rank")}
         if have != want:
             raise ValueError(
                 f"router {layer} has shapes {have}, the model needs {want}"
