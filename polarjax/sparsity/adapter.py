@@ -17,6 +17,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree, check_finite, new_folder
 from polarjax.sparsity.routers import check_routers
 
@@ -41,9 +42,9 @@ def save_adapter(
 
     Raises:
       FileExistsError: if `path` exists and is not to be overwritten.
-      ValueError: if the routers do not fit the model.
+      ValueError: if the routers or budgets do not fit the model.
     """
-    check_routers(params.routers, params.config)
+    _check(params.routers, params.config)
     flat = traverse_util.flatten_dict(params.routers, sep="/")
     tensors = {k: jax.device_get(v.astype(jnp.float32)) for k, v in flat.items()}
     facts = {
@@ -74,7 +75,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
     try:
         card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
         version, _ = card["format_version"], card["model_hash"]
-        card["budgets"] = tuple(card["budgets"])
+        card["budgets"] = list(card["budgets"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / CARD_FILE} is no adapter card: {error}") from error
     if version != ADAPTER_FORMAT:
@@ -117,18 +118,21 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         tree = traverse_util.unflatten_dict(flat, sep="/")
     except (TypeError, IndexError) as error:  # one name continues another
         raise ValueError(f"{path / ROUTERS_FILE} is damaged: {error}") from error
-    check_routers(tree, params.config)
-    budgets, k = card["budgets"], params.config.kv_heads
-    right = all(type(n) is int and 1 <= n <= k for n in budgets)
-    if len(budgets) != params.config.layers or not right or budgets[0] != k:
-        raise ValueError(
-            f"adapter {path} has budgets {budgets}: they must be "
-            f"{params.config.layers} numbers from 1 to {k}, the first {k}, as layer 0 "
-            "is dense"
-        )
-    missing = [i for i in range(1, len(budgets)) if f"layers_{i}" not in tree]
-    if missing:
-        raise ValueError(f"adapter {path} has no router for layer {missing[0]}")
+    config = dataclasses.replace(params.config, budgets=tuple(card["budgets"]))
+    _check(tree, config)
     routers: Tree = jax.tree.map(jnp.asarray, tree)
-    config = dataclasses.replace(params.config, budgets=budgets)
     return Params(params.weights, routers, config)
+
+
+def _check(routers: Tree, config: ModelConfig) -> None:
+    check_routers(routers, config)
+    for layer in range(1, config.layers):
+        if f"layers_{layer}" not in routers:
+            raise ValueError(f"the adapter has no router for layer {layer}")
+    k, budgets = config.kv_heads, config.budgets
+    right = all(type(n) is int and 1 <= n <= k for n in budgets)
+    if len(budgets) != config.layers or not right or budgets[0] != k:
+        raise ValueError(
+            f"the adapter has budgets {budgets}: they must be {config.layers} numbers "
+            f"from 1 to {k}, the first of them {k}, as layer 0 is dense"
+        )
