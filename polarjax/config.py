@@ -33,6 +33,10 @@ class Rope:
     original_context: int = 8192
     divisors: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "llama3"):
+            raise ValueError(f"unknown kind of rotary positions: {self.kind!r}")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -103,6 +107,14 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name, options in (
+            ("norm", ("rms", "layer")),
+            ("activation", ("relu", "silu", "gelu")),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(
+                    f"{name} must be one of {options}, got {getattr(self, name)!r}"
+                )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
