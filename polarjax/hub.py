@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from polarjax.model import weight_shapes
 from polarjax.params import Params, read_folder
 from polarjax.sparsity import load_adapter
+from polarjax.sparsity.routers import check_routers
 
 
 def load(path: str | Path, *, adapter: str | Path | None = None, dtype=None) -> Params:
@@ -41,6 +42,7 @@ def load(path: str | Path, *, adapter: str | Path | None = None, dtype=None) -> 
                 f"{list(leaf.shape)}, its config.json needs {list(shape.shape)}"
             )
     if adapter is None:
+        check_routers(params.routers, params.config)
         return params
     return load_adapter(params, find_adapter(adapter))
 
