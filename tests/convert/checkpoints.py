@@ -215,11 +215,11 @@ def quantize(array: np.ndarray, kind: str) -> np.ndarray:
     block, nbytes = gguf.GGML_QUANT_SIZES[quantization]
     rng = np.random.default_rng(array.size)
     blocks = rng.integers(0, 256, (array.size // block, nbytes), dtype=np.uint8)
-    scale = rng.uniform(0.01, 0.02, (len(blocks), 2)).astype(np.float16)
-    if kind == "Q4_K":
-        blocks[:, :4] = scale.view(np.uint8)
-    else:
-        blocks[:, -2:] = scale[:, :1].view(np.uint8)
+    # Where each kind keeps its float16 scales; elsewhere any byte is a value.
+    at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2)}
+    for begin in at.get(kind, (208,)):
+        scale = rng.uniform(0.01, 0.02, (len(blocks), 1)).astype(np.float16)
+        blocks[:, begin : begin + 2] = scale.view(np.uint8)
     return blocks.reshape(array.shape[0], -1)
 
 
