@@ -257,20 +257,24 @@ def _perplexity_table(results: dict[str, Perplexity]) -> Table:
 
 def _eval(args: argparse.Namespace) -> None:
     params = load(args.checkpoint, adapter=args.adapter)
-    tokens = _text_tokens(params, args.text, args.tokens)
     densities = [fraction(x) for x in args.densities.split(",") if x] or [None]
-    results: dict[str, Perplexity] = {}
-    for name in args.policies.split(","):
-        for density in densities if name != "dense" else [None]:
-            label = name.capitalize() + (f" {density:.3f}" if density else "")
-            results[label] = decode_perplexity(
-                params,
-                tokens,
-                _policy(name, density),
-                window=args.window,
-                prefix=args.prefix,
-                batch=args.batch,
-            )
+    policies = {
+        name.capitalize() + (f" {d:.3f}" if d else ""): _policy(name, d)
+        for name in args.policies.split(",")
+        for d in (densities if name != "dense" else [None])
+    }
+    tokens = _text_tokens(params, args.text, args.tokens)
+    results = {
+        label: decode_perplexity(
+            params,
+            tokens,
+            policy,
+            window=args.window,
+            prefix=args.prefix,
+            batch=args.batch,
+        )
+        for label, policy in policies.items()
+    }
     Console().print(_perplexity_table(results))
     if args.out:
         record = {

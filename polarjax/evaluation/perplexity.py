@@ -70,7 +70,7 @@ def window_perplexity(
     """
     windows = _windows(tokens, window, params.config)
     nll = [
-        _dense_nll(params.weights, jnp.asarray(part), config=params.config)
+        _dense_nll(params.weights, jnp.asarray(part), config=params.config.architecture)
         for part in _groups(windows, batch)
     ]
     total = np.concatenate([np.asarray(part, np.float64) for part in nll])
@@ -110,7 +110,7 @@ def decode_perplexity(
     results = [
         _decode_nll(
             *(weights, bound, jnp.asarray(part)),
-            config=params.config,
+            config=params.config.architecture,
             prefix=prefix,
             implementation=implementation,
         )

@@ -40,7 +40,7 @@ def router_recall(
         total.append(
             _recall(
                 *(params.routers, params.weights, jnp.asarray(tokens, jnp.int32), key),
-                config=config,
+                config=config.architecture,
                 budgets=config.budgets,
             )
         )

@@ -106,7 +106,7 @@ def train_routers(
     for tokens in _take(batches, training.steps):
         routers, state, loss, found = _train_step(
             *(routers, state, params.weights, jnp.asarray(tokens, jnp.int32)),
-            config=config,
+            config=config.architecture,
             training=training,
             n=n,
         )

@@ -1,0 +1,143 @@
+"""The console script, on a random model whose tokens are bytes."""
+
+import dataclasses
+import json
+import runpy
+import sys
+
+import pytest
+
+import polarjax
+from polarjax import cli
+from tests.models import LLAMA, random_params, write_checkpoint
+
+TEXT = "\n\n".join(f"{i} green bottles, standing on the wall." for i in range(60))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    config = dataclasses.replace(LLAMA, vocab_size=257, context=512, model_hash="abc")
+    write_checkpoint(folder, random_params(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapter") / "mine"
+    command = ["calibrate", str(checkpoint), "--text", str(text), "--out", str(out)]
+    options = "--tokens 1024 --density 1/2 --context 32 --batch 2 --held-out 512"
+    assert cli.main([*command, *options.split()]) == 0
+    return out
+
+
+def test_calibrate_prints_recall_and_perplexities_and_writes_a_card(
+    checkpoint, text, adapter, capsys
+):
+    card = json.loads((adapter / "card.json").read_text())
+    assert card["model_hash"] == "abc"
+    assert card["budgets"] == [4, 2, 2, 2]
+    assert card["tokens"] == 1024 and card["text"] == "text.txt"
+    assert len(card["recall"]) == len(card["recall_of_chance"]) == 3
+    assert set(card["perplexity"]) == {"Dense", "Oracle", "Polar", "Random"}
+    again = ["calibrate", str(checkpoint), "--text", str(text), "--out", str(adapter)]
+    options = "--tokens 128 --density 1/2 --context 32 --held-out 256 --overwrite"
+    capsys.readouterr()
+    assert cli.main(again) == 1  # it is there already
+    assert "exists" in capsys.readouterr().err
+    assert cli.main([*again, *options.split()]) == 0
+    shown = capsys.readouterr().out
+    for word in ("recall", "chance", "Dense", "Oracle", "Polar", "Random", "95 %"):
+        assert word in shown
+
+
+def test_generate(checkpoint, adapter, capsys):
+    command = [
+        "generate",
+        str(checkpoint),
+        "one",
+        "[red]two",
+        "--adapter",
+        str(adapter),
+    ]
+    assert cli.main([*command, "--max-new-tokens", "5", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    params = polarjax.load(checkpoint, adapter=adapter)
+    out = polarjax.generate(params, ["one", "[red]two"], max_new_tokens=5)
+    assert result["tokens"] == out.tokens and result["texts"] == out.texts
+    assert result["stats"]["density"] == [1.0, 0.5, 0.5, 0.5]
+    assert cli.main([*command, "--max-new-tokens", "5", "--policy", "dense"]) == 0
+    shown = capsys.readouterr().out
+    assert "[red]two" in shown and "tokens/s" in shown and "floor" in shown
+    options = (
+        "--density 1 --temperature 1 --top-k 9 --top-p 0.9 --seed 3 --stop x --chat"
+    )
+    assert cli.main([*command, "--max-new-tokens", "5", *options.split()]) == 0
+
+
+def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    command = ["eval", str(checkpoint), "--text", str(text), "--adapter", str(adapter)]
+    options = "--policies dense,polar,random --densities 1/2,3/4 --tokens 256"
+    shape = "--window 64 --prefix 16 --batch 2"
+    arguments = [*command, *options.split(), *shape.split(), "--out", str(out)]
+    assert cli.main(arguments) == 0
+    results = json.loads(out.read_text())["results"]
+    assert list(results) == [
+        *("Dense", "Polar 0.500", "Polar 0.750", "Random 0.500", "Random 0.750")
+    ]
+    shown = capsys.readouterr().out
+    assert f"{results['Polar 0.750']['perplexity']:.3f}" in shown
+    assert results["Polar 0.750"]["density"] == pytest.approx((1 + 3 * 0.75) / 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("generate nowhere x", "no checkpoint folder at nowhere"),
+        ("generate {checkpoint} x --adapter nowhere", "no adapter at nowhere"),
+        ("generate {checkpoint} x --density 3/2", "density must be a number above 0"),
+        ("generate {checkpoint} x --density 1/2", "no router for layer 1"),
+        ("generate {checkpoint} x --policy polar", "no density given"),
+        ("calibrate {checkpoint} --text nowhere --out {tmp}/a", "no text file at"),
+        ("calibrate {checkpoint} --text {text} --out {tmp}/a", "the text ended after"),
+        ("eval {checkpoint} --text {text} --policies best", "no policy 'best'"),
+        ("eval {checkpoint} --text {text} --tokens 99999", "less than 99999 tokens"),
+    ],
+)
+def test_errors_are_one_line(checkpoint, text, tmp_path, capsys, arguments, message):
+    filled = arguments.format(checkpoint=checkpoint, text=text, tmp=tmp_path)
+    assert cli.main(filled.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_teaches(capsys):
+    for command in ("generate", "calibrate", "eval", "demo"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        assert "example: polarjax " + command in " ".join(
+            capsys.readouterr().out.split()
+        )
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "x", "y", "--density", "half"])
+    assert stop.value.code == 2
+    assert "no number such as 0.5 or 2/3" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["polarjax", "generate", "nowhere", "x"])
+    monkeypatch.delitem(sys.modules, "polarjax.cli")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("polarjax.cli", run_name="__main__")
+    assert stop.value.code == 1
