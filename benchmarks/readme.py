@@ -1,0 +1,58 @@
+"""Writes the README's tables from what was measured: `python -m benchmarks.readme`.
+
+Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import polarjax
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ADAPTER = Path(polarjax.__file__).parent / "adapters" / "smollm2-135m"
+
+
+def adapter_table(card: dict) -> str:
+    """What the card of an adapter says of its recall and perplexity."""
+    mean = sum(card["recall"]) / len(card["recall"])
+    chance = sum(card["recall_of_chance"]) / len(card["recall_of_chance"])
+    lines = [
+        f"`polarjax/adapters/{ADAPTER.name}`: {card['tokens']:,} tokens of "
+        f"`{card['text']}`, one pass; {card['budgets'][1]} of {card['kv_heads']} KV "
+        f"groups from layer 1 on. Recall on held-out text, mean over layers: "
+        f"{mean:.3f} (chance {chance:.3f}).",
+        "",
+        "| policy | density | perplexity | / dense (95 % interval) |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in card["perplexity"].items():
+        ratio, low, high = entry["ratio_to_dense"]
+        shown = "1" if name == "Dense" else f"{ratio:.3f} ({low:.3f} to {high:.3f})"
+        lines.append(
+            f"| {name} | {entry['density']:.3f} | {entry['value']:.2f} | {shown} |"
+        )
+    lines += ["", f"Perplexity of {card['perplexity_of']}."]
+    return "\n".join(lines)
+
+
+def render(readme: str) -> str:
+    """The README's text with its tables made anew."""
+    card = json.loads((ADAPTER / "card.json").read_text(encoding="utf-8"))
+    tables = {"adapter": adapter_table(card)}
+    for name, table in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        replacement = rf"\g<1>{table.replace(chr(92), chr(92) * 2)}\n\g<2>"
+        readme, count = re.subn(pattern, replacement, readme, flags=re.S)
+        if count != 1:
+            raise ValueError(f"README.md needs one pair of <!-- {name} --> marks")
+    return readme
+
+
+def main() -> None:
+    path = REPOSITORY / "README.md"
+    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

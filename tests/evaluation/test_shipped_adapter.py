@@ -1,0 +1,69 @@
+"""The adapter in the package, on text that it was not trained on."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+import polarjax
+from benchmarks import readme
+from polarjax.evaluation import decode_perplexity, router_recall
+from polarjax.generation import Tokenizer
+from polarjax.hub import find_adapter
+
+NAME = "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def model(smollm2_folder):
+    return polarjax.load(smollm2_folder, adapter=NAME)
+
+
+@pytest.fixture(scope="module")
+def tokens(model, shared_data):
+    path = shared_data / "text" / "wikitext2_raw_test.txt.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return np.array(Tokenizer.load(model.config).encode(file.read(40_000)))
+
+
+def test_recall_is_far_above_chance_on_held_out_text(model, tokens):
+    batches = tokens[:4096].reshape(8, 1, 512)
+    found, chance = router_recall(model, batches)
+    assert abs(chance.mean() - 2 / 3) < 0.01
+    assert found.mean() > chance.mean() + 0.15
+    assert (found > chance).all()
+
+
+def test_perplexity_is_closer_to_the_oracles_than_to_chance(model, tokens):
+    policies = polarjax.Oracle(), polarjax.Polar(), polarjax.Random()
+    oracle, polar, chance = (
+        decode_perplexity(model, tokens[:1024], p, window=128, prefix=32, batch=8)
+        for p in policies
+    )
+    assert oracle.density == polar.density == chance.density
+    assert oracle.value < polar.value < chance.value
+    assert polar.value - oracle.value < chance.value - polar.value
+
+
+def test_it_is_small_and_belongs_to_the_default_model(model):
+    folder = find_adapter(NAME)
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 1_000_000
+    assert model.config.budgets == (3, *[2] * 29)
+
+
+def test_the_readme_says_what_its_card_says():
+    text = (readme.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert readme.render(text) == text, "run `python -m benchmarks.readme`"
+
+
+def test_the_card_names_its_training():
+    card = json.loads((find_adapter(NAME) / "card.json").read_text(encoding="utf-8"))
+    assert card["tokens"] >= 100_000
+    assert np.mean(card["recall"]) > np.mean(card["recall_of_chance"]) + 0.15
+    perplexity = {name: p["value"] for name, p in card["perplexity"].items()}
+    assert perplexity["Dense"] < perplexity["Oracle"] < perplexity["Polar"]
+    assert (
+        perplexity["Polar"] - perplexity["Oracle"]
+        < perplexity["Random"] - perplexity["Polar"]
+    )
