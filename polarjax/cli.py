@@ -331,22 +331,22 @@ def _demo(args: argparse.Namespace) -> None:
     dense, sparse = outputs["Dense"].stats, outputs["Polar"].stats
     table = Table("", "dense", "sparse")
 
-    def row(label: str, show, *values) -> None:
+    def line(label: str, show, *values) -> None:
         table.add_row(label, *(show(x) for x in values))
 
-    row("density, mean over layers", "{:.3f}".format, *map(_mean, (dense, sparse)))
-    row("KV read per token", _kilobytes, *map(_per_token, (dense, sparse)))
-    row("KV saved", "{:.1%}".format, *map(_saved, (dense, sparse)))
-    row(
+    line("density, mean over layers", "{:.3f}".format, *map(_mean, (dense, sparse)))
+    line("KV read per token", _kilobytes, *map(_per_token, (dense, sparse)))
+    line("KV saved", "{:.1%}".format, *map(_saved, (dense, sparse)))
+    line(
         *("tokens/s, all prompts", "{:,.1f}".format),
         *(dense.tokens_per_second, sparse.tokens_per_second),
     )
-    row(
+    line(
         *("floor / time", "{:.2f}".format),
         *(dense.floor_fraction, sparse.floor_fraction),
     )
     ratio, low, high = perplexity["Polar"].ratio(perplexity["Dense"])
-    row("perplexity", "{:.2f}".format, *(p.value for p in perplexity.values()))
+    line("perplexity", "{:.2f}".format, *(p.value for p in perplexity.values()))
     table.add_row("  / dense (95 %)", "1", f"{ratio:.3f} ({low:.3f} to {high:.3f})")
     console.print(table)
     console.print(

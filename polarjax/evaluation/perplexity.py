@@ -19,7 +19,7 @@ from pallas_kernels import Implementation
 from polarjax.config import ModelConfig
 from polarjax.evaluation.statistics import paired_bootstrap
 from polarjax.generation.loop import all_logits
-from polarjax.model import Decoder
+from polarjax.model import Decoder, run
 from polarjax.params import Params, Tree
 from polarjax.policy import SelectionPolicy
 
@@ -156,17 +156,14 @@ def _decode_nll(
 ) -> tuple[jax.Array, jax.Array]:
     dtype = weights["embed"]["tokens"].dtype
     model = Decoder(config, dtype, policy.score_rows, implementation)
-    variables, (b, window) = {"params": weights}, tokens.shape
+    b, window = tokens.shape
     lengths = jnp.full(b, prefix - 1, jnp.int32)
-    _, cache = model.apply(
-        variables, tokens[:, : prefix - 1], lengths, window, method="prefill"
-    )
+    prompt = tokens[:, : prefix - 1]
+    _, cache = run(model, weights, "prefill", prompt, lengths, window)
 
     def step(cache, pair):
         token, target = pair
-        logits, cache, reads = model.apply(
-            variables, token, cache, policy, method="decode"
-        )
+        logits, cache, reads = run(model, weights, "decode", token, cache, policy)
         return cache, (_nll(logits, target), reads.mean())
 
     pairs = tokens[:, prefix - 1 : -1].T, tokens[:, prefix:].T

@@ -12,7 +12,7 @@ from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.generation.sampling import Sampling, sample
-from polarjax.model import Decoder
+from polarjax.model import Decoder, run
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
 
@@ -104,9 +104,7 @@ def prefill(
       implementation: of the kernels.
     """
     model = Decoder(config, _dtype(weights), score_rows, implementation)
-    logits, cache = model.apply(
-        {"params": weights}, tokens, lengths, capacity, method="prefill"
-    )
+    logits, cache = run(model, weights, "prefill", tokens, lengths, capacity)
     live = jnp.ones(lengths.shape, bool)
     state, logprob, valid = _advance(logits, cache, live, remaining, sampling, stop_ids)
     b = lengths.shape[0]
@@ -151,8 +149,8 @@ def decode_chunk(
 
     def step(state: State, _) -> tuple[State, Drawn]:
         live = state.live
-        logits, cache, reads = model.apply(
-            {"params": weights}, state.token, state.cache, policy, live, method="decode"
+        logits, cache, reads = run(
+            model, weights, "decode", state.token, state.cache, policy, live
         )
         visible = jnp.where(live, cache.lengths, 0).astype(jnp.float32)
         kv_rows = reads.sum(axis=0).astype(jnp.float32) * visible
@@ -175,7 +173,7 @@ def all_logits(
 ) -> jax.Array:
     """Logits of every position, dense, float32[b, t, v]."""
     model = Decoder(config, _dtype(weights), implementation=implementation)
-    return model.apply({"params": weights}, tokens)[0]
+    return run(model, weights, "__call__", tokens)[0]
 
 
 def _dtype(weights: Tree):

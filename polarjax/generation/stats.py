@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,11 +113,12 @@ def step_weight_bytes(
 
 
 @functools.cache
-def read_bandwidth(device: jax.Device) -> float:
+def read_bandwidth(device: Any) -> float:
     """Bytes per second at which a streaming sum reads the device's memory.
 
     Args:
-      device: measured once per process, with a buffer larger than its caches.
+      device: a `jax.Device`. It is measured once per process, with a buffer larger
+        than its caches.
     """
     size = 2**27 if device.platform == "gpu" else 2**26  # floats
     repeats = 16 if device.platform == "gpu" else 4

@@ -1,5 +1,5 @@
 """Dense model code: it reads like the papers and knows no routers."""
 
-from polarjax.model.decoder import Decoder, weight_shapes
+from polarjax.model.decoder import Decoder, run, weight_shapes
 
-__all__ = ["Decoder", "weight_shapes"]
+__all__ = ["Decoder", "run", "weight_shapes"]

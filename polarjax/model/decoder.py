@@ -221,6 +221,18 @@ class Decoder(nn.Module):
         return logits, KVCache(tuple(keys), tuple(values), lengths), jnp.stack(reads)
 
 
+def run(model: Decoder, weights: Tree, method: str, *args: Any) -> Any:
+    """Call a method of the decoder with the weights that users hold.
+
+    Args:
+      model: the module, which has no weights of its own.
+      weights: its parameters.
+      method: "prefill", "decode", "observe" or "__call__".
+      *args: of the method.
+    """
+    return model.apply({"params": weights}, *args, method=method)
+
+
 def weight_shapes(config: ModelConfig, dtype=jnp.float32) -> Tree:
     """The weights a model has, as a tree of `jax.ShapeDtypeStruct`.
 

@@ -45,7 +45,7 @@ def save_adapter(
       ValueError: if the routers or budgets do not fit the model.
     """
     _check(params.routers, params.config)
-    flat = traverse_util.flatten_dict(params.routers, sep="/")
+    flat: Tree = dict(traverse_util.flatten_dict(params.routers, sep="/"))
     tensors = {k: jax.device_get(v.astype(jnp.float32)) for k, v in flat.items()}
     facts = {
         "format_version": ADAPTER_FORMAT,

@@ -65,7 +65,7 @@ def count(density: float, total: int) -> int:
     return max(1, math.floor(density * total + 1e-4))
 
 
-def check_density(density: float) -> float:
+def check_density(density: Any) -> float:
     """Raise unless a density is a number in (0, 1].
 
     Raises:

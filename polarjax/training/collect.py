@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import top_heads
 from polarjax.config import ModelConfig
-from polarjax.model import Decoder
+from polarjax.model import Decoder, run
 from polarjax.model.attention import head_norms
 from polarjax.params import Tree
 
@@ -44,8 +44,7 @@ def observe_heads(
         return learn(layer, inputs, norms)
 
     model = Decoder(config, weights["embed"]["tokens"].dtype)
-    found = model.apply({"params": weights}, tokens, observe, method="observe")
-    return found[1:]
+    return run(model, weights, "observe", tokens, observe)[1:]
 
 
 def top_labels(ranking: jax.Array, n: int) -> jax.Array:
