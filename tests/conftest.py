@@ -11,6 +11,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# A GPU's default for float32 is TF32, which is no reference.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 
 def pytest_runtest_setup(item):
     if "gpu" in item.keywords and jax.default_backend() != "gpu":
