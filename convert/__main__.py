@@ -67,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConversionError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     print(
         f"{options.destination}: {config.family}, {config.layers} layers, "
         f"{config.heads} heads in {config.kv_heads} KV groups, model dim {config.dim}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def convert(
     """
     if dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(source), Path(os.path.abspath(destination))
     _check_destination(source, destination, overwrite)
     opened = open_source(source)
     config, rules = understand(opened.config)
@@ -100,7 +101,7 @@ def _check_destination(source: Path, destination: Path, overwrite: bool) -> None
     # The destination and its temporary neighbour are deleted: neither may hold, or
     # be, the source.
     src = source.resolve()
-    for path in (destination, destination.with_name(destination.name + ".partial")):
+    for path in (destination, Path(f"{destination}.partial")):
         dst = path.resolve()
         if src == dst or dst in src.parents:
             raise ConversionError(f"writing {destination} would delete {source}")
@@ -160,12 +161,13 @@ def _load(
     """Fill the model's weights, and hash the source on the way."""
     if config.layers > len(source.tensors):  # before a tree of that many is made
         raise ConversionError(
-            f"config.json asks for {config.layers} layers, but the checkpoint has only "
-            f"{len(source.tensors)} tensors"
+            f"the configuration asks for {config.layers} layers, but the checkpoint "
+            f"has only {len(source.tensors)} tensors"
         )
     leaves: dict[str, Any] = flatten_dict(weight_shapes(config), sep="/")
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     places, fills = _plan(config, rules, shapes)
+    source = _with_prefix(source, places)
     _check_coverage(source, places)
     weights = {name: np.empty(shape, DTYPES[dtype]) for name, shape in shapes.items()}
     for name, value in fills.items():
@@ -212,19 +214,28 @@ def _plan(
     return places, fills
 
 
+def _with_prefix(source: Source, places: dict[str, _Place]) -> Source:
+    """Old checkpoints are of the model inside, whose tensors lack the prefix."""
+    named = {}
+    for name, tensor in source.tensors.items():
+        full = f"model.{name}"
+        named[full if full in places and full not in source.tensors else name] = tensor
+    return dataclasses.replace(source, tensors=named)
+
+
 def _check_coverage(source: Source, places: dict[str, _Place]) -> None:
     """Every tensor has a place, every place a tensor, and the shapes agree."""
     for name, place in places.items():
         tensor = source.tensors.get(name)
         if tensor is None:
             raise ConversionError(
-                f"the checkpoint has no tensor {name}, which config.json asks for "
-                f"(shape {list(place.shape)})"
+                f"the checkpoint has no tensor {name}, which the configuration asks "
+                f"for (shape {list(place.shape)})"
             )
         if tensor.shape != place.shape:
             raise ConversionError(
-                f"{tensor.stored_name} has shape {list(tensor.shape)}, but config.json "
-                f"asks for {list(place.shape)}"
+                f"{tensor.stored_name} has shape {list(tensor.shape)}, but the "
+                f"configuration asks for {list(place.shape)}"
             )
     for name, tensor in source.tensors.items():
         if name in places or name.endswith(_BUFFERS):
@@ -234,7 +245,7 @@ def _check_coverage(source: Source, places: dict[str, _Place]) -> None:
             continue
         raise ConversionError(
             f"the checkpoint has a tensor {tensor.stored_name} of shape "
-            f"{list(tensor.shape)} that a model of this config.json does not have"
+            f"{list(tensor.shape)} that a model of this configuration does not have"
         )
 
 
@@ -245,8 +256,9 @@ def _check_tied(source: Source, places: dict[str, _Place], head: SourceTensor) -
     same = head.kind == embedding.kind and head.shape == embedding.shape
     if not (same and np.array_equal(head.raw, embedding.raw)):
         raise ConversionError(
-            f"config.json ties the output head to the embedding, but {_HEAD} differs "
-            f"from {name}: if the head is its own, set tie_word_embeddings to false"
+            f"the configuration ties the output head to the embedding, but {_HEAD} "
+            f"differs from {name}: if the head is its own, set tie_word_embeddings to "
+            "false"
         )
 
 
@@ -269,15 +281,14 @@ def _put(tensor: SourceTensor, place: _Place, weight: np.ndarray) -> None:
 def _with_progress(source: Source, shown: bool) -> Iterator[SourceTensor]:
     """The tensors by stored name, which is the order that the hash is over."""
     tensors = sorted(source.tensors.values(), key=lambda tensor: tensor.stored_name)
-    console = Console(stderr=True)
     with Progress(
         TextColumn("converting"),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
-        console=console,
-        disable=not (shown and console.is_terminal),
+        console=Console(stderr=True),
+        disable=not (shown and sys.stderr.isatty()),
     ) as bar:
         task = bar.add_task("", total=sum(tensor.raw.nbytes for tensor in tensors))
         for tensor in tensors:

@@ -13,6 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from convert.readers.gguf_header import MAGIC, Entry, read_header
+from convert.rules.rule import size
 from convert.source import ConversionError, Source, SourceTensor
 from convert.tokenizer import from_gguf
 
@@ -118,13 +119,11 @@ def _config(
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes
     if config["vocab_size"] is None:
         config["vocab_size"] = shapes.get("token_embd.weight", (None,))[0]
-    for name in ("num_attention_heads", "hidden_size"):
-        if type(config[name]) is not int or config[name] < 1:
-            raise ConversionError(f"the metadata have no {name}")
-    if config["head_dim"] is None:
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    if config["num_key_value_heads"] is None:
-        config["num_key_value_heads"] = config["num_attention_heads"]
+    heads = size(config, "num_attention_heads")
+    config["head_dim"] = size(
+        config, "head_dim", max(size(config, "hidden_size") // heads, 1)
+    )
+    config["num_key_value_heads"] = size(config, "num_key_value_heads", heads)
     _refuse_variants(fields, config)
     for entry in entries:
         if entry.name == _DIVISORS:
@@ -146,7 +145,10 @@ def _refuse_variants(fields: dict[str, Any], config: dict[str, Any]) -> None:
     refuse("rope.scaling.type", "none")
     refuse("rope.scaling.factor", 0.0, 1.0)
     refuse("expert_count", 0)
-    refuse("attention.sliding_window", 0, config["max_position_embeddings"])
+    window = fields.get("llama.attention.sliding_window") or 0
+    context = size(config, "max_position_embeddings")
+    if type(window) is not int or 0 < window < context:
+        refuse("attention.sliding_window")
     for key in ("attention.clamp_kqv", "attention.max_alibi_bias"):
         refuse(key, 0.0)
     for key in ("logit_scale", "embedding_scale", "residual_scale", "attention.scale"):
@@ -225,8 +227,10 @@ def _ids(fields: dict[str, Any], *names: str) -> tuple[int, ...]:
 
 def _eos_ids(fields: dict[str, Any]) -> tuple[int, ...]:
     declared = _ids(fields, "eos", "eot", "eom")
-    tokens = fields.get("tokenizer.ggml.tokens", [])
-    kinds = fields.get("tokenizer.ggml.token_type", [])
+    tokens = fields.get("tokenizer.ggml.tokens")
+    kinds = fields.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(kinds, list):
+        return declared
     named = [
         i
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))

@@ -32,7 +32,7 @@ def understand(config: dict[str, Any]) -> tuple[ModelConfig, tuple[Rule, ...]]:
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
-        raise ConversionError(f"config.json: architectures is {architectures!r}")
+        raise ConversionError(f"configuration: architectures is {architectures!r}")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         what = ", ".join(map(str, architectures)) or f"model_type {model_type!r}"
         raise ConversionError(
@@ -57,4 +57,4 @@ def understand(config: dict[str, Any]) -> tuple[ModelConfig, tuple[Rule, ...]]:
     except ConversionError:
         raise
     except ValueError as error:  # ModelConfig's own checks
-        raise ConversionError(f"config.json: {error}") from None
+        raise ConversionError(f"configuration: {error}") from None

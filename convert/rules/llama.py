@@ -58,7 +58,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     """
     if flag(config, "mlp_bias", False):
         raise ConversionError(
-            "config.json: mlp_bias true is not supported: the gated MLP has no biases"
+            "configuration: mlp_bias true is not supported: the gated MLP has no biases"
         )
     dim, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     bias = flag(config, "attention_bias", False)
@@ -90,21 +90,29 @@ def _rope(config: dict[str, Any]) -> Rope:
     # call the kind `type`.
     record = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(record, dict):
-        raise ConversionError(f"config.json: rope parameters {record!r} are no record")
+        raise ConversionError(
+            f"configuration: rope parameters {record!r} are no record"
+        )
     outside = number(config, "rope_theta", 10000.0)
     theta = number(record, "rope_theta", outside)
     if number(record, "partial_rotary_factor", 1.0) != 1.0:
-        raise ConversionError("config.json: partial_rotary_factor is not supported")
+        raise ConversionError("configuration: partial_rotary_factor is not supported")
     divisors = tuple(config.get("rope_divisors", ()))
     kinds = {"rope_type": record.get("rope_type") or record.get("type")}
     if one_of(kinds, "rope_type", ("default", "llama3"), "default") == "default":
         return Rope(theta=theta, divisors=divisors)
+    low, high = number(record, "low_freq_factor"), number(record, "high_freq_factor")
+    if low >= high:
+        raise ConversionError(
+            f"configuration: low_freq_factor {low} must be below "
+            f"high_freq_factor {high}"
+        )
     return Rope(
         theta=theta,
         kind="llama3",
         factor=number(record, "factor"),
-        low_freq_factor=number(record, "low_freq_factor"),
-        high_freq_factor=number(record, "high_freq_factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_context=size(record, "original_max_position_embeddings"),
         divisors=divisors,
     )

@@ -69,17 +69,17 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     """
     if not flag(config, "do_layer_norm_before", True):
         raise ConversionError(
-            "config.json: do_layer_norm_before false (OPT-350M) is not supported: "
+            "configuration: do_layer_norm_before false (OPT-350M) is not supported: "
             "that model normalises after each half-layer and has no final norm"
         )
     if flag(config, "_remove_final_layer_norm", False):
         raise ConversionError(
-            "config.json: _remove_final_layer_norm true is not supported"
+            "configuration: _remove_final_layer_norm true is not supported"
         )
     dim, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     if dim % heads:
         raise ConversionError(
-            f"config.json: hidden_size {dim} is not a multiple of "
+            f"configuration: hidden_size {dim} is not a multiple of "
             f"num_attention_heads {heads}"
         )
     bias = flag(config, "enable_bias", True)

@@ -33,7 +33,7 @@ class Rule:
 
 
 # Sizes beyond this are damage, and arithmetic on them may take forever.
-_LARGEST = 2**31 - 1
+_LARGEST = 2**24
 
 
 def size(config: dict[str, Any], name: str, default: int | None = None) -> int:
@@ -51,11 +51,15 @@ def size(config: dict[str, Any], name: str, default: int | None = None) -> int:
     if value is None:
         value = default
     if value is None:
-        raise ConversionError(f"config.json has no {name}")
+        raise ConversionError(f"the configuration has no {name}")
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConversionError(f"config.json: {name} must be an integer, not {value!r}")
+        raise ConversionError(
+            f"configuration: {name} must be an integer, not {value!r}"
+        )
     if not 1 <= value <= _LARGEST:
-        raise ConversionError(f"config.json: {name} is {value}")
+        raise ConversionError(
+            f"configuration: {name} must be between 1 and {_LARGEST}, not {value}"
+        )
     return value
 
 
@@ -65,11 +69,11 @@ def number(config: dict[str, Any], name: str, default: float | None = None) -> f
     if value is None:
         value = default
     if value is None:
-        raise ConversionError(f"config.json has no {name}")
+        raise ConversionError(f"the configuration has no {name}")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConversionError(f"config.json: {name} must be a number, not {value!r}")
+        raise ConversionError(f"configuration: {name} must be a number, not {value!r}")
     if not (value > 0 and math.isfinite(value)):
-        raise ConversionError(f"config.json: {name} must be positive, not {value}")
+        raise ConversionError(f"configuration: {name} must be positive, not {value}")
     return float(value)
 
 
@@ -80,7 +84,7 @@ def flag(config: dict[str, Any], name: str, default: bool) -> bool:
         return default
     if not isinstance(value, bool):
         raise ConversionError(
-            f"config.json: {name} must be true or false, not {value!r}"
+            f"configuration: {name} must be true or false, not {value!r}"
         )
     return value
 
@@ -94,7 +98,7 @@ def one_of(
         value = default
     if value not in supported:
         raise ConversionError(
-            f"config.json: {name} {value!r} is not supported; "
+            f"configuration: {name} {value!r} is not supported; "
             f"supported: {', '.join(supported)}"
         )
     return value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -207,3 +208,28 @@ def test_end_tokens_beyond_the_vocabulary_are_named(tmp_path, capsys):
     made = convert(tmp_path / "hf", tmp_path / "out", progress=False)
     assert made.eos_ids == (2,)
     assert "eos_ids [61, -1] left out" in capsys.readouterr().err
+
+
+def test_memory(tmp_path, monkeypatch):
+    """The target's weights and little more, whatever the number of tensors."""
+    config = {**LLAMA, "hidden_size": 128, "intermediate_size": 256}
+    config |= {"num_hidden_layers": 12, "vocab_size": 512}
+    tensors = llama_tensors(config)
+    write_hf(tmp_path / "hf", config, tensors)
+    target = sum(array.size for array in tensors.values()) * 2
+    largest = max(array.nbytes for array in tensors.values())
+    del tensors
+    convert(tmp_path / "hf", tmp_path / "warm", progress=False)
+    peak = 0
+
+    def write(*_, **__):
+        nonlocal peak
+        peak = tracemalloc.get_traced_memory()[1]
+
+    monkeypatch.setattr("convert.core.write_folder", write)
+    tracemalloc.start()
+    try:
+        convert(tmp_path / "hf", tmp_path / "out", progress=False)
+    finally:
+        tracemalloc.stop()
+    assert target <= peak < target + 3 * largest, (target, largest, peak)

@@ -1,6 +1,7 @@
 """What is not supported is refused in one sentence that names it, leaving nothing."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,14 +59,18 @@ def refused(source, folder, match, error=ConversionError, **options):
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"rope_scaling": {**LLAMA3, "factor": None}}, "has no factor"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "1.0 must be below"),
         ({"rope_scaling": [1]}, "are no record"),
         ({"rope_theta": -1.0}, "rope_theta must be positive"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"hidden_size": 32.0}, "hidden_size must be an integer, not 32.0"),
-        ({"hidden_size": 10**12}, "hidden_size is 1000000000000"),
-        ({"num_hidden_layers": 10**9}, "1000000000 layers, but .* only 21 tensors"),
+        ({"hidden_size": 10**12}, "hidden_size must be between 1 and"),
+        ({"num_hidden_layers": 10**7}, "10000000 layers, but .* only 21 tensors"),
+        ({"hidden_size": 2**24, "head_dim": 2**24, "intermediate_size": 2**24,
+          "num_attention_heads": 2**24, "num_key_value_heads": 2**24},
+         "but the configuration asks for"),
         ({"num_hidden_layers": True}, "must be an integer, not True"),
         ({"num_key_value_heads": 3}, "must be a multiple of kv_heads"),
         ({"head_dim": 7}, "even head_dim"),
@@ -73,7 +78,7 @@ def refused(source, folder, match, error=ConversionError, **options):
         ({"eos_token_id": "2"}, "eos_token_id must be token ids"),
         # Sizes that the tensors do not have.
         ({"vocab_size": 60}, r"(lm_head|embed_tokens).weight has shape \[61, 32\], "
-         r"but config.json asks for \[60, 32\]"),
+         r"but the configuration asks for \[60, 32\]"),
         ({"num_key_value_heads": 4},
          r"k_proj.weight has shape \[16, 32\], .* asks for \[32, 32\]"),
         ({"num_hidden_layers": 3}, r"no tensor model.layers.2.*shape \[32\]"),
@@ -103,6 +108,19 @@ def test_llama_configurations(changes, match, tmp_path):
 def test_opt_configurations(changes, match, tmp_path):
     write_hf(tmp_path / "hf", {**OPT, **changes}, opt_tensors())
     refused(tmp_path / "hf", tmp_path, match)
+
+
+def test_names_without_the_prefix(tmp_path):
+    """As some OPT checkpoints are stored."""
+    tensors = {n.removeprefix("model."): a for n, a in opt_tensors().items()}
+    write_hf(tmp_path / "bare", OPT, tensors)
+    convert(tmp_path / "bare", tmp_path / "out", progress=False)
+    tensors["model.decoder.embed_tokens.weight"] = tensors[
+        "decoder.embed_tokens.weight"
+    ]
+    write_hf(tmp_path / "both", OPT, tensors)
+    with pytest.raises(ConversionError, match=r"has a tensor decoder.embed"):
+        convert(tmp_path / "both", tmp_path / "other", progress=False)
 
 
 def test_missing_and_unexpected_tensors(tmp_path):
@@ -229,6 +247,9 @@ def test_destinations(tmp_path):
         with pytest.raises(FileExistsError, match="not a polarjax checkpoint"):
             convert(source, tmp_path / name, overwrite=True, progress=False)
     assert (tmp_path / "thesis/chapter").read_text() == "years of work"
+    for path in (tmp_path / "deep/..", Path("/"), Path(".")):
+        with pytest.raises((FileExistsError, ConversionError)):
+            convert(source, path, overwrite=True, progress=False)
     # A checkpoint already.
     refused_again = tmp_path / "again"
     with pytest.raises(ConversionError, match="is a polarjax checkpoint already"):
