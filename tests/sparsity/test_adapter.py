@@ -1,0 +1,260 @@
+"""Adapters: saved and loaded whole, and refused where they do not belong."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import polarjax
+from polarjax.params import write_folder
+from polarjax.sparsity import adapter as adapter_module
+from polarjax.sparsity import load_adapter, read_card, save_adapter
+from tests.models import LLAMA, OPT, random_params
+
+CONFIG = dataclasses.replace(
+    LLAMA, layers=3, budgets=(4, 2, 3), model_hash="0123456789abcdef" * 4
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, 0, routers=True)
+
+
+@pytest.fixture
+def bare(params):
+    """The same model without its adapter."""
+    config = dataclasses.replace(CONFIG, budgets=())
+    return polarjax.Params(params.weights, {}, config)
+
+
+@pytest.fixture
+def saved(params, tmp_path):
+    save_adapter(tmp_path / "adapter", params, {"data": "a novel", "recall": [0.9]})
+    return tmp_path / "adapter"
+
+
+def edit_card(folder, **changes):
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({**card, **changes}))
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "routers.safetensors")
+    save_file(edit(tensors), folder / "routers.safetensors")
+
+
+def assert_equal_trees(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_round_trip(params, bare, saved):
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["adapter"]
+    card = read_card(saved)
+    assert card["data"] == "a novel" and card["recall"] == [0.9]
+    assert card["model_hash"] == CONFIG.model_hash
+    loaded = load_adapter(bare, saved)
+    assert loaded.config == params.config
+    assert loaded.weights is bare.weights and not bare.routers
+    assert_equal_trees(loaded.routers, params.routers)
+
+
+def test_round_trip_of_neuron_routers(tmp_path):
+    config = dataclasses.replace(OPT, layers=2, budgets=(6, 3))
+    params = random_params(config, 0, routers=True, neuron_rank=8)
+    save_adapter(tmp_path / "adapter", params)
+    bare = dataclasses.replace(params, routers={})
+    assert_equal_trees(load_adapter(bare, tmp_path / "adapter").routers, params.routers)
+
+
+def test_adapters_serve_a_model_of_another_dtype(bare, saved):
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), bare)
+    loaded = load_adapter(low, saved)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.routers)} == {
+        jnp.dtype("float32")
+    }
+    out = polarjax.generate(loaded, [[1, 2, 3]], max_new_tokens=3)
+    assert out.stats.density == (1.0, 0.5, 0.75)
+
+
+def test_load_takes_an_adapter(params, bare, saved, tmp_path):
+    write_folder(tmp_path / "model", bare.config, bare.weights)
+    loaded = polarjax.load(tmp_path / "model", adapter=saved)
+    assert loaded.config.budgets == CONFIG.budgets
+    assert_equal_trees(loaded.routers, params.routers)
+    prompts = [[1, 2, 3], [7], [8, 9], [5]]
+    ours = polarjax.generate(loaded, prompts, max_new_tokens=18)
+    theirs = polarjax.generate(params, prompts, max_new_tokens=18)
+    assert ours.tokens == theirs.tokens and ours.stats.policy == "Polar"
+
+
+def test_an_adapter_of_another_model_is_refused(bare, saved):
+    config = dataclasses.replace(bare.config, model_hash="f" * 64)
+    other = dataclasses.replace(bare, config=config)
+    with pytest.raises(ValueError, match=r"made for another model .hash 0123456789ab"):
+        load_adapter(other, saved)
+    edit_card(saved, model_hash=None)
+    with pytest.raises(ValueError, match="made for another model"):
+        load_adapter(bare, saved)
+
+
+def transposed(tensors):
+    name = "layers_1/heads/weight"
+    return {**tensors, name: np.ascontiguousarray(tensors[name].T)}
+
+
+def per_query_head(tensors):
+    # What the paper's public code trains for GQA: one score per query head.
+    wide = {
+        "weight": np.zeros((CONFIG.heads, CONFIG.dim), np.float32),
+        "bias": np.zeros(CONFIG.heads, np.float32),
+    }
+    return {name: wide[name.rsplit("/")[-1]] for name in tensors}
+
+
+def without(part):
+    return lambda tensors: {n: t for n, t in tensors.items() if part not in n}
+
+
+def plus(name, *shape):
+    return lambda tensors: {**tensors, name: np.zeros(shape, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (transposed, r"router layers_1 has shapes .*48, 4.*needs .*4, 48"),
+        (per_query_head, r"router layers_1 has shapes .*8, 48.*needs .*4, 48"),
+        (without("bias"), "router layers_1 has shapes"),
+        (without("layers_2"), "no router for layer 2"),
+        (without("layers"), "no router for layer 1"),
+        (plus("layers_3/heads/weight", 4, 48), "router layers_3: the model has"),
+        (plus("layers_0/heads/weight", 4, 48), "router layers_0: the model has"),
+        (plus("layers_01/heads/weight", 4, 48), "router layers_01: the model has"),
+        (plus("something", 3), "router something: the model has"),
+        (plus("layers_1/neurons", 3), "router layers_1 has shapes"),
+        (plus("layers_1/neurons/down"), "router layers_1 has shapes"),
+        (plus("layers_1/neurons/down", 8, 48), "router layers_1 has shapes"),
+        (plus("layers_1/heads", 3), "routers.safetensors is damaged"),
+    ],
+)
+def test_routers_that_do_not_fit_are_refused(bare, saved, edit, message):
+    edit_tensors(saved, edit)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(bare, saved)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_routers_that_are_not_finite_are_refused(bare, saved, poison):
+    def edit(tensors):
+        tensors["layers_2/heads/bias"][1] = poison
+        return tensors
+
+    edit_tensors(saved, edit)
+    with pytest.raises(ValueError, match="layers_2/heads/bias holds NaN or inf"):
+        load_adapter(bare, saved)
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        *(None, 5, "422", [], {}, [4, 2], [4, 2, 3, 3], [4, 2, 5], [4, 0, 3]),
+        *([4, True, 3], [4, 2.0, 3], [4, [2], 3], [2, 2, 3]),
+    ],
+)
+def test_budgets_that_do_not_fit_are_refused(bare, saved, budgets):
+    edit_card(saved, budgets=budgets)
+    with pytest.raises(ValueError, match=r"budgets|no adapter card"):
+        load_adapter(bare, saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"budgets": []}', "\0"])
+def test_a_garbled_card_is_refused(bare, saved, text):
+    (saved / "card.json").write_text(text)
+    with pytest.raises(ValueError, match=r"card\.json is no adapter card"):
+        load_adapter(bare, saved)
+    (saved / "card.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"card\.json is no adapter card"):
+        load_adapter(bare, saved)
+
+
+def test_a_card_of_another_format_is_refused(bare, saved):
+    edit_card(saved, format_version=2)
+    with pytest.raises(ValueError, match=r"adapter format 2, .* reads 1"):
+        load_adapter(bare, saved)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+def test_truncated_routers_are_refused(bare, saved, keep):
+    file = saved / "routers.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"routers\.safetensors is damaged"):
+        load_adapter(bare, saved)
+
+
+def test_garbled_headers_are_refused(bare, saved):
+    file = saved / "routers.safetensors"
+    data, rng = file.read_bytes(), np.random.default_rng(0)
+    header = int.from_bytes(data[:8], "little")
+    accepted = 0
+    for _ in range(60):
+        bad = bytearray(data)
+        bad[rng.integers(8 + header)] ^= 1 << rng.integers(8)
+        file.write_bytes(bad)
+        try:
+            loaded = load_adapter(bare, saved)
+        except ValueError:
+            continue
+        # A flip that leaves a valid file, such as in its padding, changes nothing.
+        accepted += 1
+        assert jax.tree.structure(loaded.routers).num_leaves == 4
+    assert accepted < 30
+
+
+@pytest.mark.parametrize("name", ["card.json", "routers.safetensors"])
+def test_a_missing_file_is_named(bare, saved, name):
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no adapter at .*should hold"):
+        load_adapter(bare, saved)
+
+
+def test_a_name_that_the_package_does_not_ship_is_refused(bare, tmp_path):
+    write_folder(tmp_path / "model", bare.config, bare.weights)
+    with pytest.raises(FileNotFoundError, match="no adapter at nonesuch, and the pack"):
+        polarjax.load(tmp_path / "model", adapter="nonesuch")
+
+
+def test_an_interrupted_save_leaves_nothing(params, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter_module.json, "dumps", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(tmp_path / "adapter", params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_over_an_adapter_must_be_asked_for(params, saved):
+    before = (saved / "card.json").read_text()
+    with pytest.raises(FileExistsError, match="overwrite"):
+        save_adapter(saved, params, {"data": "another"})
+    assert (saved / "card.json").read_text() == before
+    save_adapter(saved, params, {"data": "another"}, overwrite=True)
+    assert read_card(saved)["data"] == "another"
+
+
+def test_routers_that_could_not_be_loaded_are_not_saved(params, bare, tmp_path):
+    for wrong in (
+        bare,
+        dataclasses.replace(params, routers={}),
+        dataclasses.replace(params, config=dataclasses.replace(CONFIG, budgets=())),
+        random_params(dataclasses.replace(CONFIG, budgets=(1, 2, 3)), 0, routers=True),
+    ):
+        with pytest.raises(ValueError, match="the adapter has"):
+            save_adapter(tmp_path / "adapter", wrong)
+    assert not list(tmp_path.iterdir())

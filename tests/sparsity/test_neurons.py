@@ -1,0 +1,138 @@
+"""Neuron sparsity: one set of neurons for the live rows of the batch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import polarjax
+from tests.models import LLAMA, OPT, random_params
+from tests.sparsity.reference import assert_same, decode, random_prompts, uniform
+
+CONFIG = dataclasses.replace(OPT, layers=3)
+LENGTHS = (3, 11, 1, 7)
+NEW = 18
+SEED = 5
+HALF = (0.5,) * 4
+RANK = 8
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, SEED, routers=True, neuron_rank=RANK)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts(CONFIG, LENGTHS, SEED)
+
+
+def selection(neurons, densities=HALF):
+    return uniform(CONFIG, densities, neurons=[None, neurons, neurons])
+
+
+def generate(params, prompts, density=HALF, neuron_density=0.25, **settings):
+    policy = polarjax.Polar(density, neuron_density=neuron_density)
+    settings = {"max_new_tokens": NEW, **settings}
+    return polarjax.generate(params, prompts, policy=policy, **settings)
+
+
+def test_heads_and_neurons_equal_masked_dense(params, prompts):
+    expected = decode(params, prompts, [NEW] * 4, selection(20))
+    out = generate(params, prompts)
+    assert_same(out, expected, CONFIG)
+    assert out.stats.neuron_density == (1.0, 0.25, 0.25)
+    assert any("batch shares one set of neurons" in note for note in out.stats.notes)
+    # Sparsity of the neurons changes the text, and so do batch-mates.
+    heads_only = decode(params, prompts, [NEW] * 4, selection(None))
+    assert heads_only.tokens != expected.tokens
+    alone = decode(params, prompts[:1], [NEW], selection(20))
+    assert alone.tokens[0] != expected.tokens[0]
+
+
+def test_finished_rows_leave_the_union(params, prompts):
+    whole = decode(params, prompts, [NEW] * 4, selection(20))
+    # A stop token ends one request early; the rest must decode as if it were gone.
+    for stop in whole.tokens[0][2:8]:
+        expected = decode(params, prompts, [NEW] * 4, selection(20), stop_ids=(stop,))
+        changed = [
+            i
+            for i in range(1, 4)
+            if len(expected.tokens[i]) == NEW and expected.tokens[i] != whole.tokens[i]
+        ]
+        if changed and expected.margin > 1e-3 and expected.choice_margin > 1e-5:
+            break
+    else:
+        raise AssertionError("no stop token shows the difference")
+    out = generate(params, prompts, stop_ids=[stop])
+    assert_same(out, expected, CONFIG)
+
+
+def test_rows_at_the_end_of_the_context_leave_the_union(prompts):
+    config = dataclasses.replace(CONFIG, context=20)
+    short = random_params(config, SEED, routers=True, neuron_rank=RANK)
+    limits = [min(NEW, 20 - n) for n in LENGTHS]
+    assert limits == [17, 9, 18, 13]
+    expected = decode(short, prompts, limits, selection(20))
+    assert_same(generate(short, prompts), expected, config)
+
+
+def test_a_dense_request_makes_the_batchs_mlp_dense(params, prompts):
+    densities = (0.5, 1.0, 0.25, 0.5)
+    expected = decode(params, prompts, [NEW] * 4, selection(None, densities))
+    out = generate(params, prompts, densities)
+    assert_same(out, expected, CONFIG)
+    assert out.stats.neuron_density == (1.0,) * 3
+    dense = decode(params, prompts, [NEW] * 4)
+    assert out.tokens[1] == dense.tokens[1]
+    assert not out.stats.notes
+
+
+def test_the_second_bias_of_the_mlp_survives_sparse_steps(params, prompts):
+    # With an output bias that dwarfs everything else, losing it would show.
+    rng = np.random.default_rng(0)
+    bias = 3 * rng.normal(size=CONFIG.dim).astype(np.float32)
+    weights = dict(params.weights)
+    for i in range(CONFIG.layers):
+        layer = weights[f"layers_{i}"]
+        mlp = {**layer["mlp"], "down_bias": layer["mlp"]["down_bias"] + bias}
+        weights[f"layers_{i}"] = {**layer, "mlp": mlp}
+    biased = dataclasses.replace(params, weights=weights)
+    expected = decode(biased, prompts, [NEW] * 4, selection(20))
+    assert_same(generate(biased, prompts), expected, CONFIG)
+
+
+@pytest.mark.parametrize(("density", "neurons"), [(0.01, 1), (0.5, 40), (0.99, 79)])
+def test_the_budget_of_neurons(params, prompts, density, neurons):
+    _, bound = polarjax.Polar(0.5, neuron_density=density).bind(params, batch=4)
+    assert bound.neuron_budget == (0, neurons, neurons)
+
+
+def test_neuron_density_1_is_dense(params, prompts):
+    _, bound = polarjax.Polar(0.5, neuron_density=1.0).bind(params, batch=4)
+    assert bound.neuron_budget == (0, 0, 0) and not bound.neuron_routers
+
+
+def test_weight_bytes_count_the_neurons_that_are_read(params, prompts):
+    sparse = generate(params, prompts).stats.weight_bytes
+    dense = generate(params, prompts, neuron_density=None).stats.weight_bytes
+    f, m, r, float32 = CONFIG.neurons, CONFIG.dim, RANK, 4
+    # Per sparse layer: a quarter of both matrices and the first bias is read, but
+    # also the neuron router: [r, m] and its zero bias in the QKV matrix, and [f, r].
+    saved = 0.75 * f * (2 * m + 1) - (r * (m + 1) + f * r)
+    assert dense - sparse == 2 * float32 * saved
+
+
+@pytest.mark.parametrize("density", [0.0, 1.5, float("nan"), True, "0.5", [0.5, 0.5]])
+@pytest.mark.parametrize("heads", [0.5, 1.0])
+def test_neuron_densities_out_of_range_are_refused(params, prompts, heads, density):
+    with pytest.raises(ValueError, match="density must be a number above 0 and at"):
+        generate(params, prompts, heads, neuron_density=density)
+
+
+def test_neuron_sparsity_needs_relu_and_neuron_routers(prompts):
+    config = dataclasses.replace(LLAMA, layers=3)
+    with pytest.raises(ValueError, match="needs a ReLU MLP, the model's is silu"):
+        generate(random_params(config, routers=True), prompts)
+    with pytest.raises(ValueError, match="no neuron router for layer 1"):
+        generate(random_params(CONFIG, routers=True), prompts)
