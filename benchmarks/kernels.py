@@ -38,12 +38,12 @@ MLP_DENSITIES = (1.0, 0.5, 0.3, 0.1)
 TOY_ATTENTION = {"toy": (2, 4, 2, 64, 64, (2, 1))}
 TOY_MLP = {"toy-mlp": (2, 64, 256)}
 
-# Calls in one jit, so that no dispatch lies between them, each on other inputs; their
-# inputs add up to more than any L2 cache, so that none is served from it.
+# Calls in one jit, so that no dispatch lies between them, each on other inputs; the
+# big ones add up to more than any L2 cache, so that none is served from it.
 CALLS = 16
 ROTATED_BYTES = 256 * 1024**2
-# Jitted calls in flight before the clock is read, and how often it is read.
-IN_FLIGHT = 8
+# Jitted loops in flight before the clock is read, and how often it is read.
+IN_FLIGHT = 4
 REPEATS = 5
 
 
@@ -77,25 +77,29 @@ class Result:
 def median_ms(function, shared, varied) -> float:
     """Median milliseconds of one call of function(*shared[i], *varied[j]).
 
+    The calls stand in a loop: side by side, XLA would read what they share only once.
+
     Args:
         function: what to time.
         shared: tuples of big arrays, used in turn.
-        varied: one tuple of small arrays per call, so that no two calls are equal.
+        varied: one tuple of small arrays per round, so that no two are equal.
     """
 
     @jax.jit
     def calls(shared, varied):
-        return [
-            function(*shared[i % len(shared)], *small) for i, small in enumerate(varied)
-        ]
+        def round_of_calls(_, small):
+            return None, [function(*big, *small) for big in shared]
 
-    jax.block_until_ready(calls(shared, varied))
+        return jax.lax.scan(round_of_calls, None, varied)[1]
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *varied)
+    jax.block_until_ready(calls(shared, stacked))
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        jax.block_until_ready([calls(shared, varied) for _ in range(IN_FLIGHT)])
+        jax.block_until_ready([calls(shared, stacked) for _ in range(IN_FLIGHT)])
         seconds = time.perf_counter() - start
-        times.append(seconds / (IN_FLIGHT * len(varied)) * 1e3)
+        times.append(seconds / (IN_FLIGHT * len(varied) * len(shared)) * 1e3)
     return statistics.median(times)
 
 
