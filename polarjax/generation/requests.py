@@ -86,14 +86,14 @@ def per_request(
     if isinstance(value, np.ndarray):
         value = value.tolist()
     many = isinstance(value, Sequence) and not isinstance(value, str)
-    values = list(value) if many else [value] * batch
+    values: list[Any] = list(value) if many else [value] * batch
     if len(values) != batch:
         raise ValueError(f"{name} has {len(values)} values for {batch} prompts")
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     what = "an integer" if whole else "a number"
     for x in values:
         right = isinstance(x, kinds) and not isinstance(x, bool)
-        if not right or not low <= x <= high:
+        if not right or not low <= float(x) <= high:
             raise ValueError(f"{name} must be {what} from {low} to {high}, got {x!r}")
     return values
 
