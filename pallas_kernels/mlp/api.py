@@ -40,7 +40,8 @@ def gathered_mlp(
             distinct, in 0..f-1, in any order. None reads all f (dense).
         activation: "relu", "silu" or "gelu" (the exact one, by the error function).
         implementation: "xla", "triton", "triton_interpret", or None for the default
-            backend's own.
+            backend's own where neurons are selected, and "xla" where there is nothing
+            to gather: a plain matrix product is the vendor library's.
 
     Returns:
         The output [b, m] in the dtype of x. The down_bias is added once, whatever
@@ -53,6 +54,8 @@ def gathered_mlp(
     # Weights that are None count as absent: a params tree may carry them so.
     weights = {name: w for name, w in weights.items() if w is not None}
     _check(x, weights, neurons, activation)
+    if implementation is None and neurons is None:
+        implementation = "xla"
     implementation = resolve(implementation)
     with jax.named_scope("gathered_mlp"):
         if implementation == "xla":
