@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import polarjax
 from polarjax.model import weight_shapes
@@ -47,10 +48,10 @@ def random_params(
     config, seed=0, routers=False, neuron_rank=0, scale=0.2
 ) -> polarjax.Params:
     """Random weights, norms and biases included; optionally random routers."""
-    keys = iter(jax.random.split(jax.random.key(seed), 10_000))
+    rng = np.random.default_rng(seed)  # jax's would compile for each shape
 
     def draw(shape):
-        return scale * jax.random.normal(next(keys), shape)
+        return (scale * rng.normal(size=shape)).astype(np.float32)
 
     weights = jax.tree.map(lambda leaf: draw(leaf.shape), weight_shapes(config))
     weights = jax.tree_util.tree_map_with_path(
@@ -66,7 +67,7 @@ def random_params(
                 "up": draw((f, neuron_rank)),
             }
         tree[f"layers_{layer}"] = parts
-    return polarjax.Params(jax.tree.map(jnp.asarray, weights), tree, config)
+    return jax.tree.map(jnp.asarray, polarjax.Params(weights, tree, config))
 
 
 def byte_tokenizer():

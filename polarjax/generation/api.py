@@ -138,7 +138,8 @@ def generate(
         "prefill", loop.prefill, *args, sampling, end_ids, **kwargs
     )
     counted = [drawn]
-    _deliver(requests, jax.tree.map(lambda x: x[None], drawn), state.live, stream)
+    first = jax.tree.map(lambda x: np.asarray(x)[None], drawn)
+    _deliver(requests, first, state.live, stream)
     while any(request.going for request in requests):
         go_on = jnp.array([request.going for request in requests])
         state, drawn = clock.run(

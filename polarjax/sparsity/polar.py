@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import union_neurons
 from polarjax.config import ModelConfig
@@ -58,7 +59,7 @@ class Polar:
         config = params.config
         budget = make_budget(config, self.density, batch)
         # A request at density 1 is promised its exact MLP, so the batch's is dense.
-        wants_dense = bool((budget.counts == config.kv_heads).all(axis=0).any())
+        wants_dense = (np.asarray(budget.counts) == config.kv_heads).all(axis=0).any()
         neuron_budget, neuron_routers = (0,) * config.layers, {}
         if self.neuron_density is not None:
             n = count(check_density(self.neuron_density), config.neurons)
