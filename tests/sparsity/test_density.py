@@ -15,7 +15,7 @@ from tests.sparsity.reference import decode, random_prompts, uniform
 CONFIG = dataclasses.replace(LLAMA, layers=3)
 LENGTHS = (3, 11, 1, 7)
 NEW = 18
-SEED = 5
+SEED = 3
 
 
 @pytest.fixture(scope="module")

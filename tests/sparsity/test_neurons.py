@@ -12,7 +12,7 @@ from tests.sparsity.reference import assert_same, decode, random_prompts, unifor
 CONFIG = dataclasses.replace(OPT, layers=3)
 LENGTHS = (3, 11, 1, 7)
 NEW = 18
-SEED = 5
+SEED = 3
 HALF = (0.5,) * 4
 RANK = 8
 
