@@ -31,7 +31,7 @@ def load(path: str | Path, *, adapter: str | Path | None = None, dtype=None) -> 
       ValueError: if one of them is damaged, or they do not belong together.
     """
     params = read_folder(path, dtype)
-    want = weight_shapes(params.config, params.dtype)
+    want = weight_shapes(params.config)
     if jax.tree.structure(want) != jax.tree.structure(params.weights):
         raise ValueError(f"{path}: its weights are not those of its config.json")
     pairs = jax.tree.leaves_with_path(want), jax.tree.leaves(params.weights)
