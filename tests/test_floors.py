@@ -1,0 +1,218 @@
+"""A module imports only modules on lower floors, or earlier ones on its own.
+
+The whole order, lowest first. A new module must be given its place here. A package's
+`__init__` stands behind its modules.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+FLOORS = {
+    0: """
+        pallas_kernels._backend
+        pallas_kernels.attention.configs
+        pallas_kernels.attention.reference
+        pallas_kernels.attention.triton
+        pallas_kernels.attention.mosaic
+        pallas_kernels.attention.api
+        pallas_kernels.attention
+        pallas_kernels.mlp.configs
+        pallas_kernels.mlp.reference
+        pallas_kernels.mlp.triton
+        pallas_kernels.mlp.api
+        pallas_kernels.mlp
+        pallas_kernels.select.heads
+        pallas_kernels.select.neurons
+        pallas_kernels.select
+        pallas_kernels
+    """,
+    1: """
+        polarjax.config
+        polarjax.params
+        polarjax.cache
+        polarjax.policy
+    """,
+    2: """
+        polarjax.sharding
+        polarjax.model.linear
+        polarjax.model.norms
+        polarjax.model.positions
+        polarjax.model.attention
+        polarjax.model.mlp
+        polarjax.model.decoder
+        polarjax.model
+    """,
+    3: """
+        polarjax.sparsity.select
+        polarjax.sparsity.routers
+        polarjax.sparsity.polar
+        polarjax.sparsity.adapter
+        polarjax.sparsity
+        polarjax.generation.sampling
+        polarjax.generation.loop
+        polarjax.generation.stats
+        polarjax.generation.tokenizer
+        polarjax.generation.text
+        polarjax.generation.requests
+        polarjax.generation.api
+        polarjax.generation
+    """,
+    4: """
+        convert.source
+        convert.files
+        convert.tokenizer
+        convert.rules.rule
+        convert.readers.gguf_header
+        convert.readers.gguf
+        convert.readers.huggingface
+        convert.readers
+        convert.rules.llama
+        convert.rules.opt
+        convert.rules
+        convert.core
+        convert
+        convert.__main__
+        polarjax.training.text
+        polarjax.training.collect
+        polarjax.training.losses
+        polarjax.training.train
+        polarjax.training
+        polarjax.evaluation.statistics
+        polarjax.evaluation.perplexity
+        polarjax.evaluation.recall
+        polarjax.evaluation.tasks
+        polarjax.evaluation
+        polarjax.calibration
+    """,
+    5: """
+        polarjax.hub
+        polarjax.cli
+        polarjax
+        polarjax.__main__
+    """,
+}
+ORDER = [name for floor in sorted(FLOORS) for name in FLOORS[floor].split()]
+# On the fourth floor, but the conversion knows nothing of decoding.
+CONVERT_NEEDS = ("convert", "polarjax.config", "polarjax.params", "polarjax.model")
+PACKAGES = ("pallas_kernels", "polarjax", "convert")
+RUN_TIME = {
+    "pallas_kernels": {"jax", "numpy", "jaxtyping", "pallas_kernels"},
+    "polarjax": {
+        *("jax", "numpy", "jaxtyping", "flax", "optax", "orbax", "safetensors"),
+        *("tokenizers", "jinja2", "rich", "ml_dtypes", "pallas_kernels", "polarjax"),
+    },
+    "convert": {
+        *("jax", "numpy", "ml_dtypes", "flax", "safetensors", "gguf", "tokenizers"),
+        *("rich", "jinja2", "polarjax", "convert"),
+    },
+}
+# Code in data, and private parts of others.
+FORBIDDEN = (
+    "pickle.",
+    "cPickle.",
+    "dill.",
+    "jax._src.",
+    "jax.experimental.pallas.ops.",
+)
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            parts = path.relative_to(REPOSITORY).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Modules, or names in modules, that a module imports anywhere in its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} has a relative import: write it in full"
+            assert node.module
+            for alias in node.names:
+                # `from package import module` imports the module.
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in MODULES else node.module)
+                if node.module not in MODULES:
+                    found.add(whole)
+        elif isinstance(node, ast.Call):
+            # importlib.import_module("x") and __import__("x")
+            called = ast.unparse(node.func).rsplit(".")[-1]
+            if called in ("import_module", "__import__"):
+                argument = node.args[0]
+                assert isinstance(argument, ast.Constant), f"{name} hides an import"
+                found.add(str(argument.value))
+    return found
+
+
+def upward(name: str, imported: set[str]) -> list[str]:
+    """The imported modules that do not stand before a module."""
+    own = [i for i in imported if i.split(".")[0] in PACKAGES]
+    return [i for i in own if i not in ORDER or ORDER.index(i) >= ORDER.index(name)]
+
+
+def test_every_module_has_its_place():
+    missing = sorted(set(MODULES) - set(ORDER))
+    assert not missing, f"give these modules a place in FLOORS: {missing}"
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+    assert not upward(name, imports(name, MODULES[name]))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_run_time_dependencies(name):
+    allowed = RUN_TIME[name.split(".")[0]] | sys.stdlib_module_names
+    imported = imports(name, MODULES[name])
+    assert {i.split(".")[0] for i in imported} <= allowed
+    for module in imported:
+        assert not f"{module}.".startswith(FORBIDDEN), module
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_rooms_that_must_not_know_each_other(name):
+    imported = imports(name, MODULES[name])
+    own = [i for i in imported if i.split(".")[0] in PACKAGES]
+    if name.startswith("polarjax.model"):
+        assert not [i for i in own if i.startswith("polarjax.sparsity")]
+    if name.split(".")[0] == "convert":
+        assert not [i for i in own if not i.startswith(CONVERT_NEEDS)]
+
+
+def test_the_check_sees_what_it_should(tmp_path):
+    def check(name, code):
+        path = tmp_path / "module.py"
+        path.write_text(code)
+        return upward(name, imports(name, path))
+
+    up = "polarjax.policy"
+    assert check(up, "import polarjax.model") == ["polarjax.model"]
+    assert check(up, "from polarjax import hub") == ["polarjax.hub"]
+    assert check(up, "def f():\n  from polarjax.model import mlp") == [
+        "polarjax.model.mlp"
+    ]
+    assert check(up, "import polarjax") == ["polarjax"]
+    assert check(up, "from polarjax import Params") == ["polarjax"]
+    assert check(up, "import polarjax.policy") == ["polarjax.policy"]
+    assert check(up, "import polarjax.nowhere") == ["polarjax.nowhere"]
+    assert check(up, "import importlib\nimportlib.import_module('convert')") == [
+        "convert"
+    ]
+    assert check(up, "from polarjax.params import Params\nimport jax") == []
+    with pytest.raises(AssertionError, match="relative import"):
+        check(up, "from . import hub")

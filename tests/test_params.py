@@ -1,0 +1,348 @@
+"""Params: one pytree, and the folder it is kept in."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import polarjax
+from polarjax import params as params_module
+from polarjax.params import check_finite, new_folder, write_folder
+from tests.models import LLAMA, OPT, random_params, write_checkpoint
+
+CONFIG = dataclasses.replace(
+    LLAMA, layers=2, budgets=(4, 2), eos_ids=(256,), bos_ids=(1,), model_hash="abc"
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, 0, routers=True)
+
+
+@pytest.fixture(scope="module")
+def written(params, tmp_path_factory):
+    """A folder with everything; leave it as it is."""
+    folder = tmp_path_factory.mktemp("params") / "model"
+    write_checkpoint(folder, params)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(written, tmp_path / "model")
+
+
+def edit_config(folder, **changes):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, **changes}))
+
+
+def assert_equal_trees(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def files_below(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+# The folder.
+
+
+def test_round_trip(params, written, tmp_path):
+    loaded = polarjax.load(written)
+    assert_equal_trees(loaded.weights, params.weights)
+    assert_equal_trees(loaded.routers, params.routers)
+    assert loaded.config == dataclasses.replace(CONFIG, folder=str(written))
+    # Once more through `save`, which carries the tokenizer and template along.
+    polarjax.save(loaded, tmp_path / "again")
+    again = polarjax.load(tmp_path / "again")
+    assert_equal_trees(again.weights, params.weights)
+    assert again.config == dataclasses.replace(CONFIG, folder=str(tmp_path / "again"))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "again" / name).read_bytes() == (written / name).read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["again"]
+
+
+def test_round_trip_of_bfloat16_and_neuron_routers_without_a_tokenizer(tmp_path):
+    config = dataclasses.replace(OPT, layers=2, budgets=(6, 3))
+    params = random_params(config, 0, routers=True, neuron_rank=8)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.weights)
+    params = dataclasses.replace(params, weights=half)
+    polarjax.save(params, tmp_path / "model")
+    loaded = polarjax.load(tmp_path / "model")
+    assert loaded.dtype == jnp.bfloat16
+    assert_equal_trees(loaded.weights, params.weights)
+    assert_equal_trees(loaded.routers, params.routers)
+    with pytest.raises(ValueError, match="prompt 0 is a str, but this checkpoint has"):
+        polarjax.generate(loaded, ["text"])
+
+
+def test_dtype_is_of_the_weights_alone(written, params):
+    loaded = polarjax.load(written, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.weights)} == {
+        jnp.dtype("bfloat16")
+    }
+    assert loaded.dtype == jnp.bfloat16
+    assert_equal_trees(loaded.routers, params.routers)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.weights)
+    assert_equal_trees(loaded.weights, rounded)
+
+
+def test_a_folder_may_move(written, tmp_path):
+    shutil.copytree(written, tmp_path / "elsewhere")
+    loaded = polarjax.load(str(tmp_path / "elsewhere"))
+    assert loaded.config.folder == str(tmp_path / "elsewhere")
+
+
+def test_writing_over_a_folder_must_be_asked_for(params, folder):
+    before = [p.read_bytes() for p in files_below(folder)]
+    with pytest.raises(FileExistsError, match="overwrite"):
+        polarjax.save(params, folder)
+    assert [p.read_bytes() for p in files_below(folder)] == before
+    # In place: the tokenizer is read from the folder that is replaced.
+    loaded = polarjax.load(folder)
+    changed = jax.tree.map(lambda x: x + 1, loaded)
+    polarjax.save(changed, folder, overwrite=True)
+    assert_equal_trees(polarjax.load(folder).weights, changed.weights)
+    assert (folder / "tokenizer.json").exists()
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("when", ["weights", "config"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_save_leaves_nothing(params, tmp_path, monkeypatch, when, error):
+    def interrupt(*_, **__):
+        raise error
+
+    target, name = {
+        "weights": (params_module, "_quiet_orbax"),
+        "config": (polarjax.ModelConfig, "to_json"),
+    }[when]
+    monkeypatch.setattr(target, name, interrupt)
+    with pytest.raises((error, OSError)):
+        polarjax.save(params, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_overwrite_leaves_what_was_there(params, folder, monkeypatch):
+    before = [p.read_bytes() for p in files_below(folder)]
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(polarjax.ModelConfig, "to_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        polarjax.save(params, folder, overwrite=True)
+    assert [p.read_bytes() for p in files_below(folder)] == before
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_leftovers_of_a_killed_process_do_not_load_and_do_not_matter(params, tmp_path):
+    partial = tmp_path / "model.partial"
+    (partial / "weights").mkdir(parents=True)
+    (partial / "weights" / "half").write_text("half")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json: not a polarjax"):
+        polarjax.load(partial)
+    polarjax.save(params, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert_equal_trees(polarjax.load(tmp_path / "model").weights, params.weights)
+
+
+def test_a_disk_too_small_is_one_error(params, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        params_module.shutil, "disk_usage", lambda _: usage._replace(free=1000)
+    )
+    with pytest.raises(OSError, match=r"no space for .* 0\.0 MB are free"):
+        polarjax.save(params, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_folder_replaces_a_file(tmp_path):
+    (tmp_path / "x").write_text("a file")
+    with new_folder(tmp_path / "x", overwrite=True) as partial:
+        (partial / "inside").write_text("new")
+    assert (tmp_path / "x" / "inside").read_text() == "new"
+
+
+# Damage.
+
+
+@pytest.mark.parametrize("part", ["weights", "routers"])
+def test_every_damaged_array_file_is_noticed(written, tmp_path, part):
+    names = [p.relative_to(written) for p in files_below(written / part)]
+    assert len(names) > 5
+    rng = np.random.default_rng(0)
+    damaged = 0
+    for name in names:
+        data = (written / name).read_bytes()
+        bad = bytearray(data)
+        bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+        for content in (bytes(bad), data[: len(data) // 2], b"", None):
+            folder = shutil.copytree(written, tmp_path / str(damaged))
+            if content is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=r"is damaged: .* is (missing|not wh)"):
+                polarjax.load(folder)
+            damaged += 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"3", b"\xff", b'{"a": 1}'])
+def test_damaged_checksums_are_refused(folder, content):
+    (folder / "checksums.json").unlink()
+    if content is not None:
+        (folder / "checksums.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checksums\.json is missing or|is damaged"):
+        polarjax.load(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "3", "{}", '{"format_version": 1}', "\0\0"]
+)
+def test_a_garbled_config_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"not a polarjax config\.json"):
+        polarjax.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "checkpoint format 2, .* reads 1: convert .* again"),
+        ({"format_version": None}, "checkpoint format None"),
+        ({"unheard_of": 1}, "not a polarjax config.*unheard_of"),
+        ({"rope": 5}, "not a polarjax config"),
+        ({"rope": {"theta": 1e4}}, "not a polarjax config"),
+        ({"eos_ids": 5}, "not a polarjax config"),
+        ({"dim": "48"}, "dim must be a positive integer, got '48'"),
+        ({"layers": 0}, "layers must be a positive integer, got 0"),
+        ({"heads": True}, "heads must be a positive integer, got True"),
+        ({"kv_heads": 3}, r"heads \(8\) must be a multiple of kv_heads \(3\)"),
+        ({"norm": "batch"}, "norm must be one of .*got 'batch'"),
+        ({"activation": "tanh"}, "activation must be one of .*got 'tanh'"),
+        # Right by itself, but not of these weights.
+        ({"layers": 3}, "its weights are not those of its config"),
+        ({"tied_embeddings": False}, "its weights are not those of its config"),
+        ({"vocab_size": 330}, r"tokens.*\[331, 48\].*needs \[330, 48\]"),
+        ({"head_dim": 8}, r"is float32\[.*needs \["),
+        ({"kv_heads": 2}, r"needs \["),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        polarjax.load(folder)
+
+
+def test_an_unknown_kind_of_rope_is_refused(folder):
+    rope = {**dataclasses.asdict(polarjax.Rope(1e4)), "kind": "yarn"}
+    edit_config(folder, rope=rope)
+    with pytest.raises(ValueError, match="unknown kind of rotary positions: 'yarn'"):
+        polarjax.load(folder)
+
+
+def test_places_without_a_checkpoint_say_so(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint folder at .*nowhere"):
+        polarjax.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder at"):
+        polarjax.load(folder / "config.json")
+    # A Hugging Face folder has a config.json too.
+    shutil.rmtree(folder / "weights")
+    with pytest.raises(FileNotFoundError, match="convert it first: `python -m convert"):
+        polarjax.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        polarjax.load(folder)
+
+
+def test_routers_of_another_shape_are_refused(params, tmp_path):
+    other = random_params(dataclasses.replace(CONFIG, kv_heads=2), 0, routers=True)
+    write_folder(tmp_path / "model", CONFIG, params.weights, other.routers)
+    with pytest.raises(ValueError, match="router layers_1 has shapes"):
+        polarjax.load(tmp_path / "model")
+
+
+def test_integer_weights_are_refused(params, tmp_path):
+    weights = jax.tree.map(lambda x: x.astype(jnp.int32), params.weights)
+    write_folder(tmp_path / "model", CONFIG, weights)
+    with pytest.raises(ValueError, match="is int32"):
+        polarjax.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("make", [np.array, jnp.array])
+def test_check_finite(make):
+    check_finite("x", make([1.0, 2.0]))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="x holds NaN or infinity"):
+            check_finite("x", make([1.0, bad]))
+
+
+# The pytree.
+
+
+def test_params_are_a_pytree_that_keeps_its_config(params):
+    doubled = jax.tree.map(lambda x: 2 * x, params)
+    assert isinstance(doubled, polarjax.Params) and doubled.config == CONFIG
+    np.testing.assert_array_equal(
+        doubled.weights["embed"]["tokens"], 2 * params.weights["embed"]["tokens"]
+    )
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
+    assert ".weights['layers_1']['attention']['qkv']" in paths
+    assert ".routers['layers_1']['heads']['weight']" in paths
+
+
+def test_jit_keeps_two_checkpoints_of_one_architecture_apart(params):
+    # A static half that compared equal would be taken from the first call.
+    update = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p))
+    for change in (
+        {"folder": "/another"},
+        {"model_hash": "def"},
+        {"budgets": (4, 1)},
+        {"eos_ids": (7,)},
+    ):
+        config = dataclasses.replace(CONFIG, **change)
+        other = dataclasses.replace(params, config=config)
+        assert update(params).config == CONFIG
+        assert update(other).config == config
+        assert config.architecture == CONFIG.architecture
+        assert hash(config.architecture) == hash(CONFIG.architecture)
+
+
+def test_optax_updates_params(params):
+    optimiser = optax.adamw(1e-2)
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            return sum((leaf**2).sum() for leaf in jax.tree.leaves(params))
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimiser.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state, values = optimiser.init(params), []
+    for _ in range(3):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert isinstance(params, polarjax.Params) and params.config == CONFIG
+    assert values[0] > values[1] > values[2]
+    assert polarjax.logits(params, [[1, 2]]).shape == (1, 2, CONFIG.vocab_size)
+
+
+def test_config_survives_json():
+    rope = polarjax.Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192, (1.0, 2.5))
+    config = dataclasses.replace(CONFIG, rope=rope, folder="/here")
+    for one in (config, dataclasses.replace(OPT, folder="/here")):
+        again = polarjax.ModelConfig.from_json(one.to_json(), folder="/here")
+        assert again == one and hash(again) == hash(one)
+    assert "folder" not in json.loads(config.to_json())
