@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [--shapes NAME ...] [--out FILE.json] [--toy]
 
 Decoding is bound by the bytes it reads, so each line has its time, the bytes it has to
-read and the fraction of the bandwidth that a streaming sum reaches in the same run.
+read and the fraction of the read bandwidth measured in the same run.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels import gathered_mlp, select_head_attention
 from pallas_kernels._backend import default_implementation
+from polarjax.generation.stats import read_bandwidth
 
 # b, h, k, s, d, and the heads or KV groups to read; all of them is dense.
 ATTENTION = {
@@ -60,7 +61,7 @@ class Result:
         bytes: what one call has to read.
         ms: median time of one call; None if it could not run.
         gb_s: bytes over time, in 10^9 bytes per second.
-        of_bandwidth: gb_s as a fraction of what the streaming sum reached.
+        of_bandwidth: gb_s as a fraction of the read bandwidth measured in this run.
         error: why it could not run.
     """
 
@@ -102,15 +103,6 @@ def median_ms(function, shared, varied) -> float:
         seconds = time.perf_counter() - start
         times.append(seconds / (IN_FLIGHT * len(varied) * len(shared)) * 1e3)
     return statistics.median(times)
-
-
-def bandwidth(toy: bool) -> float:
-    """Bytes per second that a streaming sum reads."""
-    rows, columns = (64, 1024) if toy else (2**16, 2**13)
-    array = jnp.ones((rows, columns), jnp.float32)
-    scales = [(jnp.float32(i),) for i in range(CALLS)]
-    ms = median_ms(lambda x, c: jnp.sum(x * c, axis=1), [(array,)], scales)
-    return array.nbytes / ms * 1e3
 
 
 def run(result: Result, peak: float, function, shared, varied) -> Result:
@@ -255,9 +247,9 @@ def main() -> None:
     chosen = [*attentions, *mlps] if args.toy else args.shapes
     device = jax.devices()[0].device_kind
     dtype = jnp.float32 if args.toy else jnp.bfloat16
-    peak = bandwidth(args.toy)
+    peak = read_bandwidth(jax.devices()[0])
     print(f"{device}, jax {jax.__version__}, {jnp.dtype(dtype).name}")
-    print(f"a streaming sum reads {peak / 1e9:.1f} GB/s")
+    print(f"the memory can be read at {peak / 1e9:.1f} GB/s")
     results = []
     for name in chosen:
         if name in attentions:

@@ -34,7 +34,7 @@ class Stats:
       kv_bytes: KV bytes that the decode steps had to read.
       kv_bytes_dense: what they would have been at density 1.
       weight_bytes: per decode step.
-      bandwidth: bytes per second that a streaming sum reads on this device, measured
+      bandwidth: bytes per second that this device's memory can be read at, measured
         once in this process.
       floor_seconds: (steps x weight_bytes + kv_bytes) / bandwidth.
       notes: what a reader of the numbers should know.
@@ -114,23 +114,37 @@ def step_weight_bytes(
 
 @functools.cache
 def read_bandwidth(device: Any) -> float:
-    """Bytes per second at which a streaming sum reads the device's memory.
+    """Bytes per second at which this device's memory can be read.
+
+    The better of a streaming sum and a matrix-vector product: which one XLA makes
+    the faster differs by device and version.
 
     Args:
       device: a `jax.Device`. It is measured once per process, with a buffer larger
         than its caches.
     """
-    rows, columns = (2**14, 2**13) if device.platform == "gpu" else (2**13, 2**13)
-    repeats = 16 if device.platform == "gpu" else 4
-    values = jax.device_put(jnp.ones((rows, columns), jnp.float32), device)
+    size, repeats = (2**30, 16) if device.platform == "gpu" else (2**28, 4)
+    memory = device.memory_stats() or {}
+    if "bytes_limit" in memory:  # never take the last of a full device
+        free = memory["bytes_limit"] - memory["bytes_in_use"]
+        size = max(2**24, min(size, free // 4))
+    columns = 2**12
+    values = jnp.ones((size // (4 * columns), columns), jnp.float32, device=device)
+    # Each pass depends on the one before, else one would do for all.
+    passes = (
+        lambda values, last: (values * last).sum() / values.size,
+        lambda values, last: (values @ jnp.full(columns, last)).max() / columns,
+    )
+    return max(_repeat_rate(one, values, repeats) for one in passes)
 
+
+def _repeat_rate(one: Any, values: jax.Array, repeats: int) -> float:
     @jax.jit
     def read(values: jax.Array) -> jax.Array:
-        # Each pass depends on the one before, else one would do for all.
-        def once(total, _):
-            return jnp.sum(values * total, axis=1).max() / columns, None
+        def step(last, _):
+            return one(values, last), None
 
-        return jax.lax.scan(once, jnp.float32(1), length=repeats)[0]
+        return jax.lax.scan(step, jnp.float32(1), length=repeats)[0]
 
     read(values).block_until_ready()
     times = []

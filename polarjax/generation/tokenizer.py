@@ -104,5 +104,5 @@ class Tokenizer:
             return template.render(
                 messages=list(messages), add_generation_prompt=True, **special
             )
-        except TemplateError as error:
+        except Exception as error:  # a template's code may raise anything
             raise ValueError(f"the chat template failed: {error}") from error
