@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import gathered_mlp, select_head_attention
+from pallas_kernels import Implementation, gathered_mlp, select_head_attention
 from pallas_kernels._backend import default_implementation
 from polarjax.generation.stats import read_bandwidth
 
@@ -204,7 +204,7 @@ def mlp(name: str, shape, dtype, peak: float) -> list[Result]:
     kernel = default_implementation()  # dense too, which by itself goes to XLA
     inputs = list(jax.random.normal(keys[0], (CALLS, b, m), dtype))
 
-    def ours(weights, x, neurons=None, implementation=kernel):
+    def ours(weights, x, neurons=None, implementation: Implementation = kernel):
         return gathered_mlp(
             x, weights, neurons, activation="relu", implementation=implementation
         )
