@@ -44,6 +44,7 @@ def read(folder: Path) -> Source:
     config = read_json(folder / "config.json")
     if "format_version" in config:
         raise ConversionError(f"{folder} is a polarjax checkpoint already")
+    config.pop("rope_divisors", None)  # a word between the GGUF reader and the rules
     generation = read_json_if_there(folder / "generation_config.json")
     files, notes = from_folder(folder)
     return Source(

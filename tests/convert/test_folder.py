@@ -112,7 +112,9 @@ def test_opt_weights_are_where_they_belong(tmp_path):
     assert made.tied_embeddings and made.mlp_bias and made.norm_eps == 1e-5
 
 
-@pytest.mark.parametrize("source", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "source", ["float32", "float16", "bfloat16", "float64", "float8_e4m3fn"]
+)
 @pytest.mark.parametrize("target", ["bfloat16", "float16", "float32"])
 def test_dtypes(source, target, tmp_path):
     tensors = {n: as_dtype(a, source) for n, a in llama_tensors().items()}
