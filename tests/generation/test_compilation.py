@@ -1,0 +1,161 @@
+"""One compilation per batch size, bucketed length and config; caches are donated."""
+
+import collections
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax
+from polarjax.generation import loop
+from polarjax.generation.requests import make_sampling
+from tests.models import LLAMA, random_params
+from tests.sparsity.reference import random_prompts
+
+# A shape of its own, so that no other test has compiled its programs before.
+CONFIG = dataclasses.replace(LLAMA, layers=2, neurons=72)
+LENGTHS = (3, 11, 1, 7)
+DENSITIES = [1.0, 0.5, 0.25, 0.75]
+
+compiled: collections.Counter = collections.Counter()
+
+
+def _count(event, _seconds, fun_name="", **_):
+    if event.endswith("backend_compile_duration"):
+        compiled[fun_name] += 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _listen():
+    jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, 0, routers=True)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """How often the two programs are traced and compiled: each samples once."""
+    counts: collections.Counter = collections.Counter()
+    sample = loop.sample
+
+    def counting(logits, sampling, position):
+        counts["traces"] += 1
+        return sample(logits, sampling, position)
+
+    monkeypatch.setattr(loop, "sample", counting)
+    before = dict(compiled)
+
+    def programs() -> tuple[int, int, int]:
+        """Traces, and compilations of prefill and of decode, since the last call."""
+        nonlocal before
+        names = ("jit(prefill)", "jit(decode_chunk)")
+        new = (compiled[name] - before.get(name, 0) for name in names)
+        result = (counts["traces"], *new)
+        counts.clear()
+        before = dict(compiled)
+        return result
+
+    return programs
+
+
+def test_one_compilation_per_batch_bucket_and_config(params, traced):
+    def generate(prompts, density=DENSITIES, new=18, params=params, **settings):
+        polarjax.generate(
+            params, prompts, max_new_tokens=new, density=density, **settings
+        )
+
+    prompts = random_prompts(CONFIG, LENGTHS)
+    generate(prompts)
+    # Traced and compiled once each, although compilation is timed apart from the call.
+    assert traced() == (2, 1, 1)
+    generate(prompts)
+    assert traced() == (0, 0, 0)
+    # Other prompts, lengths and limits within the bucket.
+    generate(random_prompts(CONFIG, (16, 1, 1, 5), seed=1), new=7)
+    generate(random_prompts(CONFIG, (1, 2, 3, 4), seed=2), new=14)
+    assert traced() == (0, 0, 0)
+    # Other densities with the same largest budget, other stop tokens.
+    generate(prompts, [0.25, 1.0, 0.5, 0.01])
+    generate(prompts, stop_ids=[7])
+    assert traced() == (0, 0, 0)
+    # Another checkpoint of the same architecture, in another place.
+    other = random_params(CONFIG, 1, routers=True)
+    config = dataclasses.replace(
+        CONFIG, folder="/nowhere", model_hash="f" * 64, budgets=(4, 3), bos_ids=(1,)
+    )
+    generate(prompts, params=dataclasses.replace(other, config=config))
+    assert traced() == (0, 0, 0)
+    # Another largest budget changes the decode step alone.
+    generate(prompts, 0.5)
+    assert traced() == (1, 0, 1)
+    generate(prompts, [0.5, 0.25, 0.25, 0.5])
+    assert traced() == (0, 0, 0)
+    # Sampling is another program; its settings are not.
+    generate(prompts, temperature=0.7)
+    assert traced() == (2, 1, 1)
+    generate(prompts, temperature=[1.5, 0.0, 0.3, 0.7], seed=[4, 3, 2, 1])
+    generate(prompts, temperature=0.1, seed=99)
+    assert traced() == (0, 0, 0)
+    generate(prompts, temperature=0.7, top_k=5)
+    assert traced() == (2, 1, 1)
+    generate(prompts, temperature=0.9, top_p=0.5)
+    generate(prompts, temperature=[1, 0, 1, 0], top_k=[1, 2, 3, 4], top_p=0.1)
+    assert traced() == (0, 0, 0)
+
+
+def decode_arguments(params, batch=4, capacity=32):
+    weights, bound = polarjax.Polar(0.5).bind(params, batch)
+    tokens = jnp.ones((batch, 16), jnp.int32)
+    numbers = jnp.full(batch, 9, jnp.int32)
+    sampling = make_sampling(CONFIG, batch, 0.0, 0, 1.0, 0)
+    stop_ids = jnp.asarray([-1], jnp.int32)
+    common = {"config": CONFIG.architecture, "implementation": None}
+    state, _ = loop.prefill(
+        *(weights, tokens, numbers, numbers, sampling, stop_ids),
+        capacity=capacity,
+        score_rows=bound.score_rows,
+        **common,
+    )
+    go_on = jnp.ones(batch, bool)
+    args = (weights, bound, state, go_on, sampling, stop_ids)
+    return args, {"steps": 16, **common}
+
+
+def test_caches_are_donated(params):
+    args, kwargs = decode_arguments(params)
+    state = args[2]
+    text = loop.decode_chunk.lower(*args, **kwargs).compile().as_text()
+    layout = re.search(r"entry_computation_layout=\{\((.*?)\)->", text)
+    aliases = re.search(r"input_output_alias=\{(.*?\) *)\}", text)
+    assert layout and aliases
+    # Shapes hold commas of their own, and comments number every fifth.
+    shapes = re.findall(r"(\w+\[[\d,]*\])", layout[1])
+    donated = [int(n) for n in re.findall(r": \((\d+),", aliases[1])]
+    cache = f"f32[4,{CONFIG.kv_heads},32,{CONFIG.head_dim}]"
+    assert shapes.count(cache) == 2 * CONFIG.layers
+    assert [shapes[n] for n in donated].count(cache) == 2 * CONFIG.layers
+    # And so it happens: the old buffers are gone, the new ones lie where they lay.
+    old = [*state.cache.keys, *state.cache.values]
+    places = {array.unsafe_buffer_pointer() for array in old}
+    new, _ = loop.decode_chunk(*args, **kwargs)
+    assert all(array.is_deleted() for array in old)
+    now = {a.unsafe_buffer_pointer() for a in (*new.cache.keys, *new.cache.values)}
+    assert now == places
+    # What the next call needs is still there.
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(args[0]))
+    assert np.asarray(new.cache.lengths).tolist() == [17] * 4
+
+
+def test_no_step_copies_a_cache(params):
+    # A copy per step would cost what sparsity saves, though results were the same.
+    args, kwargs = decode_arguments(params)
+    text = loop.decode_chunk.lower(*args, **kwargs).compile().as_text()
+    cache = rf"f32\[4,{CONFIG.kv_heads},32,{CONFIG.head_dim}\]"
+    assert re.search(rf"= {cache}\S* scatter\(", text)
+    assert not re.search(rf"= {cache}\S* copy\(", text)
