@@ -1,0 +1,80 @@
+"""Where weights go on a mesh of devices: rules from paths to partitions.
+
+XLA inserts the communication. The Pallas kernels are not partitioned yet, so that on
+more than one device `implementation="xla"` has to be named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from polarjax.params import Params
+
+# First match wins. Heads, neurons and the vocabulary are rows in every matrix.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/(tokens|head)$", PartitionSpec("tp", None)),
+    (r"attention/(qkv|out)$", PartitionSpec("tp", None)),
+    (r"attention/qkv_bias$", PartitionSpec("tp")),
+    (r"mlp/(gate|up|down)$", PartitionSpec("tp", None)),
+    (r"mlp/up_bias$", PartitionSpec("tp")),
+    (r".*", PartitionSpec()),
+)
+
+
+def make_mesh(tp: int | None = None) -> Mesh:
+    """A mesh with the axis "tp" for tensor parallelism.
+
+    Args:
+      tp: number of devices; None for all that are visible.
+
+    Raises:
+      ValueError: if there are fewer devices.
+    """
+    devices = jax.devices()
+    tp = len(devices) if tp is None else tp
+    if not 1 <= tp <= len(devices):
+        raise ValueError(f"tp is {tp}, but there are {len(devices)} devices")
+    return jax.make_mesh((tp,), ("tp",), (AxisType.Auto,), devices=devices[:tp])
+
+
+def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How one weight is cut.
+
+    Args:
+      path: as in `Params.weights`, joined by "/".
+      shape: of the weight. An axis that the mesh does not divide is not cut: each
+        device then has all of it.
+      mesh: with an axis "tp".
+    """
+    spec = next(spec for rule, spec in RULES if re.search(rule, path))
+    parts = (
+        name if name is None or size % mesh.shape[name] == 0 else None
+        for name, size in zip(spec, shape, strict=False)
+    )
+    return PartitionSpec(*parts)
+
+
+def shard(params: Params, mesh: Mesh) -> Params:
+    """Place a model on a mesh.
+
+    Args:
+      params: the model, on any devices.
+      mesh: with an axis "tp", Auto or Explicit.
+
+    Returns:
+      The same model, its weights cut by `RULES`, its routers on every device.
+    """
+
+    def place(path, leaf: jax.Array) -> jax.Array:
+        name = "/".join(str(key.key) for key in path)
+        return jax.device_put(
+            leaf, NamedSharding(mesh, partition(name, leaf.shape, mesh))
+        )
+
+    weights = jax.tree_util.tree_map_with_path(place, params.weights)
+    routers = jax.device_put(params.routers, NamedSharding(mesh, PartitionSpec()))
+    return dataclasses.replace(params, weights=weights, routers=routers)

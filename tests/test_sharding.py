@@ -1,0 +1,53 @@
+"""A model cut over host devices computes what it computes on one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import polarjax
+from polarjax.sharding import make_mesh, partition, shard
+from tests.models import LLAMA, MHA, OPT, random_params
+
+PROMPTS = [[1, 2, 3], [7] * 20, [5, 6]]
+pytestmark = pytest.mark.skipif(
+    len(jax.devices()) < 4, reason="needs four devices (host devices will do)"
+)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("config", [LLAMA, MHA, OPT], ids=["gqa", "mha", "opt"])
+def test_logits_and_sparse_tokens_are_those_of_one_device(config, tp):
+    config = dataclasses.replace(config, layers=2, vocab_size=332)
+    params = random_params(config, routers=True)
+    cut = shard(params, make_mesh(tp))
+    qkv = cut.weights["layers_0"]["attention"]["qkv"]
+    assert qkv.addressable_shards[0].data.shape[0] * tp == qkv.shape[0]
+    tokens = np.arange(24).reshape(2, 12)
+    one, many = (
+        np.asarray(polarjax.logits(p, tokens, implementation="xla"))
+        for p in (params, cut)
+    )
+    assert np.linalg.norm(one - many) < 1e-5 * np.linalg.norm(one)
+    settings = {"max_new_tokens": 8, "density": [1.0, 0.5, 0.5], "chunk": 8}
+    one, many = (
+        polarjax.generate(p, PROMPTS, implementation="xla", **settings)
+        for p in (params, cut)
+    )
+    assert one.tokens == many.tokens
+    assert one.stats.density == many.stats.density
+
+
+def test_what_does_not_divide_is_whole_everywhere():
+    mesh = make_mesh(4)
+    assert partition("layers_3/mlp/up", (80, 48), mesh) == PartitionSpec("tp", None)
+    assert partition("embed/tokens", (331, 48), mesh) == PartitionSpec(None, None)
+    assert partition("final_norm/scale", (48,), mesh) == PartitionSpec()
+
+
+def test_too_many_devices():
+    count = len(jax.devices())
+    with pytest.raises(ValueError, match=f"there are {count} devices"):
+        make_mesh(count + 1)
