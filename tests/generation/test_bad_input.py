@@ -67,7 +67,7 @@ def test_texts(with_tokenizer, prompts, message):
 def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=50)
     small = write_checkpoint(tmp_path / "model", random_params(config, 0))
-    with pytest.raises(ValueError, match="prompt 0 has token id 93; ids go from 0 to 49"):
+    with pytest.raises(ValueError, match=r"prompt 0 has token id 93; .* to 49"):
         polarjax.generate(small, ["!~"])
 
 

@@ -1,0 +1,300 @@
+"""Texts, stop strings and streaming, on a model whose text is known beforehand.
+
+Its logits depend on the last token alone and spell one sentence over and over, with
+characters of one to four bytes, each byte a token.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax
+from polarjax.generation.text import Request
+from polarjax.generation.tokenizer import Tokenizer
+from tests.models import LLAMA, byte_tokenizer, random_params, write_checkpoint
+
+SENTENCE = "abc€def😀gh é_STOP"
+BYTES = byte_tokenizer().encode(SENTENCE).ids
+assert len(set(BYTES)) == len(BYTES)  # so the last token decides what comes next
+NEW = 40
+CONFIG = dataclasses.replace(
+    *(LLAMA,),
+    layers=1,
+    vocab_size=257,
+    dim=257,
+    embed_dim=257,
+    neurons=2,
+    heads=2,
+    kv_heads=1,
+    tied_embeddings=False,
+    eos_ids=(256,),
+)
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory):
+    """A chain: token by token through the sentence, and again."""
+    weights = jax.tree.map(np.zeros_like, random_params(CONFIG).weights)
+    for name in ("attention_norm", "mlp_norm"):
+        weights["layers_0"][name]["scale"] += 1
+    weights["final_norm"]["scale"] += 1
+    weights["embed"]["tokens"] = np.eye(257, dtype=np.float32)
+    for here, there in zip(BYTES, BYTES[1:] + BYTES[:1], strict=True):
+        weights["embed"]["head"][there, here] = 1
+    params = polarjax.Params(jax.tree.map(jnp.asarray, weights), {}, CONFIG)
+    return write_checkpoint(tmp_path_factory.mktemp("chain") / "model", params)
+
+
+PROMPTS = ["a", "xyz: abc€d", "P", "c"]
+
+
+def expected_bytes(prompt, count=NEW):
+    at = BYTES.index(byte_tokenizer().encode(prompt).ids[-1])
+    return [BYTES[(at + 1 + i) % len(BYTES)] for i in range(count)]
+
+
+def cut(prompt, stops):
+    """Text and tokens up to the stop string that is complete first."""
+    tokenizer, ids = byte_tokenizer(), expected_bytes(prompt)
+    for n in range(1, NEW + 1):
+        text = tokenizer.decode(ids[:n])
+        if any(stop in text for stop in stops):
+            text = text[: min(text.index(stop) for stop in stops if stop in text)]
+            return text, tokenizer.encode(text).ids, "stop"
+    return tokenizer.decode(ids), ids, "length"
+
+
+def generate(params, prompts=PROMPTS, **settings):
+    """The output, and what was streamed to each request."""
+    events = [[] for _ in prompts]
+
+    def stream(request, text, tokens):
+        assert text or tokens
+        events[request].append((text, tokens))
+
+    out = polarjax.generate(
+        params, prompts, max_new_tokens=NEW, stream=stream, **settings
+    )
+    for i in range(len(prompts)):
+        assert "".join(text for text, _ in events[i]) == out.texts[i]
+        assert [token for _, new in events[i] for token in new] == out.tokens[i]
+        assert len(out.tokens[i]) == len(out.logprobs[i])
+    return out, events
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_texts_are_those_of_the_tokens(params, chunk):
+    out, events = generate(params, chunk=chunk)
+    assert out.tokens == [expected_bytes(prompt) for prompt in PROMPTS]
+    assert out.texts == [byte_tokenizer().decode(tokens) for tokens in out.tokens]
+    # Characters are streamed whole: only the limit may have cut one in the middle.
+    assert out.texts[2].endswith("gh \ufffd")
+    for pieces in events:
+        assert len(pieces) > 2
+        assert not any("\ufffd" in text for text, _ in pieces[:-1])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        "STOP",
+        "€",
+        "é_",
+        "😀gh",
+        "a",
+        "Pabc",  # across the sentence's end
+        "never",
+        ("def", "€d"),  # one begins first, another is complete first
+        ("€def😀", "def"),
+        ("STOP", "TOP", "OP"),
+        ("bc", "abc", "abcd"),
+    ],
+)
+def test_stop_strings_cut_text_and_tokens_alike(params, stop, chunk):
+    stops = (stop,) if isinstance(stop, str) else stop
+    out, events = generate(params, stop=stop, chunk=chunk)
+    for i, prompt in enumerate(PROMPTS):
+        text, tokens, reason = cut(prompt, stops)
+        assert out.texts[i] == text
+        assert out.tokens[i] == tokens
+        assert out.finish_reasons[i] == reason
+        # Nothing of a stop string is ever shown.
+        shown = ""
+        for piece, _ in events[i]:
+            shown += piece
+            assert not any(stop in shown for stop in stops)
+
+
+def test_the_prompt_may_end_in_the_middle_of_a_stop_string(params):
+    # Only new text counts: "STO" in the prompt, "P" is new.
+    out, _ = generate(params, ["a STO", "a", "b", "c"], stop="STOP")
+    assert out.texts[0].startswith("Pabc€")
+    assert out.texts[0].endswith("_")
+
+
+def test_stop_ids_and_stop_strings_together(params):
+    (g,) = byte_tokenizer().encode("g").ids
+    out, _ = generate(params, stop="STOP", stop_ids=[g])
+    assert out.texts == ["bc€def😀", "ef😀", "abc€def😀", "€def😀"]
+    assert out.finish_reasons == ["stop"] * 4
+    out, _ = generate(params, stop="def", stop_ids=[g])
+    assert out.texts == ["bc€", "ef😀", "abc€", "€"]
+
+
+def test_a_stop_string_frees_the_batch(params):
+    # All requests end within the first chunk: no other one is computed.
+    out, _ = generate(params, ["a"] * 4, stop="d")
+    assert out.texts == ["bc€"] * 4 and out.stats.steps == 16
+
+
+def test_prompts_may_be_texts_or_ids(params):
+    ids = [byte_tokenizer().encode(prompt).ids for prompt in PROMPTS]
+    assert generate(params, ids)[0].texts == generate(params)[0].texts
+    mixed = [PROMPTS[0], ids[1], tuple(ids[2]), np.array(ids[3])]
+    assert generate(params, mixed)[0].texts == generate(params)[0].texts
+
+
+def test_without_a_tokenizer_tokens_are_streamed(params):
+    bare = dataclasses.replace(params, config=dataclasses.replace(CONFIG, folder=""))
+    events = []
+    ids = [byte_tokenizer().encode(prompt).ids for prompt in PROMPTS]
+    out = polarjax.generate(
+        *(bare, ids),
+        max_new_tokens=NEW,
+        stream=lambda *event: events.append(event),
+    )
+    assert out.texts is None
+    assert out.tokens == [expected_bytes(prompt) for prompt in PROMPTS]
+    assert {text for _, text, _ in events} == {""}
+    for i in range(4):
+        mine = [t for request, _, tokens in events if request == i for t in tokens]
+        assert mine == out.tokens[i]
+
+
+# The host's side alone, over many cases.
+
+
+def in_chunks(tokenizer, tokens, stops, chunk, limit):
+    """One request fed chunk by chunk, as the device would; and what it streams."""
+    request = Request([], limit, tokenizer, stops)
+    tokens, texts, ids, given = tokens[:limit], "", [], 0
+    size = 1  # prefill brings one token
+    while request.going:
+        part = tokens[given : given + size]
+        given, size = given + len(part), chunk
+        request.add(part, [0.0] * len(part), ended=given >= limit)
+        text, new = request.news()
+        texts, ids = texts + text, ids + new
+    return request, texts, ids
+
+
+def check_many(seed, cases):
+    rng = np.random.default_rng(seed)
+    tokenizer = Tokenizer(byte_tokenizer())
+    pieces = ["a", "b", "ab", "é", "€", "😀", "\n", " ", "日本"]
+    for _ in range(cases):
+        text = "".join(rng.choice(pieces, size=rng.integers(1, 25)))
+        tokens = tokenizer.encode(text)
+        if rng.random() < 0.2:  # what models write need not be UTF-8
+            tokens = rng.integers(256, size=len(tokens)).tolist()
+        limit = int(rng.integers(1, len(tokens) + 1))
+        stops = tuple(
+            "".join(rng.choice(pieces, size=rng.integers(1, 4)))
+            for _ in range(rng.integers(0, 4))
+        )
+        results = []
+        for chunk in (1, 2, 3, 7, 100):
+            request, texts, ids = in_chunks(tokenizer, tokens, stops, chunk, limit)
+            assert texts == request.text and ids == request.tokens
+            assert len(request.logprobs) == len(request.tokens)
+            assert not any(stop in request.text for stop in stops)
+            results.append((request.text, request.tokens, request.finish_reason))
+        assert all(result == results[0] for result in results), (tokens, stops)
+        whole = tokenizer.decode(tokens[:limit])
+        assert whole.startswith(results[0][0])
+        found = any(stop in whole for stop in stops)
+        assert results[0][2] == ("stop" if found else "length")
+        assert found or results[0][0] == whole
+
+
+def test_streams_and_chunks_agree_in_random_cases():
+    check_many(0, 200)
+
+
+@pytest.mark.slow
+def test_streams_and_chunks_agree_in_many_random_cases():
+    check_many(1, 3000)
+
+
+# Tokenizers.
+
+
+def sentencepiece_like():
+    """As LLaMA-2's: pieces with a mark for the space, and bytes as a fallback."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    words = ["<unk>", "▁Hello", "▁world", "!", *(f"<0x{i:02X}>" for i in range(256))]
+    backend = Backend(
+        models.BPE(
+            vocab={word: i for i, word in enumerate(words)},
+            merges=[],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Tokenizer(backend)
+
+
+def test_a_continuation_keeps_the_space_that_its_own_text_would_lose():
+    tokenizer = sentencepiece_like()
+    assert tokenizer.decode([2]) == "world"
+    assert tokenizer.continuation([1], [2, 3]) == " world!"
+
+
+def test_bytes_of_a_fallback_become_characters_when_whole():
+    tokenizer = sentencepiece_like()
+    fallback = [4 + byte for byte in "é😀".encode()]
+    for chunk in (1, 2, 3, 4):
+        request, text, ids = in_chunks(
+            tokenizer, [2, *fallback, 1, 3], (), chunk, limit=9
+        )
+        assert text == request.text == "worldé😀 Hello!"
+        assert ids == request.tokens
+
+
+def test_chat(params, tmp_path):
+    tokenizer = Tokenizer.load(params.config)
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.chat(messages) == "<user>hi<answer>"
+    with pytest.raises(ValueError, match="no chat template"):
+        Tokenizer(byte_tokenizer()).chat(messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no system role') }}",
+        "{% for %}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    ],
+)
+def test_a_chat_template_that_fails_or_reaches_out_is_one_error(template):
+    tokenizer = Tokenizer(byte_tokenizer(), template)
+    with pytest.raises(ValueError, match="the chat template failed"):
+        tokenizer.chat([{"role": "user", "content": "hi"}])
