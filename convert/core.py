@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -30,7 +29,12 @@ from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor
 from polarjax.config import ModelConfig
 from polarjax.model import weight_shapes
-from polarjax.params import CONFIG_FILE, TOKENIZER_FILE, check_finite, write_folder
+from polarjax.params import (
+    TOKENIZER_FILE,
+    check_destination,
+    check_finite,
+    write_folder,
+)
 
 DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
@@ -107,23 +111,7 @@ def _check_destination(source: Path, destination: Path, overwrite: bool) -> None
             raise ConversionError(f"writing {destination} would delete {source}")
         if src.is_dir() and src in dst.parents:
             raise ConversionError(f"{destination} lies inside {source}")
-    if not destination.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{destination} exists: choose another place, or overwrite it (--overwrite)"
-        )
-    if destination.is_dir() and not any(destination.iterdir()):
-        return
-    try:
-        ours = json.loads((destination / CONFIG_FILE).read_text(encoding="utf-8"))
-        ours = "format_version" in ours
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
-        raise FileExistsError(
-            f"{destination} is not a polarjax checkpoint: it will not be overwritten"
-        )
+    check_destination(destination, overwrite)
 
 
 def _token_ids(source: Source, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:

@@ -9,7 +9,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -21,22 +23,23 @@ from rich.progress import (
 )
 from rich.table import Table
 
-import polarjax.calibration as calibration
-from polarjax.evaluation import Perplexity, decode_perplexity
-from polarjax.generation import Output, Tokenizer, generate
+from polarjax import calibration, demo
+from polarjax.demo import plain
+from polarjax.evaluation import (
+    Perplexity,
+    TaskResult,
+    decode_perplexity,
+    evaluate_task,
+    read_rows,
+)
+from polarjax.generation import Tokenizer, generate
 from polarjax.hub import find_adapter, load
-from polarjax.params import Params
+from polarjax.params import Params, check_destination
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Oracle, Polar, Random, read_card, save_adapter
 from polarjax.training import token_blocks
 
 _POLICIES = {"polar": Polar, "oracle": Oracle, "random": Random}
-_DEMO_PROMPTS = (
-    "Once upon a time, in a village by the sea,",
-    "The capital of France is",
-    "Water boils at 100 degrees because",
-    "Three things to pack for a long walk are",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,11 +130,14 @@ def _parser() -> argparse.ArgumentParser:
     add = command(
         "eval",
         _eval,
-        "Perplexity of policies, through the decode step that generate uses.",
+        "Perplexity and task accuracy of policies, through the decode step that "
+        "generate uses.",
         "polarjax eval checkpoints/smollm2-135m --adapter smollm2-135m --text book.txt "
-        "--policies dense,polar,oracle,random",
+        "--tasks arc_easy.jsonl --policies dense,polar,oracle,random",
     ).add_argument
-    add("--text", required=True, help="UTF-8 text file, .gz too")
+    add("--text", help="UTF-8 text file for perplexity, .gz too")
+    add("--tasks", nargs="+", default=[], help="JSONL files of rows to get right")
+    add("--rows", type=int, help="most rows of each task; default all")
     add("--adapter", help="folder of routers, or the name of one that ships")
     add("--policies", default="dense,polar", help="of dense, polar, oracle, random")
     add("--densities", default="", help="such as 1/3,2/3; empty: the adapter's budgets")
@@ -183,9 +189,9 @@ def _generate(args: argparse.Namespace) -> None:
     console = Console()
     for prompt, text in zip(args.prompts, out.texts or out.tokens, strict=True):
         console.rule(align="left")
-        console.print(f"[bold]{_plain(prompt)}[/bold]{_plain(str(text))}")
+        console.print(f"[bold]{plain(prompt)}[/bold]{plain(str(text))}")
     console.rule(align="left")
-    console.print(_plain(str(out.stats)), style="dim")
+    console.print(plain(str(out.stats)), style="dim")
 
 
 def _policy(name: str, density: float | None) -> SelectionPolicy:
@@ -200,8 +206,7 @@ def _policy(name: str, density: float | None) -> SelectionPolicy:
 
 def _calibrate(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise FileExistsError(f"{out} exists: choose another, or pass --overwrite")
+    check_destination(out, args.overwrite)  # before the work, not after
     params, console = load(args.checkpoint), Console()
     steps = max(1, args.tokens // (args.context * args.batch))
     with _bar(console) as bar:
@@ -263,39 +268,83 @@ def _eval(args: argparse.Namespace) -> None:
         for name in args.policies.split(",")
         for d in (densities if name != "dense" else [None])
     }
-    tokens = _text_tokens(params, args.text, args.tokens)
-    results = {
-        label: decode_perplexity(
-            params,
-            tokens,
-            policy,
-            window=args.window,
-            prefix=args.prefix,
-            batch=args.batch,
-        )
-        for label, policy in policies.items()
-    }
-    Console().print(_perplexity_table(results))
-    if args.out:
-        record = {
-            "command": sys.argv[1:],
-            "model_hash": params.config.model_hash,
-            "adapter": read_card(find_adapter(args.adapter)) if args.adapter else None,
-            "mode": "decode",
-            "window": args.window,
-            "prefix": args.prefix,
-            "batch": args.batch,
-            "results": {
-                name: {
-                    "perplexity": p.value,
-                    "density": p.density,
-                    "scored_per_window": p.scored,
-                    "nll": p.nll.tolist(),
-                }
-                for name, p in results.items()
-            },
+    if not args.text and not args.tasks:
+        raise ValueError("nothing to evaluate: pass --text, --tasks or both")
+    console, record = Console(), _eval_record(args, params)
+    if args.text:
+        tokens = _text_tokens(params, args.text, args.tokens)
+        shape = {"window": args.window, "prefix": args.prefix, "batch": args.batch}
+        results = {
+            label: decode_perplexity(params, tokens, policy, **shape)
+            for label, policy in policies.items()
         }
+        console.print(_perplexity_table(results))
+        record["perplexity"] = {
+            name: {
+                "value": p.value,
+                "density": p.density,
+                "scored_per_window": p.scored,
+                "nll": p.nll.tolist(),
+            }
+            for name, p in results.items()
+        }
+    for path in args.tasks:
+        name, rows = Path(path).name.split(".")[0], read_rows(path, args.rows)
+        with _bar(console) as bar:
+            found = {}
+            for label, policy in policies.items():
+                task = bar.add_task(f"{name}, {label}", total=None)
+
+                def progress(done: int, total: int, task=task, bar=bar) -> None:
+                    bar.update(task, completed=done, total=total)
+
+                found[label] = evaluate_task(
+                    params, rows, policy, batch=args.batch, progress=progress
+                )
+        console.print(_task_table(name, found))
+        record["tasks"][name] = {
+            label: {
+                "accuracy": r.accuracy,
+                "accuracy_per_byte": r.accuracy_per_byte,
+                "density": r.density,
+                "correct": dict(zip(r.ids, r.correct.tolist(), strict=True)),
+            }
+            for label, r in found.items()
+        }
+    if args.out:
         Path(args.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _eval_record(args: argparse.Namespace, params: Params) -> dict[str, Any]:
+    return {
+        "command": sys.argv[1:],
+        "model_hash": params.config.model_hash,
+        "adapter": read_card(find_adapter(args.adapter)) if args.adapter else None,
+        "mode": "decode",
+        "window": args.window,
+        "prefix": args.prefix,
+        "batch": args.batch,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "perplexity": {},
+        "tasks": {},
+    }
+
+
+def _task_table(name: str, results: dict[str, TaskResult]) -> Table:
+    baseline = results.get("Dense")
+    table = Table("policy", "density", "accuracy", "per byte", title=name)
+    if baseline:
+        table.add_column("- dense (95 % interval)")
+    for label, r in results.items():
+        row = [label, *(f"{x:.3f}" for x in (r.density, r.accuracy))]
+        row.append(f"{r.accuracy_per_byte:.3f}")
+        if baseline:
+            change, low, high = r.difference(baseline)
+            same = r is baseline
+            row.append("0" if same else f"{change:+.3f} ({low:+.3f} to {high:+.3f})")
+        table.add_row(*row)
+    return table
 
 
 def _text_tokens(params: Params, text: str | Path, tokens: int) -> np.ndarray:
@@ -306,78 +355,7 @@ def _text_tokens(params: Params, text: str | Path, tokens: int) -> np.ndarray:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    console = Console()
-    params = load(args.checkpoint, adapter=args.adapter)
-    card = read_card(find_adapter(args.adapter))
-    settings = {"max_new_tokens": args.max_new_tokens}
-    prompts = list(_DEMO_PROMPTS)
-    outputs: dict[str, Output] = {}
-    for name, policy in (("Dense", Dense()), ("Polar", Polar())):
-        outputs[name] = generate(params, prompts, policy=policy, **settings)
-    table = Table("prompt", "dense", "sparse", show_lines=True)
-    texts = (outputs[name].texts or [] for name in ("Dense", "Polar"))
-    for row in zip(prompts, *texts, strict=True):
-        table.add_row(*map(_plain, row))
-    console.print(table)
-
-    text = Path(__file__).with_name("demo.txt")
-    tokenizer = Tokenizer.load(params.config)
-    assert tokenizer is not None  # the texts above needed it
-    tokens = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
-    perplexity = {
-        name: decode_perplexity(params, tokens, policy, window=128, prefix=32, batch=8)
-        for name, policy in (("Dense", Dense()), ("Polar", Polar()))
-    }
-    dense, sparse = outputs["Dense"].stats, outputs["Polar"].stats
-    table = Table("", "dense", "sparse")
-
-    def line(label: str, show, *values) -> None:
-        table.add_row(label, *(show(x) for x in values))
-
-    line("density, mean over layers", "{:.3f}".format, *map(_mean, (dense, sparse)))
-    line("KV read per token", _kilobytes, *map(_per_token, (dense, sparse)))
-    line("KV saved", "{:.1%}".format, *map(_saved, (dense, sparse)))
-    line(
-        *("tokens/s, all prompts", "{:,.1f}".format),
-        *(dense.tokens_per_second, sparse.tokens_per_second),
-    )
-    line(
-        *("floor / time", "{:.2f}".format),
-        *(dense.floor_fraction, sparse.floor_fraction),
-    )
-    ratio, low, high = perplexity["Polar"].ratio(perplexity["Dense"])
-    line("perplexity", "{:.2f}".format, *(p.value for p in perplexity.values()))
-    table.add_row("  / dense (95 %)", "1", f"{ratio:.3f} ({low:.3f} to {high:.3f})")
-    console.print(table)
-    console.print(
-        f"Routers trained on {card.get('tokens', 0):,} tokens. The floor is the bytes "
-        "that must be read by the bandwidth measured here "
-        f"({dense.bandwidth / 1e9:,.1f} GB/s). At this size weights, not the KV cache, "
-        "are most of the bytes: sparsity pays with long contexts and big batches on a "
-        "GPU.",
-        style="dim",
-    )
-
-
-def _mean(stats) -> float:
-    return float(np.mean(stats.density))
-
-
-def _per_token(stats) -> float:
-    return stats.kv_bytes / max(1, stats.new_tokens)
-
-
-def _saved(stats) -> float:
-    return 1 - stats.kv_bytes / stats.kv_bytes_dense
-
-
-def _kilobytes(value: float) -> str:
-    return f"{value / 1e3:,.0f} kB"
-
-
-def _plain(text: str) -> str:
-    """Text that rich shall not read as markup."""
-    return text.replace("[", r"\[")
+    demo.show(args.checkpoint, args.adapter, args.max_new_tokens)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from polarjax.config import ModelConfig
 Tree = dict[str, Any]
 
 CONFIG_FILE = "config.json"
+CARD_FILE = "card.json"
 CHECKSUMS_FILE = "checksums.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -60,14 +61,13 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
       path: where the folder shall be.
-      overwrite: replace what is there.
+      overwrite: replace what is there, if it is polarjax's own.
 
     Raises:
       FileExistsError: if `path` exists and is not to be overwritten.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another place, or overwrite it")
+    check_destination(path, overwrite)
     partial = path.with_name(path.name + ".partial")
     _remove(partial)
     partial.mkdir(parents=True)
@@ -78,6 +78,37 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         _remove(partial)
         raise
+
+
+def check_destination(path: str | Path, overwrite: bool) -> None:
+    """Raise unless a checkpoint or adapter may be written to a place.
+
+    Args:
+      path: the folder to make.
+      overwrite: whether an older checkpoint or adapter there may be replaced.
+
+    Raises:
+      FileExistsError: if there is one and it may not, or if there is something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{path} exists: choose another place, or overwrite it (--overwrite)"
+        )
+    empty = path.is_dir() and not any(path.iterdir())
+    if not empty and not any(map(_has_format, (path / CONFIG_FILE, path / CARD_FILE))):
+        raise FileExistsError(
+            f"{path} is no polarjax checkpoint or adapter: it will not be overwritten"
+        )
+
+
+def _has_format(file: Path) -> bool:
+    try:
+        return "format_version" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _remove(path: Path) -> None:

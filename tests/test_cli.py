@@ -83,18 +83,25 @@ def test_generate(checkpoint, adapter, capsys):
 
 
 def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys):
-    out = tmp_path / "result.json"
+    out, task = tmp_path / "result.json", tmp_path / "colours.jsonl"
+    row = {"context": "green", "choices": ["bottles", "wall"], "label": 1}
+    task.write_text("".join(json.dumps({**row, "id": i}) + "\n" for i in range(9)))
     command = ["eval", str(checkpoint), "--text", str(text), "--adapter", str(adapter)]
+    command += ["--tasks", str(task), "--rows", "3"]
     options = "--policies dense,polar,random --densities 1/2,3/4 --tokens 256"
     shape = "--window 64 --prefix 16 --batch 2"
     arguments = [*command, *options.split(), *shape.split(), "--out", str(out)]
     assert cli.main(arguments) == 0
-    results = json.loads(out.read_text())["results"]
+    record = json.loads(out.read_text())
+    results = record["perplexity"]
     assert list(results) == [
         *("Dense", "Polar 0.500", "Polar 0.750", "Random 0.500", "Random 0.750")
     ]
     shown = capsys.readouterr().out
-    assert f"{results['Polar 0.750']['perplexity']:.3f}" in shown
+    assert f"{results['Polar 0.750']['value']:.3f}" in shown
+    assert set(record["tasks"]["colours"]) == set(results)
+    assert set(record["tasks"]["colours"]["Dense"]["correct"]) == {"0", "1", "2"}
+    assert "colours" in shown and "accuracy" in shown
     assert results["Polar 0.750"]["density"] == pytest.approx((1 + 3 * 0.75) / 4)
 
 
@@ -109,6 +116,8 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
         ("calibrate {checkpoint} --text nowhere --out {tmp}/a", "no text file at"),
         ("calibrate {checkpoint} --text {text} --out {tmp}/a", "the text ended after"),
         ("eval {checkpoint} --text {text} --policies best", "no policy 'best'"),
+        ("eval {checkpoint} --policies dense", "pass --text, --tasks or both"),
+        ("eval {checkpoint} --policies dense --tasks nowhere", "no task file at"),
         ("eval {checkpoint} --text {text} --tokens 99999", "less than 99999 tokens"),
     ],
 )

@@ -83,6 +83,7 @@ FLOORS = {
         polarjax.training.train
         polarjax.training
         polarjax.evaluation.statistics
+        polarjax.evaluation.scoring
         polarjax.evaluation.perplexity
         polarjax.evaluation.recall
         polarjax.evaluation.tasks
@@ -91,6 +92,7 @@ FLOORS = {
     """,
     5: """
         polarjax.hub
+        polarjax.demo
         polarjax.cli
         polarjax
         polarjax.__main__

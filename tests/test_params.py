@@ -166,11 +166,23 @@ def test_a_disk_too_small_is_one_error(params, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_new_folder_replaces_a_file(tmp_path):
-    (tmp_path / "x").write_text("a file")
-    with new_folder(tmp_path / "x", overwrite=True) as partial:
+def test_only_polarjaxs_own_or_nothing_is_overwritten(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "config.json").write_text("{}")
+    for name in ("file", "photos"):
+        with (
+            pytest.raises(FileExistsError, match=f"{name} is no polarjax checkpoint"),
+            new_folder(tmp_path / name, overwrite=True),
+        ):
+            pass
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        *("config.json", "file", "photos")
+    ]
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty", overwrite=True) as partial:
         (partial / "inside").write_text("new")
-    assert (tmp_path / "x" / "inside").read_text() == "new"
+    assert (tmp_path / "empty" / "inside").read_text() == "new"
 
 
 # Damage.

@@ -17,9 +17,9 @@ import numpy as np
 
 from pallas_kernels import Implementation
 from polarjax.config import ModelConfig
+from polarjax.evaluation.scoring import score_continuations
 from polarjax.evaluation.statistics import paired_bootstrap
 from polarjax.generation.loop import all_logits
-from polarjax.model import Decoder, run
 from polarjax.params import Params, Tree
 from polarjax.policy import SelectionPolicy
 
@@ -107,17 +107,21 @@ def decode_perplexity(
     windows = _windows(tokens, window, params.config)
     batch = min(batch, len(windows))
     weights, bound = policy.bind(params, batch)
+    lengths = jnp.full(batch, prefix - 1, jnp.int32)
+    counts = jnp.full(batch, window - prefix, jnp.int32)
     results = [
-        _decode_nll(
-            *(weights, bound, jnp.asarray(part)),
+        score_continuations(
+            *(weights, bound, jnp.asarray(part[:, : prefix - 1]), lengths),
+            *(jnp.asarray(part[:, prefix - 1 :]), counts),
             config=params.config.architecture,
-            prefix=prefix,
             implementation=implementation,
         )
         for part in _groups(windows, batch)
     ]
-    nll = np.concatenate([np.asarray(part, np.float64) for part, _ in results])
-    density = float(np.mean([float(reads) for _, reads in results]))
+    nll = np.concatenate(
+        [np.asarray(part, np.float64).sum(1) for part, _, _ in results]
+    )
+    density = float(np.mean([float(density) for _, _, density in results]))
     return Perplexity(nll[: len(windows)], window - prefix, density)
 
 
@@ -142,33 +146,6 @@ def _groups(windows: np.ndarray, batch: int) -> Iterable[np.ndarray]:
 def _dense_nll(weights: Tree, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
     logits = all_logits(weights, tokens, config=config)
     return _nll(logits[:, :-1], tokens[:, 1:]).sum(axis=1)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "prefix", "implementation"))
-def _decode_nll(
-    weights: Tree,
-    policy: SelectionPolicy,
-    tokens: jax.Array,
-    *,
-    config: ModelConfig,
-    prefix: int,
-    implementation: Implementation | None,
-) -> tuple[jax.Array, jax.Array]:
-    dtype = weights["embed"]["tokens"].dtype
-    model = Decoder(config, dtype, policy.score_rows, implementation)
-    b, window = tokens.shape
-    lengths = jnp.full(b, prefix - 1, jnp.int32)
-    prompt = tokens[:, : prefix - 1]
-    _, cache = run(model, weights, "prefill", prompt, lengths, window)
-
-    def step(cache, pair):
-        token, target = pair
-        logits, cache, reads = run(model, weights, "decode", token, cache, policy)
-        return cache, (_nll(logits, target), reads.mean())
-
-    pairs = tokens[:, prefix - 1 : -1].T, tokens[:, prefix:].T
-    _, (nll, reads) = jax.lax.scan(step, cache, pairs)
-    return nll.sum(axis=0), reads.mean() / config.kv_heads
 
 
 def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from polarjax.config import ModelConfig
-from polarjax.params import Params, Tree, check_finite, new_folder
+from polarjax.params import CARD_FILE, Params, Tree, check_finite, new_folder
 from polarjax.sparsity.routers import check_routers
 
 ADAPTER_FORMAT = 1
-CARD_FILE, ROUTERS_FILE = "card.json", "routers.safetensors"
+ROUTERS_FILE = "routers.safetensors"
 
 
 def save_adapter(

@@ -244,7 +244,7 @@ def test_destinations(tmp_path):
     (tmp_path / "thesis/chapter").write_text("years of work")
     (tmp_path / "note").write_text("a file")
     for name in ("thesis", "note"):
-        with pytest.raises(FileExistsError, match="not a polarjax checkpoint"):
+        with pytest.raises(FileExistsError, match="no polarjax checkpoint"):
             convert(source, tmp_path / name, overwrite=True, progress=False)
     assert (tmp_path / "thesis/chapter").read_text() == "years of work"
     for path in (tmp_path / "deep/..", Path("/"), Path(".")):
