@@ -36,10 +36,39 @@ def adapter_table(card: dict) -> str:
     return "\n".join(lines)
 
 
+def decode_table(path: Path) -> str:
+    """Times of whole decode steps, as `python -m benchmarks.decode` wrote them."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"One {report['device']}, jax {report['jax']}, {report['dtype']}, random "
+        f"weights, {report['bandwidth_gb_s']:,.0f} GB/s read bandwidth measured in "
+        f"the same run (`benchmarks/results/{path.name}`).",
+        "",
+        "| model, batch, context | policy | ms a step | floor | floor / time "
+        "| over our dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        lines.append(
+            f"| {row['model']} b {row['batch']} s {row['context']} | {row['policy']} "
+            f"| {row['ms']:.2f} | {row['floor_ms']:.2f} "
+            f"| {row['floor_ms'] / row['ms']:.2f} | {row['over_dense']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def newest(kind: str) -> Path:
+    """The latest result file of a kind; names begin with the date."""
+    return max((REPOSITORY / "benchmarks" / "results").glob(f"*-{kind}.json"))
+
+
 def render(readme: str) -> str:
     """The README's text with its tables made anew."""
     card = json.loads((ADAPTER / "card.json").read_text(encoding="utf-8"))
-    tables = {"adapter": adapter_table(card)}
+    tables = {
+        "adapter": adapter_table(card),
+        "decode": decode_table(newest("decode")),
+    }
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         replacement = rf"\g<1>{table.replace(chr(92), chr(92) * 2)}\n\g<2>"
