@@ -5,9 +5,13 @@ Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 import polarjax
+from polarjax.evaluation import Perplexity
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ADAPTER = Path(polarjax.__file__).parent / "adapters" / "smollm2-135m"
@@ -23,15 +27,11 @@ def adapter_table(card: dict) -> str:
         f"groups from layer 1 on. Recall on held-out text, mean over layers: "
         f"{mean:.3f} (chance {chance:.3f}).",
         "",
-        "| policy | density | perplexity | / dense (95 % interval) |",
-        "|---|---|---|---|",
+        *_perplexity_lines(
+            (name, p["density"], p["value"], p["ratio_to_dense"])
+            for name, p in card["perplexity"].items()
+        ),
     ]
-    for name, entry in card["perplexity"].items():
-        ratio, low, high = entry["ratio_to_dense"]
-        shown = "1" if name == "Dense" else f"{ratio:.3f} ({low:.3f} to {high:.3f})"
-        lines.append(
-            f"| {name} | {entry['density']:.3f} | {entry['value']:.2f} | {shown} |"
-        )
     lines += ["", f"Perplexity of {card['perplexity_of']}."]
     return "\n".join(lines)
 
@@ -57,6 +57,35 @@ def decode_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def eval_table(path: Path) -> str:
+    """Perplexities as `polarjax eval --out` wrote them."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    results = {
+        name: Perplexity(np.array(p["nll"]), p["scored_per_window"], p["density"])
+        for name, p in record["perplexity"].items()
+    }
+    lines = [
+        f"The same on another kind of text (`{record['command'][5]}`, "
+        f"{len(results['Dense'].nll)} windows of {record['window']} tokens, "
+        f"`benchmarks/results/{path.name}`): routers generalise worse than they fit.",
+        "",
+        *_perplexity_lines(
+            (name, p.density, p.value, p.ratio(results["Dense"]))
+            for name, p in results.items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _perplexity_lines(rows: Iterable[tuple]) -> list[str]:
+    lines = ["| policy | density | perplexity | / dense (95 % interval) |"]
+    lines.append("|---|---|---|---|")
+    for name, density, value, (ratio, low, high) in rows:
+        shown = "1" if name == "Dense" else f"{ratio:.3f} ({low:.3f} to {high:.3f})"
+        lines.append(f"| {name} | {density:.3f} | {value:.2f} | {shown} |")
+    return lines
+
+
 def newest(kind: str) -> Path:
     """The latest result file of a kind; names begin with the date."""
     return max((REPOSITORY / "benchmarks" / "results").glob(f"*-{kind}.json"))
@@ -67,6 +96,7 @@ def render(readme: str) -> str:
     card = json.loads((ADAPTER / "card.json").read_text(encoding="utf-8"))
     tables = {
         "adapter": adapter_table(card),
+        "eval": eval_table(newest("eval-wikitext2")),
         "decode": decode_table(newest("decode")),
     }
     for name, table in tables.items():
