@@ -21,12 +21,7 @@ from polarjax.generation.requests import (
     stop_strings,
     stop_tokens,
 )
-from polarjax.generation.stats import (
-    Stats,
-    neuron_densities,
-    read_bandwidth,
-    step_weight_bytes,
-)
+from polarjax.generation.stats import Stats, make_stats
 from polarjax.generation.text import Request
 from polarjax.generation.tokenizer import Tokenizer
 from polarjax.params import Params
@@ -150,7 +145,11 @@ def generate(
         counted.append(drawn)
         _deliver(requests, drawn, state.live, stream)
 
-    stats = _make_stats(params, weights, bound, requests, counted[1:], chunk, clock)
+    stats = make_stats(
+        *(params, weights, bound, counted[1:], chunk, clock.seconds),
+        prompt_tokens=int(lengths.sum()),
+        new_tokens=sum(len(request.tokens) for request in requests),
+    )
     return Output(
         tokens=[request.tokens for request in requests],
         texts=None if tokenizer is None else [request.text for request in requests],
@@ -265,62 +264,3 @@ def _deliver(
             text, tokens = request.news()
             if text or tokens:
                 stream(i, text, tokens)
-
-
-def _make_stats(
-    params: Params,
-    weights: Any,
-    policy: SelectionPolicy,
-    requests: list[Request],
-    chunks: list[loop.Drawn],
-    steps_per_chunk: int,
-    clock: _Clock,
-) -> Stats:
-    config = params.config
-    reads = np.zeros(config.layers, np.int64)
-    live_steps, kv_rows, kv_rows_dense, decoded = 0, 0.0, 0.0, 0
-    for drawn in chunks:
-        by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
-        reads += by_layer.sum(axis=(0, 2))
-        # Layer 0 is always dense: it counts the steps and the visible rows.
-        live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
-        rows = np.asarray(drawn.kv_rows, np.float64)
-        kv_rows += rows.sum()
-        total = np.maximum(by_layer.sum(axis=1), 1)  # [steps, b]
-        kv_rows_dense += (rows / total).sum() * config.kv_heads * config.layers
-        decoded += int(np.asarray(drawn.valid).sum())
-    row_bytes = 2 * config.head_dim * params.dtype.itemsize
-    steps = steps_per_chunk * len(chunks)
-    weight_bytes = step_weight_bytes(weights, config, policy)
-    bandwidth = read_bandwidth(next(iter(weights["embed"]["tokens"].devices())))
-    seconds = clock.seconds
-    neuron_density = neuron_densities(config, policy)
-    notes = []
-    if policy.wants_norms:
-        notes.append(
-            f"{type(policy).__name__} computes dense attention first, to know the "
-            "norms: its times are no measure of sparsity, its bytes are those it chose"
-        )
-    if min(neuron_density) < 1:
-        notes.append(
-            "neuron sparsity: the batch shares one set of neurons, so a request's "
-            "result may depend on its batch-mates"
-        )
-    return Stats(
-        policy=type(policy).__name__,
-        prompt_tokens=sum(len(request.prompt) for request in requests),
-        new_tokens=sum(len(request.tokens) for request in requests),
-        steps=steps,
-        compile_seconds=seconds["compile"],
-        prefill_seconds=seconds["prefill"],
-        decode_seconds=seconds["decode"],
-        tokens_per_second=decoded / seconds["decode"] if decoded else 0.0,
-        density=tuple((reads / max(1, live_steps * config.kv_heads)).tolist()),
-        neuron_density=neuron_density,
-        kv_bytes=kv_rows * row_bytes,
-        kv_bytes_dense=kv_rows_dense * row_bytes,
-        weight_bytes=weight_bytes,
-        bandwidth=bandwidth,
-        floor_seconds=(steps * weight_bytes + kv_rows * row_bytes) / bandwidth,
-        notes=tuple(notes),
-    )

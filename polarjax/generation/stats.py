@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax.config import ModelConfig
-from polarjax.params import Tree
+from polarjax.generation.loop import Drawn
+from polarjax.params import Params, Tree
 from polarjax.policy import SelectionPolicy
 
 
@@ -154,3 +156,75 @@ def _repeat_rate(one: Any, values: jax.Array, repeats: int) -> float:
         read(values).block_until_ready()
         times.append(time.perf_counter() - start)
     return repeats * values.nbytes / min(times)
+
+
+def make_stats(
+    params: Params,
+    weights: Tree,
+    policy: SelectionPolicy,
+    chunks: Sequence[Drawn],
+    steps_per_chunk: int,
+    seconds: Mapping[str, float],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+) -> Stats:
+    """Count what the decode chunks read, and set it beside what they took.
+
+    Args:
+      params: the model.
+      weights: bound to the policy.
+      policy: bound.
+      chunks: what each chunk of steps drew.
+      steps_per_chunk: decode steps in each.
+      seconds: spent on "compile", "prefill" and "decode".
+      prompt_tokens: of all requests.
+      new_tokens: of all requests.
+    """
+    config = params.config
+    reads = np.zeros(config.layers, np.int64)
+    live_steps, kv_rows, kv_rows_dense, decoded = 0, 0.0, 0.0, 0
+    for drawn in chunks:
+        by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
+        reads += by_layer.sum(axis=(0, 2))
+        # Layer 0 is always dense: it counts the steps and the visible rows.
+        live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
+        rows = np.asarray(drawn.kv_rows, np.float64)
+        kv_rows += rows.sum()
+        total = np.maximum(by_layer.sum(axis=1), 1)  # [steps, b]
+        kv_rows_dense += (rows / total).sum() * config.kv_heads * config.layers
+        decoded += int(np.asarray(drawn.valid).sum())
+    row_bytes = 2 * config.head_dim * params.dtype.itemsize
+    steps = steps_per_chunk * len(chunks)
+    weight_bytes = step_weight_bytes(weights, config, policy)
+    bandwidth = read_bandwidth(next(iter(weights["embed"]["tokens"].devices())))
+    neuron_density = neuron_densities(config, policy)
+    notes = []
+    if policy.wants_norms:
+        notes.append(
+            f"{type(policy).__name__} computes dense attention first, to know the "
+            "norms: its times are no measure of sparsity, its bytes are those it chose"
+        )
+    if min(neuron_density) < 1:
+        notes.append(
+            "neuron sparsity: the batch shares one set of neurons, so a request's "
+            "result may depend on its batch-mates"
+        )
+    return Stats(
+        policy=type(policy).__name__,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        steps=steps,
+        compile_seconds=seconds["compile"],
+        prefill_seconds=seconds["prefill"],
+        decode_seconds=seconds["decode"],
+        tokens_per_second=decoded / seconds["decode"] if decoded else 0.0,
+        density=tuple((reads / max(1, live_steps * config.kv_heads)).tolist()),
+        neuron_density=neuron_density,
+        kv_bytes=kv_rows * row_bytes,
+        kv_bytes_dense=kv_rows_dense * row_bytes,
+        weight_bytes=weight_bytes,
+        bandwidth=bandwidth,
+        floor_seconds=(steps * weight_bytes + kv_rows * row_bytes) / bandwidth,
+        notes=tuple(notes),
+    )
