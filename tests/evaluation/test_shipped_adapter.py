@@ -38,7 +38,7 @@ def test_recall_is_far_above_chance_on_held_out_text(model, tokens):
 def test_perplexity_is_closer_to_the_oracles_than_to_chance(model, tokens):
     policies = polarjax.Oracle(), polarjax.Polar(), polarjax.Random()
     oracle, polar, chance = (
-        decode_perplexity(model, tokens[:1024], p, window=128, prefix=32, batch=8)
+        decode_perplexity(model, tokens[:768], p, window=96, prefix=32, batch=8)
         for p in policies
     )
     assert oracle.density == polar.density == chance.density

@@ -42,7 +42,8 @@ def independent(params, rows):
         for choice in row["choices"]:
             text = (" " if row["context"] else "") + choice
             ids = tokenizer.encode(text)
-            logits = np.asarray(polarjax.logits(params, [[*prompt, *ids]])[0], float)
+            padded = [[*prompt, *ids, *[0] * (64 - len(prompt) - len(ids))]]
+            logits = np.asarray(polarjax.logits(params, padded)[0], float)
             logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             at = np.arange(len(prompt) - 1, len(prompt) + len(ids) - 1)
             found.append(logp[at, ids].sum())
