@@ -28,8 +28,15 @@ def show(checkpoint: str | Path, adapter: str | Path, max_new_tokens: int) -> No
     Args:
       checkpoint: folder of the model.
       adapter: folder of routers, or the name of one that ships.
-      max_new_tokens: tokens per prompt.
+      max_new_tokens: tokens per prompt, at least 2.
+
+    Raises:
+      ValueError: if there are fewer, or the model cannot be loaded.
     """
+    if max_new_tokens < 2:
+        raise ValueError(
+            "the demo needs 2 new tokens: the first one is dense prefill's"
+        )
     console = Console()
     params = load(checkpoint, adapter=adapter)
     card = read_card(find_adapter(adapter))

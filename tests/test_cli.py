@@ -119,6 +119,7 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
         ("generate {checkpoint} x --density 3/2", "density must be a number above 0"),
         ("generate {checkpoint} x --density 1/2", "no router for layer 1"),
         ("generate {checkpoint} x --policy polar", "no density given"),
+        ("demo {checkpoint} --adapter x --max-new-tokens 1", "needs 2 new tokens"),
         ("calibrate {checkpoint} --text nowhere --out {tmp}/a", "no text file at"),
         ("calibrate {checkpoint} --text {text} --out {tmp}/a", "the text ended after"),
         ("eval {checkpoint} --text {text} --policies best", "no policy 'best'"),

@@ -31,7 +31,8 @@ class Stats:
       prefill_seconds: wall time, first token of each request included.
       decode_seconds: wall time of all decode steps.
       tokens_per_second: tokens of the decode steps by `decode_seconds`.
-      density: per layer, KV groups read / KV groups there, over live requests.
+      density: per layer, KV groups read / KV groups there, over live requests; empty
+        where no decode step ran.
       neuron_density: per layer, MLP neurons read / neurons there.
       kv_bytes: KV bytes that the decode steps had to read.
       kv_bytes_dense: what they would have been at density 1.
@@ -66,14 +67,14 @@ class Stats:
 
     def __str__(self) -> str:
         """A few lines for people."""
-        mean = float(np.mean(self.density)) if self.density else 1.0
+        mean = f"{np.mean(self.density):.3f}" if self.density else "not measured"
         lines = [
             f"{self.policy}: {self.new_tokens} tokens in {self.steps} steps, "
             f"{self.tokens_per_second:,.1f} tokens/s "
             f"(decode {self.decode_seconds:.2f} s, floor {self.floor_seconds:.2f} s at "
             f"{self.bandwidth / 1e9:,.1f} GB/s; prefill {self.prefill_seconds:.2f} s; "
             f"compile {self.compile_seconds:.1f} s)",
-            f"density {mean:.3f}, KV read {self.kv_bytes / 1e6:,.1f} MB of "
+            f"density {mean}, KV read {self.kv_bytes / 1e6:,.1f} MB of "
             f"{self.kv_bytes_dense / 1e6:,.1f} MB, weights "
             f"{self.weight_bytes / 1e6:,.1f} MB a step",
             *self.notes,
@@ -219,7 +220,9 @@ def make_stats(
         prefill_seconds=seconds["prefill"],
         decode_seconds=seconds["decode"],
         tokens_per_second=decoded / seconds["decode"] if decoded else 0.0,
-        density=tuple((reads / max(1, live_steps * config.kv_heads)).tolist()),
+        density=tuple((reads / (live_steps * config.kv_heads)).tolist())
+        if live_steps
+        else (),
         neuron_density=neuron_density,
         kv_bytes=kv_rows * row_bytes,
         kv_bytes_dense=kv_rows_dense * row_bytes,

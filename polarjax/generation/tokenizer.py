@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,8 @@ class Tokenizer:
         path = Path(config.folder) / TOKENIZER_FILE
         if not config.folder or not path.exists():
             return None
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is no tokenizer: {error}") from error
-        backend.no_padding()
-        backend.no_truncation()
+        stamp = path.stat()
+        backend = _read(str(path), stamp.st_mtime_ns, stamp.st_size)
         template = path.with_name(CHAT_TEMPLATE_FILE)
         text = template.read_text(encoding="utf-8") if template.exists() else None
         bos, eos = (
@@ -106,3 +103,16 @@ class Tokenizer:
             )
         except Exception as error:  # a template's code may raise anything
             raise ValueError(f"the chat template failed: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: str, modified: int, size: int) -> tokenizers.Tokenizer:
+    """Read a tokenizer once: it takes a tenth of a second, and each call needs it."""
+    del modified, size  # with the path, they tell one file from the next
+    try:
+        backend = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
