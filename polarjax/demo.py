@@ -11,7 +11,7 @@ from rich.table import Table
 from polarjax.evaluation import decode_perplexity
 from polarjax.generation import Output, Stats, Tokenizer, generate
 from polarjax.hub import find_adapter, load
-from polarjax.policy import Dense
+from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Polar, read_card
 
 PROMPTS = (
@@ -41,11 +41,13 @@ def show(checkpoint: str | Path, adapter: str | Path, max_new_tokens: int) -> No
     params = load(checkpoint, adapter=adapter)
     card = read_card(find_adapter(adapter))
     prompts = list(PROMPTS)
+    policies: dict[str, SelectionPolicy] = {"Dense": Dense(), "Polar": Polar()}
     outputs: dict[str, Output] = {}
-    for name, policy in (("Dense", Dense()), ("Polar", Polar())):
-        outputs[name] = generate(
-            params, prompts, policy=policy, max_new_tokens=max_new_tokens
-        )
+    for name, policy in policies.items():
+        with console.status(f"{name}: compiling, then continuing four prompts"):
+            outputs[name] = generate(
+                params, prompts, policy=policy, max_new_tokens=max_new_tokens
+            )
     table = Table("prompt", "dense", "sparse", show_lines=True)
     texts = (outputs[name].texts or [] for name in ("Dense", "Polar"))
     for row in zip(prompts, *texts, strict=True):
@@ -56,10 +58,12 @@ def show(checkpoint: str | Path, adapter: str | Path, max_new_tokens: int) -> No
     tokenizer = Tokenizer.load(params.config)
     assert tokenizer is not None  # the texts above needed it
     tokens = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
-    perplexity = {
-        name: decode_perplexity(params, tokens, policy, window=128, prefix=32, batch=8)
-        for name, policy in (("Dense", Dense()), ("Polar", Polar()))
-    }
+    perplexity = {}
+    for name, policy in policies.items():
+        with console.status(f"{name}: perplexity of a short text"):
+            perplexity[name] = decode_perplexity(
+                params, tokens, policy, window=128, prefix=32, batch=8
+            )
     dense, sparse = outputs["Dense"].stats, outputs["Polar"].stats
     table = Table("", "dense", "sparse")
 
