@@ -96,9 +96,8 @@ def calibrate(
       ValueError: if the text is too short, or a setting is out of range.
     """
     say = report or (lambda _: None)
-    config, tokenizer = params.config, Tokenizer.load(params.config)
-    if tokenizer is None:
-        raise ValueError("calibration needs a tokenizer, this checkpoint has none")
+    config = params.config
+    tokenizer = Tokenizer.require(config, "calibration")
     check_density(density)
     context = min(context, config.context)
     if context < 2 or batch < 1 or held_out < max(WINDOW, context * batch):

@@ -162,9 +162,7 @@ def _generate(args: argparse.Namespace) -> None:
     params = load(args.checkpoint, adapter=args.adapter)
     prompts: list = args.prompts
     if args.chat:
-        tokenizer = Tokenizer.load(params.config)
-        if tokenizer is None:
-            raise ValueError("--chat needs a tokenizer, this checkpoint has none")
+        tokenizer = Tokenizer.require(params.config, "--chat")
         texts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompts]
         # The template writes the special tokens itself.
         prompts = [tokenizer.encode(text, special=False) for text in texts]
@@ -348,9 +346,7 @@ def _task_table(name: str, results: dict[str, TaskResult]) -> Table:
 
 
 def _text_tokens(params: Params, text: str | Path, tokens: int) -> np.ndarray:
-    tokenizer = Tokenizer.load(params.config)
-    if tokenizer is None:
-        raise ValueError("a text needs a tokenizer, this checkpoint has none")
+    tokenizer = Tokenizer.require(params.config, "a text")
     return next(token_blocks(text, tokenizer, tokens, limit=1))
 
 

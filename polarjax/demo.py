@@ -55,8 +55,7 @@ def show(checkpoint: str | Path, adapter: str | Path, max_new_tokens: int) -> No
     console.print(table)
 
     text = Path(__file__).with_name("demo.txt")
-    tokenizer = Tokenizer.load(params.config)
-    assert tokenizer is not None  # the texts above needed it
+    tokenizer = Tokenizer.require(params.config, "the demo")
     tokens = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
     perplexity = {}
     for name, policy in policies.items():

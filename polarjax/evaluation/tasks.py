@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from polarjax.generation import Tokenizer
 from polarjax.generation.requests import bucket
 from polarjax.params import Params
 from polarjax.policy import SelectionPolicy
+from polarjax.training.text import open_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,8 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]
       FileNotFoundError: if there is no such file.
       ValueError: naming the line that is no such row.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no task file at {path}")
-    opener = gzip.open if str(path).endswith(".gz") else open
     rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
+    with open_text(path, "task") as file:
         for i, line in enumerate(file):
             if limit is not None and i == limit:
                 break
@@ -121,9 +118,7 @@ def evaluate_task(
     Raises:
       ValueError: if there is no tokenizer, or a row exceeds the model's context.
     """
-    tokenizer = Tokenizer.load(params.config)
-    if tokenizer is None:
-        raise ValueError("tasks need a tokenizer, this checkpoint has none")
+    tokenizer = Tokenizer.require(params.config, "a task")
     pairs = _pairs(params, rows, tokenizer)
     weights, bound = policy.bind(params, batch)
     # Alike lengths together, so that few programs serve and little is padding. The

@@ -55,6 +55,22 @@ class Tokenizer:
         )
         return cls(backend, text, bos, eos)
 
+    @classmethod
+    def require(cls, config: ModelConfig, what: str) -> Tokenizer:
+        """As `load`, for work that cannot do without.
+
+        Args:
+          config: of the model.
+          what: the work, for the message.
+
+        Raises:
+          ValueError: if the checkpoint has no tokenizer, or a damaged one.
+        """
+        tokenizer = cls.load(config)
+        if tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer, this checkpoint has none")
+        return tokenizer
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text.
 

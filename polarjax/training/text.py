@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO, cast
 
 import numpy as np
 
@@ -31,8 +33,6 @@ def token_blocks(
       FileNotFoundError: if there is no such file.
       ValueError: if it is not such a text, or has less than one block.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no text file at {path}")
     count, ids = 0, []
     for piece in _pieces(path):
         ids += tokenizer.encode(piece, special=False)
@@ -47,19 +47,37 @@ def token_blocks(
         raise ValueError(f"{path} has less than {length} tokens")
 
 
-def _pieces(path: str | Path) -> Iterator[str]:
-    """Pieces that end where a paragraph does, so that no word is cut."""
+@contextlib.contextmanager
+def open_text(path: str | Path, kind: str = "text") -> Iterator[TextIO]:
+    """Open a UTF-8 file for reading, plain or gzipped (.gz).
+
+    Args:
+      path: the file.
+      kind: of the file, for the message.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if what is read from it is no such text.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no {kind} file at {path}")
     opener = gzip.open if str(path).endswith(".gz") else open
-    rest = ""
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            while new := file.read(_PIECE):
-                rest += new
-                cut = rest.rfind("\n\n") + 2
-                if cut > 2:
-                    yield rest[:cut]
-                    rest = rest[cut:]
+            yield cast(TextIO, file)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+
+
+def _pieces(path: str | Path) -> Iterator[str]:
+    """Pieces that end where a paragraph does, so that no word is cut."""
+    rest = ""
+    with open_text(path) as file:
+        while new := file.read(_PIECE):
+            rest += new
+            cut = rest.rfind("\n\n") + 2
+            if cut > 2:
+                yield rest[:cut]
+                rest = rest[cut:]
     if rest:
         yield rest

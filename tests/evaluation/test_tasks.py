@@ -114,6 +114,15 @@ def test_rows_are_read_and_checked(tmp_path):
             read_rows(tmp_path / "bad.jsonl")
 
 
+def test_damaged_task_files_are_named(tmp_path):
+    whole = gzip.compress(json.dumps(make_rows(1)[0]).encode() * 50)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    for name in ("cut.jsonl.gz", "bytes.jsonl"):
+        with pytest.raises(ValueError, match=f"{name} is no UTF-8 text"):
+            read_rows(tmp_path / name)
+
+
 def test_rows_beyond_the_context_are_named(params):
     row = {"id": "long", "context": "a" * 126, "choices": ["bcd"], "label": 0}
     with pytest.raises(ValueError, match="row long has 130 tokens"):
