@@ -19,6 +19,8 @@ def select_head_attention(
     n_active: Int32[Array, " b"] | None = None,
     *,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "b h d"]:
     """Attend with one query token per sequence, for the selected KV groups only.
@@ -41,6 +43,10 @@ def select_head_attention(
         n_active: how many leading entries of heads[b] count, int32 [b], 0..n; the
             entries behind them may hold anything. None means all n.
         scale: factor on the scores before the softmax; None means d ** -0.5.
+        window: newest positions attended to, in tokens (sliding window attention,
+            arXiv 2310.06825 section 2); None means all.
+        softcap: bound c on the scaled scores, `c * tanh(score / c)` (arXiv 2408.00118
+            section 2); None means none.
         implementation: "xla", "triton", "triton_interpret", or None for the default
             backend's own.
 
@@ -49,27 +55,26 @@ def select_head_attention(
         of groups that are not selected.
 
     Raises:
-        ValueError: if a shape or dtype is wrong, or n_active comes without heads.
+        ValueError: if a shape or dtype is wrong, n_active comes without heads, or
+            window or softcap is not positive.
         NotImplementedError: if the implementation cannot serve these shapes.
     """
     _check(q, k_cache, v_cache, lengths, heads, n_active)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    for name, option in (("window", window), ("softcap", softcap)):
+        if option is not None and not option > 0:
+            raise ValueError(f"{name} is {option}; it must be positive, or None")
+    args = (q, k_cache, v_cache, lengths, heads, n_active)
+    options = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "window": window,
+        "softcap": softcap,
+    }
     implementation = resolve(implementation)
     with jax.named_scope("select_head_attention"):
         if implementation == "xla":
-            return reference.attend(
-                q, k_cache, v_cache, lengths, heads, n_active, scale=factor
-            )
-        return triton.attend(
-            q,
-            k_cache,
-            v_cache,
-            lengths,
-            heads,
-            n_active,
-            scale=factor,
-            interpret=implementation == "triton_interpret",
-        )
+            return reference.attend(*args, **options)
+        interpret = implementation == "triton_interpret"
+        return triton.attend(*args, **options, interpret=interpret)
 
 
 def _check(q, k_cache, v_cache, lengths, heads, n_active) -> None:

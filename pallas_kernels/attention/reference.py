@@ -5,14 +5,18 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def attend(q, k_cache, v_cache, lengths, heads, n_active, *, scale):
+def attend(q, k_cache, v_cache, lengths, heads, n_active, *, scale, window, softcap):
     """See `select_head_attention`; the arguments are checked there."""
     b, h, d = q.shape
     k, s = k_cache.shape[1:3]
     q = q.reshape(b, k, h // k, d)
-    valid = jnp.arange(s, dtype=jnp.int32) < lengths[:, None]  # [b, s]
+    positions = jnp.arange(s, dtype=jnp.int32)
+    valid = positions < lengths[:, None]  # [b, s]
+    if window is not None:
+        valid &= positions >= lengths[:, None] - window
     if heads is None:
-        return _attend_groups(q, k_cache, v_cache, valid, scale).reshape(b, h, d)
+        out = _attend_groups(q, k_cache, v_cache, valid, scale, softcap)
+        return out.reshape(b, h, d)
 
     n = heads.shape[1]
     n_active = jnp.full(b, n, jnp.int32) if n_active is None else n_active
@@ -25,16 +29,19 @@ def attend(q, k_cache, v_cache, lengths, heads, n_active, *, scale):
         v_cache.at[rows, heads].get(mode="clip"),
         valid,
         scale,
+        softcap,
     )
     target = jnp.where(active, heads, k)  # k lies outside: dropped
     return jnp.zeros_like(q).at[rows, target].set(out, mode="drop").reshape(b, h, d)
 
 
-def _attend_groups(q, keys, values, valid, scale):
+def _attend_groups(q, keys, values, valid, scale, softcap):
     """Attention of q [b, n, g, d] over keys and values [b, n, s, d], valid [b, s]."""
     # The values are masked as well as the scores: a weight of 0 does not silence NaN.
     values = jnp.where(valid[:, None, :, None], values, jnp.zeros((), values.dtype))
     scores = _dot("bngd,bnsd->bngs", q, keys) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
     # Without a valid position top is -inf, and -inf - -inf is NaN.

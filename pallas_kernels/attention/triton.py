@@ -1,16 +1,21 @@
 """Attention over selected KV groups as a Pallas kernel for Triton.
 
-One program computes one selected group of one sequence, all `g` query heads at once,
-so that the group's keys and values are read once: decoding is bound by those bytes.
-Long caches are split over several programs, whose partial results a second, small
-kernel combines (FlashDecoding). Programs beyond a sequence's `n_active` exit at once.
+A selected group of one sequence is computed for all its `g` query heads at once, so
+that its keys and values are read once: decoding is bound by those bytes. Its cache is
+read in tiles of `block` positions. A fixed number of programs shares all tiles of all
+selected groups evenly (Stream-K, arXiv 2301.03598), whatever the sequences' lengths
+and `n_active` are, so that the whole GPU is busy until the end. Where a share ends
+within a group, its parts are partial results, which a second, small kernel combines
+(FlashDecoding).
 
 Triton wants arrays of power-of-two size and dots of at least 16 rows: head dims and
 groups are padded with masked loads, never in memory.
 """
 
+import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,9 @@ from pallas_kernels.attention.configs import Config, heuristic
 
 _MAX_GROUP = 128
 _MAX_HEAD_DIM = 256
+# Partial results that the combining kernel reads at once.
+_MAX_CHUNK = 32
+_LOG2_E = math.log2(math.e)
 
 
 def attend(
@@ -33,6 +41,8 @@ def attend(
     n_active,
     *,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     interpret: bool = False,
     config: Config | None = None,
 ) -> jax.Array:
@@ -46,170 +56,388 @@ def attend(
             f"KV group and a head dim up to {_MAX_HEAD_DIM}, not {g} and {d}; "
             "implementation='xla' serves any"
         )
-    if heads is None:
-        heads = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (b, k))
-    n = heads.shape[1]
-    if n_active is None:
-        n_active = jnp.full(b, n, jnp.int32)
+    n = k if heads is None else heads.shape[1]
     if config is None:
         config = heuristic(b=b, n=n, g=g, s=s, d=d, itemsize=q.dtype.itemsize)
-    call = functools.partial(_pallas_call, interpret=interpret)
+    static = _Static(b, k, g, s, d, n, config.block, window, scale, softcap)
+    selection = _Selection(lengths, heads, n_active)
 
-    # The kernels write the selected heads into an array of zeros that they alias.
-    zeros = jnp.zeros_like(q)
-    selection = (lengths, heads, n_active)
-    attend_group = functools.partial(_attend_group, scale=scale, config=config)
-    if config.splits == 1:
-        return call(
-            attend_group,
-            grid=(b, n, 1),
-            out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-            input_output_aliases={6: 0},
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )(*selection, q, k_cache, v_cache, zeros)
+    def call(kernel, grid, out_shape, num_warps=config.num_warps, **kwargs):
+        return pl.pallas_call(
+            functools.partial(kernel, static=static),
+            grid=grid,
+            out_shape=out_shape,
+            interpret=interpret,
+            compiler_params=pltriton.CompilerParams(
+                num_warps=num_warps, num_stages=config.num_stages
+            ),
+            **kwargs,
+        )
 
-    partials = (b, n, config.splits, g)
-    out, logs = call(
-        functools.partial(_attend_split, attend_group),
-        grid=(b, n, config.splits),
-        out_shape=(
-            jax.ShapeDtypeStruct((*partials, d), jnp.float32),
-            jax.ShapeDtypeStruct(partials, jnp.float32),
-        ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )(*selection, q, k_cache, v_cache)
+    inputs = (selection, q, k_cache, v_cache)
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    if not config.programs:
+        return call(_attend_group, (b, n), out)(*inputs)
+    # A share cuts at most two groups: the one it starts in and the one it ends in.
+    programs, parts = config.programs, (config.programs, 2, g)
+    shapes = (
+        jax.ShapeDtypeStruct((*parts, d), jnp.float32),
+        jax.ShapeDtypeStruct(parts, jnp.float32),
+        jax.ShapeDtypeStruct((programs, 4), jnp.int32),
+        out,
+    )
+    results = call(_attend_share, (programs,), shapes)(*inputs)
+    # As many parts at once as a group has when all are equally long.
+    chunk = min(pl.next_power_of_2(-(-programs // (b * n)) + 1), _MAX_CHUNK)
     return call(
-        _combine_splits,
-        grid=(b, n, g),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        input_output_aliases={4: 0},
-        num_warps=2,
-        num_stages=1,
-    )(heads, n_active, out, logs, zeros)
+        functools.partial(_combine, chunk=chunk),
+        (programs, g),
+        out,
+        num_warps=max(chunk * pl.next_power_of_2(d) // 2048, 1),
+        input_output_aliases={3: 0},
+    )(*results)
 
 
-def _pallas_call(kernel, *, num_warps, num_stages, interpret, **kwargs):
-    params = pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    return pl.pallas_call(kernel, interpret=interpret, compiler_params=params, **kwargs)
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What a kernel is compiled for: the glossary's dimensions and the options."""
+
+    b: int
+    k: int
+    g: int
+    s: int
+    d: int
+    n: int
+    block: int
+    window: int | None
+    scale: float
+    softcap: float | None
 
 
-def _attend_split(attend_group, *refs):
-    """`_attend_group` without the array of zeros, which the partials do not need."""
-    *inputs, out_ref, logs_ref = refs
-    attend_group(*inputs, None, out_ref, logs_ref)
+class _Selection(NamedTuple):
+    """What to read: arrays outside of the kernels, refs inside."""
+
+    lengths: jax.Array  # [b]
+    heads: jax.Array | None  # [b, n]; None is every group
+    n_active: jax.Array | None  # [b]; None is n
+
+    def length(self, sequence, static):
+        """The positions of a sequence in its cache."""
+        # The clip keeps a wrong length from reading outside of the cache.
+        return jnp.clip(self.lengths[sequence], 0, static.s)
+
+    def active(self, sequence, static):
+        """How many groups are selected for a sequence."""
+        if self.n_active is None:
+            return static.n
+        return jnp.clip(self.n_active[sequence], 0, static.n)
+
+    def group(self, sequence, slot, static):
+        """The KV group in a slot of a sequence's selection."""
+        if self.heads is None:
+            return slot
+        # The clip keeps a wrong index from reading outside of the cache.
+        return jnp.clip(self.heads[sequence, slot], 0, static.k - 1)
 
 
-def _attend_group(
-    lengths_ref,  # [b]
-    heads_ref,  # [b, n]
-    n_active_ref,  # [b]
+class _Segment(NamedTuple):
+    """One selected group's run of tiles, in the row of all tiles of the call."""
+
+    sequence: jax.Array
+    slot: jax.Array  # in the sequence's selection
+    start: jax.Array  # the run's first tile
+    stop: jax.Array  # that behind its last
+
+
+class _Schedule:
+    """The row of all tiles of a call: sequence by sequence, slot by slot.
+
+    Every program works it out for itself from the lengths.
+    """
+
+    def __init__(self, selection, static, programs):
+        self.index = jnp.arange(pl.next_power_of_2(static.b), dtype=jnp.int32)
+        exists = self.index < static.b
+        at = selection.lengths.at[self.index]
+        length = pltriton.load(at, mask=exists, other=0)
+        first_tile, stop = _tiles(jnp.clip(length, 0, static.s), static)
+        self.tiles = stop - first_tile
+        work = self.tiles * static.n
+        if selection.n_active is not None:
+            at = selection.n_active.at[self.index]
+            active = pltriton.load(at, mask=exists, other=0)
+            work = self.tiles * jnp.clip(active, 0, static.n)
+        self.ends = jnp.cumsum(work)
+        self.total = jnp.sum(work)
+        self.programs = programs
+        self.static = static
+
+    def share(self, program):
+        """The first tile of a program's share; it ends where the next one starts."""
+        each, rest = self.total // self.programs, self.total % self.programs
+        return program * each + jnp.minimum(program, rest)
+
+    def program(self, tile):
+        """The program whose share a tile belongs to."""
+        each, rest = self.total // self.programs, self.total % self.programs
+        longer = tile // (each + 1)  # the first `rest` shares have one tile more
+        return jnp.where(longer < rest, longer, (tile - rest) // jnp.maximum(each, 1))
+
+    def segment(self, tile) -> _Segment:
+        """The segment that a tile belongs to; any that exists, beyond the last tile."""
+        before = self.ends <= tile
+        sequence = jnp.sum(before.astype(jnp.int32))
+        start = jnp.max(jnp.where(before, self.ends, 0))
+        tiles = jnp.sum(jnp.where(self.index == sequence, self.tiles, 0))
+        slot = (tile - start) // jnp.maximum(tiles, 1)
+        start += slot * tiles
+        return _Segment(
+            jnp.minimum(sequence, self.static.b - 1),
+            jnp.minimum(slot, self.static.n - 1),
+            start,
+            start + tiles,
+        )
+
+
+def _attend_share(
+    selection,
     q_ref,  # [b, h, d]
     k_ref,  # [b, k, s, d]
     v_ref,  # [b, k, s, d]
-    _,  # what out_ref aliases
-    out_ref,  # [b, h, d], or the splits' [b, n, splits, g, d] float32
-    logs_ref=None,  # [b, n, splits, g] float32: log2 of each split's sum of weights
+    part_ref,  # [programs, 2, g, d] float32
+    log_ref,  # [programs, 2, g] float32: log2 of the part's sum of weights
+    cut_ref,  # [programs, 4], of the group that a share starts and cuts: see _combine
+    out_ref,  # [b, h, d]
     *,
-    scale: float,
-    config: Config,
+    static: _Static,
 ):
-    i, j, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    k, s, d = k_ref.shape[1:]
-    g = q_ref.shape[1] // k
-    rows = jnp.arange(max(pl.next_power_of_2(g), 16), dtype=jnp.int32)
-    cols = jnp.arange(pl.next_power_of_2(d), dtype=jnp.int32)[None, :]
-    steps = jnp.arange(config.block, dtype=jnp.int32)
-    in_group = rows < g
-    in_head = cols < d  # [1, d padded]
+    """Attend over one program's share of all tiles."""
+    program, programs = pl.program_id(0), part_ref.shape[0]
+    schedule = _Schedule(selection, static, programs)
+    begin, end = schedule.share(program), schedule.share(program + 1)
 
-    @pl.when(j < n_active_ref[i])
-    def _():
-        # The clips keep wrong indices and lengths from reading outside of the cache.
-        group = jnp.clip(heads_ref[i, j], 0, k - 1)
-        length = jnp.clip(lengths_ref[i], 0, s)
-        q = pltriton.load(
-            q_ref.at[i, (group * g + rows)[:, None], cols],
-            mask=in_group[:, None] & in_head,
-            other=0,
+    def look_up(tile):
+        segment = schedule.segment(tile)
+        group = selection.group(segment.sequence, segment.slot, static)
+        return segment, _load_group(selection, q_ref, segment.sequence, group, static)
+
+    def attend_segment(carry):
+        tile, segment, loaded, _ = carry
+        stop = jnp.minimum(end, segment.stop)
+        # The next one's indices and queries are on their way meanwhile.
+        following = look_up(stop)
+        start = tile - segment.start
+        acc, log = _attend_tiles(
+            k_ref, v_ref, loaded, start, start + stop - tile, static
         )
-        blocks = pl.cdiv(length, config.block)
-        # Each split takes an equal share of this sequence's own blocks.
-        share = pl.cdiv(blocks, config.splits)
-        first = split * share
-        last = jnp.minimum(first + share, blocks)
+        starts, stops = tile == segment.start, stop == segment.stop
 
-        def step(index, carry):
-            top, total, acc = carry  # [rows], [rows], [rows, d padded]
-            positions = index * config.block + steps
-            valid = positions < length
-            # Masked loads yield 0 beyond the length, where the cache may hold NaN.
-            tile = (i, group, positions[:, None], cols)
-            mask = valid[:, None] & in_head
-            keys = pltriton.load(k_ref.at[tile], mask=mask, other=0)
-            values = pltriton.load(v_ref.at[tile], mask=mask, other=0)
-            # In units of log2, since exp2 is what the hardware has.
-            scores = _dot(q, keys, 1) * (scale * math.log2(math.e))
-            scores = jnp.where(valid[None, :], scores, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-            weights = jnp.exp2(scores - new_top[:, None])
-            rescale = jnp.exp2(top - new_top)
-            total = total * rescale + jnp.sum(weights, axis=1)
-            acc = acc * rescale[:, None] + _dot(weights.astype(values.dtype), values, 0)
-            return new_top, total, acc
+        @pl.when(starts & stops)
+        def _():
+            _store_group(out_ref, loaded, acc, static)
 
-        top = jnp.full(rows.shape, -jnp.inf, jnp.float32)
-        total = jnp.zeros(rows.shape, jnp.float32)
-        acc = jnp.zeros((rows.shape[0], cols.shape[1]), jnp.float32)
-        top, total, acc = lax.fori_loop(first, last, step, (top, total, acc))
-        # Nothing attended to (length 0, or a split without a share): acc is 0.
-        acc = acc / jnp.where(total == 0.0, 1.0, total)[:, None]
-        mask = in_group[:, None] & in_head
-        if logs_ref is None:
-            heads_out = (group * g + rows)[:, None]
-            pltriton.store(
-                out_ref.at[i, heads_out, cols], acc.astype(out_ref.dtype), mask=mask
-            )
+        # Of the two groups that a share can cut, it starts in one, place 0, and ends
+        # in the other, place 1.
+        place = (segment.start > begin).astype(jnp.int32)
+
+        @pl.when(jnp.logical_not(starts & stops))
+        def _():
+            rows, cols, mask = _head_tile(static.g, static.d)
+            at = part_ref.at[program, place, rows[:, None], cols[None, :]]
+            pltriton.store(at, acc, mask=mask)
+            at = log_ref.at[program, place, rows]
+            pltriton.store(at, log, mask=rows < static.g)
+
+        last = schedule.program(segment.stop - 1)
+        parts = jnp.where(starts & jnp.logical_not(stops), last + 1 - program, 0)
+        return stop, *following, (parts, place, loaded.sequence, loaded.group)
+
+    zero = jnp.zeros((), jnp.int32)
+    carry = (begin, *look_up(begin), (zero,) * 4)
+    cut = lax.while_loop(lambda carry: carry[0] < end, attend_segment, carry)[-1]
+    for i, value in enumerate(cut):
+        cut_ref[program, i] = value
+
+    def zero_unselected(i, _):
+        _zero_unselected(selection, out_ref, program + i * programs, static)
+
+    lax.fori_loop(0, pl.cdiv(static.b - program, programs), zero_unselected, None)
+
+
+def _attend_group(
+    selection,
+    q_ref,  # [b, h, d]
+    k_ref,  # [b, k, s, d]
+    v_ref,  # [b, k, s, d]
+    out_ref,  # [b, h, d]
+    *,
+    static: _Static,
+):
+    """Attend for one selected group of one sequence."""
+    sequence, slot = pl.program_id(0), pl.program_id(1)
+    length = selection.length(sequence, static)
+
+    @pl.when((slot < selection.active(sequence, static)) & (length > 0))
+    def _():
+        group = selection.group(sequence, slot, static)
+        loaded = _load_group(selection, q_ref, sequence, group, static)
+        first_tile, stop = _tiles(length, static)
+        acc, _ = _attend_tiles(k_ref, v_ref, loaded, 0, stop - first_tile, static)
+        _store_group(out_ref, loaded, acc, static)
+
+    @pl.when(slot == 0)
+    def _():
+        _zero_unselected(selection, out_ref, sequence, static)
+
+
+class _Group(NamedTuple):
+    """What a program needs to know of a group before it can read its cache."""
+
+    sequence: jax.Array
+    group: jax.Array
+    length: jax.Array
+    q: jax.Array  # [rows, cols]; rows are the group's query heads
+
+
+def _load_group(selection, q_ref, sequence, group, static) -> _Group:
+    rows, cols, mask = _head_tile(static.g, static.d)
+    at = q_ref.at[sequence, (group * static.g + rows)[:, None], cols[None, :]]
+    q = pltriton.load(at, mask=mask, other=0)
+    return _Group(sequence, group, selection.length(sequence, static), q)
+
+
+def _attend_tiles(k_ref, v_ref, loaded, start, stop, static):
+    """Attention of one group over the tiles start..stop of those that it sees.
+
+    Returns:
+        The output of these tiles alone, [rows, cols] float32, and the log2 of their
+        sum of weights, [rows].
+    """
+    sequence, group, length, q = loaded
+    rows, cols, _ = _head_tile(static.g, static.d)
+    steps = jnp.arange(static.block, dtype=jnp.int32)
+
+    def step(index, carry):
+        top, total, acc = carry  # [rows], [rows], [rows, cols]
+        positions = index * static.block + steps
+        seen = positions < length
+        if static.window is not None:
+            seen &= positions >= length - static.window
+        # Masked loads yield 0 for what is not seen, where the cache may hold NaN.
+        mask = seen[:, None]
+        if static.d < cols.shape[0]:
+            mask &= (cols < static.d)[None, :]
+        at = (sequence, group, positions[:, None], cols[None, :])
+        keys = pltriton.load(k_ref.at[at], mask=mask, other=0)
+        values = pltriton.load(v_ref.at[at], mask=mask, other=0)
+        scores = _dot(q, keys, 1)
+        # In units of log2, since exp2 is what the hardware has.
+        if static.softcap is None:
+            scores *= static.scale * _LOG2_E
         else:
-            pltriton.store(out_ref.at[i, j, split, rows[:, None], cols], acc, mask=mask)
-            logs = top + jnp.log2(total)  # -inf where nothing was attended to
-            pltriton.store(logs_ref.at[i, j, split, rows], logs, mask=in_group)
+            capped = jnp.tanh(scores * (static.scale / static.softcap))
+            scores = capped * (static.softcap * _LOG2_E)
+        scores = jnp.where(seen[None, :], scores, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - new_top[:, None])
+        rescale = jnp.exp2(top - new_top)
+        total = total * rescale + jnp.sum(weights, axis=1)
+        acc = acc * rescale[:, None] + _dot(weights.astype(values.dtype), values, 0)
+        return new_top, total, acc
+
+    top = jnp.full(rows.shape, -jnp.inf, jnp.float32)
+    total = jnp.zeros(rows.shape, jnp.float32)
+    acc = jnp.zeros((rows.shape[0], cols.shape[0]), jnp.float32)
+    first_tile, _ = _tiles(length, static)
+    top, total, acc = lax.fori_loop(
+        first_tile + start, first_tile + stop, step, (top, total, acc)
+    )
+    return acc / total[:, None], top + jnp.log2(total)
 
 
-def _combine_splits(
-    heads_ref,  # [b, n]
-    n_active_ref,  # [b]
-    partial_ref,  # [b, n, splits, g, d] float32
-    logs_ref,  # [b, n, splits, g] float32
+def _combine(
+    part_ref,  # [programs, 2, g, d] float32
+    log_ref,  # [programs, 2, g] float32
+    cut_ref,  # [programs, 4]: parts of a group (0: none is cut), the place of the
+    # first, which this share holds, as the next shares hold the others; whose it is
     _,  # what out_ref aliases
     out_ref,  # [b, h, d]
+    *,
+    static: _Static,
+    chunk: int,
 ):
-    i, j, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    splits, g, d = partial_ref.shape[2:]
-    k = out_ref.shape[1] // g
-    cols = jnp.arange(pl.next_power_of_2(d), dtype=jnp.int32)
+    """Combine the parts of the group that one share starts and its end cuts."""
+    program, row = pl.program_id(0), pl.program_id(1)
+    parts, place, sequence, group = (cut_ref[program, i] for i in range(4))
+    cols = jnp.arange(pl.next_power_of_2(static.d), dtype=jnp.int32)
 
-    @pl.when(j < n_active_ref[i])
+    @pl.when(parts > 0)
     def _():
-        split = jnp.arange(splits, dtype=jnp.int32)
-        logs = logs_ref[i, j, split, row]
-        top = jnp.max(logs, axis=0)
-        weights = jnp.exp2(logs - jnp.where(top == -jnp.inf, 0.0, top))
-        total = jnp.sum(weights, axis=0)
-        partial = pltriton.load(
-            partial_ref.at[i, j, split[:, None], row, cols[None, :]],
-            mask=(cols < d)[None, :],
-            other=0,
-        )
-        out = jnp.sum(partial * weights[:, None], axis=0)
-        out = out / jnp.where(total == 0.0, 1.0, total)
-        group = jnp.clip(heads_ref[i, j], 0, k - 1)
-        pltriton.store(
-            out_ref.at[i, group * g + row, cols],
-            out.astype(out_ref.dtype),
-            mask=cols < d,
-        )
+        def step(i, carry):
+            top, total, acc = carry
+            index = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            places = jnp.where(index == 0, place, 0)
+            mask = index < parts
+            at = log_ref.at[program + index, places, row]
+            logs = pltriton.load(at, mask=mask, other=-jnp.inf)
+            at = (program + index)[:, None], places[:, None], row, cols[None, :]
+            mask = mask[:, None] & (cols < static.d)[None, :]
+            part = pltriton.load(part_ref.at[at], mask=mask, other=0)
+            new_top = jnp.maximum(top, jnp.max(logs))
+            rescale, weights = jnp.exp2(top - new_top), jnp.exp2(logs - new_top)
+            total = total * rescale + jnp.sum(weights)
+            acc = acc * rescale + jnp.sum(part * weights[:, None], axis=0)
+            return new_top, total, acc
+
+        carry = (jnp.float32(-jnp.inf), jnp.float32(0), jnp.zeros(cols.shape))
+        _, total, acc = lax.fori_loop(0, pl.cdiv(parts, chunk), step, carry)
+        at = out_ref.at[sequence, group * static.g + row, cols]
+        pltriton.store(at, (acc / total).astype(out_ref.dtype), mask=cols < static.d)
+
+
+def _zero_unselected(selection, out_ref, sequence, static):
+    """Zero the outputs of the groups of a sequence that nothing else writes."""
+    h = static.k * static.g
+    rows, cols, mask = _head_tile(h, static.d)
+    length = selection.length(sequence, static)
+    written = jnp.broadcast_to(length > 0, rows.shape)
+    if selection.heads is not None:
+        slots = jnp.arange(pl.next_power_of_2(static.n), dtype=jnp.int32)
+        counts = slots < selection.active(sequence, static)
+        at = selection.heads.at[sequence, slots]
+        groups = pltriton.load(at, mask=counts, other=0)
+        groups = jnp.where(counts, jnp.clip(groups, 0, static.k - 1), -1)
+        same = (rows // static.g)[:, None] == groups[None, :]
+        written &= jnp.max(same.astype(jnp.int32), axis=1) > 0
+    at = out_ref.at[sequence, rows[:, None], cols[None, :]]
+    zeros = jnp.zeros(mask.shape, out_ref.dtype)
+    pltriton.store(at, zeros, mask=mask & jnp.logical_not(written)[:, None])
+
+
+def _store_group(out_ref, loaded, acc, static):
+    """Store the outputs of a group's query heads."""
+    rows, cols, mask = _head_tile(static.g, static.d)
+    heads = (loaded.group * static.g + rows)[:, None]
+    at = out_ref.at[loaded.sequence, heads, cols[None, :]]
+    pltriton.store(at, acc.astype(out_ref.dtype), mask=mask)
+
+
+def _head_tile(count, d):
+    """The indices of a tile of heads, [rows] and [cols], and which of it exist."""
+    rows = jnp.arange(max(pl.next_power_of_2(count), 16), dtype=jnp.int32)
+    cols = jnp.arange(pl.next_power_of_2(d), dtype=jnp.int32)
+    return rows, cols, (rows < count)[:, None] & (cols < d)[None, :]
+
+
+def _tiles(length, static):
+    """The first tile that a sequence of a length attends to, and that behind the last.
+
+    All its groups attend to the same.
+    """
+    stop = pl.cdiv(length, static.block)
+    if static.window is None:
+        return jnp.zeros_like(stop), stop
+    return jnp.maximum(length - static.window, 0) // static.block, stop
 
 
 def _dot(x, y, axis):

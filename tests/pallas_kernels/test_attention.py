@@ -30,6 +30,7 @@ class Case:
     heads: jax.Array | None
     n_active: jax.Array | None
     expected: np.ndarray
+    options: dict
 
     @property
     def args(self):
@@ -51,7 +52,16 @@ class Case:
 
 
 def make_case(
-    b=3, h=6, k=3, s=40, d=64, dtype="float32", n=2, n_active=(2, 1, 0), lengths=None
+    b=3,
+    h=6,
+    k=3,
+    s=40,
+    d=64,
+    dtype="float32",
+    n=2,
+    n_active=(2, 1, 0),
+    lengths=None,
+    **options,
 ):
     """A random case; lengths and n_active repeat along the batch, None means absent."""
     rng = np.random.default_rng(h * s + d)
@@ -70,37 +80,46 @@ def make_case(
                 row[count:] = rng.choice([-7, 10**6, k, *row[:count]], n - count)
     for i in range(b):
         unselected = np.setdiff1d(np.arange(k), selected[i])
+        unseen = max(lengths[i] - options.get("window", s), 0)
         for cache in (k_cache, v_cache):
             cache[i, :, lengths[i] :] = rng.choice([np.nan, np.inf, -np.inf])
+            cache[i, :, :unseen] = np.nan
             cache[i, unselected] = np.nan
     k_cache, v_cache = jnp.asarray(k_cache, dtype), jnp.asarray(v_cache, dtype)
-    expected = attention_float64(q, k_cache, v_cache, lengths, selected)
+    expected = attention_float64(q, k_cache, v_cache, lengths, selected, **options)
     indices = (
         None if a is None else jnp.asarray(a, jnp.int32)
         for a in (lengths, heads, active)
     )
-    return Case(q, k_cache, v_cache, *indices, expected)
+    return Case(q, k_cache, v_cache, *indices, expected, options)
 
 
-def attention_float64(q, k_cache, v_cache, lengths, selected):
+def attention_float64(
+    q, k_cache, v_cache, lengths, selected, window=None, softcap=None
+):
     q, k_cache, v_cache = (np.asarray(a, np.float64) for a in (q, k_cache, v_cache))
     out = np.zeros_like(q)
     g = q.shape[1] // k_cache.shape[1]
     for i, groups in enumerate(selected):
         for group in groups:
-            keys = k_cache[i, group, : lengths[i]]
-            values = v_cache[i, group, : lengths[i]]
+            first = max(lengths[i] - window, 0) if window else 0
+            keys = k_cache[i, group, first : lengths[i]]
+            values = v_cache[i, group, first : lengths[i]]
             if not len(keys):
                 continue
             for head in range(group * g, (group + 1) * g):
                 scores = keys @ q[i, head] / np.sqrt(q.shape[2])
+                if softcap:
+                    scores = softcap * np.tanh(scores / softcap)
                 weights = np.exp(scores - scores.max())
                 out[i, head] = weights @ values / weights.sum()
     return out
 
 
-def run(args, implementation):
-    attend = functools.partial(select_head_attention, implementation=implementation)
+def run(args, implementation, **options):
+    attend = functools.partial(
+        select_head_attention, implementation=implementation, **options
+    )
     return jax.jit(attend)(*args)
 
 
@@ -113,6 +132,11 @@ CASES = {
     "empty-sequence": dict(lengths=(0, 40, 39)),
     "one-position": dict(s=1, lengths=(1, 0, 1)),
     "long": dict(b=2, s=1100, h=4, k=2, lengths=(1100, 300), n=2, n_active=(2, 1)),
+    "window": dict(s=100, lengths=(100, 20, 47), window=21, n_active=(2, 2, 1)),
+    "window-of-one": dict(lengths=(40, 1, 0), window=1, dtype="bfloat16", d=128),
+    "long-window": dict(b=2, s=900, lengths=(900, 650), window=600, n=None),
+    "softcap": dict(softcap=1.5, n=None, d=80),
+    "softcap-and-window": dict(softcap=30.0, window=16, dtype="bfloat16"),
     "smollm2": dict(b=2, h=9, k=3, s=70, dtype="bfloat16", n=2, n_active=None),
 }
 
@@ -120,18 +144,31 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_matches_float64(name, implementation):
     case = make_case(**CASES[name])
-    case.check(run(case.args, implementation))
+    case.check(run(case.args, implementation, **case.options))
 
 
-@pytest.mark.parametrize(("splits", "n"), [(1, 2), (2, None), (8, 2)])
-def test_splits_and_blocks(splits, n, interpret):
-    # 90 positions in blocks of 16: splits of unequal shares, some of none.
-    case = make_case(s=90, d=80, n=n, lengths=(90, 3, 33))
-    config = configs.Config(block=16, splits=splits, num_warps=4, num_stages=2)
+# A program for each group, then shares: of many groups, of parts of groups, of one
+# tile, of none.
+@pytest.mark.parametrize("programs", [0, 1, 2, 5, 13, 40])
+@pytest.mark.parametrize("n", [None, 2])
+@pytest.mark.parametrize("window", [None, 25])
+def test_shares(programs, n, window, interpret):
+    options = {} if window is None else {"window": window}
+    case = make_case(
+        b=5, s=90, n=n, lengths=(90, 3, 0, 33, 64), n_active=(2, 1, 2, 0, 2), **options
+    )
+    config = configs.Config(block=16, programs=programs, num_warps=4, num_stages=2)
     attend = functools.partial(
-        triton.attend, scale=80**-0.5, interpret=interpret, config=config
+        triton.attend, scale=64**-0.5, interpret=interpret, config=config, **options
     )
     case.check(jax.jit(attend)(*case.args))
+
+
+def test_nothing_to_read(implementation):
+    case = make_case(b=2, lengths=(0, 0))
+    case.check(run(case.args, implementation))
+    case = make_case(b=2, s=500, n_active=(0, 0), lengths=(500, 3))
+    case.check(run(case.args, implementation))
 
 
 @pytest.mark.slow
@@ -246,6 +283,12 @@ def test_unknown_implementation():
         select_head_attention(*make_case().args, implementation="cuda")
 
 
+@pytest.mark.parametrize("option", ["window", "softcap"])
+def test_options_must_be_positive(option):
+    with pytest.raises(ValueError, match=f"{option} is 0; it must be positive"):
+        select_head_attention(*make_case().args, **{option: 0})
+
+
 @pytest.mark.parametrize(("h", "d"), [(129, 64), (1, 512)])
 def test_what_the_kernel_cannot_serve(h, d):
     case = make_case(b=1, h=h, k=1, d=d, s=4, n=None, lengths=(4,))
@@ -292,7 +335,7 @@ def test_lowers_for_cuda(model, dtype, lower_for_cuda, monkeypatch):
         config = configs.heuristic(
             b=b, n=count, g=h // k, s=s, d=d, itemsize=jnp.dtype(dtype).itemsize
         )
-        assert text.count("@__gpu$xla.gpu.triton") == (1 if config.splits == 1 else 2)
+        assert text.count("@__gpu$xla.gpu.triton") == (2 if config.programs else 1)
         # The caches go to the kernel as they are: no copy in another order.
         assert "stablehlo.transpose" not in text
         assert "stablehlo.gather" not in text
@@ -305,7 +348,7 @@ def test_heuristic_fits_the_hardware(itemsize, d, s):
     for b, n, g in ((1, 1, 1), (1, 8, 4), (16, 5, 8), (64, 72, 1), (4, 1, 128)):
         config = configs.heuristic(b=b, n=n, g=g, s=s, d=d, itemsize=itemsize)
         assert config.block >= 16 and config.block.bit_count() == 1
-        assert config.splits.bit_count() == 1 and config.splits <= max(s // 256, 1)
+        assert 0 <= config.programs <= b * n * -(-s // config.block)
         padded = 1 << (d - 1).bit_length()
         tiles = 2 * config.block * padded * itemsize * config.num_stages
         assert tiles <= 96 * 1024
