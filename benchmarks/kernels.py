@@ -1,271 +1,350 @@
-"""Times the two kernels at the shapes of real models, beside what memory can give.
+"""Times the kernels at the shapes of real models, beside what the memory can give.
 
     python -m benchmarks.kernels [--shapes NAME ...] [--out FILE.json] [--toy]
 
-Decoding is bound by the bytes it reads, so each line has its time, the bytes it has to
-read and the fraction of the read bandwidth measured in the same run.
+Decoding is bound by the bytes it reads. Each row has its time, the bytes it must read
+and their rate as a fraction of R, the best read rate seen in the same run: that of a
+streaming sum in jax, or of torch's dense attention on the same shape if it is higher
+(for shapes that are not attention: on any shape).
 """
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import json
-import statistics
-import time
-from typing import Literal
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation, gathered_mlp, select_head_attention
-from pallas_kernels._backend import default_implementation
+from benchmarks.cases import CASES, TOY_CASES, Attention, Mlp, Select
+from benchmarks.report import REPOSITORY, Result, best_rates, commit, write
+from pallas_kernels import (
+    Implementation,
+    gathered_mlp,
+    select_head_attention,
+    top_heads,
+    union_neurons,
+)
+from pallas_kernels.tuning.timing import (
+    Chain,
+    calls_to_time,
+    make_chain,
+    median_ms,
+    normal,
+    sets_to_rotate,
+)
 from polarjax.generation.stats import read_bandwidth
 
-# b, h, k, s, d, and the heads or KV groups to read; all of them is dense.
-ATTENTION = {
-    "opt-66b": (64, 72, 72, 1920, 128, (72, 36, 21, 7)),
-    "llama-2-7b": (16, 32, 32, 4096, 128, (32, 16, 8)),
-    "llama-3.1-8b": (64, 32, 8, 4096, 128, (8, 5, 4, 2)),
-    "llama-3.1-70b": (16, 64, 8, 8192, 128, (8, 5)),
-}
-# b, m, f; ReLU with biases, at these fractions of the neurons.
-MLP = {
-    "opt-66b-mlp": (64, 9216, 36864),
-    "opt-6.7b-mlp": (16, 4096, 16384),
-    "opt-6.7b-mlp-b1": (1, 4096, 16384),
-}
-MLP_DENSITIES = (1.0, 0.5, 0.3, 0.1)
-
-TOY_ATTENTION = {"toy": (2, 4, 2, 64, 64, (2, 1))}
-TOY_MLP = {"toy-mlp": (2, 64, 256)}
-
-# Calls in one jit, so that no dispatch lies between them, each on other inputs; the
-# big ones add up to more than any L2 cache, so that none is served from it.
-CALLS = 16
-ROTATED_BYTES = 256 * 1024**2
-# Jitted loops in flight before the clock is read, and how often it is read.
-IN_FLIGHT = 4
-REPEATS = 5
+# A row to be, and what compiles its calls.
+Row = tuple[Result, Callable[[], Chain]]
+# Of our implementations, those to time.
+Names = Sequence[Implementation]
 
 
-@dataclasses.dataclass
-class Result:
-    """One line of the table.
-
-    Attributes:
-        shape: name of the model's shape.
-        what: the function timed.
-        read: KV groups or neurons read, per sequence or batch.
-        of: how many there are.
-        bytes: what one call has to read.
-        ms: median time of one call; None if it could not run.
-        gb_s: bytes over time, in 10^9 bytes per second.
-        of_bandwidth: gb_s as a fraction of the read bandwidth measured in this run.
-        error: why it could not run.
-    """
-
-    shape: str
-    what: str
-    read: int
-    of: int
-    bytes: int
-    ms: float | None = None
-    gb_s: float | None = None
-    of_bandwidth: float | None = None
-    error: str = ""
+def ours() -> Names:
+    """Our compiled implementations on a GPU, the plain XLA one elsewhere."""
+    if jax.default_backend() != "gpu":
+        return ["xla"]
+    names = get_args(Implementation)
+    return [n for n in names if n != "xla" and not n.endswith("_interpret")]
 
 
-def median_ms(function, shared, varied) -> float:
-    """Median milliseconds of one call of function(*shared[i], *varied[j]).
-
-    The calls stand in a loop: side by side, XLA would read what they share only once.
-
-    Args:
-        function: what to time.
-        shared: tuples of big arrays, used in turn.
-        varied: one tuple of small arrays per round, so that no two are equal.
-    """
-
-    @jax.jit
-    def calls(shared, varied):
-        def round_of_calls(_, small):
-            return None, [function(*big, *small) for big in shared]
-
-        return jax.lax.scan(round_of_calls, None, varied)[1]
-
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *varied)
-    jax.block_until_ready(calls(shared, stacked))
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready([calls(shared, stacked) for _ in range(IN_FLIGHT)])
-        seconds = time.perf_counter() - start
-        times.append(seconds / (IN_FLIGHT * len(varied) * len(shared)) * 1e3)
-    return statistics.median(times)
+def and_xla(names: Names) -> Names:
+    """For kernels that only XLA and Triton have: what there is to time of them."""
+    return [*(n for n in names if n == "triton"), "xla"]
 
 
-def run(result: Result, peak: float, function, shared, varied) -> Result:
-    """Time one line and print it."""
-    try:
-        result.ms = median_ms(function, shared, varied)
-    except Exception as error:  # what a library kernel refuses is itself a result
-        lines = str(error).splitlines() or [""]
-        result.error = f"{type(error).__name__}: {lines[0]}"
-    else:
-        result.gb_s = result.bytes / result.ms * 1e-6
-        result.of_bandwidth = result.gb_s * 1e9 / peak
-    line = f"{result.shape:16} {result.what:21} {result.read:6}/{result.of:<6}"
-    line += f" {result.bytes / 1e6:9.1f} MB"
-    if result.ms is None:
-        print(f"{line}  {result.error}", flush=True)
-    else:
-        line += f" {result.ms:9.4f} ms {result.gb_s:8.1f} GB/s"
-        print(f"{line} {result.of_bandwidth:6.1%}", flush=True)
-    return result
+def caches(count: int, shape: tuple[int, ...], dtype) -> list[tuple]:
+    """Pairs of keys and values."""
+    return [
+        (normal(2 * i, shape, dtype), normal(2 * i + 1, shape, dtype))
+        for i in range(count)
+    ]
 
 
-def copies(nbytes: int) -> int:
-    """How many sets of inputs that are read nbytes each to rotate."""
-    return min(CALLS, -(-ROTATED_BYTES // nbytes))
+def rotate(sets: list[tuple], small: list[tuple]) -> list[tuple]:
+    """Arguments of each call: big arrays used in turn, small ones of its own."""
+    return [(*sets[i % len(sets)], *some) for i, some in enumerate(small)]
 
 
-def attention(name: str, shape, dtype, peak: float) -> list[Result]:
-    """Our kernel at each count of groups, then the library's dense attention."""
-    b, h, k, s, d, counts = shape
+def attention(name: str, case: Attention, dtype, names: Names) -> Iterator[Row]:
+    """Ours at each count of groups, then the library's dense attention."""
+    b, h, k, s, d = case.b, case.h, case.k, case.s, case.d
+    itemsize = jnp.dtype(dtype).itemsize
     rng = np.random.default_rng(0)
-    group_bytes = 2 * b * s * d * jnp.dtype(dtype).itemsize
-    lengths = jnp.full(b, s, jnp.int32)
-    results = []
+    q = normal(0, (b, h, d), dtype)
+    sets = sets_to_rotate(case.bytes(min(case.groups), itemsize))
+    pairs = caches(sets, (b, k, s, d), dtype)
 
-    def arrays(count, *shape):
-        keys = jax.random.split(jax.random.key(0), count)
-        normal = jax.jit(functools.partial(jax.random.normal, shape=shape, dtype=dtype))
-        return [normal(key) for key in keys]
+    def lengths() -> jax.Array:
+        return jnp.asarray(rng.permutation(case.lengths()))
 
-    queries = arrays(CALLS, b, h, d)
-    caches = arrays(2 * copies(min(counts) * group_bytes), b, k, s, d)
-    pairs = list(zip(caches[::2], caches[1::2], strict=True))
-    for n in counts:
-        result = Result(name, "select_head_attention", n, k, n * group_bytes)
+    def heads(n: int) -> tuple[jax.Array, ...]:
         if n == k:
-            varied = [(q,) for q in queries]
-        else:
-            picks = np.argsort(rng.random((CALLS, b, k)))[..., :n].astype(np.int32)
-            varied = [
-                (q, jnp.asarray(pick)) for q, pick in zip(queries, picks, strict=True)
-            ]
+            return ()
+        return (jnp.asarray(rng.random((b, k)).argsort()[:, :n].astype(np.int32)),)
 
-        def ours(k_cache, v_cache, q, heads=None):
-            return select_head_attention(q, k_cache, v_cache, lengths, heads)
+    def attend(q, keys, values, lengths, heads=None, *, implementation):
+        return select_head_attention(
+            q, keys, values, lengths, heads, implementation=implementation
+        )
 
-        results.append(run(result, peak, ours, pairs, varied))
+    for implementation in names:
+        for n in case.groups:
+            nbytes = case.bytes(n, itemsize)
+            calls = max(calls_to_time(nbytes), len(pairs))
+            small = [(lengths(), *heads(n)) for _ in range(calls)]
+            function = functools.partial(attend, implementation=implementation)
+            yield (
+                Result("attention", name, implementation, n, k, nbytes),
+                functools.partial(make_chain, function, q, rotate(pairs, small)),
+            )
 
-    # The library wants [b, s, k, d]: other caches, not copies made in the call.
-    del caches, pairs
-    caches = arrays(2 * copies(k * group_bytes), b, s, k, d)
-    pairs = list(zip(caches[::2], caches[1::2], strict=True))
+    # The library wants [b, s, k, d]. Which numbers those are does not matter.
+    nbytes = case.bytes(k, itemsize)
+    pairs = jax.tree.map(lambda cache: cache.reshape(b, s, k, d), pairs)
+    pairs = pairs[: sets_to_rotate(nbytes)]
     backends: tuple[Literal["xla", "cudnn"], ...] = ("xla", "cudnn")
     for backend in backends:
 
-        def library(keys, values, q, backend: Literal["xla", "cudnn"] = backend):
-            return jax.nn.dot_product_attention(
+        def library(q, keys, values, lengths, *, backend: Literal["xla", "cudnn"]):
+            out = jax.nn.dot_product_attention(
                 q[:, None],
                 keys,
                 values,
                 key_value_seq_lengths=lengths,
                 implementation=backend,
             )
+            return out[:, 0]
 
-        result = Result(name, f"jax.nn.dot.../{backend}", k, k, k * group_bytes)
-        results.append(run(result, peak, library, pairs, [(q,) for q in queries]))
-    return results
-
-
-def mlp(name: str, shape, dtype, peak: float) -> list[Result]:
-    """Our kernel at each density, and XLA's dense product."""
-    b, m, f = shape
-    rng = np.random.default_rng(0)
-    neuron_bytes = 2 * m * jnp.dtype(dtype).itemsize
-    counts = [max(1, int(density * f)) for density in MLP_DENSITIES]
-    keys = jax.random.split(jax.random.key(0), copies(min(counts) * neuron_bytes) + 1)
-
-    @jax.jit
-    def layer(key):
-        up, down = jax.random.split(key)
-        return {
-            "up": jax.random.normal(up, (f, m), dtype),
-            "down": jax.random.normal(down, (f, m), dtype),
-            "up_bias": jnp.ones(f, dtype),
-            "down_bias": jnp.ones(m, dtype),
-        }
-
-    layers = [(layer(key),) for key in keys[1:]]
-    kernel = default_implementation()  # dense too, which by itself goes to XLA
-    inputs = list(jax.random.normal(keys[0], (CALLS, b, m), dtype))
-
-    def ours(weights, x, neurons=None, implementation: Implementation = kernel):
-        return gathered_mlp(
-            x, weights, neurons, activation="relu", implementation=implementation
+        small = [(lengths(),) for _ in range(max(calls_to_time(nbytes), len(pairs)))]
+        function = functools.partial(library, backend=backend)
+        yield (
+            Result("attention", name, f"jax.nn {backend}", k, k, nbytes),
+            functools.partial(make_chain, function, q, rotate(pairs, small)),
         )
 
-    results = []
-    for n in counts:
-        result = Result(name, "gathered_mlp", n, f, n * neuron_bytes)
+
+def mlp(name: str, case: Mlp, dtype, names: Names) -> Iterator[Row]:
+    """Ours at each density, and XLA's dense product."""
+    b, m, f = case.b, case.m, case.f
+    itemsize = jnp.dtype(dtype).itemsize
+    rng = np.random.default_rng(0)
+    x = normal(0, (b, m), dtype)
+    sets = sets_to_rotate(case.bytes(case.neurons(min(case.densities)), itemsize))
+    matrices = ("up", "down", *(("gate",) if case.gated else ()))
+
+    def layer(place: int) -> tuple[dict[str, jax.Array]]:
+        # Scaled so that a chain of layers does not overflow.
+        scale = {"up": m**-0.5, "gate": m**-0.5, "down": f**-0.5}
+        weights = {
+            matrix: normal(3 * place + i, (f, m), dtype, scale[matrix])
+            for i, matrix in enumerate(matrices)
+        }
+        if not case.gated:
+            weights |= {"up_bias": jnp.ones(f, dtype), "down_bias": jnp.ones(m, dtype)}
+        return (weights,)
+
+    layers = [layer(place) for place in range(sets)]
+
+    def feed(x, weights, neurons=None, *, implementation):
+        return gathered_mlp(
+            x,
+            weights,
+            neurons,
+            activation="silu" if case.gated else "relu",
+            implementation=implementation,
+        )
+
+    def pick(n: int) -> tuple[jax.Array, ...]:
         if n == f:
-            varied = [(x,) for x in inputs]
-        else:
-            picks = [np.sort(rng.permutation(f)[:n]) for _ in inputs]
-            varied = [
-                (x, jnp.asarray(pick, jnp.int32))
-                for x, pick in zip(inputs, picks, strict=True)
-            ]
-        results.append(run(result, peak, ours, layers, varied))
-    dense = functools.partial(ours, implementation="xla")
-    result = Result(name, "gathered_mlp/xla", f, f, f * neuron_bytes)
-    results.append(run(result, peak, dense, layers, [(x,) for x in inputs]))
-    return results
+            return ()
+        return (jnp.asarray(np.sort(rng.permutation(f)[:n]).astype(np.int32)),)
+
+    gathering = and_xla(names)[0]
+    rows = [(case.neurons(density), gathering) for density in case.densities]
+    for n, implementation in dict.fromkeys([*rows, (f, "xla")]):
+        nbytes = case.bytes(n, itemsize)
+        calls = max(calls_to_time(nbytes), len(layers))
+        function = functools.partial(feed, implementation=implementation)
+        arguments = rotate(layers, [pick(n) for _ in range(calls)])
+        yield (
+            Result("mlp", name, implementation, n, f, nbytes),
+            functools.partial(make_chain, function, x, arguments),
+        )
 
 
-def main() -> None:
+def select(name: str, case: Select, names: Names) -> Iterator[Row]:
+    """The function that turns scores into a selection."""
+    arguments = [
+        (normal(i, (case.b, case.c), jnp.float32),)
+        for i in range(calls_to_time(case.bytes()))
+    ]
+    live = jnp.ones(case.b, bool)
+
+    # Each call waits for the one before, through a comparison that is always true.
+    def union(chosen, scores, *, implementation):
+        waited = live & (chosen[0] >= 0)
+        return union_neurons(scores, waited, case.n, implementation=implementation)
+
+    def top(chosen, scores, *, implementation):
+        waited = jnp.where(chosen[:, :1] >= 0, scores, 0.0)
+        return top_heads(waited, case.n, implementation=implementation)
+
+    function, shape = (union, (case.n,)) if case.union else (top, (case.b, case.n))
+    start = jnp.zeros(shape, jnp.int32)
+    for implementation in and_xla(names):
+        call = functools.partial(function, implementation=implementation)
+        yield (
+            Result("select", name, implementation, case.n, case.c, case.bytes()),
+            functools.partial(make_chain, call, start, arguments),
+        )
+
+
+def rows(
+    name: str, case: Attention | Mlp | Select, dtype, names: Names
+) -> Iterator[Row]:
+    """What there is to time at one shape."""
+    if isinstance(case, Select):
+        return select(name, case, names)
+    if isinstance(case, Mlp):
+        return mlp(name, case, dtype, names)
+    return attention(name, case, dtype, names)
+
+
+def torch_results(
+    cases: Mapping[str, Attention | Mlp | Select],
+) -> tuple[str | None, list[Result]]:
+    """Torch's version and its dense rows, without rates; measured by a process."""
+    timed = [name for name, case in cases.items() if not isinstance(case, Select)]
+    if not timed:
+        return None, []
+    if find_spec("torch") is None:
+        print("no rows of torch's: it is not installed", flush=True)
+        return None, []
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.torch_baseline", "--shapes", *timed],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    report = json.loads(done.stdout.splitlines()[-1])
+    if report["error"]:
+        print(f"no rows of torch's: {report['error']}", flush=True)
+    results = []
+    for row in report["results"]:
+        case = cases[row["shape"]]
+        assert not isinstance(case, Select)
+        kernel = "attention" if isinstance(case, Attention) else "mlp"
+        of = case.k if isinstance(case, Attention) else case.f
+        results.append(Result(kernel, of=of, read=of, bytes=case.bytes(of), **row))
+    return report["torch"], results
+
+
+def measure(rows: Iterable[Row], pool: Executor) -> Iterator[Result]:
+    """Time the rows of one shape: all are compiled, side by side, then run in turn."""
+    pending = [(result, pool.submit(build)) for result, build in rows]
+    wait([future for _, future in pending])  # compiling may use the device too
+    while pending:
+        result, future = pending.pop(0)  # and its arrays are let go
+        try:
+            result.ms = median_ms(future.result())
+        except Exception as error:  # what a kernel refuses is itself a result
+            traceback.print_exception(error)
+            lines = str(error).splitlines() or [""]
+            result.error = f"{type(error).__name__}: {lines[0]}"
+        yield result
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels", description="Time the kernels."
     )
     parser.add_argument("--toy", action="store_true", help="tiny shapes, for a CPU")
-    parser.add_argument("--out", help="JSON file to write")
-    names = [*ATTENTION, *MLP]
+    parser.add_argument("--no-torch", action="store_true", help="no rows of torch's")
     parser.add_argument(
-        "--shapes",
+        *("--implementations",),
         nargs="+",
-        choices=names,
-        default=names,
-        metavar="NAME",
-        help=f"some of {', '.join(names)} (default: all)",
+        choices=get_args(Implementation),
+        help="which of ours (default: all that are compiled here)",
     )
-    args = parser.parse_args()
-    attentions, mlps = (TOY_ATTENTION, TOY_MLP) if args.toy else (ATTENTION, MLP)
-    chosen = [*attentions, *mlps] if args.toy else args.shapes
-    device = jax.devices()[0].device_kind
-    dtype = jnp.float32 if args.toy else jnp.bfloat16
-    peak = read_bandwidth(jax.devices()[0])
-    print(f"{device}, jax {jax.__version__}, {jnp.dtype(dtype).name}")
-    print(f"the memory can be read at {peak / 1e9:.1f} GB/s")
-    results = []
-    for name in chosen:
-        if name in attentions:
-            results += attention(name, attentions[name], dtype, peak)
-        else:
-            results += mlp(name, mlps[name], dtype, peak)
-    if args.out:
-        report = {
-            "device": device,
-            "jax": jax.__version__,
-            "dtype": jnp.dtype(dtype).name,
-            "bandwidth_gb_s": peak / 1e9,
-            "results": [dataclasses.asdict(result) for result in results],
-        }
-        with open(args.out, "w") as file:
-            json.dump(report, file, indent=2)
+    parser.add_argument(
+        *("--jobs",),
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="programs compiled at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        *("--out",),
+        type=Path,
+        help="JSON file to write, row by row (default: benchmarks/results/"
+        "DATE-DEVICE-COMMIT-kernels.json; with --toy none)",
+    )
+    parser.add_argument(
+        *("--shapes",),
+        nargs="+",
+        choices=[*CASES],
+        default=[*CASES],
+        metavar="NAME",
+        help=f"some of {', '.join(CASES)} (default: all)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    cases = TOY_CASES if args.toy else {name: CASES[name] for name in args.shapes}
+    version, results = None, []
+    if not (args.toy or args.no_torch):  # before jax takes the device
+        version, results = torch_results(cases)
+    device = jax.devices()[0]
+    dtype = jnp.dtype(jnp.float32 if args.toy else jnp.bfloat16)
+    names = args.implementations or ours()
+    stream = read_bandwidth(device)
+    rates = best_rates(cases, results, stream)
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "torch": version,
+        "dtype": dtype.name,
+        "stream_gb_s": stream / 1e9,
+        "r_gb_s": {name: rate / 1e9 for name, rate in rates.items()},
+        "shapes": {name: dataclasses.asdict(case) for name, case in cases.items()},
+    }
+    path = args.out
+    if path is None and not args.toy:
+        slug = re.sub(r"\W+", "-", device.device_kind.lower())
+        file = f"{report['date']}-{slug}-{report['commit']}-kernels.json"
+        path = REPOSITORY / "benchmarks" / "results" / file
+    print(f"{device.device_kind}, jax {jax.__version__}, {dtype.name}")
+    print(f"the memory can be read at {stream / 1e9:.1f} GB/s (streaming sum)")
+    for result in results:
+        print(result.finish(rates[result.shape], stream), flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for place, (name, case) in enumerate(cases.items(), 1):
+            print(f"[{place}/{len(cases)}] {name}: {case}", flush=True)
+            for result in measure(rows(name, case, dtype, names), pool):
+                results.append(result.finish(rates[name], stream))
+                print(result, flush=True)
+                if path:
+                    write(path, report, results)
+    if path:
+        print(f"written to {path}; next: python -m benchmarks.roofline {path}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,74 @@ def decode_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def kernels_table(path: Path) -> str:
+    """Times of the kernels, as `python -m benchmarks.kernels` wrote them.
+
+    One line for each count of groups or neurons: the fastest of ours, and beside it
+    the fastest dense library.
+    """
+    report = json.loads(path.read_text(encoding="utf-8"))
+    shapes, rates = report["shapes"], report["r_gb_s"]
+    places: dict[tuple, list[dict]] = {}
+    for row in report["results"]:
+        if row["ms"] is not None:
+            places.setdefault((row["shape"], row["read"], _is_ours(row)), []).append(
+                row
+            )
+    fastest = {
+        key: min(rows, key=lambda row: row["ms"]) for key, rows in places.items()
+    }
+    link = f"benchmarks/results/{path.stem}.svg"
+    lines = [
+        f"One {report['device']}, jax {report['jax']}, {report['dtype']}. R is the "
+        f"best read rate of the same run: a streaming sum in jax "
+        f"({report['stream_gb_s']:,.0f} GB/s), or torch's dense attention on the same "
+        f"shape if that is higher. [Plot]({link}), raw results: "
+        f"`benchmarks/results/{path.name}`.",
+        "",
+        "| shape | read | kernel | ms | GB/s | of R | best dense library, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (name, read, own), row in fastest.items():
+        if not own or row["kernel"] == "select":
+            continue
+        dense = fastest.get((name, row["of"], False))
+        beside = f"{dense['ms']:.3f} ({dense['what']})" if dense else "none ran"
+        lines.append(
+            f"| {_shown_shape(name, shapes[name])} | {read} of {row['of']} "
+            f"| {row['what']} | {row['ms']:.3f} | {row['gb_s']:,.0f} "
+            f"| {row['gb_s'] / rates[name]:.2f} | {beside} |"
+        )
+    chosen = [row for row in report["results"] if row["kernel"] == "select"]
+    if chosen:
+        lines += [
+            "",
+            "| selection | scores | kept | by | us |",
+            "|---|---|---|---|---|",
+        ]
+    for row in chosen:
+        shape = shapes[row["shape"]]
+        function = "union_neurons" if shape["union"] else "top_heads"
+        scores = f"{shape['b']} x {shape['c']}"
+        time = row["error"] if row["ms"] is None else f"{row['ms'] * 1e3:.1f}"
+        lines.append(
+            f"| `{function}` | {scores} | {row['read']} | {row['what']} | {time} |"
+        )
+    return "\n".join(lines)
+
+
+def _is_ours(row: dict) -> bool:
+    """Whether a row is one of our kernels; XLA's dense product is the library's."""
+    if row["kernel"] == "mlp" and row["what"] == "xla":
+        return row["read"] < row["of"]
+    return not row["what"].startswith(("torch", "jax.nn"))
+
+
+def _shown_shape(name: str, shape: dict) -> str:
+    letters = " ".join(f"{key} {shape[key]}" for key in "bhksdmf" if key in shape)
+    return f"{name}: {letters}"
+
+
 def eval_table(path: Path) -> str:
     """Perplexities as `polarjax eval --out` wrote them."""
     record = json.loads(path.read_text(encoding="utf-8"))

@@ -1,19 +1,22 @@
 """Decode kernels that read only what contextual sparsity selected.
 
-`select_head_attention` reads the KV cache of each sequence's selected KV groups,
+`select_head_attention` reads the KV cache of each sequence's selected KV groups
+(`append_and_attend` writes the newest token's keys and values on the way),
 `gathered_mlp` the weight rows of the batch's selected neurons; `top_heads` and
 `union_neurons` turn router scores into those selections. Nothing here knows of
 models: arrays in, arrays out.
 """
 
-from pallas_kernels._backend import Implementation
-from pallas_kernels.attention import select_head_attention
+from pallas_kernels._backend import Implementation, gathering
+from pallas_kernels.attention import append_and_attend, select_head_attention
 from pallas_kernels.mlp import gathered_mlp
 from pallas_kernels.select import top_heads, union_neurons
 
 __all__ = [
     "Implementation",
+    "append_and_attend",
     "gathered_mlp",
+    "gathering",
     "select_head_attention",
     "top_heads",
     "union_neurons",

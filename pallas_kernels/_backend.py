@@ -9,9 +9,18 @@ from typing import Literal, get_args
 import jax
 from jax.experimental.pallas import triton as pltriton
 
-__all__ = ["Implementation", "default_implementation", "pltriton", "resolve"]
+__all__ = [
+    "Implementation",
+    "default_implementation",
+    "gathering",
+    "pltriton",
+    "resolve",
+]
 
-Implementation = Literal["xla", "triton", "triton_interpret"]
+# Those that end in "_interpret" run on any host, slowly: they are for tests.
+Implementation = Literal[
+    "xla", "triton", "triton_interpret", "mosaic", "mosaic_interpret"
+]
 
 
 def default_implementation() -> Implementation:
@@ -37,4 +46,15 @@ def resolve(implementation: Implementation | None) -> Implementation:
             f"implementation is {implementation!r}; it must be one of {names}, or "
             "None for the default backend's own"
         )
+    return implementation
+
+
+def gathering(implementation: Implementation | None) -> Implementation | None:
+    """The implementation of what gathers rows or selects, beside one of attention.
+
+    Hopper's copy engine gathers no rows, so that there Mosaic serves attention alone
+    and Triton is its companion; the others are their own.
+    """
+    if implementation is not None and implementation.startswith("mosaic"):
+        return "triton_interpret" if implementation.endswith("_interpret") else "triton"
     return implementation

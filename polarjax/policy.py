@@ -12,6 +12,7 @@ from typing import Protocol
 
 import jax
 
+from pallas_kernels import Implementation
 from polarjax.params import Params, Tree
 
 
@@ -45,7 +46,11 @@ class SelectionPolicy(Protocol):
         ...
 
     def heads(
-        self, layer: int, scores: jax.Array | None, norms: jax.Array | None
+        self,
+        layer: int,
+        scores: jax.Array | None,
+        norms: jax.Array | None,
+        implementation: Implementation | None = None,
     ) -> tuple[jax.Array, jax.Array] | None:
         """Choose the KV groups that each sequence's attention reads.
 
@@ -53,6 +58,7 @@ class SelectionPolicy(Protocol):
           layer: from 0.
           scores: float32[b, r], what the router rows yield for this layer's input.
           norms: float32[b, k], L2 norms of the groups' true outputs, if wanted.
+          implementation: of the selection kernel; None is the default backend's own.
 
         Returns:
           (indices int32[b, n], n_active int32[b]): sequence i reads the groups
@@ -61,7 +67,11 @@ class SelectionPolicy(Protocol):
         ...
 
     def neurons(
-        self, layer: int, scores: jax.Array | None, live: jax.Array
+        self,
+        layer: int,
+        scores: jax.Array | None,
+        live: jax.Array,
+        implementation: Implementation | None = None,
     ) -> jax.Array | None:
         """Choose the MLP neurons that the whole batch reads.
 
@@ -69,6 +79,7 @@ class SelectionPolicy(Protocol):
           layer: from 0.
           scores: as in `heads`.
           live: bool[b], False for finished rows and padding: they have no say.
+          implementation: as in `heads`.
 
         Returns:
           int32[n], distinct. None means every neuron.
@@ -89,10 +100,10 @@ class Dense:
         del batch
         return params.weights, self
 
-    def heads(self, layer, scores, norms) -> None:
+    def heads(self, layer, scores, norms, implementation=None) -> None:
         """Every KV group."""
-        del layer, scores, norms
+        del layer, scores, norms, implementation
 
-    def neurons(self, layer, scores, live) -> None:
+    def neurons(self, layer, scores, live, implementation=None) -> None:
         """Every neuron."""
-        del layer, scores, live
+        del layer, scores, live, implementation

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._backend import Implementation, resolve
-from pallas_kernels.attention import reference, triton
+from pallas_kernels.attention import mosaic, reference, triton
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -47,8 +47,8 @@ def select_head_attention(
             arXiv 2310.06825 section 2); None means all.
         softcap: bound c on the scaled scores, `c * tanh(score / c)` (arXiv 2408.00118
             section 2); None means none.
-        implementation: "xla", "triton", "triton_interpret", or None for the default
-            backend's own.
+        implementation: "xla", "triton", "mosaic" (Hopper), the last two with
+            "_interpret" behind for tests, or None for the default backend's own.
 
     Returns:
         The attention output [b, h, d] in the dtype of q; exactly zero for the heads
@@ -60,21 +60,90 @@ def select_head_attention(
         NotImplementedError: if the implementation cannot serve these shapes.
     """
     _check(q, k_cache, v_cache, lengths, heads, n_active)
+    args = (q, k_cache, v_cache, lengths, heads, n_active)
+    return _attend(*args, None, scale, window, softcap, implementation)[0]
+
+
+def append_and_attend(
+    q: Float[Array, "b h d"],
+    k_new: Float[Array, "b k d"],
+    v_new: Float[Array, "b k d"],
+    k_cache: Float[Array, "b k s d"],
+    v_cache: Float[Array, "b k s d"],
+    lengths: Int32[Array, " b"],
+    heads: Int32[Array, "b n"] | None = None,
+    n_active: Int32[Array, " b"] | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "b h d"], Float[Array, "b k s d"], Float[Array, "b k s d"]]:
+    """Write the newest token's keys and values to the caches, then attend.
+
+    What `select_head_attention` does on the caches so written, in one pass over them.
+    All groups are written, whichever are read.
+
+    Args:
+        q: as in `select_head_attention`, and so are all that are not listed here.
+        k_new: keys of the newest token, [b, k, d], the dtype of q.
+        v_new: its values, like k_new.
+        k_cache: as there; written in place where it is donated or not used again.
+        v_cache: like k_cache.
+        lengths: as there: the newest token included, which goes to position
+            lengths - 1. For a sequence of length 0 nothing is written.
+        heads: as there.
+        n_active: as there.
+        scale: as there.
+        window: as there.
+        softcap: as there.
+        implementation: as there.
+
+    Returns:
+        The attention output [b, h, d], and both caches as written.
+
+    Raises:
+        ValueError: if a shape or dtype is wrong, or as in `select_head_attention`.
+        NotImplementedError: if the implementation cannot serve these shapes.
+    """
+    _check(q, k_cache, v_cache, lengths, heads, n_active)
+    shape = (q.shape[0], k_cache.shape[1], q.shape[2])
+    for name, array in (("k_new", k_new), ("v_new", v_new)):
+        if array.shape != shape or array.dtype != q.dtype:
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)}; it must be "
+                f"{q.dtype}{list(shape)}"
+            )
+    args = (q, k_cache, v_cache, lengths, heads, n_active)
+    return _attend(*args, (k_new, v_new), scale, window, softcap, implementation)
+
+
+def _attend(
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    heads,
+    n_active,
+    new,
+    scale,
+    window,
+    softcap,
+    implementation,
+):
     for name, option in (("window", window), ("softcap", softcap)):
         if option is not None and not option > 0:
             raise ValueError(f"{name} is {option}; it must be positive, or None")
-    args = (q, k_cache, v_cache, lengths, heads, n_active)
-    options = {
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-        "window": window,
-        "softcap": softcap,
-    }
     implementation = resolve(implementation)
+    args = (q, k_cache, v_cache, lengths, heads, n_active, new)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = {"scale": scale, "window": window, "softcap": softcap}
     with jax.named_scope("select_head_attention"):
         if implementation == "xla":
             return reference.attend(*args, **options)
-        interpret = implementation == "triton_interpret"
-        return triton.attend(*args, **options, interpret=interpret)
+        backend = triton if implementation.startswith("triton") else mosaic
+        interpret = implementation.endswith("_interpret")
+        return backend.attend(*args, **options, interpret=interpret)
 
 
 def _check(q, k_cache, v_cache, lengths, heads, n_active) -> None:

@@ -44,6 +44,22 @@ def heuristic(*, b: int, n: int, g: int, s: int, d: int, itemsize: int) -> Confi
     return Config(block=block, programs=programs, num_warps=num_warps, num_stages=3)
 
 
+def candidates(
+    *, b: int, n: int, g: int, s: int, d: int, itemsize: int
+) -> list[Config]:
+    """Configs worth measuring beside the heuristic's, for the tuner."""
+    base = heuristic(b=b, n=n, g=g, s=s, d=d, itemsize=itemsize)
+    large = dataclasses.replace(base, block=2 * base.block)
+    found = [
+        dataclasses.replace(base, programs=0),
+        dataclasses.replace(base, programs=_PROGRAMS * 3 // 2),
+        dataclasses.replace(base, num_stages=4),
+        dataclasses.replace(large, programs=_PROGRAMS // 2, num_warps=8),
+        dataclasses.replace(large, num_stages=2),
+    ]
+    return [c for c in found if c.block <= max(s, 16)]
+
+
 def _ceil_power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 

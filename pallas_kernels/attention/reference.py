@@ -5,8 +5,33 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def attend(q, k_cache, v_cache, lengths, heads, n_active, *, scale, window, softcap):
-    """See `select_head_attention`; the arguments are checked there."""
+def attend(
+    q, k_cache, v_cache, lengths, heads, n_active, new=None, *, scale, window, softcap
+):
+    """See `select_head_attention` and, for new, `append_and_attend`.
+
+    Returns:
+        The output, and the caches: as they came, or with the new keys and values.
+    """
+    if new is not None:
+        k_cache, v_cache = append(k_cache, v_cache, lengths, new)
+    args = (q, k_cache, v_cache, lengths, heads, n_active)
+    return _attend(*args, scale, window, softcap), k_cache, v_cache
+
+
+def append(k_cache, v_cache, lengths, new):
+    """The caches [b, k, s, d] with new keys and values [b, k, d] at lengths - 1."""
+    b, k, s, _ = k_cache.shape
+    # Behind the cache, and so dropped, for a sequence of length 0.
+    position = jnp.where(lengths > 0, lengths - 1, s)[:, None]
+    at = (jnp.arange(b)[:, None], jnp.arange(k)[None], position)
+    return tuple(
+        cache.at[at].set(array, mode="drop")
+        for cache, array in zip((k_cache, v_cache), new, strict=True)
+    )
+
+
+def _attend(q, k_cache, v_cache, lengths, heads, n_active, scale, window, softcap):
     b, h, d = q.shape
     k, s = k_cache.shape[1:3]
     q = q.reshape(b, k, h // k, d)

@@ -24,11 +24,12 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._backend import pltriton
 from pallas_kernels.attention.configs import Config, heuristic
+from pallas_kernels.tuning import table
 
 _MAX_GROUP = 128
 _MAX_HEAD_DIM = 256
 # Partial results that the combining kernel reads at once.
-_MAX_CHUNK = 32
+_MAX_CHUNK = 128
 _LOG2_E = math.log2(math.e)
 
 
@@ -39,14 +40,19 @@ def attend(
     lengths,
     heads,
     n_active,
+    new=None,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     interpret: bool = False,
     config: Config | None = None,
-) -> jax.Array:
-    """See `select_head_attention`; the arguments are checked there."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `select_head_attention` and, for new, `append_and_attend`.
+
+    Returns:
+        The output, and the caches: as they came, or with the new keys and values.
+    """
     b, h, d = q.shape
     k, s = k_cache.shape[1:3]
     g = h // k
@@ -58,7 +64,8 @@ def attend(
         )
     n = k if heads is None else heads.shape[1]
     if config is None:
-        config = heuristic(b=b, n=n, g=g, s=s, d=d, itemsize=q.dtype.itemsize)
+        facts = {"b": b, "n": n, "g": g, "s": s, "d": d, "itemsize": q.dtype.itemsize}
+        config = table.attention_config(heuristic(**facts), **facts)
     static = _Static(b, k, g, s, d, n, config.block, window, scale, softcap)
     selection = _Selection(lengths, heads, n_active)
 
@@ -74,28 +81,42 @@ def attend(
             **kwargs,
         )
 
-    inputs = (selection, q, k_cache, v_cache)
+    inputs = (selection, q, new, k_cache, v_cache)
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    caches, aliases = None, {}
+    if new is not None:  # written in place
+        caches = tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in inputs[-2:])
+        place = len(jax.tree.leaves(inputs)) - 2
+        aliases = {place: 0, place + 1: 1}
+
+    def attend_with(kernel, grid, *outs):
+        results = call(kernel, grid, (caches, *outs), input_output_aliases=aliases)
+        written, *results = results(*inputs)
+        return results, (written or (k_cache, v_cache))
+
     if not config.programs:
-        return call(_attend_group, (b, n), out)(*inputs)
+        (out,), caches = attend_with(_attend_group, (b, n), out)
+        return out, *caches
     # A share cuts at most two groups: the one it starts in and the one it ends in.
     programs, parts = config.programs, (config.programs, 2, g)
-    shapes = (
+    results, caches = attend_with(
+        _attend_share,
+        (programs,),
         jax.ShapeDtypeStruct((*parts, d), jnp.float32),
         jax.ShapeDtypeStruct(parts, jnp.float32),
         jax.ShapeDtypeStruct((programs, 4), jnp.int32),
         out,
     )
-    results = call(_attend_share, (programs,), shapes)(*inputs)
     # As many parts at once as a group has when all are equally long.
     chunk = min(pl.next_power_of_2(-(-programs // (b * n)) + 1), _MAX_CHUNK)
-    return call(
+    out = call(
         functools.partial(_combine, chunk=chunk),
         (programs, g),
         out,
         num_warps=max(chunk * pl.next_power_of_2(d) // 2048, 1),
         input_output_aliases={3: 0},
     )(*results)
+    return out, *caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +223,10 @@ class _Schedule:
 def _attend_share(
     selection,
     q_ref,  # [b, h, d]
+    new_refs,  # None, or what to append: keys and values [b, k, d]
     k_ref,  # [b, k, s, d]
     v_ref,  # [b, k, s, d]
+    cache_refs,  # None, or the caches, to append to
     part_ref,  # [programs, 2, g, d] float32
     log_ref,  # [programs, 2, g] float32: log2 of the part's sum of weights
     cut_ref,  # [programs, 4], of the group that a share starts and cuts: see _combine
@@ -219,7 +242,8 @@ def _attend_share(
     def look_up(tile):
         segment = schedule.segment(tile)
         group = selection.group(segment.sequence, segment.slot, static)
-        return segment, _load_group(selection, q_ref, segment.sequence, group, static)
+        which = segment.sequence, group
+        return segment, _load_group(selection, q_ref, new_refs, which, static)
 
     def attend_segment(carry):
         tile, segment, loaded, _ = carry
@@ -258,17 +282,21 @@ def _attend_share(
     for i, value in enumerate(cut):
         cut_ref[program, i] = value
 
-    def zero_unselected(i, _):
-        _zero_unselected(selection, out_ref, program + i * programs, static)
+    def finish(i, _):
+        sequence = program + i * programs
+        _zero_unselected(selection, out_ref, sequence, static)
+        _append(selection, new_refs, cache_refs, sequence, static)
 
-    lax.fori_loop(0, pl.cdiv(static.b - program, programs), zero_unselected, None)
+    lax.fori_loop(0, pl.cdiv(static.b - program, programs), finish, None)
 
 
 def _attend_group(
     selection,
     q_ref,  # [b, h, d]
+    new_refs,  # None, or what to append: keys and values [b, k, d]
     k_ref,  # [b, k, s, d]
     v_ref,  # [b, k, s, d]
+    cache_refs,  # None, or the caches, to append to
     out_ref,  # [b, h, d]
     *,
     static: _Static,
@@ -280,7 +308,8 @@ def _attend_group(
     @pl.when((slot < selection.active(sequence, static)) & (length > 0))
     def _():
         group = selection.group(sequence, slot, static)
-        loaded = _load_group(selection, q_ref, sequence, group, static)
+        which = sequence, group
+        loaded = _load_group(selection, q_ref, new_refs, which, static)
         first_tile, stop = _tiles(length, static)
         acc, _ = _attend_tiles(k_ref, v_ref, loaded, 0, stop - first_tile, static)
         _store_group(out_ref, loaded, acc, static)
@@ -288,6 +317,7 @@ def _attend_group(
     @pl.when(slot == 0)
     def _():
         _zero_unselected(selection, out_ref, sequence, static)
+        _append(selection, new_refs, cache_refs, sequence, static)
 
 
 class _Group(NamedTuple):
@@ -297,13 +327,19 @@ class _Group(NamedTuple):
     group: jax.Array
     length: jax.Array
     q: jax.Array  # [rows, cols]; rows are the group's query heads
+    new: tuple[jax.Array, jax.Array] | None  # key and value to append, [cols]
 
 
-def _load_group(selection, q_ref, sequence, group, static) -> _Group:
+def _load_group(selection, q_ref, new_refs, which, static) -> _Group:
+    sequence, group = which
     rows, cols, mask = _head_tile(static.g, static.d)
     at = q_ref.at[sequence, (group * static.g + rows)[:, None], cols[None, :]]
     q = pltriton.load(at, mask=mask, other=0)
-    return _Group(sequence, group, selection.length(sequence, static), q)
+    new = new_refs and tuple(
+        pltriton.load(ref.at[sequence, group, cols], mask=cols < static.d, other=0)
+        for ref in new_refs
+    )
+    return _Group(sequence, group, selection.length(sequence, static), q, new)
 
 
 def _attend_tiles(k_ref, v_ref, loaded, start, stop, static):
@@ -313,14 +349,16 @@ def _attend_tiles(k_ref, v_ref, loaded, start, stop, static):
         The output of these tiles alone, [rows, cols] float32, and the log2 of their
         sum of weights, [rows].
     """
-    sequence, group, length, q = loaded
+    sequence, group, length, q, new = loaded
+    # What is to be appended is not read from the cache: nobody knows if it is there.
+    cached = length if new is None else length - 1
     rows, cols, _ = _head_tile(static.g, static.d)
     steps = jnp.arange(static.block, dtype=jnp.int32)
 
     def step(index, carry):
         top, total, acc = carry  # [rows], [rows], [rows, cols]
         positions = index * static.block + steps
-        seen = positions < length
+        seen = positions < cached
         if static.window is not None:
             seen &= positions >= length - static.window
         # Masked loads yield 0 for what is not seen, where the cache may hold NaN.
@@ -330,13 +368,7 @@ def _attend_tiles(k_ref, v_ref, loaded, start, stop, static):
         at = (sequence, group, positions[:, None], cols[None, :])
         keys = pltriton.load(k_ref.at[at], mask=mask, other=0)
         values = pltriton.load(v_ref.at[at], mask=mask, other=0)
-        scores = _dot(q, keys, 1)
-        # In units of log2, since exp2 is what the hardware has.
-        if static.softcap is None:
-            scores *= static.scale * _LOG2_E
-        else:
-            capped = jnp.tanh(scores * (static.scale / static.softcap))
-            scores = capped * (static.softcap * _LOG2_E)
+        scores = _scale_scores(_dot(q, keys, 1), static)
         scores = jnp.where(seen[None, :], scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - new_top[:, None])
@@ -348,11 +380,27 @@ def _attend_tiles(k_ref, v_ref, loaded, start, stop, static):
     top = jnp.full(rows.shape, -jnp.inf, jnp.float32)
     total = jnp.zeros(rows.shape, jnp.float32)
     acc = jnp.zeros((rows.shape[0], cols.shape[0]), jnp.float32)
-    first_tile, _ = _tiles(length, static)
+    first_tile, last_tile = _tiles(length, static)
+    if new is not None:
+        # The last part starts from the new position, the others from nothing.
+        key, value = (array.astype(jnp.float32)[None, :] for array in new)
+        scores = _scale_scores(jnp.sum(q.astype(jnp.float32) * key, axis=1), static)
+        is_last = first_tile + stop == last_tile
+        top = jnp.where(is_last, scores, top)
+        total = jnp.where(is_last, 1.0, total)
+        acc = jnp.where(is_last, jnp.broadcast_to(value, acc.shape), acc)
     top, total, acc = lax.fori_loop(
         first_tile + start, first_tile + stop, step, (top, total, acc)
     )
     return acc / total[:, None], top + jnp.log2(total)
+
+
+def _scale_scores(scores, static):
+    """Products of queries and keys to scores in units of log2: exp2 is in hardware."""
+    if static.softcap is None:
+        return scores * (static.scale * _LOG2_E)
+    capped = jnp.tanh(scores * (static.scale / static.softcap))
+    return capped * (static.softcap * _LOG2_E)
 
 
 def _combine(
@@ -412,6 +460,20 @@ def _zero_unselected(selection, out_ref, sequence, static):
     at = out_ref.at[sequence, rows[:, None], cols[None, :]]
     zeros = jnp.zeros(mask.shape, out_ref.dtype)
     pltriton.store(at, zeros, mask=mask & jnp.logical_not(written)[:, None])
+
+
+def _append(selection, new_refs, cache_refs, sequence, static):
+    """Write a sequence's new keys and values, of all groups, into the caches."""
+    if new_refs is None:
+        return
+    position = selection.length(sequence, static) - 1
+    groups, cols, mask = _head_tile(static.k, static.d)
+    mask &= position >= 0
+    for new_ref, cache_ref in zip(new_refs, cache_refs, strict=True):
+        at = new_ref.at[sequence, groups[:, None], cols[None, :]]
+        new = pltriton.load(at, mask=mask, other=0)
+        at = cache_ref.at[sequence, groups[:, None], position, cols[None, :]]
+        pltriton.store(at, new, mask=mask)
 
 
 def _store_group(out_ref, loaded, acc, static):

@@ -92,8 +92,8 @@ def generate(
       stream: called as stream(request, text, tokens) with what is new, between chunks.
       chunk: decode steps between two looks of the host: stop strings, streaming and
         the end of all requests take effect at its multiples.
-      implementation: of the kernels: "xla", "triton", "triton_interpret"; None chooses
-        by device.
+      implementation: of the kernels: "xla", "triton" or "mosaic" (attention alone, on
+        Hopper, Triton beside it); None chooses by device.
 
     Returns:
       Tokens, texts, log-probabilities and statistics.

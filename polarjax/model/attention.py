@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Implementation, select_head_attention
+from pallas_kernels import (
+    Implementation,
+    append_and_attend,
+    gathering,
+    select_head_attention,
+)
 from polarjax.config import ModelConfig
 from polarjax.model.linear import linear
 from polarjax.model.positions import rotate
@@ -123,26 +128,27 @@ class Attention(nn.Module):
         c, b = self.config, u.shape[0]
         q, k, v, scores = self.project(u[:, None], lengths[:, None])
         q, scores = q[:, 0], None if scores is None else scores[:, 0]
-        # Finished rows may be full: a write beyond the buffer is dropped.
-        at = (jnp.arange(b)[:, None], jnp.arange(c.kv_heads)[None], lengths[:, None])
-        keys = keys.at[at].set(k[:, 0].astype(keys.dtype), mode="drop")
-        values = values.at[at].set(v[:, 0].astype(values.dtype), mode="drop")
+        k, v = k[:, 0].astype(keys.dtype), v[:, 0].astype(values.dtype)
+        # Finished rows may be full: they read and write nothing.
         visible = jnp.where(live, lengths + 1, 0)
-
-        def attend(heads=None, n_active=None) -> jax.Array:
-            return select_head_attention(
-                *(q, keys, values, visible, heads, n_active),
-                implementation=self.implementation,
+        kernel = {"implementation": self.implementation}
+        norms = None
+        if policy.wants_norms:
+            # Every group is computed once to be measured, before any is chosen.
+            o, keys, values = append_and_attend(
+                q, k, v, keys, values, visible, **kernel
             )
-
-        norms = head_norms(attend(), c.kv_heads) if policy.wants_norms else None
-        chosen = policy.heads(self.layer, scores, norms)
-        if chosen is None:
-            chosen, n_active = (None, None), jnp.full(b, c.kv_heads, jnp.int32)
+            norms = head_norms(o, c.kv_heads)
+        chosen = policy.heads(self.layer, scores, norms, gathering(self.implementation))
+        n_active = jnp.full(b, c.kv_heads, jnp.int32) if chosen is None else chosen[1]
+        selection = (visible, *(chosen or ()))
+        if policy.wants_norms:
+            o = select_head_attention(q, keys, values, *selection, **kernel)
         else:
-            n_active = chosen[1]
-        reads = jnp.where(live, n_active, 0)
-        return attend(*chosen), keys, values, scores, reads
+            o, keys, values = append_and_attend(
+                q, k, v, keys, values, *selection, **kernel
+            )
+        return o, keys, values, scores, jnp.where(live, n_active, 0)
 
 
 def head_norms(o: jax.Array, kv_heads: int) -> jax.Array:

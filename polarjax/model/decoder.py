@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, gathering
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.model.attention import Attention
@@ -101,7 +101,9 @@ class Layer(nn.Module):
         o, keys, values, scores, reads = self.attention.decode(
             u, keys, values, lengths, live, policy
         )
-        neurons = policy.neurons(self.layer, scores, live)
+        neurons = policy.neurons(
+            self.layer, scores, live, gathering(self.implementation)
+        )
         y = x + self.attention.output(o)
         return y + self.mlp(self.mlp_norm(y), neurons), keys, values, reads
 

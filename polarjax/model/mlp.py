@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Implementation, gathered_mlp
+from pallas_kernels import Implementation, gathered_mlp, gathering
 from polarjax.config import ModelConfig
 
 
@@ -42,6 +42,6 @@ class MLP(nn.Module):
         y = gathered_mlp(
             *(x.reshape(-1, c.dim), weights, neurons),
             activation=c.activation,
-            implementation=self.implementation,
+            implementation=gathering(self.implementation),
         )
         return y.reshape(x.shape)

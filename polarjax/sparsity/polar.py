@@ -88,21 +88,23 @@ class Polar:
             score_rows=rows,
         )
 
-    def heads(self, layer, scores, norms):
+    def heads(self, layer, scores, norms, implementation=None):
         """The groups with the highest router scores."""
         del norms
         assert self.budget is not None
         k = None if scores is None else scores.shape[-1] - self._rank(layer)
-        return self.budget.choose(layer, None if scores is None else scores[:, :k])
+        ranking = None if scores is None else scores[:, :k]
+        return self.budget.choose(layer, ranking, implementation)
 
-    def neurons(self, layer, scores, live):
+    def neurons(self, layer, scores, live, implementation=None):
         """The neurons with the highest scores summed over the live batch."""
         if not self.neuron_budget[layer]:
             return None
         up = self.neuron_routers[layer]
         hidden = scores[:, -up.shape[1] :].astype(up.dtype)
         z = jnp.einsum("br,fr->bf", hidden, up, preferred_element_type=jnp.float32)
-        return union_neurons(z, live, self.neuron_budget[layer])
+        n = self.neuron_budget[layer]
+        return union_neurons(z, live, n, implementation=implementation)
 
     def _rank(self, layer: int) -> int:
         router = self.neuron_routers.get(layer)
@@ -135,15 +137,15 @@ class Oracle:
         budget = make_budget(params.config, self.density, batch)
         return params.weights, Oracle(budget=budget)
 
-    def heads(self, layer, scores, norms):
+    def heads(self, layer, scores, norms, implementation=None):
         """The groups with the largest output norms."""
         del scores
         assert self.budget is not None
-        return self.budget.choose(layer, norms)
+        return self.budget.choose(layer, norms, implementation)
 
-    def neurons(self, layer, scores, live) -> None:
+    def neurons(self, layer, scores, live, implementation=None) -> None:
         """Every neuron."""
-        del layer, scores, live
+        del layer, scores, live, implementation
 
 
 @jax.tree_util.register_dataclass
@@ -175,15 +177,15 @@ class Random:
         ranking = random_ranking(params.config, batch, self.seed)
         return params.weights, Random(budget=budget, ranking=ranking)
 
-    def heads(self, layer, scores, norms):
+    def heads(self, layer, scores, norms, implementation=None):
         """The groups that chance ranked first."""
         del scores, norms
         assert self.budget is not None and self.ranking is not None
-        return self.budget.choose(layer, self.ranking[layer])
+        return self.budget.choose(layer, self.ranking[layer], implementation)
 
-    def neurons(self, layer, scores, live) -> None:
+    def neurons(self, layer, scores, live, implementation=None) -> None:
         """Every neuron."""
-        del layer, scores, live
+        del layer, scores, live, implementation
 
 
 def random_ranking(config: ModelConfig, batch: int, seed: int) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import top_heads
+from pallas_kernels import Implementation, top_heads
 from polarjax.config import ModelConfig
 
 Density = float | Sequence[float] | None
@@ -32,13 +32,17 @@ class HeadBudget:
     limits: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
 
     def choose(
-        self, layer: int, ranking: jax.Array | None
+        self,
+        layer: int,
+        ranking: jax.Array | None,
+        implementation: Implementation | None = None,
     ) -> tuple[jax.Array, jax.Array] | None:
         """The best groups of each request within its budget.
 
         Args:
           layer: from 0.
           ranking: float[b, k], larger is better.
+          implementation: of the selection kernel.
 
         Returns:
           (indices int32[b, limit], n_active int32[b]), or None for every group.
@@ -47,7 +51,8 @@ class HeadBudget:
         if limit is None:
             return None
         assert ranking is not None
-        return top_heads(ranking, limit), self.counts[layer]
+        chosen = top_heads(ranking, limit, implementation=implementation)
+        return chosen, self.counts[layer]
 
 
 def static_density(density: Any) -> Any:

@@ -4,14 +4,23 @@ import jax
 import pytest
 
 
-def _implementations():
-    compiled = jax.default_backend() == "gpu"
-    return ("xla", "triton" if compiled else "triton_interpret")
+def _implementations(*kernels):
+    if jax.default_backend() == "gpu":
+        return ("xla", *kernels)
+    return ("xla", *(f"{name}_interpret" for name in kernels))
 
 
-@pytest.fixture(params=_implementations())
+@pytest.fixture(params=_implementations("triton"))
 def implementation(request):
     """Every implementation that can run here."""
+    return request.param
+
+
+@pytest.fixture(params=_implementations("triton", "mosaic"))
+def attention_implementation(request):
+    """Every implementation of attention that can run here."""
+    if request.param.startswith("mosaic") and jax.__version_info__ < (0, 11):
+        pytest.skip("the Mosaic kernel needs jax >= 0.11")
     return request.param
 
 

@@ -59,7 +59,7 @@ def test_collected_norms_are_what_the_oracle_sees_when_decoding(config):
     class Spy(polarjax.Dense):
         wants_norms = True
 
-        def heads(self, layer, scores, norms):
+        def heads(self, layer, scores, norms, implementation=None):
             seen.append(norms)
 
     for t in range(1, 9):

@@ -1,0 +1,197 @@
+"""Attention over selected KV groups as a Pallas kernel for Mosaic GPU (Hopper).
+
+Decoding is bound by the bytes of the caches, so the kernel is a stream: each SM holds
+one program that reads its share of all the tiles that the call has to read, and always
+has the next few tiles in flight, across the boundaries of groups and sequences too. The
+pieces of a group that lies in several shares are combined by a second, small kernel.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention import hopper
+from pallas_kernels.attention.hopper import Config, plgpu
+from pallas_kernels.attention.reference import append
+from pallas_kernels.attention.shares import Work
+from pallas_kernels.attention.stream import attend_pieces, full, spread, store
+
+
+def attend(
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    heads,
+    n_active,
+    new=None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    interpret: bool = False,
+    config: Config | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `select_head_attention` and, for new, `append_and_attend`.
+
+    XLA appends: the copy engine reads the caches on a path of its own, which does not
+    see what the kernel itself has just written.
+
+    Returns:
+        The output, and the caches: as they came, or with the new keys and values.
+    """
+    if new is not None:
+        k_cache, v_cache = append(k_cache, v_cache, lengths, new)
+    b, h, d = q.shape
+    k, s = k_cache.shape[1:3]
+    g = h // k
+    hopper.check(q, s, g)
+    dense = heads is None and n_active is None
+    if heads is None:
+        heads = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (b, k))
+    n = heads.shape[1]
+    if n_active is None:
+        n_active = jnp.full(b, n, jnp.int32)
+    columns, padded = hopper.padded(g, d)
+    config = config or hopper.heuristic(g=g, d=d)
+    # Interpreted programs are threads of the host.
+    programs = config.programs or (4 if interpret else hopper.sms())
+    work = Work(s=s, n=n, block=config.block, window=window, programs=programs)
+    ends, begins = work.schedule(lengths, n_active)
+
+    # Rows of a tile in shared memory are as wide as the widest swizzle that divides
+    # the head dim; columns beyond the head dim are filled with zeros by the copy.
+    swizzle = 2 * math.gcd(d, 64)
+    layout = (
+        plgpu.TilingTransform((8, swizzle // 2)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+    ring = plgpu.SMEM((config.stages, config.block, padded), q.dtype, transforms=layout)
+    barriers = plgpu.Barrier(num_barriers=config.stages)
+    call = functools.partial(_kernel, interpret=interpret)
+    early_launch = config.early_launch and not interpret
+    out, partials, logs, cuts = call(
+        functools.partial(
+            attend_pieces,
+            work=work,
+            g=g,
+            scale=scale,
+            softcap=softcap,
+            dense=dense,
+            early_launch=early_launch,
+        ),
+        name="select_head_attention",
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((programs, 2, padded, columns), jnp.float32),
+            jax.ShapeDtypeStruct((programs, 2, columns), jnp.float32),
+            jax.ShapeDtypeStruct((programs, 4), jnp.int32),
+        ),
+        scratch_types=dict(
+            rows=plgpu.SMEM((2, columns, padded), q.dtype),
+            queries=plgpu.SMEM((columns, padded), q.dtype, transforms=layout),
+            keys=ring,
+            values=ring,
+            weights=plgpu.SMEM((columns, config.block), q.dtype, transforms=layout),
+            results=plgpu.SMEM((columns, padded), q.dtype),
+            zeros=plgpu.SMEM((columns, padded), q.dtype),
+            q_full=plgpu.Barrier(num_barriers=2),
+            q_free=plgpu.Barrier(num_barriers=2),
+            k_full=barriers,
+            k_free=barriers,
+            v_full=barriers,
+            v_free=barriers,
+        ),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=2,
+        thread_name="warpgroup",
+    )(begins, ends, lengths, n_active, heads, q, k_cache, v_cache)
+    out = jax.new_ref(out)  # the second kernel adds to it
+    call(
+        functools.partial(
+            _combine_pieces,
+            g=g,
+            # About as many as a group has, as far as the registers go.
+            unroll=min(
+                max(programs // (b * n), 2),
+                hopper.MAX_ACCUMULATOR // (padded * columns),
+            ),
+            early_launch=early_launch,
+        ),
+        name="combine_pieces",
+        out_type=(),
+        scratch_types=dict(results=plgpu.SMEM((columns, padded), q.dtype)),
+        grid=(programs,),
+        grid_names=("program",),
+    )(cuts, partials, logs, out)
+    return jax.freeze(out), k_cache, v_cache
+
+
+def _kernel(body, *, name, interpret, **kwargs):
+    params = plgpu.CompilerParams(
+        approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    )
+    return plgpu.kernel(
+        body,
+        kernel_name=name,
+        compiler_params=params,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        **kwargs,
+    )
+
+
+def _combine_pieces(
+    cuts_ref,  # [programs, 4]
+    partials_ref,  # [programs, 2, d padded, g padded] float32
+    logs_ref,  # [programs, 2, g padded] float32
+    out_ref,  # [b, h, d]
+    *,
+    results,  # [g padded, d padded]
+    g: int,
+    unroll: int,
+    early_launch: bool,
+):
+    program = lax.axis_index("program")
+    if early_launch:
+        plgpu.griddepcontrol_wait()
+    pieces = cuts_ref[program, 0]
+
+    def load(ref, piece, layout):
+        # The first one may be the second of its share; the others begin theirs.
+        piece = jnp.minimum(piece, pieces - 1)
+        place = jnp.where(piece == 0, cuts_ref[program, 1], 0)
+        return plgpu.load(
+            ref.at[program + piece, place], layout=layout, optimized=False
+        )
+
+    def add(step, carry):
+        top, total, acc = carry
+        # Several at a time, so that they are on their way together.
+        group = [step * unroll + x for x in range(unroll)]
+        logs = [load(logs_ref, x, plgpu.Layout.WGMMA.reduce(0)) for x in group]
+        partials = [load(partials_ref, x, plgpu.Layout.WGMMA) for x in group]
+        for piece, log, partial in zip(group, logs, partials, strict=True):
+            log = jnp.where(piece < pieces, log, -jnp.inf)
+            new_top = jnp.maximum(top, log)
+            rescale, weight = jnp.exp2(top - new_top), jnp.exp2(log - new_top)
+            acc = acc * spread(rescale, acc) + partial * spread(weight, acc)
+            top, total = new_top, total * rescale + weight
+        return top, total, acc
+
+    @pl.when(pieces > 0)
+    def _():
+        padded, columns = partials_ref.shape[2:]
+        carry = (
+            full((columns,), -jnp.inf),
+            full((columns,), 0.0),
+            full((padded, columns), 0.0),
+        )
+        steps = lax.div(pieces + (unroll - 1), unroll)
+        _, total, acc = lax.fori_loop(0, steps, add, carry)
+        acc = acc * spread(1.0 / total, acc)
+        store(acc, results, out_ref, cuts_ref[program, 2], cuts_ref[program, 3], g)

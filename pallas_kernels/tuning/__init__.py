@@ -1,0 +1,1 @@
+"""Measured configs of the kernels, and the sweep that measures them on a GPU."""

@@ -1,0 +1,201 @@
+"""What the tuner measures: a kernel at a shape, its inputs and its reference."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import configs as attention_configs
+from pallas_kernels.attention import select_head_attention
+from pallas_kernels.attention import triton as attention_triton
+from pallas_kernels.mlp import configs as mlp_configs
+from pallas_kernels.mlp import gathered_mlp
+from pallas_kernels.mlp import triton as mlp_triton
+from pallas_kernels.tuning import table
+from pallas_kernels.tuning.timing import calls_to_time, normal, sets_to_rotate
+
+# What a chain of calls starts with, and the arguments of each.
+Inputs = tuple[jax.Array, list[tuple]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Decode attention of b sequences with a cache of s over n of k KV groups."""
+
+    b: int
+    k: int
+    n: int
+    g: int
+    s: int
+    d: int
+    dtype: str = "bfloat16"
+
+    section: ClassVar[str] = "attention"
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What the heuristic and the table go by."""
+        itemsize = jnp.dtype(self.dtype).itemsize
+        facts = {"b": self.b, "n": self.n, "g": self.g, "s": self.s, "d": self.d}
+        return {**facts, "itemsize": itemsize}
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The table's key."""
+        return table.attention_shape(**self.facts)
+
+    @property
+    def default(self) -> attention_configs.Config:
+        """The heuristic's config."""
+        return attention_configs.heuristic(**self.facts)
+
+    def candidates(self) -> list[attention_configs.Config]:
+        """What the kernel itself proposes to try."""
+        propose = getattr(attention_configs, "candidates", None)
+        return list(propose(**self.facts)) if propose else []
+
+    def inputs(self, most: int) -> Inputs:
+        """Random queries, caches and selections for at most so many calls.
+
+        Every position is valid.
+        """
+        b, k, n, s, d = self.b, self.k, self.n, self.s, self.d
+        rng = np.random.default_rng(0)
+        nbytes = 2 * b * n * s * d * jnp.dtype(self.dtype).itemsize
+        caches = [
+            tuple(normal(2 * i + j, (b, k, s, d), self.dtype) for j in range(2))
+            for i in range(min(most, sets_to_rotate(nbytes)))
+        ]
+        arguments = []
+        for i in range(min(most, max(calls_to_time(nbytes), len(caches)))):
+            heads = rng.random((b, k)).argsort()[:, :n].astype(np.int32)
+            small = (jnp.full(b, s, jnp.int32), jnp.asarray(heads))
+            arguments.append((*caches[i % len(caches)], *small))
+        return normal(0, (b, k * self.g, d), self.dtype), arguments
+
+    def function(self, config: Any, interpret: bool = False) -> Callable[..., Any]:
+        """The call to time, of the reference if the config is None."""
+        scale = self.d**-0.5
+
+        def reference(q, keys, values, lengths, heads):
+            return select_head_attention(
+                q, keys, values, lengths, heads, scale=scale, implementation="xla"
+            )
+
+        def call(q, keys, values, lengths, heads):
+            args = (q, keys, values, lengths, heads, None)
+            out, *_ = attention_triton.attend(
+                *args, scale=scale, config=config, interpret=interpret
+            )
+            return out
+
+        return reference if config is None else call
+
+
+@dataclasses.dataclass(frozen=True)
+class Mlp:
+    """A feed-forward layer on [b, m] that reads n of f neurons, plain or gated."""
+
+    b: int
+    m: int
+    f: int
+    n: int
+    gated: int = 0
+    dtype: str = "bfloat16"
+
+    section: ClassVar[str] = "mlp"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the heuristic and the table go by."""
+        itemsize = jnp.dtype(self.dtype).itemsize
+        facts = {"b": self.b, "n": self.n, "m": self.m, "itemsize": itemsize}
+        return {**facts, "gated": bool(self.gated)}
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The table's key."""
+        return table.mlp_shape(**self.facts)
+
+    @property
+    def default(self) -> mlp_configs.Config:
+        """The heuristic's config."""
+        return mlp_configs.heuristic(**self.facts)
+
+    def candidates(self) -> list[mlp_configs.Config]:
+        """What the kernel itself proposes to try."""
+        propose = getattr(mlp_configs, "candidates", None)
+        return list(propose(**self.facts)) if propose else []
+
+    def inputs(self, most: int) -> Inputs:
+        """Random inputs, weights and selections for at most so many calls."""
+        b, m, f, n = self.b, self.m, self.f, self.n
+        rng = np.random.default_rng(0)
+        scales = {"up": m**-0.5, "down": f**-0.5}  # a chain of calls keeps these
+        if self.gated:
+            scales["gate"] = m**-0.5
+        nbytes = len(scales) * n * m * jnp.dtype(self.dtype).itemsize
+        layers = []
+        for i in range(min(most, sets_to_rotate(nbytes))):
+            weights = {
+                name: normal(3 * i + j, (f, m), self.dtype, scale)
+                for j, (name, scale) in enumerate(scales.items())
+            }
+            if not self.gated:
+                weights["up_bias"] = jnp.ones(f, self.dtype)
+                weights["down_bias"] = jnp.ones(m, self.dtype)
+            layers.append(weights)
+        arguments = []
+        for i in range(min(most, max(calls_to_time(nbytes), len(layers)))):
+            neurons = np.sort(rng.permutation(f)[:n]).astype(np.int32)
+            arguments.append((layers[i % len(layers)], jnp.asarray(neurons)))
+        return normal(0, (b, m), self.dtype), arguments
+
+    def function(self, config: Any, interpret: bool = False) -> Callable[..., Any]:
+        """The call to time, of the reference if the config is None."""
+        activation = "silu" if self.gated else "relu"
+
+        def reference(x, weights, neurons):
+            return gathered_mlp(
+                x, weights, neurons, activation=activation, implementation="xla"
+            )
+
+        def call(x, weights, neurons):
+            options = {"config": config, "interpret": interpret}
+            return mlp_triton.mlp(x, weights, neurons, activation=activation, **options)
+
+        return reference if config is None else call
+
+
+Problem = Attention | Mlp
+KINDS: tuple[type[Attention] | type[Mlp], ...] = (Attention, Mlp)
+
+
+def parse(text: str) -> Problem:
+    """A problem from the words of a user, such as "mlp:b=1,m=4096,f=16384,n=1638".
+
+    Raises:
+        ValueError: if it is none; says what is missing or unknown.
+    """
+    name, _, rest = text.partition(":")
+    kinds = {kind.section: kind for kind in KINDS}
+    if name not in kinds:
+        raise ValueError(f"{text!r} must begin with one of {[f'{k}:' for k in kinds]}")
+    kind = kinds[name]
+    values: dict[str, Any] = {}
+    for part in rest.split(","):
+        letter, _, value = part.partition("=")
+        if letter != "dtype" and not value.isdecimal():
+            raise ValueError(f"{text!r}: {part!r} is not a name = a whole number")
+        values[letter] = value if letter == "dtype" else int(value)
+    fields = dataclasses.fields(kind)
+    needed = {f.name for f in fields if f.default is dataclasses.MISSING}
+    if wrong := (needed - set(values)) | (set(values) - {f.name for f in fields}):
+        raise ValueError(
+            f"{text!r}: {sorted(wrong)} missing or unknown; {name} takes "
+            f"{', '.join(f.name for f in fields)}"
+        )
+    return kind(**values)

@@ -1,0 +1,195 @@
+"""What is specific to the Mosaic backend; test_attention.py holds what all share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import select_head_attention
+from pallas_kernels.attention import hopper, mosaic
+from pallas_kernels.attention.shares import Work
+
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the Mosaic kernel needs jax >= 0.11"
+)
+# The interpreter multiplies the poisoned rows, as the tensor cores do.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered in matmul:RuntimeWarning"
+)
+
+
+def make_args(
+    b=3, h=6, k=3, s=200, d=64, dtype="bfloat16", n=2, n_active=(2, 1, 0), lengths=None
+):
+    """Random arguments of `attend`, poisoned wherever nothing may be read."""
+    rng = np.random.default_rng(h * s + d)
+    q = jnp.asarray(rng.normal(size=(b, h, d)), dtype)
+    caches = rng.normal(size=(2, b, k, s, d))
+    lengths = np.resize((s, 1, 130) if lengths is None else lengths, b)
+    n_active = np.resize(n_active, b)
+    heads = np.stack([rng.permutation(k)[:n] for _ in range(b)])
+    for i in range(b):
+        caches[:, i, :, lengths[i] :] = rng.choice([np.nan, np.inf, -np.inf])
+        caches[:, i, np.setdiff1d(np.arange(k), heads[i, : n_active[i]])] = np.nan
+        heads[i, n_active[i] :] = rng.choice([-7, 10**6, k], n - n_active[i])
+    indices = (jnp.asarray(x, jnp.int32) for x in (lengths, heads, n_active))
+    return (q, *jnp.asarray(caches, dtype), *indices)
+
+
+def check(args, config=None, **options):
+    options = {"scale": args[0].shape[-1] ** -0.5, **options}
+    out, *_ = mosaic.attend(*args, interpret=True, config=config, **options)
+    expected = select_head_attention(*args, **options, implementation="xla")
+    assert out.dtype == expected.dtype
+    out, expected = (np.asarray(x, np.float32) for x in (out, expected))
+    assert np.all(out[expected == 0] == 0), "unselected heads must be zero"
+    np.testing.assert_allclose(out, expected, atol=1e-2)  # NaN fails too
+
+
+CASES = {
+    "gqa": dict(),
+    "mha-float16-d128": dict(h=5, k=5, d=128, dtype="float16", n=4, n_active=(4, 0, 2)),
+    "d80": dict(d=80, s=72, lengths=(72, 17, 64)),
+    "d256": dict(b=1, h=18, k=2, d=256, n=1, n_active=(1,)),
+    "mha-d80": dict(h=3, d=80, s=72, lengths=(72, 17, 64)),
+    "short": dict(s=8, lengths=(8, 3, 1)),
+    "empty-sequences": dict(b=5, n_active=(2,), lengths=(0, 200, 0, 0, 64)),
+    "all-empty": dict(lengths=(0,)),
+}
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", CASES)
+def test_matches_reference(name):
+    check(make_args(**CASES[name]))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("programs", [1, 3, 11])
+def test_pieces(programs):
+    # 1 program: the ring goes on from group to group. 11: 8 tiles, so some are idle.
+    args = make_args(h=4, k=2, s=256, n_active=(2, 2, 1), lengths=(256, 0, 63))
+    check(args, hopper.Config(block=64, stages=2, programs=programs))
+
+
+@needs_mosaic
+def test_dense_in_a_scan():
+    args = make_args(h=4, k=2, n_active=(2,))[:4]
+
+    def step(lengths, _):
+        config = hopper.Config(block=64, stages=2, programs=2)
+        options = dict(scale=0.1, interpret=True, config=config)
+        out, *_ = mosaic.attend(*args[:3], lengths, None, None, **options)
+        return lengths + 1, out
+
+    lengths = args[3] - 1
+    outs = jax.lax.scan(step, lengths, length=2)[1]
+    for i, out in enumerate(outs):
+        expected = select_head_attention(
+            *args[:3], lengths + i, scale=0.1, implementation="xla"
+        )
+        np.testing.assert_allclose(out, expected, atol=1e-2)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("window", [1, 70, 1000])
+def test_window_and_softcap(window):
+    args = make_args(lengths=(200, 1, 131), n_active=(1,), n=1)
+    config = hopper.Config(block=64, stages=2, programs=2)
+    check(args, config, window=window, softcap=2.0, scale=0.5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 100])
+def test_every_tile_is_read_once(window):
+    rng = np.random.default_rng(0)
+    for b, n, programs in ((1, 1, 1), (8, 4, 7), (5, 2, 40), (8, 1, 3), (3, 4, 132)):
+        work = Work(s=500, n=n, block=64, programs=programs, window=window)
+        lengths = rng.integers(-5, 600, b) * rng.integers(0, 2, b)
+        n_active = rng.integers(-1, n + 2, b)
+        ends, begins = jax.jit(work.schedule)(
+            jnp.asarray(lengths, jnp.int32), jnp.asarray(n_active, jnp.int32)
+        )
+        ends, total = np.asarray(ends), int(ends[-1])
+        tiles = np.ceil(np.clip(lengths, 0, 500) / 64).astype(int)
+        if window:
+            tiles -= np.maximum(np.clip(lengths, 0, 500) - window, 0) // 64
+        line = np.repeat(np.arange(b), tiles * np.clip(n_active, 0, n))
+        assert np.array_equal(ends, np.cumsum(np.bincount(line, minlength=b)))
+        begin, count = work.share(total, jnp.arange(programs))
+        owners = np.repeat(np.arange(programs), count)
+        assert len(owners) == total and count.max() - count.min() <= 1
+        if total:
+            assert np.array_equal(work.owner(total, jnp.arange(total)), owners)
+            busy = np.asarray(count) > 0
+            first = line[np.asarray(begin)[busy]]
+            assert np.array_equal(np.asarray(begins)[busy], first)
+
+
+# b, h, k, s, d, n of the models.
+MODELS = {
+    "opt-66b": (64, 72, 72, 1920, 128, 21),
+    "opt-2.7b": (16, 32, 32, 2048, 80, 16),
+    "llama-3.1-8b": (64, 32, 8, 4096, 128, 5),
+    "smollm2-135m": (8, 9, 3, 2048, 64, 2),
+    "head-dim-256": (4, 16, 8, 1000, 256, 3),
+    "mqa": (4, 64, 1, 1000, 128, 1),
+}
+
+
+def specs(b, h, k, s, d, n, dtype="bfloat16"):
+    spec = jax.ShapeDtypeStruct
+    cache, lengths = spec((b, k, s, d), dtype), spec((b,), "int32")
+    return spec((b, h, d), dtype), cache, cache, lengths, spec((b, n), "int32"), lengths
+
+
+@needs_mosaic
+@pytest.mark.parametrize("model", MODELS)
+def test_lowers_for_cuda(model, lower_for_cuda, monkeypatch):
+    # A named kernel must not ask which backend this host has.
+    monkeypatch.setattr(jax, "default_backend", None)
+    text = lower_for_cuda(
+        functools.partial(mosaic.attend, scale=0.1), *specs(*MODELS[model])
+    )
+    assert text.count("custom_call @mosaic_gpu") == 2
+    # The caches go to the kernel as they are: no copy in another order.
+    assert "stablehlo.transpose" not in text
+    assert "stablehlo.gather" not in text
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("float32: Hopper", dict(dtype="float32")),
+        ("not a head dim of 512", dict(d=512)),
+        ("not a head dim of 72", dict(d=72)),
+        ("33 heads per group", dict(h=33, k=1, d=256)),
+        ("a multiple of 8, not 100", dict(s=100)),
+    ],
+)
+def test_what_the_kernel_cannot_serve(message, changes):
+    shape = {**dict(b=1, h=2, k=1, s=64, d=64, n=1), **changes}
+    attend = functools.partial(mosaic.attend, scale=1.0)
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(attend, *specs(**shape))
+
+
+def test_needs_a_newer_jax(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    attend = functools.partial(mosaic.attend, scale=1.0)
+    with pytest.raises(NotImplementedError, match=r"needs jax >= 0\.11"):
+        jax.eval_shape(attend, *specs(1, 2, 1, 64, 64, 1))
+
+
+@pytest.mark.parametrize("d", [16, 64, 80, 128, 256])
+def test_heuristic_fits_the_hardware(d):
+    for g in (1, 8, 20, 64):
+        columns, rows = hopper.padded(g, d)
+        if columns * rows > hopper.MAX_ACCUMULATOR:
+            continue
+        config = hopper.heuristic(g=g, d=d)
+        assert config.block % 64 == 0 and config.stages >= 2
+        ring = 2 * config.stages * config.block * rows
+        assert 2 * (ring + columns * (5 * rows + config.block)) <= 220 * 1024
