@@ -327,7 +327,7 @@ class _Group(NamedTuple):
     group: jax.Array
     length: jax.Array
     q: jax.Array  # [rows, cols]; rows are the group's query heads
-    new: tuple[jax.Array, jax.Array] | None  # key and value to append, [cols]
+    new: tuple[jax.Array, ...] | None  # key and value to append, [cols]
 
 
 def _load_group(selection, q_ref, new_refs, which, static) -> _Group:
@@ -335,10 +335,12 @@ def _load_group(selection, q_ref, new_refs, which, static) -> _Group:
     rows, cols, mask = _head_tile(static.g, static.d)
     at = q_ref.at[sequence, (group * static.g + rows)[:, None], cols[None, :]]
     q = pltriton.load(at, mask=mask, other=0)
-    new = new_refs and tuple(
-        pltriton.load(ref.at[sequence, group, cols], mask=cols < static.d, other=0)
-        for ref in new_refs
-    )
+    new = None
+    if new_refs is not None:
+        new = tuple(
+            pltriton.load(ref.at[sequence, group, cols], mask=cols < static.d, other=0)
+            for ref in new_refs
+        )
     return _Group(sequence, group, selection.length(sequence, static), q, new)
 
 

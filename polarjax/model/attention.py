@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -131,23 +133,25 @@ class Attention(nn.Module):
         k, v = k[:, 0].astype(keys.dtype), v[:, 0].astype(values.dtype)
         # Finished rows may be full: they read and write nothing.
         visible = jnp.where(live, lengths + 1, 0)
-        kernel = {"implementation": self.implementation}
+        append = functools.partial(
+            append_and_attend, implementation=self.implementation
+        )
         norms = None
         if policy.wants_norms:
             # Every group is computed once to be measured, before any is chosen.
-            o, keys, values = append_and_attend(
-                q, k, v, keys, values, visible, **kernel
-            )
+            o, keys, values = append(q, k, v, keys, values, visible)
             norms = head_norms(o, c.kv_heads)
         chosen = policy.heads(self.layer, scores, norms, gathering(self.implementation))
-        n_active = jnp.full(b, c.kv_heads, jnp.int32) if chosen is None else chosen[1]
-        selection = (visible, *(chosen or ()))
+        heads, n_active = (None, None) if chosen is None else chosen
         if policy.wants_norms:
-            o = select_head_attention(q, keys, values, *selection, **kernel)
-        else:
-            o, keys, values = append_and_attend(
-                q, k, v, keys, values, *selection, **kernel
+            o = select_head_attention(
+                *(q, keys, values, visible, heads, n_active),
+                implementation=self.implementation,
             )
+        else:
+            o, keys, values = append(q, k, v, keys, values, visible, heads, n_active)
+        if n_active is None:
+            n_active = jnp.full(b, c.kv_heads, jnp.int32)
         return o, keys, values, scores, jnp.where(live, n_active, 0)
 
 
