@@ -165,6 +165,7 @@ def render(readme: str) -> str:
     tables = {
         "adapter": adapter_table(card),
         "eval": eval_table(newest("eval-wikitext2")),
+        "kernels": kernels_table(newest("kernels")),
         "decode": decode_table(newest("decode")),
     }
     for name, table in tables.items():

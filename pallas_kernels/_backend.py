@@ -15,6 +15,7 @@ __all__ = [
     "gathering",
     "pltriton",
     "resolve",
+    "shared_bytes",
 ]
 
 # Those that end in "_interpret" run on any host, slowly: they are for tests.
@@ -58,3 +59,19 @@ def gathering(implementation: Implementation | None) -> Implementation | None:
     if implementation is not None and implementation.startswith("mosaic"):
         return "triton_interpret" if implementation.endswith("_interpret") else "triton"
     return implementation
+
+
+def shared_bytes() -> int:
+    """Shared memory that one program may have on the device that is traced for.
+
+    Where there is no GPU, or only an abstract one, that of a Hopper.
+    """
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None or jax.default_backend() != "gpu":
+        return _SHARED_KIB["9.0"] * 1024
+    capability = str(jax.devices()[0].compute_capability)
+    return _SHARED_KIB.get(capability, min(_SHARED_KIB.values())) * 1024
+
+
+# By compute capability (CUDA C++ Programming Guide, "Technical Specifications").
+_SHARED_KIB = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}

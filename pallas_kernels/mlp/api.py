@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._backend import Implementation, resolve
 from pallas_kernels.mlp import reference, triton
+from pallas_kernels.tuning import table
 
 Activation = Literal["relu", "silu", "gelu"]
 
@@ -41,7 +42,10 @@ def gathered_mlp(
         activation: "relu", "silu" or "gelu" (the exact one, by the error function).
         implementation: "xla", "triton", "triton_interpret", or None for the default
             backend's own where neurons are selected, and "xla" where there is nothing
-            to gather: a plain matrix product is the vendor library's.
+            to gather: a plain matrix product is the vendor library's. So it is, with
+            None, above the fraction of neurons where that product over all f was
+            measured faster than gathering: what is not selected then counts as 0, but
+            is read, and its weights must be finite.
 
     Returns:
         The output [b, m] in the dtype of x. The down_bias is added once, whatever
@@ -56,8 +60,13 @@ def gathered_mlp(
     _check(x, weights, neurons, activation)
     if implementation is None and neurons is None:
         implementation = "xla"
+    named = implementation is not None
     implementation = resolve(implementation)
+    gathers = not named and implementation == "triton"
+    dense = gathers and _dense_is_faster(x, weights, neurons)
     with jax.named_scope("gathered_mlp"):
+        if dense:
+            return reference.mlp_over_all(x, weights, neurons, activation=activation)
         if implementation == "xla":
             return reference.mlp(x, weights, neurons, activation=activation)
         return triton.mlp(
@@ -67,6 +76,16 @@ def gathered_mlp(
             activation=activation,
             interpret=implementation == "triton_interpret",
         )
+
+
+def _dense_is_faster(x, weights, neurons) -> bool:
+    """Whether the product over all neurons was measured faster on this device."""
+    b, m = x.shape
+    f = weights["up"].shape[0]
+    limit = table.mlp_dense_above(
+        b=b, m=m, f=f, gated="gate" in weights, itemsize=x.dtype.itemsize
+    )
+    return limit is not None and neurons.shape[0] / f > limit
 
 
 def _check(x, weights, neurons, activation) -> None:

@@ -2,58 +2,197 @@
 
 import dataclasses
 
+from pallas_kernels._backend import shared_bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How one call is cut into programs and tiles; blocks are powers of two >= 16.
+    """How one call is cut into programs and tiles.
+
+    Loads are padded to powers of two with rows that are not read, so the work of a
+    program need not be one. With 16-bit weights, tiles of 64 neurons or more of the
+    first product and 64 inputs or more of the second run on wgmma.
 
     Attributes:
-        batch: inputs per program, padded to this many; more inputs read the weights
-            again.
+        batch: inputs per program, padded to this many: a power of two >= 16. More
+            inputs read the weights again.
         up_neurons: neurons per program of the first product.
-        up_columns: model dimensions it reads per loop step.
-        down_neurons: neurons per loop step of the second product.
-        down_columns: model dimensions per program of it.
-        splits: programs that share the neurons of one output tile in the second
-            product; XLA sums their partial results.
-        num_warps: warps per program.
-        num_stages: loop steps whose loads are in flight at once.
+        up_columns: model dimensions it reads per loop step, a power of two >= 16.
+        up_splits: programs that share the model dimensions of the same neurons. If
+            there are several, XLA sums their results and applies the activation.
+        up_warps: warps per program.
+        up_stages: loop steps whose tiles are in shared memory at once.
+        down_columns: model dimensions per program of the second product, a multiple
+            of 16.
+        down_neurons: neurons it reads per loop step, a power of two >= 16.
+        down_splits: programs that share the neurons of the same model dimensions. If
+            there are several, XLA sums their results.
+        down_warps: warps per program.
+        down_stages: loop steps whose tiles are in shared memory at once.
+        fused: programs of the kernel that does both products, for very few inputs;
+            0 for one kernel each. Of the fields above it reads up_warps alone, and
+            the others are 0.
     """
 
     batch: int
     up_neurons: int
     up_columns: int
-    down_neurons: int
+    up_splits: int
+    up_warps: int
+    up_stages: int
     down_columns: int
-    splits: int
-    num_warps: int
-    num_stages: int
+    down_neurons: int
+    down_splits: int
+    down_warps: int
+    down_stages: int
+    fused: int
 
 
-# Two programs for each SM of a big GPU.
-_PROGRAMS = 264
+# Multiprocessors of a big GPU, and the bytes that its L2 cache delivers in the time
+# that one more kernel takes.
+_SMS = 132
+_KERNEL_BYTES = 14e6
+# Of the shared memory, what the indices and the compiler need.
+_OTHER_BYTES = 19 * 1024
+# Bytes of one tile of weights that are worth a loop step, where that leaves several.
+_TILE_BYTES = 32 * 1024
 
 
-def heuristic(*, b: int, n: int, m: int, itemsize: int) -> Config:
-    """A config that always works, from the shapes and the bytes per element."""
-    batch = min(max(_ceil_power_of_two(b), 16), 128)
-    # Three stages of one input and two weight tiles take at most 96 KiB.
-    columns = (128 if batch <= 64 else 64) * 2 // itemsize
-    up_neurons = 32 if n >= 32 * _PROGRAMS // 2 else 16
-    down_neurons = 32
-    tiles = -(-m // columns) * -(-b // batch)
-    splits = max(min(_PROGRAMS // tiles, 16, -(-n // down_neurons)), 1)
-    return Config(
-        batch=batch,
-        up_neurons=up_neurons,
-        up_columns=columns,
-        down_neurons=down_neurons,
-        down_columns=columns,
-        splits=splits,
-        num_warps=8 if batch == 128 else 4,
-        num_stages=3,
-    )
+def heuristic(*, b: int, n: int, m: int, itemsize: int, gated: bool) -> Config:
+    """A config that works, from the shapes and the bytes per element.
+
+    Its tiles take nearly all the shared memory of a multiprocessor: half, for two
+    programs each, was a fifth slower at wide batches.
+
+    Args:
+        b: inputs.
+        n: selected neurons.
+        m: model dimensions.
+        itemsize: bytes per element of the weights.
+        gated: whether there is a "gate".
+    """
+    # The kernel for both products has every model dimension in a program's registers.
+    if b == 1 and m * itemsize <= 8192:
+        return _one_kernel(2 * _SMS, 16, n, m)
+    up = _enter(b, n, m, itemsize, gated)
+    return Config(**up, **_leave(b, n, m, itemsize), fused=0)
 
 
-def _ceil_power_of_two(x: int) -> int:
+def candidates(*, b: int, n: int, m: int, itemsize: int, gated: bool) -> list[Config]:
+    """Configs worth timing at this shape beside the heuristic's, for the tuner.
+
+    Some need more registers than there are.
+    """
+    ups = [_enter(b, n, m, itemsize, gated, splits) for splits in (None, 1, 2, 4)]
+    downs = [_leave(b, n, m, itemsize, wider) for wider in (1, 2, 0.5)]
+    found = [Config(**ups[0], **down, fused=0) for down in downs]
+    found += [Config(**up, **downs[0], fused=0) for up in ups[1:]]
+    if b <= 2:
+        for programs, warps in ((1, 16), (2, 16), (3, 16), (3, 8), (4, 8)):
+            found.append(_one_kernel(programs * _SMS, warps, n, m))
+    return list(dict.fromkeys(found))
+
+
+def _one_kernel(programs: int, warps: int, n: int, m: int) -> Config:
+    unused = {field.name: 0 for field in dataclasses.fields(Config)}
+    warps = min(max(ceil_power_of_two(m) // 256, 1), warps)
+    return Config(**{**unused, "up_warps": warps, "fused": min(n, programs)})
+
+
+def _enter(b, n, m, itemsize, gated, splits: int | None = None) -> dict[str, int]:
+    """The first product, in one even wave of programs, one to a multiprocessor.
+
+    Each program reads its share of the inputs, and partial sums are written and read:
+    of the ways to make that many programs, the one that moves the fewest bytes beside
+    the weights. The cache delivers half as many bytes again while the memory delivers
+    the weights: what the inputs have of those costs nothing.
+    """
+    batch, matrices = _batch(b, itemsize), 1 + gated
+    most = _most(batch, itemsize) // matrices
+    weights = matrices * n * m * itemsize
+    ways = []
+    for parts in range(1, 17) if splits is None else [splits]:
+        # Sharing sums did not pay with more than 128 neurons in a program.
+        size = _even(n, _SMS // parts, most if parts == 1 else min(most, 128))
+        programs = -(-n // size)
+        if ways and programs * parts > _SMS:
+            break
+        moved = max(programs * batch * m * itemsize, weights // 2)
+        if parts > 1:
+            moved += _KERNEL_BYTES + 2 * parts * batch * n * 4 * matrices
+        ways.append((moved, size, parts))
+    _, size, splits = min(ways)
+    # A step reads at least a cache line of each row.
+    tile = max(ceil_power_of_two(size), 16) * matrices
+    columns = _step(tile, itemsize, least=128 // itemsize)
+    return {
+        "batch": batch,
+        "up_neurons": size,
+        "up_columns": columns,
+        "up_splits": min(splits, -(-m // columns)),
+        "up_warps": _warps(tile, batch, itemsize),
+        "up_stages": _stages((tile + batch) * columns * itemsize),
+    }
+
+
+def _leave(b, n, m, itemsize, wider: float = 1) -> dict[str, int]:
+    """The second product: few columns for few inputs, and splits to fill the device.
+
+    Tiles that are no power of two were slower, even where they made an evener wave.
+    """
+    batch = _batch(b, itemsize)
+    size = int(min(4 * batch * wider, _most(batch, itemsize)))
+    while _SMS * size // m > 4 and size > 32:  # partial sums cost too
+        size //= 2
+    rows = _step(size, itemsize, least=32)
+    splits = min(max(_SMS // -(-m // size), 1), -(-n // rows))
+    return {
+        "down_columns": size,
+        "down_neurons": rows,
+        "down_splits": splits,
+        "down_warps": _warps(size, batch, itemsize),
+        "down_stages": _stages((size + batch) * rows * itemsize),
+    }
+
+
+def _batch(b, itemsize):
+    return min(max(ceil_power_of_two(b), 16), 128 if itemsize == 2 else 64)
+
+
+def _most(batch, itemsize):
+    # Of neurons or columns: float32 runs on no tensor cores, where registers bound it.
+    return 64 if itemsize == 4 else 256 if batch <= 64 else 128
+
+
+def _even(total, programs, most):
+    """A multiple of 16, at most `most`, that cuts a total into even parts."""
+    each = -(-total // programs)
+    rounds = -(-each // most)
+    return ceil_multiple(-(-each // rounds), 16)
+
+
+def _step(tile, itemsize, least):
+    wanted = min(_TILE_BYTES, shared_bytes() // 6) // (tile * itemsize)
+    return min(max(_floor_power_of_two(wanted), least), 128 if itemsize == 2 else 32)
+
+
+def _warps(tile, batch, itemsize):
+    return 4 if itemsize == 2 and tile * batch <= 64 * 64 else 8
+
+
+def _stages(tile_bytes):
+    return min(max((shared_bytes() - _OTHER_BYTES) // tile_bytes, 2), 8)
+
+
+def ceil_power_of_two(x: int) -> int:
+    """The least power of two that is not below x."""
     return 1 << (x - 1).bit_length()
+
+
+def _floor_power_of_two(x: int) -> int:
+    return 1 << (max(x, 1).bit_length() - 1)
+
+
+def ceil_multiple(x: int, of: int) -> int:
+    """The least multiple that is not below x."""
+    return -(-x // of) * of

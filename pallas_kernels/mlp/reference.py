@@ -15,7 +15,6 @@ _ACTIVATIONS = {
 
 def mlp(x, weights, neurons, *, activation):
     """See `gathered_mlp`; the arguments are checked there."""
-    act = _ACTIVATIONS[activation]
     if neurons is None:
         rows = weights
     else:  # every tensor but down_bias is neuron-major
@@ -23,17 +22,31 @@ def mlp(x, weights, neurons, *, activation):
             name: tensor if name == "down_bias" else _take(tensor, neurons)
             for name, tensor in weights.items()
         }
-    hidden = _dot(x, rows["up"], 1)
+    return _leave(_enter(x, rows, activation), rows, x.dtype)
+
+
+def mlp_over_all(x, weights, neurons, *, activation):
+    """The same by dense products: the hidden values of the others are set to 0."""
+    f = weights["up"].shape[0]
+    selected = jnp.zeros(f, bool).at[neurons].set(True, mode="clip")
+    hidden = jnp.where(selected, _enter(x, weights, activation), 0.0)
+    return _leave(hidden, weights, x.dtype)
+
+
+def _enter(x, rows, activation):
+    """The hidden values in float32."""
+    act = _ACTIVATIONS[activation]
+    up = _dot(x, rows["up"], 1)
     if "up_bias" in rows:
-        hidden = hidden + rows["up_bias"].astype(jnp.float32)
-    if "gate" in rows:
-        hidden = act(_dot(x, rows["gate"], 1)) * hidden
-    else:
-        hidden = act(hidden)
-    out = _dot(hidden.astype(x.dtype), rows["down"], 0)
+        up = up + rows["up_bias"].astype(jnp.float32)
+    return act(_dot(x, rows["gate"], 1)) * up if "gate" in rows else act(up)
+
+
+def _leave(hidden, rows, dtype):
+    out = _dot(hidden.astype(dtype), rows["down"], 0)
     if "down_bias" in rows:
         out = out + rows["down_bias"].astype(jnp.float32)
-    return out.astype(x.dtype)
+    return out.astype(dtype)
 
 
 def _take(tensor, neurons):

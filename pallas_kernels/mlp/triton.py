@@ -1,13 +1,18 @@
-"""Feed-forward layer over selected neurons as two Pallas kernels for Triton.
+"""Feed-forward layer over selected neurons in Pallas kernels for Triton.
 
-The first gathers the selected rows of `up` (and `gate`) and writes the activations of
-those neurons, [b, n]; the second gathers the rows of `down` and multiplies. Each
-weight row is read where it lies: no selected copy of the weights is ever made. The
-second product sums over the neurons, so several programs share them and XLA adds up
-their partial results, the bias with them.
+Two kernels: the first gathers the selected rows of `up` (and `gate`) and multiplies
+them with the inputs, which yields the activations of those neurons; the second gathers
+the rows of `down` and multiplies. Each weight row is read where it lies: no selected
+copy of the weights is ever made. A program has many neurons or columns, for else
+reading the inputs again in each program would cost more than the weights. Where that
+leaves too few programs, several share a sum: each writes a partial one and XLA adds
+them up.
 
-Triton wants arrays of power-of-two size and dots of at least 16 rows: batches and
-model dims are padded with masked loads, never in memory.
+For very few inputs one kernel does both products: a program takes its neurons all the
+way and writes a partial output.
+
+Triton wants arrays of power-of-two size and dots of at least 16 rows: batches, neurons
+and model dims are padded with masked loads, never in memory.
 """
 
 import functools
@@ -19,7 +24,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._backend import pltriton
-from pallas_kernels.mlp.configs import Config, heuristic
+from pallas_kernels.mlp.configs import (
+    Config,
+    ceil_multiple,
+    ceil_power_of_two,
+    heuristic,
+)
+from pallas_kernels.tuning import table
 
 
 def mlp(
@@ -35,133 +46,316 @@ def mlp(
     b, m = x.shape
     n = weights["up"].shape[0] if neurons is None else neurons.shape[0]
     if config is None:
-        config = heuristic(b=b, n=n, m=m, itemsize=x.dtype.itemsize)
-    call = functools.partial(
-        pl.pallas_call,
+        facts = {"b": b, "n": n, "m": m, "itemsize": x.dtype.itemsize}
+        facts["gated"] = "gate" in weights
+        config = table.mlp_config(heuristic(**facts), **facts)
+    act = _ACTIVATIONS[activation]
+    if config.fused:
+        return _one_kernel(x, weights, neurons, n, act, config, interpret)
+    hidden = _enter(x, weights, neurons, n, act, config, interpret)
+    return _leave(hidden, weights, neurons, n, config, interpret)
+
+
+def _enter(x, weights, neurons, n, act, config: Config, interpret):
+    """The activations [b, n or more]; 0 from n to the next multiple of 16."""
+    b = x.shape[0]
+    entering = {name: w for name, w in weights.items() if "down" not in name}
+    splits = config.up_splits
+    programs = pl.cdiv(ceil_multiple(n, 16), config.up_neurons)
+    shape = (splits, b, ceil_multiple(programs * config.up_neurons, 16))
+    names, dtype = _sums(entering), jnp.float32
+    if splits == 1:
+        names, dtype = ("hidden",), x.dtype
+    parts = pl.pallas_call(
+        functools.partial(_enter_kernel, n=n, act=act, config=config),
+        grid=(pl.cdiv(b, config.batch), programs, splits),
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _ in names],
         interpret=interpret,
         compiler_params=pltriton.CompilerParams(
-            num_warps=config.num_warps, num_stages=config.num_stages
+            num_warps=config.up_warps, num_stages=config.up_stages
         ),
-    )
-    batches = pl.cdiv(b, config.batch)
-    entering = {name: w for name, w in weights.items() if "down" not in name}
-    hidden = call(
-        functools.partial(_activate, activation=activation, config=config),
-        grid=(pl.cdiv(n, config.up_neurons), batches),
-        out_shape=jax.ShapeDtypeStruct((b, n), x.dtype),
     )(x, entering, neurons)
-    partials = call(
-        functools.partial(_project, config=config),
-        grid=(pl.cdiv(m, config.down_columns), config.splits, batches),
-        out_shape=jax.ShapeDtypeStruct((config.splits, b, m), jnp.float32),
-    )(hidden, weights["down"], neurons)
-    out = jnp.sum(partials, axis=0)
-    if "down_bias" in weights:
-        out = out + weights["down_bias"].astype(jnp.float32)
-    return out.astype(x.dtype)
+    if splits == 1:
+        return parts[0][0]
+    sums = {k: jnp.sum(part, axis=0) for k, part in zip(names, parts, strict=True)}
+    return _activations(sums, act).astype(x.dtype)
 
 
-def _activate(
+def _leave(hidden, weights, neurons, n, config: Config, interpret):
+    """The output [b, m] from the activations."""
+    b = hidden.shape[0]
+    m = weights["down"].shape[1]
+    splits = config.down_splits
+    dtype = hidden.dtype if splits == 1 else jnp.float32
+    stages = config.down_stages
+    if neurons is not None:
+        # Which rows to read is loaded too, as many steps ahead of them as they are
+        # ahead of their product.
+        stages = 2 * stages - 1
+    sums = pl.pallas_call(
+        functools.partial(_leave_kernel, n=n, config=config),
+        grid=(pl.cdiv(b, config.batch), pl.cdiv(m, config.down_columns), splits),
+        out_shape=jax.ShapeDtypeStruct((splits, b, m), dtype),
+        interpret=interpret,
+        compiler_params=pltriton.CompilerParams(
+            num_warps=config.down_warps, num_stages=stages
+        ),
+    )(hidden, weights["down"], weights.get("down_bias"), neurons)
+    return sums[0] if splits == 1 else jnp.sum(sums, axis=0).astype(hidden.dtype)
+
+
+def _enter_kernel(
     x_ref,  # [b, m]
     weights_refs,  # "up" and optionally "gate" [f, m], optionally "up_bias" [f]
     neurons_ref,  # [n], or None for all f
-    hidden_ref,  # [b, n]
-    *,
-    activation: str,
+    *out_refs,  # [splits, b, n or more], activations or sums of "up" (and "gate")
+    n: int,
+    act,
     config: Config,
 ):
     b, m = x_ref.shape
-    n = hidden_ref.shape[1]
-    rows = _block(pl.program_id(1), config.batch)  # of the batch
-    places = _block(pl.program_id(0), config.up_neurons)  # in the selection
-    neuron = _selected(neurons_ref, places, n, weights_refs["up"].shape[0])
-    matrices = [name for name in ("up", "gate") if name in weights_refs]
+    split = pl.program_id(2)
+    rows = _block(pl.program_id(0), config.batch)  # of the batch
+    row_mask = _below(rows, b, config.batch)
+    own = _arange(max(ceil_power_of_two(config.up_neurons), 16))
+    is_own = _below(own, config.up_neurons, own.size)
+    places = pl.program_id(1) * config.up_neurons + own  # in the selection
+    place_mask = _both(is_own, _below(places, n, math.lcm(config.up_neurons, 16)))
+    f = weights_refs["up"].shape[0]
+    neuron = _clip(_selected(neurons_ref, places, place_mask), f)
 
     def step(index, sums):
         cols = _block(index, config.up_columns)
-        x = _load_tile(x_ref, rows, cols, rows < b, cols < m)
+        col_mask = _below(cols, m, config.up_columns)
+        x = _load_tile(x_ref, rows, cols, row_mask, col_mask)
 
-        def product(name):
-            tile = _load_tile(weights_refs[name], neuron, cols, places < n, cols < m)
-            return _dot(x, tile, 1)
+        def add(total, name):
+            tile = _load_tile(weights_refs[name], neuron, cols, place_mask, col_mask)
+            # Neurons first: wgmma wants 64 rows or more, the batch may have few.
+            return total + _dot(tile, x, 1)
 
-        return tuple(
-            total + product(name) for total, name in zip(sums, matrices, strict=True)
-        )
+        return {name: add(total, name) for name, total in sums.items()}
 
-    zeros = jnp.zeros((config.batch, config.up_neurons), jnp.float32)
-    steps = pl.cdiv(m, config.up_columns)
-    sums = lax.fori_loop(0, steps, step, (zeros,) * len(matrices))
-    up = sums[0]
+    zeros = jnp.zeros((own.size, config.batch), jnp.float32)
+    sums = {name: zeros for name in _sums(weights_refs)}
+    steps = _share(pl.cdiv(m, config.up_columns), split, config.up_splits)
+    sums = lax.fori_loop(*steps, step, sums)
     if "up_bias" in weights_refs:
-        bias = pltriton.load(
-            weights_refs["up_bias"].at[neuron], mask=places < n, other=0
+        mask = _both(place_mask, split == 0)
+        bias = _load(weights_refs["up_bias"].at[neuron], mask)
+        sums["up"] += bias.astype(jnp.float32)[:, None]
+    if config.up_splits == 1:
+        outs = [_activations(sums, act)]
+    else:
+        outs = [sums[name] for name in _sums(weights_refs)]
+    for out_ref, value in zip(out_refs, outs, strict=True):
+        # The batch is the major axis in memory.
+        pltriton.store(
+            out_ref.at[split, rows[None, :], places[:, None]],
+            value.astype(out_ref.dtype),
+            mask=_both(_column(is_own), _row(row_mask)),
         )
-        up = up + bias.astype(jnp.float32)[None, :]
-    act = _ACTIVATIONS[activation]
-    hidden = act(sums[1]) * up if "gate" in weights_refs else act(up)
-    pltriton.store(
-        hidden_ref.at[rows[:, None], places[None, :]],
-        hidden.astype(hidden_ref.dtype),
-        mask=(rows < b)[:, None] & (places < n)[None, :],
-    )
 
 
-def _project(
-    hidden_ref,  # [b, n]
+def _leave_kernel(
+    hidden_ref,  # [b, n or more]
     down_ref,  # [f, m]
+    bias_ref,  # [m] or None
     neurons_ref,  # [n], or None for all f
-    partials_ref,  # [splits, b, m] float32
+    out_ref,  # [splits, b, m]
     *,
+    n: int,
     config: Config,
 ):
-    b, n = hidden_ref.shape
+    b = hidden_ref.shape[0]
     f, m = down_ref.shape
-    cols = _block(pl.program_id(0), config.down_columns)
-    split = pl.program_id(1)
-    rows = _block(pl.program_id(2), config.batch)
-    blocks = pl.cdiv(n, config.down_neurons)
-    share = pl.cdiv(blocks, config.splits)
-    first = split * share
-    last = jnp.minimum(first + share, blocks)
+    split = pl.program_id(2)
+    rows = _block(pl.program_id(0), config.batch)
+    row_mask = _below(rows, b, config.batch)
+    own = _arange(ceil_power_of_two(config.down_columns))
+    cols = pl.program_id(1) * config.down_columns + own
+    col_mask = _both(
+        _below(own, config.down_columns, own.size), _below(cols, m, config.down_columns)
+    )
 
     def step(index, total):
         places = _block(index, config.down_neurons)
-        neuron = _selected(neurons_ref, places, n, f)
-        hidden = _load_tile(hidden_ref, rows, places, rows < b, places < n)
-        down = _load_tile(down_ref, neuron, cols, places < n, cols < m)
+        # Not n: a mask by a multiple of 16 loads 16 bytes at once.
+        limit = ceil_multiple(n, 16)
+        hidden_mask = _below(places, limit, places.size)
+        hidden = _load_tile(hidden_ref, rows, places, row_mask, hidden_mask)
+        place_mask = _below(places, n, places.size)
+        neuron = _clip(_selected(neurons_ref, places, place_mask), f)
+        down = _load_tile(down_ref, neuron, cols, place_mask, col_mask)
         return total + _dot(hidden, down, 0)
 
-    zeros = jnp.zeros((config.batch, config.down_columns), jnp.float32)
-    total = lax.fori_loop(first, last, step, zeros)
+    total = jnp.zeros((config.batch, own.size), jnp.float32)
+    steps = _share(pl.cdiv(n, config.down_neurons), split, config.down_splits)
+    total = lax.fori_loop(*steps, step, total)
+    if bias_ref is not None:
+        mask = _both(col_mask, split == 0)
+        total += _load(bias_ref.at[cols], mask).astype(jnp.float32)[None, :]
     pltriton.store(
-        partials_ref.at[split, rows[:, None], cols[None, :]],
-        total,
-        mask=(rows < b)[:, None] & (cols < m)[None, :],
+        out_ref.at[split, rows[:, None], cols[None, :]],
+        total.astype(out_ref.dtype),
+        mask=_both(_column(row_mask), _row(col_mask)),
     )
+
+
+def _one_kernel(x, weights, neurons, n, act, config: Config, interpret):
+    """The output [b, m] by the kernel that does both products."""
+    b, m = x.shape
+    sums = pl.pallas_call(
+        functools.partial(_both_products, n=n, act=act, config=config),
+        grid=(config.fused,),
+        out_shape=jax.ShapeDtypeStruct((config.fused, b, m), jnp.float32),
+        interpret=interpret,
+        compiler_params=pltriton.CompilerParams(
+            num_warps=config.up_warps,
+            num_stages=1,  # by hand, see below
+        ),
+    )(x, weights, neurons)
+    return jnp.sum(sums, axis=0).astype(x.dtype)
+
+
+def _both_products(
+    x_ref,  # [b, m]
+    weights_refs,  # "up", "down" and optionally "gate" [f, m], the biases [f] and [m]
+    neurons_ref,  # [n], or None for all f
+    out_ref,  # [programs, b, m] float32
+    *,
+    n: int,
+    act,
+    config: Config,
+):
+    b, m = x_ref.shape
+    f = weights_refs["up"].shape[0]
+    program = pl.program_id(0)
+    cols = _arange(max(ceil_power_of_two(m), 8))
+    col_mask = cols < m
+    first, last = _share(n, program, config.fused)
+    entering = [name for name in weights_refs if "down" not in name]
+
+    def select(place):
+        return _selected(neurons_ref, place, place < last), place < last
+
+    def load(name, selected):
+        neuron, mask = selected
+        ref, neuron = weights_refs[name], _clip(neuron, f)
+        if name == "up_bias":
+            return _load(ref.at[neuron], mask)
+        return _load(ref.at[neuron, cols], mask & col_mask)
+
+    xs = [_load(x_ref.at[i, cols], col_mask) for i in range(b)]
+
+    def step(place, carry):
+        # While one neuron is multiplied, the rows of the next are under way. A row is
+        # replaced when it has been used, not before: its successor takes its
+        # registers, and nothing waits for a load to move it.
+        following, tile, totals = carry
+        rows = {name: row.astype(jnp.float32) for name, row in tile.items()}
+        products = [
+            {name: rows[name] * x.astype(jnp.float32) for name in _sums(rows)}
+            for x in xs
+        ]
+        tile = {name: load(name, following) for name in entering}
+        for i, product in enumerate(products):
+            sums = {name: _sum(value) for name, value in product.items()}
+            if "up_bias" in rows:
+                sums["up"] += rows["up_bias"]
+            hidden = _activations(sums, act).astype(x_ref.dtype)
+            totals[i] += hidden.astype(jnp.float32) * rows["down"]
+        tile["down"] = load("down", following)
+        return select(place + 2), tile, totals
+
+    zeros = jnp.zeros(cols.shape, jnp.float32)
+    if "down_bias" in weights_refs:
+        mask = col_mask & (program == 0)
+        zeros = _load(weights_refs["down_bias"].at[cols], mask).astype(jnp.float32)
+    tile = {name: load(name, select(first)) for name in [*entering, "down"]}
+    carry = (select(first + 1), tile, [zeros] * b)
+    _, _, totals = lax.fori_loop(first, last, step, carry)
+    for i, total in enumerate(totals):
+        pltriton.store(out_ref.at[program, i, cols], total, mask=col_mask)
+
+
+def _sum(x):
+    """The sum of all, first of the even and of the odd ones of every 8.
+
+    That keeps pairs of 16-bit values together in a register from when they are loaded
+    until they are used: a loop would else wait for them to split them.
+    """
+    return jnp.sum(jnp.sum(x.reshape(-1, 4, 2), axis=1))
+
+
+def _sums(weights):
+    """The matrices of the first product."""
+    return tuple(name for name in ("up", "gate") if name in weights)
+
+
+def _activations(sums, act):
+    """What the second product multiplies, from the sums of the first."""
+    up = sums["up"]
+    return act(sums["gate"]) * up if "gate" in sums else act(up)
+
+
+def _arange(size):
+    return jnp.arange(size, dtype=jnp.int32)
 
 
 def _block(index, size):
     """The indices of the index-th block of a size."""
-    return index * size + jnp.arange(size, dtype=jnp.int32)
+    return index * size + _arange(size)
 
 
-def _selected(neurons_ref, places, n, f):
-    """The rows to read for these places in the selection of n."""
-    if neurons_ref is None:
-        return places
-    neuron = pltriton.load(neurons_ref.at[places], mask=places < n, other=0)
-    # The clip keeps a wrong index from reading outside of the weights.
+def _share(total, part, parts):
+    """From where to where in 0..total the part-th of equal parts goes."""
+    return part * total // parts, (part + 1) * total // parts
+
+
+def _below(indices, limit, step):
+    """A mask where indices < limit; None where steps never go beyond it."""
+    return None if limit % step == 0 else indices < limit
+
+
+def _both(mask, other):
+    """Where both masks hold; None holds everywhere."""
+    if mask is None or other is None:
+        return other if mask is None else mask
+    return mask & other
+
+
+def _column(mask):
+    return None if mask is None else mask[:, None]
+
+
+def _row(mask):
+    return None if mask is None else mask[None, :]
+
+
+def _selected(neurons_ref, places, mask):
+    """The rows to read for these places in the selection."""
+    return places if neurons_ref is None else _load(neurons_ref.at[places], mask)
+
+
+def _clip(neuron, f):
+    """Keeps a wrong index from reading outside of the weights."""
     return jnp.clip(neuron, 0, f - 1)
+
+
+def _load(ref, mask):
+    """Load, 0 where masked."""
+    if mask is None:
+        return pltriton.load(ref)
+    return pltriton.load(ref, mask=mask, other=0)
 
 
 def _load_tile(ref, rows, cols, row_mask, col_mask):
     """Load ref[rows, cols], 0 where masked."""
-    return pltriton.load(
-        ref.at[rows[:, None], cols[None, :]],
-        mask=row_mask[:, None] & col_mask[None, :],
-        other=0,
-    )
+    mask = _both(_column(row_mask), _row(col_mask))
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (rows.size, cols.size))
+    return _load(ref.at[rows[:, None], cols[None, :]], mask)
 
 
 def _dot(x, y, axis):

@@ -149,7 +149,10 @@ def next_power_of_two(x: int) -> int:
 
 
 def device_kind() -> str | None:
-    """The kind of the default device if it is a GPU."""
+    """The kind of the GPU that is traced for: an abstract device or the default one."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return abstract.device_kind
     return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
 
 

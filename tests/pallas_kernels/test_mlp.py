@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -9,7 +10,8 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from pallas_kernels import gathered_mlp
-from pallas_kernels.mlp import configs, triton
+from pallas_kernels.mlp import api, configs, triton
+from pallas_kernels.tuning import table
 
 # Deprecated since jax 0.11, but it still lowers there; Mosaic is to follow.
 pytestmark = pytest.mark.filterwarnings(
@@ -78,7 +80,9 @@ CASES = {
     "swiglu-bfloat16": ("silu", dict(gated=True, b=2, m=576, dtype="bfloat16")),
     "gated-with-biases": ("gelu", dict(gated=True, m=129)),
     "gelu-float16": ("gelu", dict(dtype="float16", m=136, f=300, n=160)),
-    "wide-batch": ("relu", dict(b=140, dtype="bfloat16")),
+    "batch-17": ("relu", dict(b=17, f=100, n=64)),
+    "batch-64": ("silu", dict(b=64, gated=True, dtype="bfloat16")),
+    "wide-batch": ("relu", dict(b=130, dtype="bfloat16")),
 }
 
 
@@ -100,24 +104,62 @@ def test_sweep(activation, gated, dtype, b, implementation):
         check(run(case, activation, implementation), case, activation)
 
 
-@pytest.mark.parametrize("splits", [1, 3, 8])
-def test_splits_and_blocks(splits, interpret):
-    # 70 neurons in blocks of 16: splits of unequal shares, some of none.
-    case = make_case(b=20, m=70, f=100, n=70, gated=True)
-    config = configs.Config(
-        batch=16,
-        up_neurons=32,
-        up_columns=16,
-        down_neurons=16,
-        down_columns=32,
-        splits=splits,
-        num_warps=4,
-        num_stages=2,
-    )
+BASE = configs.Config(
+    batch=16,
+    up_neurons=32,
+    up_columns=16,
+    up_splits=1,
+    up_warps=4,
+    up_stages=2,
+    down_columns=32,
+    down_neurons=16,
+    down_splits=1,
+    down_warps=4,
+    down_stages=2,
+    fused=0,
+)
+CONFIGS = {
+    "one-program-per-sum": {},
+    "shared-sums": dict(up_splits=3, down_splits=2),
+    "shares-of-none": dict(up_splits=9, down_splits=9),
+    "tiles-not-filled": dict(up_neurons=11, down_columns=48),
+    "tiles-not-filled-shared": dict(up_neurons=48, down_columns=48, up_splits=2),
+    "steps-beyond-all": dict(up_columns=128, down_neurons=128),
+    "fused": dict(fused=3),
+    "fused-programs-of-none": dict(fused=80),
+}
+PROBLEMS = {
+    "relu": ("relu", dict(b=3)),
+    "swiglu": ("silu", dict(b=20, m=70, f=100, n=70, gated=True, dtype="bfloat16")),
+    "no-masks": ("gelu", dict(b=16, m=128, f=96, n=None)),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(name, problem, interpret):
+    activation, shape = PROBLEMS[problem]
+    case = make_case(**shape)
     mlp = functools.partial(
-        triton.mlp, activation="silu", interpret=interpret, config=config
+        triton.mlp,
+        activation=activation,
+        interpret=interpret,
+        config=dataclasses.replace(BASE, **CONFIGS[name]),
     )
-    check(jax.jit(mlp)(*case), case, "silu")
+    check(jax.jit(mlp)(*case), case, activation)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_candidates(gated, interpret):
+    case = make_case(b=1, m=64, f=150, n=140, gated=gated)
+    facts = dict(b=1, n=140, m=64, itemsize=4, gated=gated)
+    candidates = configs.candidates(**facts)
+    assert configs.heuristic(**facts) in candidates
+    for config in candidates:
+        mlp = functools.partial(
+            triton.mlp, activation="relu", interpret=interpret, config=config
+        )
+        check(jax.jit(mlp)(*case), case, "relu")
 
 
 def test_all_neurons_is_dense(implementation):
@@ -126,6 +168,33 @@ def test_all_neurons_is_dense(implementation):
     sparse = run((x, weights, neurons), "relu", implementation)
     dense = run((x, weights, None), "relu", implementation)
     np.testing.assert_allclose(sparse, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_above_the_measured_fraction(monkeypatch):
+    x, weights, neurons = make_case()
+    # The others' activations would be far from 0.
+    weights = {name: jnp.nan_to_num(w, nan=7.0) for name, w in weights.items()}
+    case = (jnp.abs(x), weights, neurons)
+    asked = []
+
+    def mlp(limit, implementation=None):
+        def dense_above(**facts):
+            asked.append(facts)
+            return limit
+
+        monkeypatch.setattr(table, "mlp_dense_above", dense_above)
+        return gathered_mlp(*case, activation="relu", implementation=implementation)
+
+    monkeypatch.setattr(api, "resolve", lambda name: name or "triton")
+    monkeypatch.setattr(triton, "mlp", lambda *args, **kwargs: "gathered")
+    # 33 of 70 are selected.
+    check(mlp(0.47), case, "relu")
+    assert mlp(0.48) == "gathered"
+    assert mlp(None) == "gathered"
+    facts = {"b": 3, "m": 40, "f": 70, "gated": False, "itemsize": 4}
+    assert asked == [facts] * 3
+    assert mlp(0.0, "triton") == "gathered"
+    assert asked == [facts] * 3
 
 
 def test_down_bias_is_kept_when_sparse(implementation):
@@ -240,32 +309,46 @@ def test_lowers_for_cuda(model, dtype, lower_for_cuda, monkeypatch):
         weights["gate"] = spec((f, m), dtype)
     else:
         weights |= {"up_bias": spec((f,), dtype), "down_bias": spec((m,), dtype)}
-    # A named kernel must not ask which backend this host has.
+    # A named kernel must not ask which backend this host has, but for measured configs.
     monkeypatch.setattr(jax, "default_backend", None)
+    monkeypatch.setattr(table, "device_kind", lambda: None)
     for activation, neurons in (("gelu", None), ("silu", spec((n,), "int32"))):
         mlp = functools.partial(
             gathered_mlp, activation=activation, implementation="triton"
         )
         text = lower_for_cuda(mlp, spec((b, m), dtype), weights, neurons)
-        assert text.count("@__gpu$xla.gpu.triton") == 2
+        assert text.count("@__gpu$xla.gpu.triton") == (
+            1 if b == 1 and dtype == "bfloat16" else 2
+        )
         # The weights go to the kernels as they are: no copy of them is made.
         assert "stablehlo.transpose" not in text
         assert "stablehlo.gather" not in text
 
 
+@pytest.mark.parametrize("shared", [99, 163, 227])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("b", [1, 16, 17, 64, 100, 256])
-def test_heuristic_fits_the_hardware(itemsize, b):
-    for n, m in ((1, 1), (500, 576), (3686, 9216), (36864, 9216), (999, 1000)):
-        config = configs.heuristic(b=b, n=n, m=m, itemsize=itemsize)
-        blocks = (
-            config.batch,
-            config.up_neurons,
-            config.up_columns,
-            config.down_neurons,
-            config.down_columns,
-        )
+@pytest.mark.parametrize("b", [1, 2, 16, 17, 64, 100, 256])
+def test_heuristic_fits_the_hardware(b, itemsize, gated, shared, monkeypatch):
+    monkeypatch.setattr(configs, "shared_bytes", lambda: shared * 1024)
+    shapes = ((1, 1), (500, 576), (3686, 9216), (36864, 9216), (999, 1000), (7, 16384))
+    for n, m in shapes:
+        c = configs.heuristic(b=b, n=n, m=m, itemsize=itemsize, gated=gated)
+        if c.fused:
+            # Registers of a thread: of each row, and of the inputs and sums.
+            each = configs.ceil_power_of_two(m) / (32 * c.up_warps)
+            assert each * (itemsize * (2 + gated) + itemsize + 4) <= 4 * 48
+            assert c.fused <= n and c.up_warps <= 16
+            continue
+        assert c.up_neurons % 16 == 0 and c.down_columns % 16 == 0
+        blocks = (c.batch, c.up_columns, c.down_neurons)
         assert all(x >= 16 and x.bit_count() == 1 for x in blocks)
-        up = (config.batch + 2 * config.up_neurons) * config.up_columns
-        down = (config.batch + config.down_columns) * config.down_neurons
-        assert max(up, down) * itemsize * config.num_stages <= 96 * 1024
+        up = (1 + gated) * configs.ceil_power_of_two(c.up_neurons) + c.batch
+        up *= c.up_columns * c.up_stages
+        down = configs.ceil_power_of_two(c.down_columns) + c.batch
+        down *= c.down_neurons * c.down_stages
+        assert max(up, down) * itemsize <= (shared - 19) * 1024
+        assert min(c.up_stages, c.down_stages) >= 2
+        # Programs that share sums all run at once.
+        assert -(-n // c.up_neurons) * c.up_splits <= 132 or c.up_splits == 1
+        assert -(-m // c.down_columns) * c.down_splits <= 132 or c.down_splits == 1
