@@ -29,14 +29,11 @@ class Config:
         block: cache positions per tile; a multiple of 64.
         stages: tiles of keys, and as many of values, in a program's ring.
         programs: how many share the work; None means one per SM.
-        early_launch: each kernel is launched while the one before it still runs, and
-            waits inside (programmatic dependent launch).
     """
 
     block: int
     stages: int
     programs: int | None = None
-    early_launch: bool = True
 
 
 def heuristic(*, g: int, d: int) -> Config:

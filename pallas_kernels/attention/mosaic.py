@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -51,11 +52,11 @@ def attend(
     g = h // k
     hopper.check(q, s, g)
     dense = heads is None and n_active is None
-    if heads is None:
-        heads = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (b, k))
+    if heads is None:  # a constant; of jnp's making it would be a kernel in each call
+        heads = np.tile(np.arange(k, dtype=np.int32), (b, 1))
     n = heads.shape[1]
     if n_active is None:
-        n_active = jnp.full(b, n, jnp.int32)
+        n_active = np.full(b, n, np.int32)
     columns, padded = hopper.padded(g, d)
     config = config or hopper.heuristic(g=g, d=d)
     # Interpreted programs are threads of the host.
@@ -73,7 +74,6 @@ def attend(
     ring = plgpu.SMEM((config.stages, config.block, padded), q.dtype, transforms=layout)
     barriers = plgpu.Barrier(num_barriers=config.stages)
     call = functools.partial(_kernel, interpret=interpret)
-    early_launch = config.early_launch and not interpret
     out, partials, logs, cuts = call(
         functools.partial(
             attend_pieces,
@@ -82,7 +82,6 @@ def attend(
             scale=scale,
             softcap=softcap,
             dense=dense,
-            early_launch=early_launch,
         ),
         name="select_head_attention",
         out_type=(
@@ -119,9 +118,8 @@ def attend(
             # About as many as a group has, as far as the registers go.
             unroll=min(
                 max(programs // (b * n), 2),
-                hopper.MAX_ACCUMULATOR // (padded * columns),
+                2 * hopper.MAX_ACCUMULATOR // (padded * columns),
             ),
-            early_launch=early_launch,
         ),
         name="combine_pieces",
         out_type=(),
@@ -154,11 +152,8 @@ def _combine_pieces(
     results,  # [g padded, d padded]
     g: int,
     unroll: int,
-    early_launch: bool,
 ):
     program = lax.axis_index("program")
-    if early_launch:
-        plgpu.griddepcontrol_wait()
     pieces = cuts_ref[program, 0]
 
     def load(ref, piece, layout):

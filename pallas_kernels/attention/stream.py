@@ -52,7 +52,6 @@ def attend_pieces(
     scale: float,
     softcap: float | None,
     dense: bool,
-    early_launch: bool,
 ):
     """Attend over one program's share of all tiles.
 
@@ -115,9 +114,11 @@ def attend_pieces(
             def find(j, found):
                 return found | ((heads_ref[i, j] == group) & (j < active))
 
-            selected = dense or lax.fori_loop(0, n, find, False)
+            unseen = line(i)[0] == 0
+            if not dense:
+                unseen |= jnp.logical_not(lax.fori_loop(0, n, find, False))
 
-            @pl.when(jnp.logical_not(selected) | (line(i)[0] == 0))
+            @pl.when(unseen)
             def _():
                 _copy_out(zeros, out_ref, i, group, g)
 
@@ -126,10 +127,6 @@ def attend_pieces(
         mine = lax.div(b * k - program + work.programs - 1, work.programs)
         lax.fori_loop(0, mine, zero, 0)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    if early_launch:
-        plgpu.griddepcontrol_wait()
-        plgpu.griddepcontrol_launch_dependents()
 
     @pl.when(warpgroup == _LOAD)
     def _():

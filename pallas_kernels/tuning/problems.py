@@ -60,7 +60,7 @@ class Attention:
     def inputs(self, most: int) -> Inputs:
         """Random queries, caches and selections for at most so many calls.
 
-        Every position is valid.
+        Lengths are uniform in s / 2..s, as those of a batch in use are.
         """
         b, k, n, s, d = self.b, self.k, self.n, self.s, self.d
         rng = np.random.default_rng(0)
@@ -72,7 +72,8 @@ class Attention:
         arguments = []
         for i in range(min(most, max(calls_to_time(nbytes), len(caches)))):
             heads = rng.random((b, k)).argsort()[:, :n].astype(np.int32)
-            small = (jnp.full(b, s, jnp.int32), jnp.asarray(heads))
+            lengths = rng.integers(s // 2, s + 1, b).astype(np.int32)
+            small = (jnp.asarray(lengths), jnp.asarray(heads))
             arguments.append((*caches[i % len(caches)], *small))
         return normal(0, (b, k * self.g, d), self.dtype), arguments
 
