@@ -107,7 +107,7 @@ def attend(
         ),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=2,
+        num_threads=3,
         thread_name="warpgroup",
     )(begins, ends, lengths, n_active, heads, q, k_cache, v_cache)
     out = jax.new_ref(out)  # the second kernel adds to it
@@ -127,7 +127,9 @@ def attend(
         grid=(programs,),
         grid_names=("program",),
     )(cuts, partials, logs, out)
-    return jax.freeze(out), k_cache, v_cache
+    # In a loop that keeps the outputs, XLA would let the second kernel write straight
+    # into the kept array, forgetting that it adds to what the first has written.
+    return lax.optimization_barrier(jax.freeze(out)), k_cache, v_cache
 
 
 def _kernel(body, *, name, interpret, **kwargs):

@@ -1,7 +1,7 @@
 """The Mosaic attention kernel that streams the caches, and what it is made of.
 
-One warpgroup of a program copies tiles into a ring in shared memory (TMA), and one
-computes. Decoding has few queries, so they are the narrow operand of the tensor cores:
+One warpgroup of a program copies tiles into a ring in shared memory (TMA), one
+computes, and one writes the zeros of groups that are not selected. Decoding has few queries, so they are the narrow operand of the tensor cores:
 scores = keys @ queries^T is [block, g] and acc = values^T @ weights is [d, g], and g is
 padded to 8 where queries as rows would be padded to 64.
 """
@@ -16,7 +16,7 @@ from pallas_kernels.attention.hopper import plgpu
 from pallas_kernels.attention.shares import Work
 
 _LOG2E = math.log2(math.e)
-_COMPUTE, _LOAD = 0, 1  # the warpgroups of a program
+_COMPUTE, _LOAD, _ZERO = 0, 1, 2  # the warpgroups of a program
 
 
 def attend_pieces(
@@ -56,7 +56,7 @@ def attend_pieces(
     """Attend over one program's share of all tiles.
 
     Groups that lie in the share as a whole go to out_ref, the pieces of others to
-    partials_ref. Zeros for groups that are not selected are written on the side.
+    partials_ref. Zeros go to the groups that are not selected.
     """
     program = lax.axis_index("program")
     warpgroup = lax.axis_index("warpgroup")
@@ -151,12 +151,15 @@ def attend_pieces(
             lax.fori_loop(0, count, load_tile, 0)
 
         for_each_piece(load)
-        zero_unselected()
         for slot in range(2):
             plgpu.barrier_wait(q_free.at[slot])
         for slot in range(stages):
             plgpu.barrier_wait(k_free.at[slot])
             plgpu.barrier_wait(v_free.at[slot])
+
+    @pl.when(warpgroup == _ZERO)
+    def _():
+        zero_unselected()
 
     @pl.when(warpgroup == _COMPUTE)
     def _():
