@@ -55,6 +55,9 @@ def gathering(implementation: Implementation | None) -> Implementation | None:
 
     Hopper's copy engine gathers no rows, so that there Mosaic serves attention alone
     and Triton is its companion; the others are their own.
+
+    Args:
+        implementation: of attention; None stays None.
     """
     if implementation is not None and implementation.startswith("mosaic"):
         return "triton_interpret" if implementation.endswith("_interpret") else "triton"

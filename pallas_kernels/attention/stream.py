@@ -1,9 +1,10 @@
 """The Mosaic attention kernel that streams the caches, and what it is made of.
 
 One warpgroup of a program copies tiles into a ring in shared memory (TMA), one
-computes, and one writes the zeros of groups that are not selected. Decoding has few queries, so they are the narrow operand of the tensor cores:
-scores = keys @ queries^T is [block, g] and acc = values^T @ weights is [d, g], and g is
-padded to 8 where queries as rows would be padded to 64.
+computes, and one writes the zeros of groups that are not selected. Decoding has few
+queries, so they are the narrow operand of the tensor cores: scores = keys @ queries^T
+is [block, g] and acc = values^T @ weights is [d, g], and g is padded to 8 where queries
+as rows would be padded to 64.
 """
 
 import math

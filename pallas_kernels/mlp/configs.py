@@ -121,7 +121,7 @@ def _enter(b, n, m, itemsize, gated, splits: int | None = None) -> dict[str, int
         if parts > 1:
             moved += _KERNEL_BYTES + 2 * parts * batch * n * 4 * matrices
         ways.append((moved, size, parts))
-    _, size, splits = min(ways)
+    _, size, parts = min(ways)
     # A step reads at least a cache line of each row.
     tile = max(ceil_power_of_two(size), 16) * matrices
     columns = _step(tile, itemsize, least=128 // itemsize)
@@ -129,7 +129,7 @@ def _enter(b, n, m, itemsize, gated, splits: int | None = None) -> dict[str, int
         "batch": batch,
         "up_neurons": size,
         "up_columns": columns,
-        "up_splits": min(splits, -(-m // columns)),
+        "up_splits": min(parts, -(-m // columns)),
         "up_warps": _warps(tile, batch, itemsize),
         "up_stages": _stages((tile + batch) * columns * itemsize),
     }
