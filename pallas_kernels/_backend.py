@@ -4,7 +4,7 @@ The Triton backend lives under `jax.experimental`, so every kernel takes it from
 here: if it moves, this is the one file to change.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 from jax.experimental.pallas import triton as pltriton
@@ -16,6 +16,7 @@ __all__ = [
     "pltriton",
     "resolve",
     "shared_bytes",
+    "traced_gpu",
 ]
 
 # Those that end in "_interpret" run on any host, slowly: they are for tests.
@@ -64,15 +65,20 @@ def gathering(implementation: Implementation | None) -> Implementation | None:
     return implementation
 
 
-def shared_bytes() -> int:
-    """Shared memory that one program may have on the device that is traced for.
-
-    Where there is no GPU, or only an abstract one, that of a Hopper.
-    """
+def traced_gpu() -> Any:
+    """The GPU that is traced for, abstract or the default device; None without one."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None or jax.default_backend() != "gpu":
-        return _SHARED_KIB["9.0"] * 1024
-    capability = str(jax.devices()[0].compute_capability)
+    if abstract is not None:
+        return abstract
+    return jax.devices()[0] if jax.default_backend() == "gpu" else None
+
+
+def shared_bytes() -> int:
+    """Shared memory that one program may have on the GPU that is traced for.
+
+    Where there is none, or only an abstract one, that of a Hopper.
+    """
+    capability = str(getattr(traced_gpu(), "compute_capability", "9.0"))
     return _SHARED_KIB.get(capability, min(_SHARED_KIB.values())) * 1024
 
 

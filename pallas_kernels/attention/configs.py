@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels._sizes import ceil_power_of_two, floor_power_of_two
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -34,9 +36,9 @@ _TILE_BYTES = 16 * 1024
 
 def heuristic(*, b: int, n: int, g: int, s: int, d: int, itemsize: int) -> Config:
     """A config that always works, from the shapes and the bytes per element."""
-    padded = _ceil_power_of_two(d)
-    block = _floor_power_of_two(_TILE_BYTES // (padded * itemsize))
-    block = min(max(block, 16), max(_ceil_power_of_two(s), 16), 128)
+    padded = ceil_power_of_two(d)
+    block = floor_power_of_two(_TILE_BYTES // (padded * itemsize))
+    block = min(max(block, 16), max(ceil_power_of_two(s), 16), 128)
     tiles = -(-s // block)
     programs = 0 if tiles <= _FEW_TILES else min(_PROGRAMS, b * n * tiles)
     # The accumulator is rows x d in float32 registers of the program's warps.
@@ -61,11 +63,3 @@ def candidates(
         dataclasses.replace(large, num_stages=2),
     ]
     return [c for c in found if c.block <= max(s, 16)]
-
-
-def _ceil_power_of_two(x: int) -> int:
-    return 1 << (x - 1).bit_length()
-
-
-def _floor_power_of_two(x: int) -> int:
-    return 1 << (x.bit_length() - 1)

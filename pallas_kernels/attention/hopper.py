@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels._backend import traced_gpu
+
 # The one import of Pallas' Mosaic backend; its types differ from release to release.
 plgpu: Any = mosaic_gpu
 
@@ -79,12 +81,11 @@ def check(q, s: int, g: int) -> None:
 
 def sms() -> int:
     """How many SMs the device has that is traced for; it must be of Hopper's kind."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.num_cores or _SMS
-    device = jax.devices()[0]
-    if device.platform != "gpu":
+    device = traced_gpu()
+    if device is None:
         return _SMS  # traced on a host without one
+    if isinstance(device, jax.sharding.AbstractDevice):
+        return device.num_cores or _SMS
     if device.compute_capability != "9.0":
         raise NotImplementedError(
             "the Mosaic attention kernel is for Hopper (compute capability 9.0), not "

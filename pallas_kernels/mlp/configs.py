@@ -3,6 +3,11 @@
 import dataclasses
 
 from pallas_kernels._backend import shared_bytes
+from pallas_kernels._sizes import (
+    ceil_multiple,
+    ceil_power_of_two,
+    floor_power_of_two,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +178,7 @@ def _even(total, programs, most):
 
 def _step(tile, itemsize, least):
     wanted = min(_TILE_BYTES, shared_bytes() // 6) // (tile * itemsize)
-    return min(max(_floor_power_of_two(wanted), least), 128 if itemsize == 2 else 32)
+    return min(max(floor_power_of_two(wanted), least), 128 if itemsize == 2 else 32)
 
 
 def _warps(tile, batch, itemsize):
@@ -182,17 +187,3 @@ def _warps(tile, batch, itemsize):
 
 def _stages(tile_bytes):
     return min(max((shared_bytes() - _OTHER_BYTES) // tile_bytes, 2), 8)
-
-
-def ceil_power_of_two(x: int) -> int:
-    """The least power of two that is not below x."""
-    return 1 << (x - 1).bit_length()
-
-
-def _floor_power_of_two(x: int) -> int:
-    return 1 << (max(x, 1).bit_length() - 1)
-
-
-def ceil_multiple(x: int, of: int) -> int:
-    """The least multiple that is not below x."""
-    return -(-x // of) * of

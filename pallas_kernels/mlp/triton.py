@@ -24,12 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._backend import pltriton
-from pallas_kernels.mlp.configs import (
-    Config,
-    ceil_multiple,
-    ceil_power_of_two,
-    heuristic,
-)
+from pallas_kernels._sizes import ceil_multiple, ceil_power_of_two
+from pallas_kernels.mlp.configs import Config, heuristic
 from pallas_kernels.tuning import table
 
 

@@ -15,7 +15,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import jax
+from pallas_kernels._backend import traced_gpu
+from pallas_kernels._sizes import ceil_power_of_two
 
 # The sections of a table and the facts that an entry's shape consists of.
 SHAPES = {
@@ -119,7 +120,7 @@ def mlp_shape(*, b: int, n: int, m: int, gated: bool, itemsize: int) -> dict[str
     return {
         "itemsize": itemsize,
         "gated": int(gated),
-        "b": next_power_of_two(b),
+        "b": ceil_power_of_two(b),
         "m": m,
         "n": n,
     }
@@ -132,7 +133,7 @@ def dense_shape(
     return {
         "itemsize": itemsize,
         "gated": int(gated),
-        "b": next_power_of_two(b),
+        "b": ceil_power_of_two(b),
         "m": m,
         "f": f,
     }
@@ -143,17 +144,10 @@ def nearest_power_of_two(x: int) -> int:
     return 1 << round(math.log2(x))
 
 
-def next_power_of_two(x: int) -> int:
-    """The least one that is not below x."""
-    return 1 << (x - 1).bit_length()
-
-
 def device_kind() -> str | None:
-    """The kind of the GPU that is traced for: an abstract device or the default one."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        return abstract.device_kind
-    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
+    """The kind of the GPU that is traced for."""
+    gpu = traced_gpu()
+    return None if gpu is None else gpu.device_kind
 
 
 def file_name(device_kind: str) -> str:

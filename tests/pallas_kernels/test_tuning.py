@@ -53,7 +53,7 @@ def test_buckets():
     # The batch up to the next one; the neurons as they are.
     shape = table.mlp_shape(b=65, n=11059, m=9216, gated=False, itemsize=2)
     assert shape == {"itemsize": 2, "gated": 0, "b": 128, "m": 9216, "n": 11059}
-    assert [table.next_power_of_two(x) for x in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+    assert [table.ceil_power_of_two(x) for x in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
     assert [table.nearest_power_of_two(x) for x in (1, 2, 3, 5, 6)] == [1, 2, 4, 4, 8]
 
 
