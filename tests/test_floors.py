@@ -27,6 +27,7 @@ FLOORS = {
         pallas_kernels.attention.mosaic
         pallas_kernels.attention.api
         pallas_kernels.attention
+        pallas_kernels.mlp.activations
         pallas_kernels.mlp.configs
         pallas_kernels.mlp.reference
         pallas_kernels.mlp.triton

@@ -25,6 +25,10 @@ class Config:
         up_columns: model dimensions it reads per loop step, a power of two >= 16.
         up_splits: programs that share the model dimensions of the same neurons. If
             there are several, XLA sums their results and applies the activation.
+        up_folds: parts of the model dimensions that stand as rows of their own in a
+            tile, a power of two. It makes few neurons the 64 rows that wgmma wants,
+            and the chain of dependent products shorter; all parts are multiplied with
+            all those of the inputs, most of it for nothing.
         up_warps: warps per program.
         up_stages: loop steps whose tiles are in shared memory at once.
         down_columns: model dimensions per program of the second product, a multiple
@@ -43,6 +47,7 @@ class Config:
     up_neurons: int
     up_columns: int
     up_splits: int
+    up_folds: int
     up_warps: int
     up_stages: int
     down_columns: int
@@ -56,7 +61,7 @@ class Config:
 # Multiprocessors of a big GPU, and the bytes that its L2 cache delivers in the time
 # that one more small kernel takes, about 1.3 us.
 _SMS = 132
-_KERNEL_BYTES = 6e6
+_KERNEL_BYTES = 7e6
 # Of the shared memory, what the indices and the compiler need.
 _OTHER_BYTES = 19 * 1024
 # Bytes of one tile of weights that are worth a loop step, where that leaves several.
@@ -127,16 +132,22 @@ def _enter(b, n, m, itemsize, gated, splits: int | None = None) -> dict[str, int
             moved += _KERNEL_BYTES + 2 * parts * batch * n * 4 * matrices
         ways.append((moved, size, parts))
     _, size, parts = min(ways)
+    rows = max(ceil_power_of_two(size), 16)
+    # Folding pays where it makes 64 rows, for a few inputs and many columns.
+    folds = 1
+    if itemsize == 2 and rows < 64 and m >= 2048:
+        folds = max(min(64 // rows, 64 // batch), 1)
+    tile, inputs = rows * matrices * folds, batch * folds
     # A step reads at least a cache line of each row.
-    tile = max(ceil_power_of_two(size), 16) * matrices
     columns = _step(tile, itemsize, least=128 // itemsize)
     return {
         "batch": batch,
         "up_neurons": size,
         "up_columns": columns,
-        "up_splits": min(parts, -(-m // columns)),
-        "up_warps": _warps(tile, batch, itemsize),
-        "up_stages": _stages((tile + batch) * columns * itemsize),
+        "up_splits": min(parts, -(-m // (folds * columns))),
+        "up_folds": folds,
+        "up_warps": _warps(tile, inputs, itemsize),
+        "up_stages": _stages((tile + inputs) * columns * itemsize),
     }
 
 
@@ -150,7 +161,13 @@ def _leave(b, n, m, itemsize, wider: float = 1) -> dict[str, int]:
     while _SMS * size // m > 4 and size > 32:  # partial sums cost too
         size //= 2
     rows = _step(size, itemsize, least=32)
-    splits = min(max(_SMS // -(-m // size), 1), -(-n // rows))
+    programs = -(-m // size)
+    splits = max(_SMS // programs, 1)
+    if programs > _SMS:
+        # A last wave of a few programs takes as long as a full one; shorter waves
+        # waste less, but each has a start, and more sums to write.
+        splits = min(range(1, 9), key=lambda x: -(-programs * x // _SMS) / x + x / 20)
+    splits = min(splits, -(-n // rows))
     return {
         "down_columns": size,
         "down_neurons": rows,

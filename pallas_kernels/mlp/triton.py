@@ -11,6 +11,9 @@ them up.
 For very few inputs one kernel does both products: a program takes its neurons all the
 way and writes a partial output.
 
+Few neurons in a program would leave tensor cores without enough rows: their columns are
+then folded, one row for every fold.
+
 Triton wants arrays of power-of-two size and dots of at least 16 rows: batches, neurons
 and model dims are padded with masked loads, never in memory.
 """
@@ -25,6 +28,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._backend import pltriton
 from pallas_kernels._sizes import ceil_multiple, ceil_power_of_two
+from pallas_kernels.mlp.activations import ACTIVATIONS
 from pallas_kernels.mlp.configs import Config, heuristic
 from pallas_kernels.tuning import table
 
@@ -45,7 +49,7 @@ def mlp(
         facts = {"b": b, "n": n, "m": m, "itemsize": x.dtype.itemsize}
         facts["gated"] = "gate" in weights
         config = table.mlp_config(heuristic(**facts), **facts)
-    act = _ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation]
     if config.fused:
         return _one_kernel(x, weights, neurons, n, act, config, interpret)
     hidden = _enter(x, weights, neurons, n, act, config, interpret)
@@ -110,46 +114,68 @@ def _enter_kernel(
     config: Config,
 ):
     b, m = x_ref.shape
-    split = pl.program_id(2)
-    rows = _block(pl.program_id(0), config.batch)  # of the batch
-    row_mask = _below(rows, b, config.batch)
-    own = _arange(max(ceil_power_of_two(config.up_neurons), 16))
-    is_own = _below(own, config.up_neurons, own.size)
-    places = pl.program_id(1) * config.up_neurons + own  # in the selection
-    place_mask = _both(is_own, _below(places, n, math.lcm(config.up_neurons, 16)))
+    split, folds = pl.program_id(2), config.up_folds
+    size = max(ceil_power_of_two(config.up_neurons), 16)
     f = weights_refs["up"].shape[0]
-    neuron = _clip(_selected(neurons_ref, places, place_mask), f)
+    folded = pl.cdiv(m, folds * config.up_columns) * config.up_columns
+
+    def inputs(own):
+        rows = pl.program_id(0) * config.batch + own
+        return rows, _below(rows, b, config.batch)
+
+    def neurons(own):
+        places = pl.program_id(1) * config.up_neurons + own  # in the selection
+        mask = _below(places, n, math.lcm(config.up_neurons, 16))
+        return places, _both(_below(own, config.up_neurons, size), mask)
+
+    def load(ref, rows, row_mask, parts, index):
+        cols = _block(index, config.up_columns)
+        if folds > 1:
+            cols = parts[:, None] * folded + cols[None, :]
+        col_mask = _below(cols, m, folds * config.up_columns)
+        return _load_tile(ref, rows, cols, row_mask, col_mask)
+
+    own, input_parts = _fold(config.batch, folds)
+    row, row_mask = inputs(own)
+    own, parts = _fold(size, folds)
+    place, place_mask = neurons(own)
+    neuron = _clip(_selected(neurons_ref, place, place_mask), f)
 
     def step(index, sums):
-        cols = _block(index, config.up_columns)
-        col_mask = _below(cols, m, config.up_columns)
-        x = _load_tile(x_ref, rows, cols, row_mask, col_mask)
+        x = load(x_ref, row, row_mask, input_parts, index)
 
         def add(total, name):
-            tile = _load_tile(weights_refs[name], neuron, cols, place_mask, col_mask)
+            tile = load(weights_refs[name], neuron, place_mask, parts, index)
             # Neurons first: wgmma wants 64 rows or more, the batch may have few.
             return total + _dot(tile, x, 1)
 
         return {name: add(total, name) for name, total in sums.items()}
 
-    zeros = jnp.zeros((own.size, config.batch), jnp.float32)
+    zeros = jnp.zeros((neuron.size, row.size), jnp.float32)
     sums = {name: zeros for name in _sums(weights_refs)}
-    steps = _share(pl.cdiv(m, config.up_columns), split, config.up_splits)
+    steps = _share(folded // config.up_columns, split, config.up_splits)
     sums = lax.fori_loop(*steps, step, sums)
     if "up_bias" in weights_refs:
-        mask = _both(place_mask, split == 0)
+        mask = _both(place_mask, (parts == 0) & (split == 0))
         bias = _load(weights_refs["up_bias"].at[neuron], mask)
         sums["up"] += bias.astype(jnp.float32)[:, None]
+    if folds > 1:
+        sums = {name: _unfold(total, folds) for name, total in sums.items()}
     if config.up_splits == 1:
         outs = [_activations(sums, act)]
     else:
         outs = [sums[name] for name in _sums(weights_refs)]
+    rows, row_mask = inputs(_arange(config.batch))
+    own = _arange(size)
+    places, _ = neurons(own)
+    # Also what is not selected, which the second product then multiplies by nothing.
+    own_mask = _below(own, config.up_neurons, size)
     for out_ref, value in zip(out_refs, outs, strict=True):
         # The batch is the major axis in memory.
         pltriton.store(
             out_ref.at[split, rows[None, :], places[:, None]],
             value.astype(out_ref.dtype),
-            mask=_both(_column(is_own), _row(row_mask)),
+            mask=_both(_column(own_mask), _row(row_mask)),
         )
 
 
@@ -284,6 +310,21 @@ def _sum(x):
     return jnp.sum(jnp.sum(x.reshape(-1, 4, 2), axis=1))
 
 
+def _fold(size, folds):
+    """The index and the part of each of size x folds rows."""
+    rows = _arange(size * folds)
+    return (rows, rows * 0) if folds == 1 else (rows // folds, rows % folds)
+
+
+def _unfold(sums, folds):
+    """The sums over all columns, from products of every fold with every other one."""
+    row, column = (_arange(size) % folds for size in sums.shape)
+    sums = jnp.where(row[:, None] == column[None, :], sums, 0.0)
+    neurons, inputs = (size // folds for size in sums.shape)
+    sums = jnp.sum(sums.reshape(neurons, folds, inputs * folds), axis=1)
+    return jnp.sum(sums.reshape(neurons, inputs, folds), axis=2)
+
+
 def _sums(weights):
     """The matrices of the first product."""
     return tuple(name for name in ("up", "gate") if name in weights)
@@ -347,11 +388,13 @@ def _load(ref, mask):
 
 
 def _load_tile(ref, rows, cols, row_mask, col_mask):
-    """Load ref[rows, cols], 0 where masked."""
-    mask = _both(_column(row_mask), _row(col_mask))
+    """Load ref[rows, cols], 0 where masked; cols are the same or each row's own."""
+    if cols.ndim == 1:
+        cols, col_mask = cols[None, :], _row(col_mask)
+    mask = _both(_column(row_mask), col_mask)
     if mask is not None:
-        mask = jnp.broadcast_to(mask, (rows.size, cols.size))
-    return _load(ref.at[rows[:, None], cols[None, :]], mask)
+        mask = jnp.broadcast_to(mask, (rows.size, cols.shape[1]))
+    return _load(ref.at[rows[:, None], cols], mask)
 
 
 def _dot(x, y, axis):
@@ -363,22 +406,3 @@ def _dot(x, y, axis):
         precision=lax.Precision.HIGHEST,  # float32 operands would become TF32
         preferred_element_type=jnp.float32,
     )
-
-
-def _gelu(x):
-    """The exact GELU; Pallas lowers no erf for Triton, so its formula is here."""
-    # Abramowitz and Stegun 7.1.26: within 1.5e-7 of erf.
-    z = jnp.abs(x) * math.sqrt(0.5)
-    t = 1.0 / (1.0 + 0.3275911 * z)
-    series = 1.061405429
-    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        series = series * t + coefficient
-    tail = series * t * jnp.exp(-z * z)  # 1 - erf(z)
-    return jnp.where(x < 0, 0.5 * x * tail, x - 0.5 * x * tail)
-
-
-_ACTIVATIONS = {
-    "relu": lambda x: jnp.maximum(x, 0.0),
-    "silu": lambda x: x / (1.0 + jnp.exp(-x)),
-    "gelu": _gelu,
-}
