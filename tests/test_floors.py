@@ -20,9 +20,10 @@ FLOORS = {
         pallas_kernels.tuning.timing
         pallas_kernels.attention.configs
         pallas_kernels.attention.reference
+        pallas_kernels.attention.shares
+        pallas_kernels.attention.combine
         pallas_kernels.attention.triton
         pallas_kernels.attention.hopper
-        pallas_kernels.attention.shares
         pallas_kernels.attention.stream
         pallas_kernels.attention.mosaic
         pallas_kernels.attention.api

@@ -11,7 +11,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -20,6 +19,9 @@ from pallas_kernels.attention.hopper import Config, plgpu
 from pallas_kernels.attention.reference import append
 from pallas_kernels.attention.shares import Work
 from pallas_kernels.attention.stream import attend_pieces, full, spread, store
+
+# Pieces that are combined at once at least: unequal lengths cut a group into more.
+_PIECES = 8
 
 
 def attend(
@@ -51,18 +53,12 @@ def attend(
     k, s = k_cache.shape[1:3]
     g = h // k
     hopper.check(q, s, g)
-    dense = heads is None and n_active is None
-    if heads is None:  # a constant; of jnp's making it would be a kernel in each call
-        heads = np.tile(np.arange(k, dtype=np.int32), (b, 1))
-    n = heads.shape[1]
-    if n_active is None:
-        n_active = np.full(b, n, np.int32)
+    n = k if heads is None else heads.shape[1]
     columns, padded = hopper.padded(g, d)
     config = config or hopper.heuristic(g=g, d=d)
     # Interpreted programs are threads of the host.
     programs = config.programs or (4 if interpret else hopper.sms())
     work = Work(s=s, n=n, block=config.block, window=window, programs=programs)
-    ends, begins = work.schedule(lengths, n_active)
 
     # Rows of a tile in shared memory are as wide as the widest swizzle that divides
     # the head dim; columns beyond the head dim are filled with zeros by the copy.
@@ -81,7 +77,6 @@ def attend(
             g=g,
             scale=scale,
             softcap=softcap,
-            dense=dense,
         ),
         name="select_head_attention",
         out_type=(
@@ -109,23 +104,20 @@ def attend(
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
-    )(begins, ends, lengths, n_active, heads, q, k_cache, v_cache)
+    )(lengths, n_active, heads, q, k_cache, v_cache)
     out = jax.new_ref(out)  # the second kernel adds to it
+    # It waits for memory most of the time: more programs wait for less each, and load
+    # all pieces of a group at once if all are equally long, as far as registers go.
+    part = 64 if d % 64 == 0 else padded
+    pieces = max(programs // (b * n) + 2, _PIECES)
+    steps = pl.cdiv(pieces, 2 * hopper.MAX_ACCUMULATOR // (part * columns))
     call(
-        functools.partial(
-            _combine_pieces,
-            g=g,
-            # About as many as a group has, as far as the registers go.
-            unroll=min(
-                max(programs // (b * n), 2),
-                2 * hopper.MAX_ACCUMULATOR // (padded * columns),
-            ),
-        ),
+        functools.partial(_combine_pieces, g=g, unroll=pl.cdiv(pieces, steps)),
         name="combine_pieces",
         out_type=(),
-        scratch_types=dict(results=plgpu.SMEM((columns, padded), q.dtype)),
-        grid=(programs,),
-        grid_names=("program",),
+        scratch_types=dict(results=plgpu.SMEM((columns, part), q.dtype)),
+        grid=(programs, padded // part),
+        grid_names=("program", "part"),
     )(cuts, partials, logs, out)
     # In a loop that keeps the outputs, XLA would let the second kernel write straight
     # into the kept array, forgetting that it adds to what the first has written.
@@ -151,44 +143,52 @@ def _combine_pieces(
     logs_ref,  # [programs, 2, g padded] float32
     out_ref,  # [b, h, d]
     *,
-    results,  # [g padded, d padded]
+    results,  # [g padded, part of d padded]
     g: int,
     unroll: int,
 ):
-    program = lax.axis_index("program")
-    pieces = cuts_ref[program, 0]
+    """Combine the pieces of a group that a share begins and another ends.
 
-    def load(ref, piece, layout):
-        # The first one may be the second of its share; the others begin theirs.
-        piece = jnp.minimum(piece, pieces - 1)
-        place = jnp.where(piece == 0, cuts_ref[program, 1], 0)
-        return plgpu.load(
-            ref.at[program + piece, place], layout=layout, optimized=False
-        )
+    A program does so for a part of the head dim.
+    """
+    program = lax.axis_index("program")
+    columns, rows = results.shape
+    first = lax.axis_index("part") * rows
+    pieces = cuts_ref[program, 0]
 
     def add(step, carry):
         top, total, acc = carry
         # Several at a time, so that they are on their way together.
-        group = [step * unroll + x for x in range(unroll)]
-        logs = [load(logs_ref, x, plgpu.Layout.WGMMA.reduce(0)) for x in group]
-        partials = [load(partials_ref, x, plgpu.Layout.WGMMA) for x in group]
-        for piece, log, partial in zip(group, logs, partials, strict=True):
-            log = jnp.where(piece < pieces, log, -jnp.inf)
-            new_top = jnp.maximum(top, log)
-            rescale, weight = jnp.exp2(top - new_top), jnp.exp2(log - new_top)
-            acc = acc * spread(rescale, acc) + partial * spread(weight, acc)
-            top, total = new_top, total * rescale + weight
-        return top, total, acc
+        logs, partials = [], []
+        for x in range(unroll):
+            number = step * unroll + x
+            share = program + jnp.minimum(number, pieces - 1)
+            # The first piece may be the second of its share; the others begin theirs.
+            place = 0 if x else jnp.where(step == 0, cuts_ref[program, 1], 0)
+            log = load(logs_ref.at[share, place], plgpu.Layout.WGMMA.reduce(0))
+            logs.append(jnp.where(number < pieces, log, -jnp.inf))
+            partial = partials_ref.at[share, place, pl.ds(first, rows)]
+            partials.append(load(partial, plgpu.Layout.WGMMA))
+        new_top = functools.reduce(jnp.maximum, logs, top)
+        rescale = jnp.exp2(top - new_top)
+        total, acc = total * rescale, acc * spread(rescale, acc)
+        for log, partial in zip(logs, partials, strict=True):
+            weight = jnp.exp2(log - new_top)
+            total, acc = total + weight, acc + partial * spread(weight, acc)
+        return new_top, total, acc
+
+    def load(ref, layout):
+        return plgpu.load(ref, layout=layout, optimized=False)
 
     @pl.when(pieces > 0)
     def _():
-        padded, columns = partials_ref.shape[2:]
         carry = (
             full((columns,), -jnp.inf),
             full((columns,), 0.0),
-            full((padded, columns), 0.0),
+            full((rows, columns), 0.0),
         )
         steps = lax.div(pieces + (unroll - 1), unroll)
         _, total, acc = lax.fori_loop(0, steps, add, carry)
         acc = acc * spread(1.0 / total, acc)
-        store(acc, results, out_ref, cuts_ref[program, 2], cuts_ref[program, 3], g)
+        i, group = cuts_ref[program, 2], cuts_ref[program, 3]
+        store(acc, results, out_ref, i, group, g, first)

@@ -63,22 +63,3 @@ class Work:
             lax.div(tile, share + 1),
             longer + lax.div(behind, jnp.maximum(share, 1)),
         )
-
-    def schedule(self, lengths, n_active):
-        """Where in the line the sequences end, and with which the programs begin.
-
-        Args:
-            lengths: int32 [b].
-            n_active: int32 [b].
-
-        Returns:
-            int32 [b], and int32 [programs]; b for empty shares, which lie behind.
-        """
-        line = self.tiles(lengths)[1] * self.groups(n_active)
-        i = jnp.arange(len(line), dtype=jnp.int32)
-        # A triangle of comparisons is one small kernel, a cumulative sum is several.
-        before = i[None, :] <= i[:, None]
-        ends = jnp.sum(jnp.where(before, line[None, :], 0), axis=1, dtype=jnp.int32)
-        begin, _ = self.share(ends[-1], jnp.arange(self.programs, dtype=jnp.int32))
-        before = ends[None, :] <= begin[:, None]
-        return ends, jnp.sum(before, axis=1, dtype=jnp.int32)

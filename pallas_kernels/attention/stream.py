@@ -18,14 +18,13 @@ from pallas_kernels.attention.shares import Work
 
 _LOG2E = math.log2(math.e)
 _COMPUTE, _LOAD, _ZERO = 0, 1, 2  # the warpgroups of a program
+_ROUND = 64  # sequences of which a program looks up the lengths at the same time
 
 
 def attend_pieces(
-    begins_ref,  # [programs]
-    ends_ref,  # [b]
     lengths_ref,  # [b]
-    n_active_ref,  # [b]
-    heads_ref,  # [b, n]
+    n_active_ref,  # [b]; None is n
+    heads_ref,  # [b, n]; None is every group
     q_ref,  # [b, h, d]
     k_ref,  # [b, k, s, d]
     v_ref,  # [b, k, s, d]
@@ -52,7 +51,6 @@ def attend_pieces(
     g: int,
     scale: float,
     softcap: float | None,
-    dense: bool,
 ):
     """Attend over one program's share of all tiles.
 
@@ -61,14 +59,28 @@ def attend_pieces(
     """
     program = lax.axis_index("program")
     warpgroup = lax.axis_index("warpgroup")
-    (b, n), k = heads_ref.shape, k_ref.shape[1]
+    b, k = k_ref.shape[:2]
     stages, block, padded = keys.shape
     columns = queries.shape[0]
+
+    def groups(i):
+        """How many of a sequence's groups are selected."""
+        return work.n if n_active_ref is None else work.groups(n_active_ref[i])
+
+    def selected(i, j):
+        return j if heads_ref is None else jnp.clip(heads_ref[i, j], 0, k - 1)
 
     def line(i):
         """Tiles of one of a sequence's groups, and of all the selected ones."""
         blocks = work.tiles(lengths_ref[i])[1]
-        return blocks, blocks * work.groups(n_active_ref[i])
+        return blocks, blocks * groups(i)
+
+    # Of no use to the warpgroup that writes zeros, which would slow down the others.
+    whole_line, *begin = lax.cond(
+        warpgroup != _ZERO,
+        lambda: find_share(lambda i: line(i)[1], b, work, program),
+        lambda: (jnp.int32(0),) * 4,
+    )
 
     def for_each_piece(body):
         def step(state):
@@ -81,9 +93,8 @@ def attend_pieces(
             )
             first, blocks = work.tiles(lengths_ref[i])
             count = jnp.minimum(blocks - skip, left)
-            group = jnp.clip(heads_ref[i, j], 0, k - 1)
-            body(i, group, first + skip, count, ring, piece)
-            last = j + 1 == work.groups(n_active_ref[i])
+            body(i, selected(i, j), first + skip, count, ring, piece)
+            last = j + 1 == groups(i)
             return (
                 jnp.where(last, i + 1, i),
                 jnp.where(last, 0, j + 1),
@@ -93,12 +104,9 @@ def attend_pieces(
                 piece + 1,
             )
 
-        i = jnp.minimum(begins_ref[program], b - 1)
-        blocks, own = line(i)
-        begin, left = work.share(ends_ref[b - 1], program)
-        begin -= ends_ref[i] - own
-        blocks = jnp.maximum(blocks, 1)  # if the share is empty
-        state = (i, lax.div(begin, blocks), lax.rem(begin, blocks), left)
+        i, skip, left = begin
+        blocks = jnp.maximum(line(i)[0], 1)  # 0 if the share is empty
+        state = (i, lax.div(skip, blocks), lax.rem(skip, blocks), left)
         state = (*state, jnp.int32(0), jnp.int32(0))
         lax.while_loop(lambda state: state[3] > 0, step, state)
 
@@ -110,14 +118,14 @@ def attend_pieces(
         def zero(x, _):
             number = program + x * work.programs
             i, group = lax.div(number, k), lax.rem(number, k)
-            active = work.groups(n_active_ref[i])
+            active = groups(i)
 
             def find(j, found):
-                return found | ((heads_ref[i, j] == group) & (j < active))
+                return found | ((selected(i, j) == group) & (j < active))
 
             unseen = line(i)[0] == 0
-            if not dense:
-                unseen |= jnp.logical_not(lax.fori_loop(0, n, find, False))
+            if not (heads_ref is None and n_active_ref is None):
+                unseen |= jnp.logical_not(lax.fori_loop(0, work.n, find, False))
 
             @pl.when(unseen)
             def _():
@@ -256,9 +264,8 @@ def attend_pieces(
 
             @pl.when(begins & jnp.logical_not(ends))
             def _():
-                total = ends_ref[b - 1]
-                following, _ = work.share(total, program + 1)
-                last = work.owner(total, following + tiles - count - 1)
+                following, _ = work.share(whole_line, program + 1)
+                last = work.owner(whole_line, following + tiles - count - 1)
                 cut = (last + 1 - program, place, i, group)
                 for x, value in enumerate(cut):
                     cuts_ref[program, x] = value
@@ -267,22 +274,61 @@ def attend_pieces(
         for_each_piece(compute)
 
 
-def store(acc, results, out_ref, i, group, g: int):
-    """Write acc [d padded, g padded] to the query heads of a group."""
+def find_share(tiles, b: int, work: Work, program):
+    """Where in the line a program's share begins.
+
+    Each program counts for itself: as XLA's, this would be kernels before the kernel.
+
+    Args:
+        tiles: gives the number of tiles of all the selected groups of a sequence.
+        b: how many sequences there are.
+        work: what there is to do.
+        program: whose share.
+
+    Returns:
+        The length of the line, the sequence that the share begins in, how many of its
+        tiles lie before the share, and how many the share has.
+    """
+
+    def for_each_sequence(body, carry):
+        # In rounds, since the loads of a round are on their way together.
+        whole = b - b % _ROUND
+        for start, end in ((0, whole), (whole, b)):
+            if start < end:
+                unroll = min(end - start, _ROUND)
+                carry = lax.fori_loop(start, end, body, carry, unroll=unroll)
+        return carry
+
+    def pass_by(i, carry):
+        sequence, before, end = carry
+        end += tiles(i)
+        passed = end <= begin
+        sequence += passed.astype(jnp.int32)
+        return sequence, jnp.where(passed, end, before), end
+
+    total = for_each_sequence(lambda i, total: total + tiles(i), jnp.int32(0))
+    begin, count = work.share(total, program)
+    sequence, before, _ = for_each_sequence(pass_by, (jnp.int32(0),) * 3)
+    # Empty shares lie behind all sequences.
+    return total, jnp.minimum(sequence, b - 1), begin - before, count
+
+
+def store(acc, results, out_ref, i, group, g: int, first=0):
+    """Write acc [columns, g padded] to a group's query heads, from column first."""
     results.transpose((1, 0))[...] = plgpu.layout_cast(
         acc.astype(results.dtype), plgpu.Layout.WGMMA_TRANSPOSED
     )
     plgpu.commit_smem()
-    _copy_out(results, out_ref, i, group, g)
+    _copy_out(results, out_ref, i, group, g, first)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _copy_out(rows, out_ref, i, group, g: int):
+def _copy_out(rows, out_ref, i, group, g: int, first=0):
     # Columns beyond the head dim are not written, rows beyond g not copied. But a
     # single row is copied as so many bytes, whatever lies behind the head.
-    cols = pl.ds(0, out_ref.shape[2] if g == 1 else rows.shape[1])
-    heads = out_ref.at[i, pl.ds(group * g, g), cols]
-    plgpu.copy_smem_to_gmem(rows.at[pl.ds(0, g), cols], heads)
+    cols = rows.shape[1] if g > 1 else min(rows.shape[1], out_ref.shape[2])
+    heads = out_ref.at[i, pl.ds(group * g, g), pl.ds(first, cols)]
+    plgpu.copy_smem_to_gmem(rows.at[pl.ds(0, g), pl.ds(0, cols)], heads)
 
 
 def _dot(x, y):

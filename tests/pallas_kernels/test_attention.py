@@ -11,14 +11,10 @@ from jaxtyping import jaxtyped
 from pallas_kernels import _backend, append_and_attend, select_head_attention
 from pallas_kernels.attention import configs, triton
 
-pytestmark = [
-    # Deprecated since jax 0.11, but it still lowers there, and serves every GPU.
-    pytest.mark.filterwarnings(
-        "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
-    ),
-    # Mosaic's interpreter multiplies the poison, as the tensor cores do.
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
+# Mosaic's interpreter multiplies the poison, as the tensor cores do.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning"
+)
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 
@@ -281,10 +277,7 @@ def test_large_scores_do_not_overflow(implementation):
 
 def test_scale(implementation):
     case = case_for(implementation)
-    scaled = select_head_attention(
-        2.0 * case.q, *case.args[1:], scale=0.5 / 8.0, implementation=implementation
-    )
-    case.check(scaled)
+    case.check(run((2.0 * case.q, *case.args[1:]), implementation, scale=0.5 / 8.0))
 
 
 def test_under_jit_in_a_scan(implementation):
@@ -294,8 +287,7 @@ def test_under_jit_in_a_scan(implementation):
     def steps(lengths):
         def step(lengths, _):
             args = (*case.args[:3], lengths, *case.args[4:])
-            out = select_head_attention(*args, implementation=implementation)
-            return lengths + 1, out
+            return lengths + 1, run(args, implementation)
 
         return jax.lax.scan(step, lengths, length=3)[1]
 

@@ -1,6 +1,7 @@
 """What is specific to the Mosaic backend; test_attention.py holds what all share."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import select_head_attention
-from pallas_kernels.attention import hopper, mosaic
+from pallas_kernels.attention import hopper, mosaic, stream
 from pallas_kernels.attention.shares import Work
 
 needs_mosaic = pytest.mark.skipif(
@@ -83,30 +84,61 @@ def test_window_and_softcap(window):
     check(args, config, window=window, softcap=2.0, scale=0.5)
 
 
+@needs_mosaic
+@pytest.mark.parametrize("h", [2, 4])
+def test_many_pieces(h):
+    # 10 pieces for each of two groups, more than are combined at once, for a share cuts
+    # both; and two parts of 64 columns.
+    args = make_args(h=h, k=2, s=1216, d=128, n_active=(2,), lengths=(0, 1210, 0))
+    check(args, hopper.Config(block=64, stages=1, programs=19), scale=0.25)
+
+
+@needs_mosaic
+def test_many_sequences():
+    # More than are looked up in one round, and most have nothing to read.
+    lengths = (0, 64, 0, 1, 0, 0, 40)
+    args = make_args(b=70, h=2, k=1, s=64, d=16, n=1, n_active=(1, 0), lengths=lengths)
+    check(args, hopper.Config(block=64, stages=1, programs=4))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def find_shares(work, lengths, n_active):
+    def tiles(i):
+        return work.tiles(lengths[i])[1] * work.groups(n_active[i])
+
+    programs = jnp.arange(work.programs, dtype=jnp.int32)
+    find = functools.partial(stream.find_share, tiles, len(lengths), work)
+    return jax.vmap(find)(programs)
+
+
 @pytest.mark.parametrize("window", [None, 1, 100])
 def test_every_tile_is_read_once(window):
     rng = np.random.default_rng(0)
-    for b, n, programs in ((1, 1, 1), (8, 4, 7), (5, 2, 40), (8, 1, 3), (3, 4, 132)):
+    cases = ((1, 1, 1), (8, 4, 7), (5, 2, 40), (3, 4, 132), (65, 3, 132), (130, 1, 20))
+    for b, n, programs in cases:
         work = Work(s=500, n=n, block=64, programs=programs, window=window)
         lengths = rng.integers(-5, 600, b) * rng.integers(0, 2, b)
         n_active = rng.integers(-1, n + 2, b)
-        ends, begins = jax.jit(work.schedule)(
-            jnp.asarray(lengths, jnp.int32), jnp.asarray(n_active, jnp.int32)
-        )
-        ends, total = np.asarray(ends), int(ends[-1])
         tiles = np.ceil(np.clip(lengths, 0, 500) / 64).astype(int)
         if window:
             tiles -= np.maximum(np.clip(lengths, 0, 500) - window, 0) // 64
         line = np.repeat(np.arange(b), tiles * np.clip(n_active, 0, n))
-        assert np.array_equal(ends, np.cumsum(np.bincount(line, minlength=b)))
-        begin, count = work.share(total, jnp.arange(programs))
+        begins = np.searchsorted(line, np.arange(b))
+        total = len(line)
+
+        indices = (jnp.asarray(x, jnp.int32) for x in (lengths, n_active))
+        found = find_shares(work, *indices)
+        totals, sequence, skip, count = (np.asarray(x) for x in found)
+        assert np.all(totals == total)
         owners = np.repeat(np.arange(programs), count)
         assert len(owners) == total and count.max() - count.min() <= 1
+        assert np.all((sequence >= 0) & (sequence < b) & (skip >= 0))
         if total:
             assert np.array_equal(work.owner(total, jnp.arange(total)), owners)
-            busy = np.asarray(count) > 0
-            first = line[np.asarray(begin)[busy]]
-            assert np.array_equal(np.asarray(begins)[busy], first)
+            busy = count > 0
+            begin = (np.cumsum(count) - count)[busy]
+            assert np.array_equal(sequence[busy], line[begin])
+            assert np.array_equal(skip[busy], begin - begins[line[begin]])
 
 
 # b, h, k, s, d, n of the models.
@@ -119,7 +151,7 @@ MODELS = {
     "llama-3.1-8b-long": (1, 32, 8, 65536, 128, 4),
     "smollm2-135m": (8, 9, 3, 2048, 64, 2),
     "head-dim-256": (4, 16, 8, 1000, 256, 3),
-    "mqa": (4, 64, 1, 1000, 128, 1),
+    "mqa": (70, 64, 1, 1000, 128, 1),
 }
 
 
@@ -134,13 +166,15 @@ def specs(b, h, k, s, d, n, dtype="bfloat16"):
 def test_lowers_for_cuda(model, lower_for_cuda, monkeypatch):
     # A named kernel must not ask which backend this host has.
     monkeypatch.setattr(jax, "default_backend", None)
-    text = lower_for_cuda(
-        functools.partial(mosaic.attend, scale=0.1), *specs(*MODELS[model])
-    )
+    args = specs(*MODELS[model])
+    if args[4].shape[1] == args[1].shape[1]:  # dense if it selects all groups
+        args = (*args[:4], None, None)
+    text = lower_for_cuda(functools.partial(mosaic.attend, scale=0.1), *args)
+    # Nothing but the two kernels, so that no kernel of XLA's runs before them and the
+    # caches go to them as they are, not copied in another order.
+    operations = re.findall(r"= stablehlo\.(\w+)", text)
+    assert operations == ["custom_call", "custom_call", "optimization_barrier"]
     assert text.count("custom_call @mosaic_gpu") == 2
-    # The caches go to the kernel as they are: no copy in another order.
-    assert "stablehlo.transpose" not in text
-    assert "stablehlo.gather" not in text
 
 
 @needs_mosaic
