@@ -15,6 +15,7 @@ __all__ = [
     "gathering",
     "pltriton",
     "resolve",
+    "resolve_without_mosaic",
     "shared_bytes",
     "traced_gpu",
 ]
@@ -47,6 +48,27 @@ def resolve(implementation: Implementation | None) -> Implementation:
         raise ValueError(
             f"implementation is {implementation!r}; it must be one of {names}, or "
             "None for the default backend's own"
+        )
+    return implementation
+
+
+def resolve_without_mosaic(
+    implementation: Implementation | None, function: str
+) -> Implementation:
+    """As `resolve`, for a function that there is no Mosaic kernel of.
+
+    Args:
+        implementation: as there.
+        function: its name, for the message.
+
+    Raises:
+        ValueError: as there.
+        NotImplementedError: if a Mosaic kernel is named.
+    """
+    implementation = resolve(implementation)
+    if implementation.startswith("mosaic"):
+        raise NotImplementedError(
+            f"{function} has no {implementation!r} kernel; 'xla' and 'triton' serve it"
         )
     return implementation
 

@@ -18,7 +18,8 @@ def toy(tmp_path_factory):
         patch.setattr(kernels, "calls_to_time", lambda nbytes: 2)
         patch.setattr(kernels, "sets_to_rotate", lambda nbytes: 2)
         patch.setattr(kernels, "read_bandwidth", lambda device: 1e10)
-        kernels.main(["--toy", "--jobs", "2", "--out", str(path)])
+        options = ["--jobs", "2", "--implementations", "xla", "--out", str(path)]
+        kernels.main(["--toy", *options])
     return path
 
 

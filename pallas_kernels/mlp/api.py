@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._backend import Implementation, resolve
+from pallas_kernels._backend import Implementation, resolve_without_mosaic
 from pallas_kernels.mlp import reference, triton
 from pallas_kernels.tuning import table
 
@@ -61,7 +61,7 @@ def gathered_mlp(
     if implementation is None and neurons is None:
         implementation = "xla"
     named = implementation is not None
-    implementation = resolve(implementation)
+    implementation = resolve_without_mosaic(implementation, "gathered_mlp")
     gathers = not named and implementation == "triton"
     dense = gathers and _dense_is_faster(x, weights, neurons)
     with jax.named_scope("gathered_mlp"):

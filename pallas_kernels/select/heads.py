@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._backend import Implementation, resolve
+from pallas_kernels._backend import Implementation, resolve_without_mosaic
 from pallas_kernels.select import triton
 
 _MAX_HEADS = 1024
@@ -43,15 +44,12 @@ def top_heads(
     c = scores.shape[1]
     if not 1 <= n <= c:
         raise ValueError(f"n is {n}; it must be in 1..{c}, the number of scores")
-    implementation = resolve(implementation)
+    implementation = resolve_without_mosaic(implementation, "top_heads")
+    # A selection has no derivative, and a kernel no rule for it.
+    scores = lax.stop_gradient(scores)
     with jax.named_scope("top_heads"):
         if implementation == "xla":
             return _reference(scores, n)
-        if not implementation.startswith("triton"):
-            raise NotImplementedError(
-                f"top_heads has no {implementation!r} kernel; 'xla' and 'triton' "
-                "serve it"
-            )
         if c > _MAX_HEADS:
             raise NotImplementedError(
                 f"scores has {c} heads; the Triton kernel compares at most "

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels._backend import Implementation, resolve
+from pallas_kernels._backend import Implementation, resolve_without_mosaic
 from pallas_kernels.select import triton
 
 _MAX_NEURONS = 65_536
@@ -48,15 +48,12 @@ def union_neurons(
         )
     if not 1 <= n <= f:
         raise ValueError(f"n is {n}; it must be in 1..{f}, the number of neurons")
-    implementation = resolve(implementation)
+    implementation = resolve_without_mosaic(implementation, "union_neurons")
+    # A selection has no derivative, and a kernel no rule for it.
+    scores = lax.stop_gradient(scores)
     with jax.named_scope("union_neurons"):
         if implementation == "xla":
             return _reference(scores, live, n)
-        if not implementation.startswith("triton"):
-            raise NotImplementedError(
-                f"union_neurons has no {implementation!r} kernel; 'xla' and 'triton' "
-                "serve it"
-            )
         if f > _MAX_NEURONS:
             raise NotImplementedError(
                 f"scores has {f} neurons; the Triton kernel holds the sums of all in "

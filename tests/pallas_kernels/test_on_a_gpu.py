@@ -21,12 +21,7 @@ from pallas_kernels import (
     union_neurons,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings(
-        "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture

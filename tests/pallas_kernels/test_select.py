@@ -181,6 +181,20 @@ def test_the_search_is_bounded_whatever_the_numbers():
 # --- arguments and lowering ---
 
 
+def test_a_loss_may_select(implementation):
+    # As the recall of a router does, beside what is differentiated.
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)))
+
+    def loss(scores):
+        heads = top_heads(scores, 4, implementation=implementation)
+        neurons = union_neurons(
+            scores, jnp.ones(3, bool), 4, implementation=implementation
+        )
+        return jnp.sum(scores**2) + jnp.sum(heads) + jnp.sum(neurons)
+
+    np.testing.assert_allclose(jax.grad(loss)(scores), 2 * scores, rtol=1e-6)
+
+
 def test_wrong_scores_or_budget():
     scores = jnp.ones((2, 8))
     with pytest.raises(ValueError, match=r"n is 9; it must be in 1\.\.8"):

@@ -8,10 +8,6 @@ import pytest
 
 from pallas_kernels.tuning import problems, search, table, timing, tune
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -60,9 +60,6 @@ def test_polar_equals_masked_dense(name, seed):
     assert all(dense.tokens[i] != out.tokens[i] for i in (1, 2))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
-)
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="tests/gpu runs the kernel")
 @pytest.mark.parametrize(("name", "seed"), [("gqa", 0), ("opt", 0)])
 def test_interpreted_triton_equals_masked_dense(name, seed):
