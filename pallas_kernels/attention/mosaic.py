@@ -53,6 +53,12 @@ def attend(
     k, s = k_cache.shape[1:3]
     g = h // k
     hopper.check(q, s, g)
+    if interpret and jax.default_backend() == "gpu":
+        raise NotImplementedError(
+            "the Mosaic interpreter would wait for ever on a GPU: what its threads "
+            "compute there queues behind the call that waits for them; run it with "
+            "JAX_PLATFORMS=cpu, or take implementation='mosaic'"
+        )
     n = k if heads is None else heads.shape[1]
     columns, padded = hopper.padded(g, d)
     config = config or hopper.heuristic(g=g, d=d)

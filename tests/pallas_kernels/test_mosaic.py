@@ -12,9 +12,7 @@ from pallas_kernels import select_head_attention
 from pallas_kernels.attention import hopper, mosaic, stream
 from pallas_kernels.attention.shares import Work
 
-needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="the Mosaic kernel needs jax >= 0.11"
-)
+needs_mosaic = pytest.mark.usefixtures("mosaic_serves")
 # The interpreter multiplies the poisoned rows, as the tensor cores do.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value encountered in matmul:RuntimeWarning"
@@ -39,9 +37,9 @@ def make_args(
     return (q, *jnp.asarray(caches, dtype), *indices)
 
 
-def check(args, config=None, **options):
+def check(args, interpret, config=None, **options):
     options = {"scale": args[0].shape[-1] ** -0.5, **options}
-    out, *_ = mosaic.attend(*args, interpret=True, config=config, **options)
+    out, *_ = mosaic.attend(*args, interpret=interpret, config=config, **options)
     expected = select_head_attention(*args, **options, implementation="xla")
     assert out.dtype == expected.dtype
     out, expected = (np.asarray(x, np.float32) for x in (out, expected))
@@ -51,19 +49,19 @@ def check(args, config=None, **options):
 
 @needs_mosaic
 @pytest.mark.parametrize("programs", [1, 3, 11])
-def test_pieces(programs):
+def test_pieces(programs, interpret):
     # 1 program: the ring goes on from group to group. 11: 8 tiles, so some are idle.
     args = make_args(h=4, k=2, s=256, n_active=(2, 2, 1), lengths=(256, 0, 63))
-    check(args, hopper.Config(block=64, stages=2, programs=programs))
+    check(args, interpret, hopper.Config(block=64, stages=2, programs=programs))
 
 
 @needs_mosaic
-def test_dense_in_a_scan():
+def test_dense_in_a_scan(interpret):
     args = make_args(h=4, k=2, n_active=(2,))[:4]
 
     def step(lengths, _):
         config = hopper.Config(block=64, stages=2, programs=2)
-        options = dict(scale=0.1, interpret=True, config=config)
+        options = dict(scale=0.1, interpret=interpret, config=config)
         out, *_ = mosaic.attend(*args[:3], lengths, None, None, **options)
         return lengths + 1, out
 
@@ -78,27 +76,28 @@ def test_dense_in_a_scan():
 
 @needs_mosaic
 @pytest.mark.parametrize("window", [1, 70, 1000])
-def test_window_and_softcap(window):
+def test_window_and_softcap(window, interpret):
     args = make_args(lengths=(200, 1, 131), n_active=(1,), n=1)
     config = hopper.Config(block=64, stages=2, programs=2)
-    check(args, config, window=window, softcap=2.0, scale=0.5)
+    check(args, interpret, config, window=window, softcap=2.0, scale=0.5)
 
 
 @needs_mosaic
 @pytest.mark.parametrize("h", [2, 4])
-def test_many_pieces(h):
+def test_many_pieces(h, interpret):
     # 10 pieces for each of two groups, more than are combined at once, for a share cuts
     # both; and two parts of 64 columns.
     args = make_args(h=h, k=2, s=1216, d=128, n_active=(2,), lengths=(0, 1210, 0))
-    check(args, hopper.Config(block=64, stages=1, programs=19), scale=0.25)
+    config = hopper.Config(block=64, stages=1, programs=19)
+    check(args, interpret, config, scale=0.25)
 
 
 @needs_mosaic
-def test_many_sequences():
+def test_many_sequences(interpret):
     # More than are looked up in one round, and most have nothing to read.
     lengths = (0, 64, 0, 1, 0, 0, 40)
     args = make_args(b=70, h=2, k=1, s=64, d=16, n=1, n_active=(1, 0), lengths=lengths)
-    check(args, hopper.Config(block=64, stages=1, programs=4))
+    check(args, interpret, hopper.Config(block=64, stages=1, programs=4))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -193,6 +192,14 @@ def test_what_the_kernel_cannot_serve(message, changes):
     attend = functools.partial(mosaic.attend, scale=1.0)
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(attend, *specs(**shape))
+
+
+@needs_mosaic
+def test_the_interpreter_would_hang_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attend = functools.partial(mosaic.attend, scale=1.0, interpret=True)
+    with pytest.raises(NotImplementedError, match="JAX_PLATFORMS=cpu"):
+        jax.eval_shape(attend, *specs(1, 2, 1, 64, 64, 1))
 
 
 def test_needs_a_newer_jax(monkeypatch):

@@ -88,6 +88,8 @@ def test_error_is_that_of_dense_attention(name, rng, compiled):
 
 @pytest.fixture(params=["triton", "mosaic"])
 def compiled(request):
+    if request.param == "mosaic":
+        request.getfixturevalue("mosaic_serves")
     return request.param
 
 
