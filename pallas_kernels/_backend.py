@@ -76,8 +76,8 @@ def resolve_without_mosaic(
 def gathering(implementation: Implementation | None) -> Implementation | None:
     """The implementation of what gathers rows or selects, beside one of attention.
 
-    Hopper's copy engine gathers no rows, so that there Mosaic serves attention alone
-    and Triton is its companion; the others are their own.
+    Beside attention Mosaic has a kernel for very few inputs alone, so that Triton is
+    its companion; the others are their own.
 
     Args:
         implementation: of attention; None stays None.

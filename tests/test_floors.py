@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: """
         pallas_kernels._backend
+        pallas_kernels._hopper
         pallas_kernels._sizes
         pallas_kernels.tuning.table
         pallas_kernels.tuning.timing
@@ -32,6 +33,7 @@ FLOORS = {
         pallas_kernels.mlp.configs
         pallas_kernels.mlp.reference
         pallas_kernels.mlp.triton
+        pallas_kernels.mlp.mosaic
         pallas_kernels.mlp.api
         pallas_kernels.mlp
         pallas_kernels.select.search

@@ -2,25 +2,15 @@
 
 import dataclasses
 import math
-from typing import Any
 
-import jax
-from jax.experimental.pallas import mosaic_gpu
+from pallas_kernels import _hopper
+from pallas_kernels._hopper import SHARED_BYTES
 
-from pallas_kernels._backend import traced_gpu
-
-# The one import of Pallas' Mosaic backend; its types differ from release to release.
-plgpu: Any = mosaic_gpu
-
-# Shared memory that a program can have, and what of it goes to barriers, reductions
-# and gaps between arrays.
-_SHARED_BYTES = 227 * 1024
+# What of the shared memory goes to barriers, reductions and gaps between arrays.
 _OTHER_BYTES = 8 * 1024
 # The accumulators are d x g registers of one warpgroup.
 MAX_ACCUMULATOR = 64 * 128
 _MAX_HEAD_DIM = 256
-# The SMs of an H100 or H200, for whoever traces on a host without one.
-_SMS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +34,7 @@ def heuristic(*, g: int, d: int) -> Config:
     # The scores are block x g registers of one warpgroup.
     block = 128 if rows <= 128 and columns <= 32 else 64
     taken = _OTHER_BYTES + 2 * columns * (5 * rows + block)
-    return Config(block, stages=min((_SHARED_BYTES - taken) // (4 * block * rows), 2))
+    return Config(block, stages=min((SHARED_BYTES - taken) // (4 * block * rows), 2))
 
 
 def padded(g: int, d: int) -> tuple[int, int]:
@@ -52,19 +42,10 @@ def padded(g: int, d: int) -> tuple[int, int]:
     return -(-g // 8) * 8, -(-d // 64) * 64
 
 
-def check(q, s: int, g: int) -> None:
+def check(q, s: int, g: int, interpret: bool) -> None:
     """Raise NotImplementedError for what the kernel cannot serve."""
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError(
-            f"the Mosaic attention kernel needs jax >= 0.11, not {jax.__version__}; "
-            "implementation='triton' serves older ones"
-        )
+    _hopper.check("attention", q.dtype, interpret)
     d = q.shape[2]
-    if q.dtype.itemsize != 2:
-        raise NotImplementedError(
-            f"the Mosaic attention kernel serves bfloat16 and float16, not {q.dtype}: "
-            "Hopper's tensor cores have no float32"
-        )
     if d > _MAX_HEAD_DIM or d % 16 or math.prod(padded(g, d)) > MAX_ACCUMULATOR:
         raise NotImplementedError(
             f"the Mosaic attention kernel serves head dims up to {_MAX_HEAD_DIM} that "
@@ -77,18 +58,3 @@ def check(q, s: int, g: int) -> None:
             "the Mosaic attention kernel copies caches in rows of 8 positions; their "
             f"length must be a multiple of 8, not {s}"
         )
-
-
-def sms() -> int:
-    """How many SMs the device has that is traced for; it must be of Hopper's kind."""
-    device = traced_gpu()
-    if device is None:
-        return _SMS  # traced on a host without one
-    if isinstance(device, jax.sharding.AbstractDevice):
-        return device.num_cores or _SMS
-    if device.compute_capability != "9.0":
-        raise NotImplementedError(
-            "the Mosaic attention kernel is for Hopper (compute capability 9.0), not "
-            f"{device.device_kind} ({device.compute_capability})"
-        )
-    return device.core_count

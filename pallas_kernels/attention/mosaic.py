@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels._hopper import compiler_params, interpreter, plgpu, sms
 from pallas_kernels.attention import hopper
-from pallas_kernels.attention.hopper import Config, plgpu
+from pallas_kernels.attention.hopper import Config
 from pallas_kernels.attention.reference import append
 from pallas_kernels.attention.shares import Work
 from pallas_kernels.attention.stream import attend_pieces, full, spread, store
@@ -52,18 +53,12 @@ def attend(
     b, h, d = q.shape
     k, s = k_cache.shape[1:3]
     g = h // k
-    hopper.check(q, s, g)
-    if interpret and jax.default_backend() == "gpu":
-        raise NotImplementedError(
-            "the Mosaic interpreter would wait for ever on a GPU: what its threads "
-            "compute there queues behind the call that waits for them; run it with "
-            "JAX_PLATFORMS=cpu, or take implementation='mosaic'"
-        )
+    hopper.check(q, s, g, interpret)
     n = k if heads is None else heads.shape[1]
     columns, padded = hopper.padded(g, d)
     config = config or hopper.heuristic(g=g, d=d)
     # Interpreted programs are threads of the host.
-    programs = config.programs or (4 if interpret else hopper.sms())
+    programs = config.programs or (4 if interpret else sms())
     work = Work(s=s, n=n, block=config.block, window=window, programs=programs)
 
     # Rows of a tile in shared memory are as wide as the widest swizzle that divides
@@ -131,14 +126,11 @@ def attend(
 
 
 def _kernel(body, *, name, interpret, **kwargs):
-    params = plgpu.CompilerParams(
-        approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-    )
     return plgpu.kernel(
         body,
         kernel_name=name,
-        compiler_params=params,
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=compiler_params(),
+        interpret=interpreter(interpret),
         **kwargs,
     )
 
