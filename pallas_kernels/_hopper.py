@@ -32,8 +32,8 @@ def check(kernel: str, dtype: Any, interpret: bool) -> None:
         )
     if dtype.itemsize != 2:
         raise NotImplementedError(
-            f"the Mosaic {kernel} kernel serves bfloat16 and float16, not {dtype}: "
-            "Hopper's tensor cores have no float32"
+            f"the Mosaic {kernel} kernel serves bfloat16 and float16, not {dtype}; "
+            "implementation='triton' serves that too"
         )
     if interpret and jax.default_backend() == "gpu":
         raise NotImplementedError(

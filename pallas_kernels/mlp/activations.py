@@ -1,4 +1,4 @@
-"""Activations by what Pallas can lower for Triton."""
+"""Activations by what both of Pallas' backends can lower."""
 
 import math
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def _gelu(x):
-    """The exact GELU; Pallas lowers no erf for Triton, so its formula is here."""
+    """The exact GELU; Pallas lowers no erf, so its formula is here."""
     # Abramowitz and Stegun 7.1.26: within 1.5e-7 of erf.
     z = jnp.abs(x) * math.sqrt(0.5)
     t = 1.0 / (1.0 + 0.3275911 * z)

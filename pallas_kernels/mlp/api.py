@@ -40,8 +40,8 @@ def gathered_mlp(
         neurons: rows to read, int32 [n] with n >= 1, one set for the whole batch,
             distinct, in 0..f-1, in any order. None reads all f (dense).
         activation: "relu", "silu" or "gelu" (the exact one, by the error function).
-        implementation: "xla", "triton", "mosaic" (Hopper, 16 bit, few inputs: 3 of
-            4,096 dimensions), the latter two with "_interpret" behind for tests, or
+        implementation: "xla", "triton", "mosaic" (Hopper, 16 bit, few inputs: 2 of
+            4,096 dimensions), the last two with "_interpret" behind for tests, or
             None for the default backend's own where neurons are selected, and "xla"
             where there is nothing to gather: a plain matrix product is the vendor
             library's. So it is, with None, above the fraction of neurons where that
@@ -54,7 +54,7 @@ def gathered_mlp(
 
     Raises:
         ValueError: if a shape, dtype, weight name or the activation is wrong.
-        NotImplementedError: if the implementation cannot serve these shapes.
+        NotImplementedError: if the implementation cannot serve the call.
     """
     # Weights that are None count as absent: a params tree may carry them so.
     weights = {name: w for name, w in weights.items() if w is not None}

@@ -139,7 +139,7 @@ def _enter(b, n, m, itemsize, gated, splits: int | None = None) -> dict[str, int
         folds = max(min(64 // rows, 64 // batch), 1)
     tile, inputs = rows * matrices * folds, batch * folds
     # A step reads at least a cache line of each row.
-    columns = _step(tile, itemsize, least=128 // itemsize)
+    columns = _step(tile, inputs, itemsize, least=128 // itemsize)
     return {
         "batch": batch,
         "up_neurons": size,
@@ -160,7 +160,7 @@ def _leave(b, n, m, itemsize, wider: float = 1) -> dict[str, int]:
     size = int(min(4 * batch * wider, _most(batch, itemsize)))
     while _SMS * size // m > 4 and size > 32:  # partial sums cost too
         size //= 2
-    rows = _step(size, itemsize, least=32)
+    rows = _step(size, batch, itemsize, least=32)
     programs = -(-m // size)
     splits = max(_SMS // programs, 1)
     if programs > _SMS:
@@ -193,9 +193,12 @@ def _even(total, programs, most):
     return ceil_multiple(-(-each // rounds), 16)
 
 
-def _step(tile, itemsize, least):
+def _step(tile, inputs, itemsize, least):
     wanted = min(_TILE_BYTES, shared_bytes() // 6) // (tile * itemsize)
-    return min(max(floor_power_of_two(wanted), least), 128 if itemsize == 2 else 32)
+    wanted = min(max(floor_power_of_two(wanted), least), 128 if itemsize == 2 else 32)
+    # Two stages must fit.
+    most = (shared_bytes() - _OTHER_BYTES) // (2 * (tile + inputs) * itemsize)
+    return min(wanted, floor_power_of_two(most))
 
 
 def _warps(tile, batch, itemsize):

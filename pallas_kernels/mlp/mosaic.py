@@ -29,7 +29,7 @@ from pallas_kernels.mlp.activations import ACTIVATIONS
 _COMPUTE, _LOAD = 0, 1  # the warpgroups of a program
 # Of the registers of a thread, those that inputs and sums may take; and shared memory
 # that is left to barriers and reductions.
-_MAX_REGISTERS = 160
+_MAX_REGISTERS = 140
 _OTHER_BYTES = 4 * 1024
 _MAX_STAGES = 8
 
@@ -49,9 +49,9 @@ class Config:
     programs: int | None = None
 
 
-def heuristic(*, m: int, gated: bool, itemsize: int = 2) -> Config:
+def heuristic(*, m: int, gated: bool) -> Config:
     """Two neurons at a time if that leaves two stages, else one."""
-    row_bytes = (3 if gated else 2) * m * itemsize
+    row_bytes = (3 if gated else 2) * m * 2
     neurons = 2 if 4 * row_bytes <= SHARED_BYTES - _OTHER_BYTES else 1
     stages = (SHARED_BYTES - _OTHER_BYTES) // (neurons * row_bytes)
     return Config(neurons, min(stages, _MAX_STAGES))
@@ -156,7 +156,14 @@ def _kernel(
                 return places
             return [jnp.clip(neurons_ref[place], 0, f - 1) for place in places]
 
-        def load(step, rows):
+        def fetch(rows):
+            """Their biases."""
+            if bias_ref is None:
+                return []
+            return [bias_ref[row].astype(jnp.float32) for row in rows]
+
+        def load(step, carry):
+            rows, values, following = carry
             slot = lax.rem(step, stages)
             plgpu.barrier_wait(free.at[slot])
             for i, row in enumerate(rows):
@@ -167,15 +174,15 @@ def _kernel(
                         full.at[slot],
                         oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
                     )
-            # Those of the next step are on their way meanwhile.
-            following = select(step + 1)
-            if bias_ref is not None:
-                for i, row in enumerate(rows):
-                    biases[slot, i] = bias_ref[row].astype(jnp.float32)
+            for i, value in enumerate(values):
+                biases[slot, i] = value
+            if values:
                 plgpu.barrier_arrive(full.at[slot])
-            return following
+            # What is read from far off is used a step later, when it has come.
+            return following, fetch(following), select(step + 2)
 
-        lax.fori_loop(0, steps, load, select(0))
+        rows = select(0)
+        lax.fori_loop(0, steps, load, (rows, fetch(rows), select(1)))
         for slot in range(stages):
             plgpu.barrier_wait(free.at[slot])
 
@@ -201,21 +208,22 @@ def _kernel(
             slot = lax.rem(step, stages)
             plgpu.barrier_wait(full.at[slot])
 
-            def entering(name, x):
+            sums = {}
+            for name in (name for name in rings if name != "down"):
                 tile = read(rings[name].at[slot], layout)
-                return jnp.sum(tile * spread(x.astype(jnp.float32), 0), axis=1)
-
+                inputs = [spread(x.astype(jnp.float32), 0) for x in xs]
+                sums[name] = [jnp.sum(tile * x, axis=1) for x in inputs]
+            if bias_ref is not None:
+                bias = read(biases.at[slot], layout.reduce(1))
+                sums["up"] = [up + bias for up in sums["up"]]
+            place = step * size + plgpu.broadcasted_iota(
+                jnp.int32, (size,), 0, layout=layout.reduce(1)
+            )
             hidden = []
-            for x in xs:
-                up = entering("up", x)
-                if bias_ref is not None:
-                    up += read(biases.at[slot], layout.reduce(1))
-                up = act(entering("gate", x)) * up if "gate" in rings else act(up)
-                place = step * size + plgpu.broadcasted_iota(
-                    jnp.int32, (size,), 0, layout=layout.reduce(1)
-                )
-                up = jnp.where(place < count, up, 0.0)
-                hidden.append(up.astype(x_ref.dtype).astype(jnp.float32))
+            for i, up in enumerate(sums["up"]):
+                value = act(sums["gate"][i]) * up if "gate" in sums else act(up)
+                value = jnp.where(place < count, value, 0.0)
+                hidden.append(value.astype(x_ref.dtype).astype(jnp.float32))
             down = read(rings["down"].at[slot], layout)
             pairs = zip(totals, hidden, strict=True)
             totals = [

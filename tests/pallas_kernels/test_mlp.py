@@ -329,7 +329,8 @@ def test_lowers_for_cuda(model, dtype, lower_for_cuda, monkeypatch):
 @pytest.mark.parametrize("b", [1, 2, 16, 17, 64, 100, 256])
 def test_heuristic_fits_the_hardware(b, itemsize, gated, shared, monkeypatch):
     monkeypatch.setattr(configs, "shared_bytes", lambda: shared * 1024)
-    shapes = ((1, 1), (500, 576), (3686, 9216), (36864, 9216), (999, 1000), (7, 16384))
+    shapes = [(1, 1), (500, 576), (3686, 9216), (36864, 9216), (999, 1000), (7, 16384)]
+    shapes += [(1, 2047), (4300, 1), (500, 2048), (4915, 256)]
     for n, m in shapes:
         c = configs.heuristic(b=b, n=n, m=m, itemsize=itemsize, gated=gated)
         if c.fused:
@@ -381,7 +382,7 @@ def test_mosaic(name, sizes, interpret):
     ("message", "changes"),
     [
         ("not float32", dict(dtype="float32")),
-        ("multiples of 256, up to 13653", dict(m=384)),
+        ("multiples of 256, up to 11946", dict(m=384)),
         ("not 4 of 4096", dict(b=4, m=4096, f=2, n=1)),
     ],
 )
