@@ -1,5 +1,6 @@
 """What the Mosaic GPU kernels share: the backend, the hardware, what they refuse."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,16 +59,18 @@ def sms() -> int:
     return device.core_count
 
 
-def compiler_params() -> Any:
-    """How all of them are compiled."""
-    return plgpu.CompilerParams(
+def kernel(body: Callable[..., None], *, name: str, interpret: bool, **options) -> Any:
+    """`plgpu.kernel`, compiled as all of ours are."""
+    params = plgpu.CompilerParams(
         approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
     )
-
-
-def interpreter(interpret: bool) -> Any:
-    """What `plgpu.kernel` wants to hear of it."""
-    return plgpu.InterpretGPUParams() if interpret else None
+    return plgpu.kernel(
+        body,
+        kernel_name=name,
+        compiler_params=params,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        **options,
+    )
 
 
 def across_threads(m: int) -> Any:

@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: """
         pallas_kernels._backend
+        pallas_kernels._dot
         pallas_kernels._hopper
         pallas_kernels._sizes
         pallas_kernels.tuning.table

@@ -5,6 +5,7 @@ import math
 
 from pallas_kernels import _hopper
 from pallas_kernels._hopper import SHARED_BYTES
+from pallas_kernels._sizes import ceil_multiple
 
 # What of the shared memory goes to barriers, reductions and gaps between arrays.
 _OTHER_BYTES = 8 * 1024
@@ -39,7 +40,7 @@ def heuristic(*, g: int, d: int) -> Config:
 
 def padded(g: int, d: int) -> tuple[int, int]:
     """Queries per group and head dim, as the tensor cores take them."""
-    return -(-g // 8) * 8, -(-d // 64) * 64
+    return ceil_multiple(g, 8), ceil_multiple(d, 64)
 
 
 def check(q, s: int, g: int, interpret: bool) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._hopper import compiler_params, interpreter, plgpu, sms
+from pallas_kernels._hopper import kernel, plgpu, sms
 from pallas_kernels.attention import hopper
 from pallas_kernels.attention.hopper import Config
 from pallas_kernels.attention.reference import append
@@ -70,7 +70,7 @@ def attend(
     )
     ring = plgpu.SMEM((config.stages, config.block, padded), q.dtype, transforms=layout)
     barriers = plgpu.Barrier(num_barriers=config.stages)
-    call = functools.partial(_kernel, interpret=interpret)
+    call = functools.partial(kernel, interpret=interpret)
     out, partials, logs, cuts = call(
         functools.partial(
             attend_pieces,
@@ -123,16 +123,6 @@ def attend(
     # In a loop that keeps the outputs, XLA would let the second kernel write straight
     # into the kept array, forgetting that it adds to what the first has written.
     return lax.optimization_barrier(jax.freeze(out)), k_cache, v_cache
-
-
-def _kernel(body, *, name, interpret, **kwargs):
-    return plgpu.kernel(
-        body,
-        kernel_name=name,
-        compiler_params=compiler_params(),
-        interpret=interpreter(interpret),
-        **kwargs,
-    )
 
 
 def _combine_pieces(

@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._backend import pltriton
+from pallas_kernels._dot import dot
 from pallas_kernels.attention.combine import combine_pieces
 from pallas_kernels.attention.configs import Config, heuristic
 from pallas_kernels.attention.shares import Work
@@ -300,13 +301,13 @@ def _attend_tiles(inputs, loaded, start, stop, static):
         at = (sequence, group, positions[:, None], cols[None, :])
         keys = pltriton.load(inputs.k_cache.at[at], mask=mask, other=0)
         values = pltriton.load(inputs.v_cache.at[at], mask=mask, other=0)
-        scores = _scale_scores(_dot(q, keys, 1), static)
+        scores = _scale_scores(dot(q, keys, 1), static)
         scores = jnp.where(seen[None, :], scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - new_top[:, None])
         rescale = jnp.exp2(top - new_top)
         total = total * rescale + jnp.sum(weights, axis=1)
-        acc = acc * rescale[:, None] + _dot(weights.astype(values.dtype), values, 0)
+        acc = acc * rescale[:, None] + dot(weights.astype(values.dtype), values, 0)
         return new_top, total, acc
 
     top = jnp.full(rows.shape, -jnp.inf, jnp.float32)
@@ -381,14 +382,3 @@ def _head_tile(count, d):
     rows = jnp.arange(max(pl.next_power_of_2(count), 16), dtype=jnp.int32)
     cols = jnp.arange(pl.next_power_of_2(d), dtype=jnp.int32)
     return rows, cols, (rows < count)[:, None] & (cols < d)[None, :]
-
-
-def _dot(x, y, axis):
-    """Contract the last axis of x with the given axis of y, summed in float32."""
-    return lax.dot_general(
-        x,
-        y,
-        (((1,), (axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST,  # float32 operands would become TF32
-        preferred_element_type=jnp.float32,
-    )

@@ -19,8 +19,7 @@ from pallas_kernels._hopper import (
     THREADS,
     across_threads,
     check,
-    compiler_params,
-    interpreter,
+    kernel,
     plgpu,
     sms,
 )
@@ -79,16 +78,15 @@ def mlp(
     }
     copies = len(rings) * config.neurons
     biased = "up_bias" in weights
-    sums = plgpu.kernel(
+    sums = kernel(
         functools.partial(
             _kernel,
             act=ACTIVATIONS[activation],
             programs=programs,
             layout=across_threads(m),
         ),
-        kernel_name="gathered_mlp",
-        compiler_params=compiler_params(),
-        interpret=interpreter(interpret),
+        name="gathered_mlp",
+        interpret=interpret,
         out_type=jax.ShapeDtypeStruct((programs, b, m), jnp.float32),
         scratch_types=dict(
             rings=rings,

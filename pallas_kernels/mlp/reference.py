@@ -4,7 +4,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from pallas_kernels._dot import dot
 
 _ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -36,14 +37,14 @@ def mlp_over_all(x, weights, neurons, *, activation):
 def _enter(x, rows, activation):
     """The hidden values in float32."""
     act = _ACTIVATIONS[activation]
-    up = _dot(x, rows["up"], 1)
+    up = dot(x, rows["up"], 1)
     if "up_bias" in rows:
         up = up + rows["up_bias"].astype(jnp.float32)
-    return act(_dot(x, rows["gate"], 1)) * up if "gate" in rows else act(up)
+    return act(dot(x, rows["gate"], 1)) * up if "gate" in rows else act(up)
 
 
 def _leave(hidden, rows, dtype):
-    out = _dot(hidden.astype(dtype), rows["down"], 0)
+    out = dot(hidden.astype(dtype), rows["down"], 0)
     if "down_bias" in rows:
         out = out + rows["down_bias"].astype(jnp.float32)
     return out.astype(dtype)
@@ -51,14 +52,3 @@ def _leave(hidden, rows, dtype):
 
 def _take(tensor, neurons):
     return jnp.take(tensor, neurons, axis=0, mode="clip")
-
-
-def _dot(x, rows, axis):
-    """Contract the last axis of x with the given axis of rows, summed in float32."""
-    return lax.dot_general(
-        x,
-        rows,
-        (((1,), (axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST,  # keeps float32 operands out of TF32
-        preferred_element_type=jnp.float32,
-    )

@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._backend import pltriton
+from pallas_kernels._dot import dot
 from pallas_kernels._sizes import ceil_multiple, ceil_power_of_two
 from pallas_kernels.mlp.activations import ACTIVATIONS
 from pallas_kernels.mlp.configs import Config, heuristic
@@ -147,7 +148,7 @@ def _enter_kernel(
         def add(total, name):
             tile = load(weights_refs[name], neuron, place_mask, parts, index)
             # Neurons first: wgmma wants 64 rows or more, the batch may have few.
-            return total + _dot(tile, x, 1)
+            return total + dot(tile, x, 1)
 
         return {name: add(total, name) for name, total in sums.items()}
 
@@ -209,7 +210,7 @@ def _leave_kernel(
         place_mask = _below(places, n, places.size)
         neuron = _clip(_selected(neurons_ref, places, place_mask), f)
         down = _load_tile(down_ref, neuron, cols, place_mask, col_mask)
-        return total + _dot(hidden, down, 0)
+        return total + dot(hidden, down, 0)
 
     total = jnp.zeros((config.batch, own.size), jnp.float32)
     steps = _share(pl.cdiv(n, config.down_neurons), split, config.down_splits)
@@ -395,14 +396,3 @@ def _load_tile(ref, rows, cols, row_mask, col_mask):
     if mask is not None:
         mask = jnp.broadcast_to(mask, (rows.size, cols.shape[1]))
     return _load(ref.at[rows[:, None], cols], mask)
-
-
-def _dot(x, y, axis):
-    """Contract the last axis of x with the given axis of y, summed in float32."""
-    return lax.dot_general(
-        x,
-        y,
-        (((1,), (axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST,  # float32 operands would become TF32
-        preferred_element_type=jnp.float32,
-    )
