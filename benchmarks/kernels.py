@@ -21,7 +21,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -174,10 +173,8 @@ def mlp(name: str, case: Mlp, dtype, names: Names) -> Iterator[Row]:
             return ()
         return (jnp.asarray(np.sort(rng.permutation(f)[:n]).astype(np.int32)),)
 
-    # Mosaic's kernel is for few inputs; a single one is what it is timed for.
-    served = [n for n in names if n == "triton" or (n == "mosaic" and b == 1)]
-    gathering = product(served or ["xla"], case.densities)
-    rows = [(case.neurons(density), name) for name, density in gathering]
+    gathering = and_xla(names)[0]
+    rows = [(case.neurons(density), gathering) for density in case.densities]
     for n, implementation in dict.fromkeys([*rows, (f, "xla")]):
         nbytes = case.bytes(n, itemsize)
         calls = max(calls_to_time(nbytes), len(layers))

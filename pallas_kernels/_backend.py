@@ -76,8 +76,7 @@ def resolve_without_mosaic(
 def gathering(implementation: Implementation | None) -> Implementation | None:
     """The implementation of what gathers rows or selects, beside one of attention.
 
-    Beside attention Mosaic has a kernel for very few inputs alone, so that Triton is
-    its companion; the others are their own.
+    Mosaic serves attention alone, with Triton beside it; the others are their own.
 
     Args:
         implementation: of attention; None stays None.

@@ -16,7 +16,6 @@ FLOORS = {
     0: """
         pallas_kernels._backend
         pallas_kernels._dot
-        pallas_kernels._hopper
         pallas_kernels._sizes
         pallas_kernels.tuning.table
         pallas_kernels.tuning.timing
@@ -34,7 +33,6 @@ FLOORS = {
         pallas_kernels.mlp.configs
         pallas_kernels.mlp.reference
         pallas_kernels.mlp.triton
-        pallas_kernels.mlp.mosaic
         pallas_kernels.mlp.api
         pallas_kernels.mlp
         pallas_kernels.select.search

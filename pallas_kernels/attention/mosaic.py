@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._hopper import kernel, plgpu, sms
 from pallas_kernels.attention import hopper
-from pallas_kernels.attention.hopper import Config
+from pallas_kernels.attention.hopper import Config, kernel, plgpu, sms
 from pallas_kernels.attention.reference import append
 from pallas_kernels.attention.shares import Work
 from pallas_kernels.attention.stream import attend_pieces, full, spread, store

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._hopper import plgpu
+from pallas_kernels.attention.hopper import plgpu
 from pallas_kernels.attention.shares import Work
 
 _LOG2E = math.log2(math.e)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._backend import Implementation, resolve
-from pallas_kernels.mlp import mosaic, reference, triton
+from pallas_kernels._backend import Implementation, resolve_without_mosaic
+from pallas_kernels.mlp import reference, triton
 from pallas_kernels.tuning import table
 
 Activation = Literal["relu", "silu", "gelu"]
@@ -40,13 +40,12 @@ def gathered_mlp(
         neurons: rows to read, int32 [n] with n >= 1, one set for the whole batch,
             distinct, in 0..f-1, in any order. None reads all f (dense).
         activation: "relu", "silu" or "gelu" (the exact one, by the error function).
-        implementation: "xla", "triton", "mosaic" (Hopper, 16 bit, few inputs: 2 of
-            4,096 dimensions), the last two with "_interpret" behind for tests, or
-            None for the default backend's own where neurons are selected, and "xla"
-            where there is nothing to gather: a plain matrix product is the vendor
-            library's. So it is, with None, above the fraction of neurons where that
-            product over all f was measured faster than gathering: what is not selected
-            then counts as 0, but is read, and its weights must be finite.
+        implementation: "xla", "triton", "triton_interpret", or None for the default
+            backend's own where neurons are selected, and "xla" where there is nothing
+            to gather: a plain matrix product is the vendor library's. So it is, with
+            None, above the fraction of neurons where that product over all f was
+            measured faster than gathering: what is not selected then counts as 0, but
+            is read, and its weights must be finite.
 
     Returns:
         The output [b, m] in the dtype of x. The down_bias is added once, whatever
@@ -62,7 +61,7 @@ def gathered_mlp(
     if implementation is None and neurons is None:
         implementation = "xla"
     named = implementation is not None
-    implementation = resolve(implementation)
+    implementation = resolve_without_mosaic(implementation, "gathered_mlp")
     gathers = not named and implementation == "triton"
     dense = gathers and _dense_is_faster(x, weights, neurons)
     with jax.named_scope("gathered_mlp"):
@@ -70,13 +69,12 @@ def gathered_mlp(
             return reference.mlp_over_all(x, weights, neurons, activation=activation)
         if implementation == "xla":
             return reference.mlp(x, weights, neurons, activation=activation)
-        kernel = mosaic if implementation.startswith("mosaic") else triton
-        return kernel.mlp(
+        return triton.mlp(
             x,
             weights,
             neurons,
             activation=activation,
-            interpret=implementation.endswith("_interpret"),
+            interpret=implementation == "triton_interpret",
         )
 
 

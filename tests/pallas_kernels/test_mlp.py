@@ -10,7 +10,7 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from pallas_kernels import gathered_mlp
-from pallas_kernels.mlp import api, configs, mosaic, triton
+from pallas_kernels.mlp import api, configs, triton
 from pallas_kernels.tuning import table
 
 TOLERANCE = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
@@ -183,7 +183,9 @@ def test_dense_above_the_measured_fraction(monkeypatch):
         monkeypatch.setattr(table, "mlp_dense_above", dense_above)
         return gathered_mlp(*case, activation="relu", implementation=implementation)
 
-    monkeypatch.setattr(api, "resolve", lambda name: name or "triton")
+    monkeypatch.setattr(
+        api, "resolve_without_mosaic", lambda name, function: name or "triton"
+    )
     monkeypatch.setattr(triton, "mlp", lambda *args, **kwargs: "gathered")
     # 33 of 70 are selected.
     check(mlp(0.47), case, "relu")
@@ -193,6 +195,11 @@ def test_dense_above_the_measured_fraction(monkeypatch):
     assert asked == [facts] * 3
     assert mlp(0.0, "triton") == "gathered"
     assert asked == [facts] * 3
+
+
+def test_there_is_no_mosaic_kernel():
+    with pytest.raises(NotImplementedError, match="gathered_mlp has no 'mosaic' kern"):
+        run(make_case(), "relu", "mosaic")
 
 
 def test_down_bias_is_kept_when_sparse(implementation):
@@ -352,60 +359,3 @@ def test_heuristic_fits_the_hardware(b, itemsize, gated, shared, monkeypatch):
         assert -(-n // c.up_neurons) * c.up_splits <= 132 or c.up_splits == 1
         columns = -(-m // c.down_columns)
         assert columns * c.down_splits <= 132 or columns > 132 or c.down_splits == 1
-
-
-# --- the Mosaic kernel ---
-
-STREAMS = {
-    "relu": ("relu", dict(b=1, m=256, n=33)),
-    "swiglu": ("silu", dict(b=2, m=1280, n=9, gated=True, dtype="float16")),
-    "gelu-dense": ("gelu", dict(b=3, m=1024, f=11, n=None, biases=False)),
-    "one-neuron": ("relu", dict(b=1, m=512, n=1)),
-}
-
-
-@pytest.mark.usefixtures("mosaic_serves")
-@pytest.mark.parametrize("sizes", [None, (1, 3, 2), (3, 2, 5)])
-@pytest.mark.parametrize("name", STREAMS)
-def test_mosaic(name, sizes, interpret):
-    # Sizes: sets of rows that go through the ring once, often, or not at all; sets that
-    # are not filled; shares of nothing.
-    activation, changes = STREAMS[name]
-    case = make_case(**{"dtype": "bfloat16", **changes})
-    config = mosaic.Config(*sizes) if sizes else None
-    options = dict(activation=activation, interpret=interpret, config=config)
-    check(jax.jit(functools.partial(mosaic.mlp, **options))(*case), case, activation)
-
-
-@pytest.mark.usefixtures("mosaic_serves")
-@pytest.mark.parametrize(
-    ("message", "changes"),
-    [
-        ("not float32", dict(dtype="float32")),
-        ("multiples of 256, up to 11946", dict(m=384)),
-        ("not 4 of 4096", dict(b=4, m=4096, f=2, n=1)),
-    ],
-)
-def test_what_mosaic_cannot_serve(message, changes):
-    case = make_case(**{"b": 1, "m": 256, "dtype": "bfloat16", **changes})
-    with pytest.raises(NotImplementedError, match=message):
-        run(case, "relu", "mosaic_interpret")
-
-
-@pytest.mark.usefixtures("mosaic_serves")
-@pytest.mark.parametrize(
-    ("m", "f", "gated"), [(4096, 16384, False), (8192, 28672, True), (768, 3072, False)]
-)
-def test_mosaic_lowers_for_cuda(m, f, gated, lower_for_cuda):
-    spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    weights = {name: spec((f, m)) for name in ("up", "down", "gate")[: 2 + gated]}
-    weights["up_bias"] = spec((f,))
-    neurons = jax.ShapeDtypeStruct((f // 10,), jnp.int32)
-    mlp = functools.partial(mosaic.mlp, activation="silu")
-    text = lower_for_cuda(mlp, spec((1, m)), weights, neurons)
-    assert text.count("custom_call @mosaic_gpu") == 1
-    # The weights go to the kernel as they are.
-    assert "stablehlo.transpose" not in text and "stablehlo.gather" not in text
-    config = mosaic.heuristic(m=m, gated=gated)
-    rows = (2 + gated) * config.stages * config.neurons
-    assert config.stages >= 2 and 2 * rows * m <= 223 * 1024
