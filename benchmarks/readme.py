@@ -130,7 +130,11 @@ def eval_table(path: Path) -> str:
     """Perplexities as `polarjax eval --out` wrote them."""
     record = json.loads(path.read_text(encoding="utf-8"))
     results = {
-        name: Perplexity(np.array(p["nll"]), p["scored_per_window"], p["density"])
+        name: Perplexity(
+            np.array(p["nll"]),
+            np.full(len(p["nll"]), p["scored_per_window"]),
+            p["density"],
+        )
         for name, p in record["perplexity"].items()
     }
     lines = [

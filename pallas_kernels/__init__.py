@@ -7,9 +7,9 @@
 models: arrays in, arrays out.
 """
 
-from pallas_kernels._backend import Implementation, gathering
+from pallas_kernels._backend import Implementation, gathering, resolve
 from pallas_kernels.attention import append_and_attend, select_head_attention
-from pallas_kernels.mlp import gathered_mlp
+from pallas_kernels.mlp import gathered_mlp, masked_mlp
 from pallas_kernels.select import top_heads, union_neurons
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "append_and_attend",
     "gathered_mlp",
     "gathering",
+    "masked_mlp",
+    "resolve",
     "select_head_attention",
     "top_heads",
     "union_neurons",

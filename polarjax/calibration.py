@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from polarjax.evaluation import Perplexity, decode_perplexity, router_recall
+from polarjax.evaluation import Perplexity, perplexity, router_recall, window_items
 from polarjax.generation import Tokenizer
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
@@ -126,12 +126,9 @@ def calibrate(
         "Polar": Polar(),
         "Random": Random(),
     }
-    perplexity = {}
-    for name, policy in policies.items():
-        say(f"perplexity of {name} on held-out text")
-        perplexity[name] = decode_perplexity(
-            trained, held_tokens, policy, window=WINDOW, prefix=PREFIX
-        )
+    say(f"perplexity of {', '.join(policies)} on held-out text")
+    windows = window_items(held_tokens, WINDOW, PREFIX)
+    found = perplexity(trained, windows, policies)
     settings = {
         "text": Path(text).name,
         "tokens": steps * context * batch,
@@ -143,7 +140,7 @@ def calibrate(
         "weight_decay": training.weight_decay,
         "weights_dtype": str(params.dtype),
     }
-    return Calibration(trained, recall, chance, perplexity, settings)
+    return Calibration(trained, recall, chance, found, settings)
 
 
 def _batches(blocks: Iterator[np.ndarray], batch: int) -> Iterator[np.ndarray]:

@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fractions
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from polarjax import calibration, demo
+from polarjax import calibration, demo, evaluate_cli
+from polarjax.console import POLICIES, counting_bar, fraction, make_policy
 from polarjax.demo import plain
-from polarjax.evaluation import (
-    Perplexity,
-    TaskResult,
-    decode_perplexity,
-    evaluate_task,
-    read_rows,
-)
+from polarjax.evaluation import Perplexity
 from polarjax.generation import Tokenizer, generate
-from polarjax.hub import find_adapter, load
-from polarjax.params import Params, check_destination
-from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sparsity import Oracle, Polar, Random, read_card, save_adapter
-from polarjax.training import token_blocks
-
-_POLICIES = {"polar": Polar, "oracle": Oracle, "random": Random}
+from polarjax.hub import load
+from polarjax.params import check_destination
+from polarjax.sparsity import save_adapter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,15 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def fraction(text: str) -> float:
-    """A number such as 0.5 or 2/3."""
-    try:
-        return float(fractions.Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        message = f"{text!r} is no number such as 0.5 or 2/3"
-        raise argparse.ArgumentTypeError(message) from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="polarjax",
@@ -80,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, run, text, epilog):
+    def command(name, run, text, epilog, checkpoint=True):
         new = commands.add_parser(
             name,
             help=text,
@@ -89,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         new.set_defaults(run=run)
-        new.add_argument("checkpoint", help="folder that convert wrote")
+        if checkpoint:
+            new.add_argument("checkpoint", help="folder that convert wrote")
         return new
 
     add = command(
@@ -100,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("prompts", nargs="+", help="texts to continue")
     add("--adapter", help="folder of routers, or the name of one that ships")
     add("--density", type=fraction, help="fraction of KV groups to read, in (0, 1]")
-    add("--policy", choices=["dense", *_POLICIES], help="instead of the default")
+    add("--policy", choices=["dense", *POLICIES], help="instead of the default")
     add("--max-new-tokens", type=int, default=64, help="most tokens to add")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 is all")
@@ -127,25 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--held-out", type=int, default=4096, help="tokens to measure on")
     add("--overwrite", action="store_true", help="replace an adapter that is there")
 
-    add = command(
-        "eval",
-        _eval,
-        "Perplexity and task accuracy of policies, through the decode step that "
-        "generate uses.",
-        "polarjax eval checkpoints/smollm2-135m --adapter smollm2-135m --text book.txt "
-        "--tasks arc_easy.jsonl --policies dense,polar,oracle,random",
-    ).add_argument
-    add("--text", help="UTF-8 text file for perplexity, .gz too")
-    add("--tasks", nargs="+", default=[], help="JSONL files of rows to get right")
-    add("--rows", type=int, help="most rows of each task; default all")
-    add("--adapter", help="folder of routers, or the name of one that ships")
-    add("--policies", default="dense,polar", help="of dense, polar, oracle, random")
-    add("--densities", default="", help="such as 1/3,2/3; empty: the adapter's budgets")
-    add("--tokens", type=int, default=4096, help="from the start of the text")
-    add("--window", type=int, default=256, help="tokens per window")
-    add("--prefix", type=int, default=64, help="tokens of each window read dense")
-    add("--batch", type=int, default=16, help="windows decoded together")
-    add("--out", help="write the results to this JSON file")
+    evaluate_cli.add_commands(command)
 
     add = command(
         "demo",
@@ -168,7 +122,7 @@ def _generate(args: argparse.Namespace) -> None:
         prompts = [tokenizer.encode(text, special=False) for text in texts]
     policy, density = None, args.density
     if args.policy:
-        policy, density = _policy(args.policy, density), None
+        policy, density = make_policy(args.policy, density), None
     out = generate(
         params,
         prompts,
@@ -192,22 +146,12 @@ def _generate(args: argparse.Namespace) -> None:
     console.print(plain(str(out.stats)), style="dim")
 
 
-def _policy(name: str, density: float | None) -> SelectionPolicy:
-    if name == "dense":
-        return Dense()
-    if name not in _POLICIES:
-        raise ValueError(
-            f"no policy {name!r}: there are dense, {', '.join(sorted(_POLICIES))}"
-        )
-    return _POLICIES[name](density)
-
-
 def _calibrate(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_destination(out, args.overwrite)  # before the work, not after
     params, console = load(args.checkpoint), Console()
     steps = max(1, args.tokens // (args.context * args.batch))
-    with _bar(console) as bar:
+    with counting_bar(console) as bar:
         task = bar.add_task("training", total=steps)
 
         def progress(p) -> None:
@@ -238,11 +182,6 @@ def _calibrate(args: argparse.Namespace) -> None:
     console.print(f"adapter written to {out}")
 
 
-def _bar(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TimeRemainingColumn(), console=console)
-
-
 def _perplexity_table(results: dict[str, Perplexity]) -> Table:
     baseline = results.get("Dense")
     table = Table("policy", "density", "perplexity", title="Perplexity, decoded")
@@ -256,98 +195,6 @@ def _perplexity_table(results: dict[str, Perplexity]) -> Table:
             row.append("1" if same else f"{ratio:.4f} ({low:.4f} to {high:.4f})")
         table.add_row(*row)
     return table
-
-
-def _eval(args: argparse.Namespace) -> None:
-    params = load(args.checkpoint, adapter=args.adapter)
-    densities = [fraction(x) for x in args.densities.split(",") if x] or [None]
-    policies = {
-        name.capitalize() + (f" {d:.3f}" if d else ""): _policy(name, d)
-        for name in args.policies.split(",")
-        for d in (densities if name != "dense" else [None])
-    }
-    if not args.text and not args.tasks:
-        raise ValueError("nothing to evaluate: pass --text, --tasks or both")
-    console, record = Console(), _eval_record(args, params)
-    if args.text:
-        tokens = _text_tokens(params, args.text, args.tokens)
-        shape = {"window": args.window, "prefix": args.prefix, "batch": args.batch}
-        results = {
-            label: decode_perplexity(params, tokens, policy, **shape)
-            for label, policy in policies.items()
-        }
-        console.print(_perplexity_table(results))
-        record["perplexity"] = {
-            name: {
-                "value": p.value,
-                "density": p.density,
-                "scored_per_window": p.scored,
-                "nll": p.nll.tolist(),
-            }
-            for name, p in results.items()
-        }
-    for path in args.tasks:
-        name, rows = Path(path).name.split(".")[0], read_rows(path, args.rows)
-        with _bar(console) as bar:
-            found = {}
-            for label, policy in policies.items():
-                task = bar.add_task(f"{name}, {label}", total=None)
-
-                def progress(done: int, total: int, task=task, bar=bar) -> None:
-                    bar.update(task, completed=done, total=total)
-
-                found[label] = evaluate_task(
-                    params, rows, policy, batch=args.batch, progress=progress
-                )
-        console.print(_task_table(name, found))
-        record["tasks"][name] = {
-            label: {
-                "accuracy": r.accuracy,
-                "accuracy_per_byte": r.accuracy_per_byte,
-                "density": r.density,
-                "correct": dict(zip(r.ids, r.correct.tolist(), strict=True)),
-            }
-            for label, r in found.items()
-        }
-    if args.out:
-        Path(args.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _eval_record(args: argparse.Namespace, params: Params) -> dict[str, Any]:
-    return {
-        "command": sys.argv[1:],
-        "model_hash": params.config.model_hash,
-        "adapter": read_card(find_adapter(args.adapter)) if args.adapter else None,
-        "mode": "decode",
-        "window": args.window,
-        "prefix": args.prefix,
-        "batch": args.batch,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "perplexity": {},
-        "tasks": {},
-    }
-
-
-def _task_table(name: str, results: dict[str, TaskResult]) -> Table:
-    baseline = results.get("Dense")
-    table = Table("policy", "density", "accuracy", "per byte", title=name)
-    if baseline:
-        table.add_column("- dense (95 % interval)")
-    for label, r in results.items():
-        row = [label, *(f"{x:.3f}" for x in (r.density, r.accuracy))]
-        row.append(f"{r.accuracy_per_byte:.3f}")
-        if baseline:
-            change, low, high = r.difference(baseline)
-            same = r is baseline
-            row.append("0" if same else f"{change:+.3f} ({low:+.3f} to {high:+.3f})")
-        table.add_row(*row)
-    return table
-
-
-def _text_tokens(params: Params, text: str | Path, tokens: int) -> np.ndarray:
-    tokenizer = Tokenizer.require(params.config, "a text")
-    return next(token_blocks(text, tokenizer, tokens, limit=1))
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from polarjax.evaluation import decode_perplexity
+from polarjax.evaluation import perplexity, window_items
 from polarjax.generation import Output, Stats, Tokenizer, generate
 from polarjax.hub import find_adapter, load
 from polarjax.policy import Dense, SelectionPolicy
@@ -57,12 +57,8 @@ def show(checkpoint: str | Path, adapter: str | Path, max_new_tokens: int) -> No
     text = Path(__file__).with_name("demo.txt")
     tokenizer = Tokenizer.require(params.config, "the demo")
     tokens = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
-    perplexity = {}
-    for name, policy in policies.items():
-        with console.status(f"{name}: perplexity of a short text"):
-            perplexity[name] = decode_perplexity(
-                params, tokens, policy, window=128, prefix=32, batch=8
-            )
+    with console.status("perplexity of a short text"):
+        found = perplexity(params, window_items(tokens, 128, 32), policies, batch=8)
     dense, sparse = outputs["Dense"].stats, outputs["Polar"].stats
     table = Table("", "dense", "sparse")
 
@@ -80,8 +76,8 @@ def show(checkpoint: str | Path, adapter: str | Path, max_new_tokens: int) -> No
         *("floor / time", "{:.2f}".format),
         *(dense.floor_fraction, sparse.floor_fraction),
     )
-    ratio, low, high = perplexity["Polar"].ratio(perplexity["Dense"])
-    line("perplexity", "{:.2f}".format, *(p.value for p in perplexity.values()))
+    ratio, low, high = found["Polar"].ratio(found["Dense"])
+    line("perplexity", "{:.2f}".format, *(p.value for p in found.values()))
     table.add_row("  / dense (95 %)", "1", f"{ratio:.3f} ({low:.3f} to {high:.3f})")
     console.print(table)
     console.print(

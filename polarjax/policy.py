@@ -11,6 +11,7 @@ import dataclasses
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import Implementation
 from polarjax.params import Params, Tree
@@ -85,6 +86,26 @@ class SelectionPolicy(Protocol):
           int32[n], distinct. None means every neuron.
         """
         ...
+
+
+def groups_read(
+    chosen: tuple[jax.Array, jax.Array] | None, b: int, k: int
+) -> jax.Array:
+    """Which KV groups an answer of `SelectionPolicy.heads` stands for.
+
+    Args:
+      chosen: the answer.
+      b: sequences.
+      k: KV groups.
+
+    Returns:
+      bool[b, k].
+    """
+    if chosen is None:
+        return jnp.ones((b, k), bool)
+    indices, n_active = chosen
+    active = jnp.arange(indices.shape[1]) < n_active[:, None]
+    return (jax.nn.one_hot(indices, k, dtype=bool) & active[..., None]).any(axis=1)
 
 
 @jax.tree_util.register_dataclass

@@ -95,20 +95,36 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
     row = {"context": "green", "choices": ["bottles", "wall"], "label": 1}
     task.write_text("".join(json.dumps({**row, "id": i}) + "\n" for i in range(9)))
     command = ["eval", str(checkpoint), "--text", str(text), "--adapter", str(adapter)]
-    command += ["--tasks", str(task), "--rows", "3"]
-    options = "--policies dense,polar --densities 1/2,3/4 --tokens 128"
-    shape = "--window 64 --prefix 16 --batch 2"
-    arguments = [*command, *options.split(), *shape.split(), "--out", str(out)]
+    command += ["--tasks", str(task), "--limit", "3", "--out", str(out)]
+    options = "--policies polar --densities 1/2,3/4 --tokens 256 --generation 4"
+    shape = "--window 64 --prefix 16 --batch 2 --prompts 2 --prompt-tokens 8"
+    arguments = [*command, *options.split(), *shape.split()]
     assert cli.main(arguments) == 0
     record = json.loads(out.read_text())
-    results = record["perplexity"]
-    assert list(results) == [*("Dense", "Polar 0.500", "Polar 0.750")]
-    shown = capsys.readouterr().out
-    assert f"{results['Polar 0.750']['value']:.3f}" in shown
-    assert set(record["tasks"]["colours"]) == set(results)
-    assert set(record["tasks"]["colours"]["Dense"]["correct"]) == {"0", "1", "2"}
-    assert "colours" in shown and "accuracy" in shown
+    results = record["perplexity"]["windows"]["results"]
+    assert list(results) == ["Dense", "Polar 0.500", "Polar 0.750"]
+    assert record["setup"]["adapter"]["name"] == "mine"
     assert results["Polar 0.750"]["density"] == pytest.approx((1 + 3 * 0.75) / 4)
+    assert record["tasks"]["colours"]["ids"] == ["0", "1", "2"]
+    shown = capsys.readouterr().out
+    # Squeezed tables break their words.
+    for number in (
+        *results["Polar 0.750"]["perplexity"][:1],
+        record["tasks"]["colours"]["results"]["Dense"]["accuracy"][0],
+    ):
+        assert f"{number:.3f}" in shown
+    for word in ("colours", "decode", "Recall", "continued by 4 tokens", str(out)):
+        assert word in " ".join(shown.split())
+    # Again: nothing is left to do.
+    assert cli.main(arguments) == 0
+    assert json.loads(out.read_text()) == record
+    assert cli.main([*arguments, "--mode", "mask"]) == 1
+    # A folder's file has a name of its own; the page is drawn from it.
+    pytest.importorskip("matplotlib", reason="the report's plots")
+    page = tmp_path / "page"
+    assert cli.main(["report", str(out), "--out", str(page)]) == 0
+    assert "Polar 0.500" in (page / "report.md").read_text()
+    assert "<svg" in (page / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -123,9 +139,12 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
         ("calibrate {checkpoint} --text nowhere --out {tmp}/a", "no text file at"),
         ("calibrate {checkpoint} --text {text} --out {tmp}/a", "the text ended after"),
         ("eval {checkpoint} --text {text} --policies best", "no policy 'best'"),
-        ("eval {checkpoint} --policies dense", "pass --text, --tasks or both"),
+        ("eval {checkpoint} --policies dense", "pass tasks (--tasks) or a --text"),
         ("eval {checkpoint} --policies dense --tasks nowhere", "no task file at"),
-        ("eval {checkpoint} --text {text} --tokens 99999", "less than 99999 tokens"),
+        ("eval {checkpoint} --text {text} --tokens 99", "99 tokens are less than one"),
+        ("eval {checkpoint} --text {text} --densities x", "'x' is no number such as"),
+        ("eval {checkpoint} --text {text} --densities 1,1 --policies oracle", "twice"),
+        ("report nowhere.json --out {tmp}/page", "nowhere.json"),
     ],
 )
 def test_errors_are_one_line(checkpoint, text, tmp_path, capsys, arguments, message):
@@ -138,7 +157,7 @@ def test_errors_are_one_line(checkpoint, text, tmp_path, capsys, arguments, mess
 
 
 def test_help_teaches(capsys):
-    for command in ("generate", "calibrate", "eval", "demo"):
+    for command in ("generate", "calibrate", "eval", "report", "demo"):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0

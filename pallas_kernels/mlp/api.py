@@ -66,7 +66,7 @@ def gathered_mlp(
     dense = gathers and _dense_is_faster(x, weights, neurons)
     with jax.named_scope("gathered_mlp"):
         if dense:
-            return reference.mlp_over_all(x, weights, neurons, activation=activation)
+            return reference.masked_mlp(x, weights, neurons, activation=activation)
         if implementation == "xla":
             return reference.mlp(x, weights, neurons, activation=activation)
         return triton.mlp(

@@ -26,8 +26,15 @@ def mlp(x, weights, neurons, *, activation):
     return _leave(_enter(x, rows, activation), rows, x.dtype)
 
 
-def mlp_over_all(x, weights, neurons, *, activation):
-    """The same by dense products: the hidden values of the others are set to 0."""
+def masked_mlp(x, weights, neurons, *, activation):
+    """As `gathered_mlp`, by dense products: what is not selected is set to 0.
+
+    Args:
+        x: inputs, [b, m].
+        weights: as there.
+        neurons: int32 [n].
+        activation: as there.
+    """
     f = weights["up"].shape[0]
     selected = jnp.zeros(f, bool).at[neurons].set(True, mode="clip")
     hidden = jnp.where(selected, _enter(x, weights, activation), 0.0)

@@ -1,21 +1,49 @@
 """Quality, measured on the code that is fast."""
 
+from polarjax.evaluation.batches import Continuation, Mode
+from polarjax.evaluation.damage import Damage, measure_damage
+from polarjax.evaluation.measure import Measured, measure
 from polarjax.evaluation.perplexity import (
     Perplexity,
-    decode_perplexity,
-    window_perplexity,
+    perplexity,
+    rolling_items,
+    strided_items,
+    window_items,
 )
 from polarjax.evaluation.recall import router_recall
-from polarjax.evaluation.statistics import paired_bootstrap
-from polarjax.evaluation.tasks import TaskResult, evaluate_task, read_rows
+from polarjax.evaluation.run import Settings, evaluate
+from polarjax.evaluation.scoring import Scorer
+from polarjax.evaluation.statistics import (
+    Interval,
+    difference_interval,
+    mcnemar,
+    mean_interval,
+    share_interval,
+)
+from polarjax.evaluation.tasks import grade, read_rows, task_items
 
 __all__ = [
+    "Continuation",
+    "Damage",
+    "Interval",
+    "Measured",
+    "Mode",
     "Perplexity",
-    "TaskResult",
-    "decode_perplexity",
-    "evaluate_task",
-    "paired_bootstrap",
+    "Scorer",
+    "Settings",
+    "difference_interval",
+    "evaluate",
+    "grade",
+    "mcnemar",
+    "mean_interval",
+    "measure",
+    "measure_damage",
+    "perplexity",
     "read_rows",
+    "rolling_items",
     "router_recall",
-    "window_perplexity",
+    "share_interval",
+    "strided_items",
+    "task_items",
+    "window_items",
 ]

@@ -1,26 +1,19 @@
-"""Perplexity: of the dense model over whole windows, of a policy by decoding.
-
-`decode_perplexity` goes through the same decode step and kernels as `generate`. Its
-windows start with a dense prefix, as a prompt would be.
-"""
+"""Perplexity of a text: over windows, strided, or per word as lm-eval has it."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation
-from polarjax.config import ModelConfig
-from polarjax.evaluation.scoring import score_continuations
-from polarjax.evaluation.statistics import paired_bootstrap
-from polarjax.generation.loop import all_logits
-from polarjax.params import Params, Tree
+from polarjax.evaluation.batches import Continuation, Mode
+from polarjax.evaluation.measure import measure
+from polarjax.evaluation.scoring import Scorer
+from polarjax.evaluation.statistics import Interval, mean_interval
+from polarjax.params import Params
 from polarjax.policy import SelectionPolicy
 
 
@@ -31,123 +24,155 @@ class Perplexity:
     Attributes:
       nll: float64[windows], negative log-likelihood of each window's scored tokens,
         summed, in nats.
-      scored: tokens scored in each window.
+      scored: int[windows], how many each has.
       density: KV groups read / KV groups there, mean over layers.
     """
 
     nll: np.ndarray
-    scored: int
+    scored: np.ndarray
     density: float = 1.0
 
     @property
     def value(self) -> float:
         """Exponential of the mean negative log-likelihood per token."""
-        return math.exp(self.nll.mean() / self.scored)
+        return math.exp(self.nll.sum() / self.scored.sum())
 
-    def ratio(self, baseline: Perplexity) -> tuple[float, float, float]:
+    def interval(self) -> Interval:
+        """With a 95 % interval, by a bootstrap over windows."""
+        return _exp(mean_interval(self.nll / self.scored, self.scored))
+
+    def ratio(self, baseline: Perplexity) -> Interval:
         """This perplexity / a baseline's on the same windows, with a 95 % interval.
 
         The interval is a paired bootstrap over windows.
         """
-        difference = (self.nll - baseline.nll) / self.scored
-        low, high = paired_bootstrap(difference)
-        return math.exp(difference.mean()), math.exp(low), math.exp(high)
+        change = (self.nll - baseline.nll) / self.scored
+        return _exp(mean_interval(change, self.scored))
 
 
-def window_perplexity(
-    params: Params, tokens: np.ndarray, window: int = 1024, batch: int = 2
-) -> Perplexity:
-    """Dense perplexity over non-overlapping windows, each from its second token on.
-
-    Args:
-      params: the model.
-      tokens: int[n]; an incomplete last window is dropped.
-      window: tokens per window.
-      batch: windows per forward pass.
-
-    Raises:
-      ValueError: if there is not one window, or the context is shorter.
-    """
-    windows = _windows(tokens, window, params.config)
-    nll = [
-        _dense_nll(params.weights, jnp.asarray(part), config=params.config.architecture)
-        for part in _groups(windows, batch)
-    ]
-    total = np.concatenate([np.asarray(part, np.float64) for part in nll])
-    return Perplexity(total[: len(windows)], window - 1)
+def _exp(interval: Interval) -> Interval:
+    return Interval(*(float(np.exp(x)) for x in interval))
 
 
-def decode_perplexity(
-    params: Params,
-    tokens: np.ndarray,
-    policy: SelectionPolicy,
-    *,
-    window: int = 256,
-    prefix: int = 64,
-    batch: int = 16,
-    implementation: Implementation | None = None,
-) -> Perplexity:
-    """Perplexity of a policy, token by token through the decode step.
+def window_items(
+    tokens: Sequence[int] | np.ndarray, window: int, prefix: int = 1
+) -> list[Continuation]:
+    """Windows that do not overlap; what is left over at the end is dropped.
 
     Args:
-      params: the model.
-      tokens: int[n]; an incomplete last window is dropped.
-      policy: not yet bound.
+      tokens: of the text.
       window: tokens per window.
-      prefix: tokens at the start of each window that are not scored; all but the last
-        of them are read by dense prefill, so that every scored token is sparse.
-      batch: windows decoded together; a group that lacks windows is filled up.
-      implementation: of the kernels; None chooses by device.
+      prefix: tokens at each one's start that are not scored.
 
     Raises:
-      ValueError: if there is not one window, or the prefix leaves nothing to score.
+      ValueError: if there is not one window, or nothing of it is scored.
     """
-    if not 2 <= prefix < window:
-        raise ValueError(f"prefix must be from 2 to {window - 1}, got {prefix}")
-    windows = _windows(tokens, window, params.config)
-    batch = min(batch, len(windows))
-    weights, bound = policy.bind(params, batch)
-    lengths = jnp.full(batch, prefix - 1, jnp.int32)
-    counts = jnp.full(batch, window - prefix, jnp.int32)
-    results = [
-        score_continuations(
-            *(weights, bound, jnp.asarray(part[:, : prefix - 1]), lengths),
-            *(jnp.asarray(part[:, prefix - 1 :]), counts),
-            config=params.config.architecture,
-            implementation=implementation,
-        )
-        for part in _groups(windows, batch)
-    ]
-    nll = np.concatenate(
-        [np.asarray(part, np.float64).sum(1) for part, _, _ in results]
-    )
-    density = float(np.mean([float(density) for _, _, density in results]))
-    return Perplexity(nll[: len(windows)], window - prefix, density)
-
-
-def _windows(tokens: np.ndarray, window: int, config: ModelConfig) -> np.ndarray:
-    if not 2 <= window <= config.context:
-        raise ValueError(
-            f"window must be from 2 to the model's context {config.context}: {window}"
-        )
-    count = len(tokens) // window
-    if not count:
+    _check("prefix", prefix, 1, window - 1)
+    if len(tokens) < window:
         raise ValueError(f"{len(tokens)} tokens are less than one window of {window}")
-    return np.asarray(tokens[: count * window], np.int32).reshape(count, window)
+    return [
+        _item(tokens[start : start + window], window - prefix, start)
+        for start in range(0, len(tokens) - window + 1, window)
+    ]
 
 
-def _groups(windows: np.ndarray, batch: int) -> Iterable[np.ndarray]:
-    """Groups of one shape: the last one repeats its windows."""
-    for start in range(0, len(windows), batch):
-        yield np.resize(windows[start : start + batch], (batch, windows.shape[1]))
+def strided_items(
+    tokens: Sequence[int] | np.ndarray, window: int, stride: int, prefix: int = 1
+) -> list[Continuation]:
+    """Windows that move by a stride and score what is new in each.
+
+    So every token but the first window's has at least window - stride before it.
+
+    Args:
+      tokens: of the text.
+      window: most tokens per window.
+      stride: tokens by which it moves.
+      prefix: tokens at the start of the first one that are not scored.
+
+    Raises:
+      ValueError: if a number is out of range, or there is nothing to score.
+    """
+    _check("stride", stride, 1, window - 1)
+    _check("prefix", prefix, 1, window - 1)
+    if len(tokens) <= prefix:
+        raise ValueError(f"{len(tokens)} tokens, after {prefix}, leave none to score")
+    end = min(window, len(tokens))
+    items = [_item(tokens[:end], end - prefix, 0)]
+    while end < len(tokens):
+        new = min(stride, len(tokens) - end)
+        end += new
+        items.append(_item(tokens[end - window : end], new, end - window))
+    return items
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _dense_nll(weights: Tree, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
-    logits = all_logits(weights, tokens, config=config)
-    return _nll(logits[:, :-1], tokens[:, 1:]).sum(axis=1)
+def rolling_items(
+    tokens: Sequence[int] | np.ndarray, window: int, start: int
+) -> list[Continuation]:
+    """Every token once, as lm-eval's `loglikelihood_rolling` cuts a text.
+
+    The first window follows a start token, each further one the token before it; the
+    last is filled up with what came before. Nothing is read dense but the context that
+    the last one repeats.
+
+    Args:
+      tokens: of the text.
+      window: tokens scored per window.
+      start: the token that starts a text.
+
+    Raises:
+      ValueError: if there are no tokens.
+    """
+    if not len(tokens):
+        raise ValueError("no tokens: the text is empty")
+    whole = [start, *map(int, tokens)]
+    items = []
+    for at in range(0, len(tokens), window):
+        new = min(window, len(tokens) - at)
+        # The text that a window's tokens follow, and those tokens.
+        first = at if new == window or not at else len(tokens) - window
+        items.append(_item(whole[first : at + new + 1], new, first))
+    return items
 
 
-def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+def perplexity(
+    params: Params,
+    items: Sequence[Continuation],
+    policies: Mapping[str, SelectionPolicy],
+    *,
+    mode: Mode = "decode",
+    batch: int = 16,
+    **options: Any,
+) -> dict[str, Perplexity]:
+    """Perplexity of policies on the same windows.
+
+    Args:
+      params: the model.
+      items: from one of the functions above.
+      policies: by label, not yet bound.
+      mode: how they are scored, see `polarjax.evaluation.scoring`. In "decode", what
+        comes before the scored tokens is read dense.
+      batch: windows computed together, no more than there are.
+      **options: of `measure`; and `implementation`.
+
+    Raises:
+      ValueError: if a window is longer than the model's context.
+    """
+    implementation = options.pop("implementation", None)
+    batch = min(batch, len(items))
+    scorer = Scorer(
+        params, policies, mode=mode, batch=batch, implementation=implementation
+    )
+    scored = np.array([item.scored for item in items])
+    return {
+        label: Perplexity(found.nll, scored, found.density)
+        for label, found in measure(scorer, items, **options).items()
+    }
+
+
+def _item(tokens: Sequence[int] | np.ndarray, scored: int, at: int) -> Continuation:
+    return Continuation(tuple(map(int, tokens)), scored, f"the window at token {at}")
+
+
+def _check(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")

@@ -1,64 +1,47 @@
-"""Multiple choice and last-word tasks from JSONL rows, through the decode step."""
+"""Multiple choice and last-word tasks: rows of JSON lines, and which were right."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation
-from polarjax.evaluation.scoring import score_continuations
-from polarjax.evaluation.statistics import paired_bootstrap
+from polarjax.config import ModelConfig
+from polarjax.evaluation.batches import Continuation
 from polarjax.generation import Tokenizer
-from polarjax.generation.requests import bucket
-from polarjax.params import Params
-from polarjax.policy import SelectionPolicy
 from polarjax.training.text import open_text
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskResult:
-    """Which rows of a task were right.
+class Row:
+    """One question.
 
     Attributes:
-      ids: of the rows.
-      correct: bool[rows]: the likeliest choice is the label, or every token of the
-        target is the most probable.
-      correct_per_byte: bool[rows], by likelihood per byte of the choice; equal to
-        `correct` for targets.
-      density: KV groups read / KV groups there.
+      id: of the row in its task.
+      context: what comes before; may be empty.
+      choices: continuations to choose from, spaces in front included; one is the
+        `target` of a last-word task.
+      label: the right one, from 0; None for a target.
+      place: file and line.
     """
 
-    ids: list[str]
-    correct: np.ndarray
-    correct_per_byte: np.ndarray
-    density: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of rows that are right."""
-        return float(self.correct.mean())
-
-    @property
-    def accuracy_per_byte(self) -> float:
-        """Share of rows that are right by likelihood per byte (acc_norm)."""
-        return float(self.correct_per_byte.mean())
-
-    def difference(self, baseline: TaskResult) -> tuple[float, float, float]:
-        """Accuracy minus a baseline's on the same rows, with a 95 % interval."""
-        change = self.correct.astype(float) - baseline.correct
-        return float(change.mean()), *paired_bootstrap(change)
+    id: str
+    context: str
+    choices: tuple[str, ...]
+    label: int | None
+    place: str
 
 
-def read_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
     """Rows of a JSONL file, plain or gzipped.
 
-    Each has `context` and either `choices` and `label`, or `target`.
+    Each is an object with `context` and either `choices` and `label`, or `target`, and
+    optionally `id`. Choices are joined to a context by a space; a target brings its
+    own.
 
     Args:
       path: the file.
@@ -66,134 +49,161 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: naming the line that is no such row.
+      ValueError: naming the file and the line that is no such row.
     """
-    rows = []
+    rows: list[Row] = []
     with open_text(path, "task") as file:
         for i, line in enumerate(file):
-            if limit is not None and i == limit:
+            if len(rows) == limit:
                 break
+            place = f"{path}, line {i + 1}"
             try:
-                row = {"id": str(i), **json.loads(line)}
-                whole = isinstance(row["context"], str) and (
-                    bool(row["target"])
-                    if "target" in row
-                    else 0 <= row["label"] < len(row["choices"])
-                )
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole:
+                rows.append(_row(json.loads(line), place, str(i)))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: no JSON: {error}") from None
+            if (rows[0].label is None) != (rows[-1].label is None):
                 raise ValueError(
-                    f"{path}, line {i + 1}: a row needs a context, and choices with a "
-                    "label or a target"
+                    f"{place}: the file's rows must all have choices or all a target"
                 )
-            rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
 
 
-def evaluate_task(
-    params: Params,
-    rows: Sequence[dict[str, Any]],
-    policy: SelectionPolicy,
-    *,
-    batch: int = 16,
-    implementation: Implementation | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> TaskResult:
-    """Score every choice as a continuation of its context.
+def _row(value: Any, place: str, name: str) -> Row:
+    def need(right: bool, message: str) -> None:
+        if not right:
+            raise ValueError(f"{place}: {message}")
 
-    Choices are joined to the context by a space; targets bring their own. An empty
-    context stands for the end-of-text token.
+    need(isinstance(value, dict), "a row must be a JSON object")
+    name, context = str(value.get("id", name)), value.get("context")
+    need(isinstance(context, str), f"context must be a string, got {context!r}")
+    if "target" in value:
+        target = value["target"]
+        need(
+            isinstance(target, str) and bool(target.strip()),
+            f"target must be a string that is not empty, got {target!r}",
+        )
+        need("choices" not in value, "a row has choices or a target, not both")
+        return Row(name, context, (target,), None, place)
+    choices, label = value.get("choices"), value.get("label")
+    need(
+        isinstance(choices, list) and len(choices) > 1,
+        f"choices must be a list of at least two strings, got {choices!r}",
+    )
+    for choice in choices:
+        need(
+            isinstance(choice, str) and bool(choice.strip()),
+            f"a choice must be a string that is not empty, got {choice!r}",
+        )
+    whole = isinstance(label, int) and not isinstance(label, bool)
+    need(
+        whole and 0 <= label < len(choices),
+        f"label must be from 0 to {len(choices) - 1}, got {label!r}",
+    )
+    space = " " if context else ""
+    return Row(name, context, tuple(space + c for c in choices), label, place)
+
+
+def start_token(tokenizer: Tokenizer, config: ModelConfig) -> int:
+    """The token that stands for "a text begins here".
+
+    The tokenizer's end-of-text token, else its beginning-of-text one, else that which
+    ends the model's answers.
 
     Args:
-      params: the model, with a tokenizer.
-      rows: from `read_rows`.
-      policy: not yet bound.
-      batch: continuations decoded together.
-      implementation: of the kernels; None chooses by device.
-      progress: called as progress(done, total) after each batch.
+      tokenizer: of the model.
+      config: of the model.
+    """
+    end = tokenizer.backend.token_to_id("<|endoftext|>")
+    return [*([] if end is None else [end]), *config.bos_ids, *config.eos_ids, 0][0]
+
+
+def encode_pair(
+    tokenizer: Tokenizer, config: ModelConfig, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """Tokens of a context, and those that a continuation adds to it.
+
+    Both are tokenized together, as lm-eval does it: some tokenizers treat the start of
+    a text in their own way. Spaces at the context's end go to the continuation. An
+    empty context is the start token.
+
+    Args:
+      tokenizer: of the model.
+      config: of the model.
+      context: text; may be empty.
+      continuation: text.
+    """
+    if not context:
+        start = start_token(tokenizer, config)
+        return [start], tokenizer.encode(continuation, special=False)
+    stripped = context.rstrip()
+    head = tokenizer.encode(stripped)
+    whole = tokenizer.encode(stripped + context[len(stripped) :] + continuation)
+    return head, whole[len(head) :]
+
+
+def task_items(
+    rows: Sequence[Row], tokenizer: Tokenizer, config: ModelConfig
+) -> list[Continuation]:
+    """Every choice of every row as a continuation of its context.
+
+    Args:
+      rows: of a task.
+      tokenizer: of the model.
+      config: of the model.
 
     Raises:
-      ValueError: if there is no tokenizer, or a row exceeds the model's context.
+      ValueError: naming file and line of a row that is longer than the model's
+        context, or of which nothing is left to score.
     """
-    tokenizer = Tokenizer.require(params.config, "a task")
-    pairs = _pairs(params, rows, tokenizer)
-    weights, bound = policy.bind(params, batch)
-    # Alike lengths together, so that few programs serve and little is padding. The
-    # order, and so every batch, depends on the rows alone.
-    order = sorted(range(len(pairs)), key=lambda i: tuple(map(len, pairs[i])))
-    nll, best = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
-    densities = []
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        group = [pairs[i] for i in np.resize(chosen, batch)]
-        prompts = _pad([p for p, _ in group], 16)
-        found, hits, density = score_continuations(
-            *(weights, bound, prompts, jnp.array([len(p) for p, _ in group])),
-            *(
-                _pad([c for _, c in group], 8),
-                jnp.array([len(c) - 1 for _, c in group]),
-            ),
-            config=params.config.architecture,
-            implementation=implementation,
-        )
-        nll[chosen] = np.asarray(found, np.float64).sum(axis=1)[: len(chosen)]
-        best[chosen] = np.all(np.asarray(hits)[: len(chosen)], axis=1)
-        densities.append(float(density))
-        if progress:
-            progress(start + len(chosen), len(pairs))
-    correct, per_byte, at = [], [], 0
+    items = []
     for row in rows:
-        if "target" in row:
-            right = right_per_byte = bool(best[at])
-            at += 1
-        else:
-            scores = -nll[at : at + len(row["choices"])]
-            size = [len(choice.encode()) for choice in row["choices"]]
-            right = int(scores.argmax()) == row["label"]
-            right_per_byte = int((scores / size).argmax()) == row["label"]
-            at += len(scores)
-        correct.append(right)
-        per_byte.append(right_per_byte)
-    ids = [str(row["id"]) for row in rows]
-    return TaskResult(
-        ids, np.array(correct), np.array(per_byte), float(np.mean(densities))
-    )
-
-
-def _pairs(
-    params: Params, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer
-) -> list[tuple[list[int], list[int]]]:
-    """(prompt without its last token, that token and the continuation) of each."""
-    config = params.config
-    start = tokenizer.backend.token_to_id("<|endoftext|>")
-    if start is None:
-        start = (config.eos_ids or (0,))[0]
-    pairs = []
-    for row in rows:
-        prompt = tokenizer.encode(row["context"]) if row["context"] else []
-        if len(prompt) < 2:  # one token to prefill, one to decode
-            prompt = [start] * (2 - len(prompt)) + prompt
-        texts = (
-            [row["target"]]
-            if "target" in row
-            else [(" " if row["context"] else "") + c for c in row["choices"]]
-        )
-        for text in texts:
-            ids = tokenizer.encode(text, special=False)
-            if len(prompt) + len(ids) > config.context:
+        for choice in row.choices:
+            head, tail = encode_pair(tokenizer, config, row.context, choice)
+            if not head or not tail:
+                raise ValueError(f"{row.place}: {choice!r} has no tokens of its own")
+            if len(head) + len(tail) > config.context + 1:
                 raise ValueError(
-                    f"row {row['id']} has {len(prompt) + len(ids)} tokens, the model's "
-                    f"context is {config.context}"
+                    f"{row.place}: row {row.id!r} has {len(head) + len(tail)} tokens, "
+                    f"the model's context is {config.context}"
                 )
-            pairs.append((prompt[:-1], [prompt[-1], *ids]))
-    return pairs
+            items.append(Continuation((*head, *tail), len(tail), row.place))
+    return items
 
 
-def _pad(rows: Sequence[Sequence[int]], smallest: int) -> jnp.ndarray:
-    padded = np.zeros((len(rows), bucket(max(map(len, rows)), smallest)), np.int32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return jnp.asarray(padded)
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Which rows of a task were right.
+
+    Attributes:
+      right: bool[rows]: the likeliest choice is the label, or every token of the
+        target is the most probable one.
+      right_per_byte: bool[rows], by likelihood per byte of the choice (acc_norm); None
+        for targets.
+    """
+
+    right: np.ndarray
+    right_per_byte: np.ndarray | None
+
+
+def grade(rows: Sequence[Row], nll: np.ndarray, greedy: np.ndarray) -> Answers:
+    """Say which rows are right.
+
+    Args:
+      rows: of a task.
+      nll: float[items], of `task_items`.
+      greedy: bool[items].
+    """
+    if rows[0].label is None:
+        return Answers(np.asarray(greedy, bool), None)
+    right, per_byte, at = [], [], 0
+    for row in rows:
+        scores = -nll[at : at + len(row.choices)]
+        # The space that joins is not the choice's own.
+        joined = bool(row.context)
+        sizes = np.array([len(choice[joined:].encode()) for choice in row.choices])
+        right.append(int(scores.argmax()) == row.label)
+        per_byte.append(int((scores / sizes).argmax()) == row.label)
+        at += len(row.choices)
+    return Answers(np.array(right), np.array(per_byte))

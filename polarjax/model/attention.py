@@ -17,7 +17,7 @@ from pallas_kernels import (
 from polarjax.config import ModelConfig
 from polarjax.model.linear import linear
 from polarjax.model.positions import rotate
-from polarjax.policy import SelectionPolicy
+from polarjax.policy import SelectionPolicy, groups_read
 
 
 class Attention(nn.Module):
@@ -101,6 +101,37 @@ class Attention(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         q, k, v, _ = self.project(u, positions)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True), k, v
+
+    def masked(
+        self, u: jax.Array, policy: SelectionPolicy
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """As `prefill`, with outputs of 0 where the policy picks no group.
+
+        What decoding computes, every position at once and nothing saved.
+
+        Args:
+          u: [b, t, m], the layer's normalised input.
+          policy: bound to the weights.
+
+        Returns:
+          Head outputs [b, t, h, d]; scores float32[b, t, r] or None; bool[b, t, k],
+          the KV groups that each position reads.
+        """
+        c, (b, t, _) = self.config, u.shape
+        positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        q, k, v, scores = self.project(u, positions)
+        o = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        norms = head_norms(o, c.kv_heads) if policy.wants_norms else None
+
+        def choose(_, scores: jax.Array | None, norms: jax.Array | None) -> jax.Array:
+            chosen = policy.heads(self.layer, scores, norms, "xla")
+            return groups_read(chosen, b, c.kv_heads)
+
+        # A policy answers for one position of each sequence.
+        read = jax.vmap(choose, (0, 1, 1), 1)(jnp.arange(t), scores, norms)
+        grouped = o.reshape(b, t, c.kv_heads, -1)
+        o = jnp.where(read[..., None], grouped, 0).reshape(o.shape)
+        return o, scores, read
 
     def decode(
         self,

@@ -87,6 +87,20 @@ class Layer(nn.Module):
         y = x + self.attention.output(o)
         return y + self.mlp(self.mlp_norm(y)), k, v, u, o
 
+    def masked(
+        self, x: jax.Array, live: jax.Array, policy: SelectionPolicy
+    ) -> tuple[jax.Array, jax.Array]:
+        """[b, t, m] to the same; also bool[b, t, k], the KV groups read."""
+        o, scores, read = self.attention.masked(self.attention_norm(x), policy)
+
+        def choose(_, scores: jax.Array | None, live: jax.Array) -> jax.Array | None:
+            return policy.neurons(self.layer, scores, live, "xla")
+
+        t = jnp.arange(x.shape[1])
+        neurons = jax.vmap(choose, (0, 1, 1))(t, scores, live)
+        y = x + self.attention.output(o)
+        return y + self.mlp(self.mlp_norm(y), neurons), read
+
     def decode(
         self,
         x: jax.Array,
@@ -157,7 +171,7 @@ class Decoder(nn.Module):
           float32[b, t, v], and what `observe` returned, by layer.
         """
         x, _, _, observed = self._forward(tokens, observe)
-        return self.embed.logits(self.final_norm(x)), observed
+        return self.logits(x), observed
 
     def observe(self, tokens: jax.Array, observe: Observe) -> list[Any]:
         """As `__call__`, without the logits."""
@@ -188,7 +202,37 @@ class Decoder(nn.Module):
             tuple(map(store, values)),
             lengths.astype(jnp.int32),
         )
-        return self.embed.logits(self.final_norm(last)), cache
+        return self.logits(last), cache
+
+    def masked(
+        self, tokens: jax.Array, lengths: jax.Array, policy: SelectionPolicy
+    ) -> tuple[jax.Array, jax.Array]:
+        """Whole sequences with every position sparse, as a masked dense model.
+
+        Position i of the batch asks the policy what step i of decoding would ask, so
+        that both choose the same; the layers compute everything and mask.
+
+        Args:
+          tokens: int32[b, t], padded at the end with any id.
+          lengths: int32[b], tokens of each sequence; padding has no say in what the
+            batch chooses.
+          policy: bound to the weights.
+
+        Returns:
+          [b, t, m], for `logits`; bool[layers, b, t, k], the KV groups read.
+        """
+        b, t = tokens.shape
+        x = self.embed(tokens, jnp.broadcast_to(jnp.arange(t), (b, t)))
+        live = jnp.arange(t) < lengths[:, None]
+        reads = []
+        for layer in self.layers:
+            x, read = layer.masked(x, live, policy)
+            reads.append(read)
+        return x, jnp.stack(reads)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The last layer's output [..., m] to float32[..., v]."""
+        return self.embed.logits(self.final_norm(x))
 
     def decode(
         self,
@@ -219,7 +263,7 @@ class Decoder(nn.Module):
             values.append(v)
             reads.append(read)
         lengths = cache.lengths + live.astype(jnp.int32)
-        logits = self.embed.logits(self.final_norm(x))
+        logits = self.logits(x)
         return logits, KVCache(tuple(keys), tuple(values), lengths), jnp.stack(reads)
 
 
@@ -229,7 +273,7 @@ def run(model: Decoder, weights: Tree, method: str, *args: Any) -> Any:
     Args:
       model: the module, which has no weights of its own.
       weights: its parameters.
-      method: "prefill", "decode", "observe" or "__call__".
+      method: "prefill", "decode", "masked", "logits", "observe" or "__call__".
       *args: of the method.
     """
     return model.apply({"params": weights}, *args, method=method)

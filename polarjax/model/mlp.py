@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Implementation, gathered_mlp, gathering
+from pallas_kernels import Implementation, gathered_mlp, gathering, masked_mlp
 from polarjax.config import ModelConfig
 
 
@@ -22,8 +22,10 @@ class MLP(nn.Module):
         """Apply the MLP.
 
         Args:
-          x: [..., m]; with `neurons`, [b, m].
-          neurons: int32[n], the neurons to compute for the whole batch; None for all.
+          x: [..., m]; with `neurons`, [b, m] or [b, t, m].
+          neurons: int32[n], the neurons to compute for the whole batch; int32[t, n] if
+            each position has its own, and then the others are computed and masked;
+            None for all.
 
         Returns:
           Like x.
@@ -39,6 +41,12 @@ class MLP(nn.Module):
             # LLaMA's gate may have a bias too; no known checkpoint has one.
             for name, size in (("up_bias", c.neurons), ("down_bias", c.dim)):
                 weights[name] = self.param(name, zeros, (size,), self.dtype)
+        if neurons is not None and neurons.ndim == 2:
+
+            def feed(x: jax.Array, neurons: jax.Array) -> jax.Array:
+                return masked_mlp(x, weights, neurons, activation=c.activation)
+
+            return jax.vmap(feed, (1, 0), 1)(x, neurons)
         y = gathered_mlp(
             *(x.reshape(-1, c.dim), weights, neurons),
             activation=c.activation,

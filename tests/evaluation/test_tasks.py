@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.evaluation import evaluate_task, read_rows
+from polarjax.evaluation import Scorer, grade, measure, read_rows, task_items
+from polarjax.evaluation.tasks import encode_pair, start_token
 from polarjax.generation import Tokenizer
 from tests.models import LLAMA, random_params, write_checkpoint
 
@@ -15,106 +16,144 @@ WORDS = "one two three four five six seven eight nine ten".split()
 
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
-    config = dataclasses.replace(LLAMA, vocab_size=257, layers=2)
+    config = dataclasses.replace(LLAMA, vocab_size=257, eos_ids=(256,))
     folder = tmp_path_factory.mktemp("tasks") / "model"
     return write_checkpoint(folder, random_params(config, routers=True))
 
 
 def make_rows(count=12, seed=0):
+    """Contexts of words, one of them empty, and three choices of other lengths."""
     rng = np.random.default_rng(seed)
-    pick = lambda n: " ".join(rng.choice(WORDS, n))  # noqa: E731
-    return [
-        {
-            "id": f"row-{i}",
-            "context": "" if i == 3 else pick(rng.integers(1, 5)),
-            "choices": [pick(rng.integers(1, 4)) for _ in range(3)],
-            "label": int(rng.integers(3)),
-        }
-        for i in range(count)
-    ]
-
-
-def independent(params, rows):
-    """Dense log-likelihoods of each choice alone, from the logits of the whole."""
-    tokenizer, found = Tokenizer.load(params.config), []
-    for row in rows:
-        prompt = tokenizer.encode(row["context"]) if row["context"] else [0, 0]
-        for choice in row["choices"]:
-            text = (" " if row["context"] else "") + choice
-            ids = tokenizer.encode(text)
-            padded = [[*prompt, *ids, *[0] * (64 - len(prompt) - len(ids))]]
-            logits = np.asarray(polarjax.logits(params, padded)[0], float)
-            logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            at = np.arange(len(prompt) - 1, len(prompt) + len(ids) - 1)
-            found.append(logp[at, ids].sum())
-    return np.array(found).reshape(len(rows), 3)
-
-
-def test_dense_choices_equal_an_independent_scorer(params):
-    rows = make_rows()
-    scores = independent(params, rows)
-    labels = np.array([row["label"] for row in rows])
-    sizes = np.array([[len(c) for c in row["choices"]] for row in rows])
-    for batch in (5, 16):
-        result = evaluate_task(params, rows, polarjax.Dense(), batch=batch)
-        np.testing.assert_array_equal(result.correct, scores.argmax(1) == labels)
-        np.testing.assert_array_equal(
-            result.correct_per_byte, (scores / sizes).argmax(1) == labels
-        )
-        assert result.density == 1
-        assert result.ids == [row["id"] for row in rows]
-
-
-def test_targets_are_right_where_generate_writes_them(params):
-    prompts = [row["context"] for row in make_rows() if row["context"]][:6]
-    # generate's first token comes from dense prefill: one token more in the context.
-    first = polarjax.generate(
-        params, prompts, policy=polarjax.Dense(), max_new_tokens=1
-    )
-    ids = [[*p.encode(), *t] for p, t in zip(prompts, first.tokens, strict=True)]
-    tokenizer = Tokenizer.load(params.config)
-    contexts = [
-        p + tokenizer.decode(t) for p, t in zip(prompts, first.tokens, strict=True)
-    ]
     rows = []
-    for i, context in enumerate(contexts):
-        if tokenizer.encode(context)[-1] != ids[i][-1]:
-            continue  # a lone byte of a longer character is no text
-        out = polarjax.generate(params, [context], max_new_tokens=1, density=0.5)
-        target = tokenizer.decode(out.tokens[0])
-        if tokenizer.encode(target) == out.tokens[0]:
-            rows.append({"id": i, "context": context, "target": target})
-    rows.append({"id": "wrong", "context": "one two", "target": " zzzz"})
-    result = evaluate_task(params, rows, polarjax.Dense())
-    assert result.correct[:-1].all() and not result.correct[-1]
+    for i in range(count):
+        context = " ".join(rng.choice(WORDS, size=rng.integers(1, 6))) if i else ""
+        choices = [" ".join(rng.choice(WORDS, size=1 + j)) for j in range(3)]
+        label = int(rng.integers(3))
+        rows.append({"id": i, "context": context, "choices": choices, "label": label})
+    return rows
 
 
-def test_sparse_differs_and_says_its_density(params):
-    rows = make_rows(30, seed=1)
-    dense = evaluate_task(params, rows, polarjax.Dense())
-    sparse = evaluate_task(params, rows, polarjax.Polar(0.25))
-    assert sparse.density == pytest.approx((1 + 0.25) / 2)
-    change, low, high = sparse.difference(dense)
-    assert low <= change <= high
-    assert change == pytest.approx(sparse.accuracy - dense.accuracy)
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
-def test_rows_are_read_and_checked(tmp_path):
-    rows = make_rows(3)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+def score(params, rows, policy, batch=8, **options):
+    items = task_items(rows, Tokenizer.load(params.config), params.config)
+    scorer = Scorer(params, {"it": policy}, batch=batch, **options)
+    return measure(scorer, items)["it"]
+
+
+def test_dense_choices_equal_an_independent_scorer(params, tmp_path):
+    given = make_rows()
+    expected = []
+    for row in given:
+        prompt = list(row["context"].encode()) or [256]
+        for choice in row["choices"]:
+            new = list(((" " if row["context"] else "") + choice).encode())
+            logits = np.asarray(polarjax.logits(params, [[*prompt, *new]])[0], float)
+            logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            at = np.arange(len(prompt) - 1, len(prompt) + len(new) - 1)
+            tokenizer = Tokenizer.load(params.config)
+            ids = tokenizer.encode(bytes(new).decode(), special=False)
+            head = tokenizer.encode(row["context"]) if row["context"] else [256]
+            logits = np.asarray(polarjax.logits(params, [[*head, *ids]])[0], float)
+            logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            expected.append(logp[at, ids].sum())
+    expected = np.array(expected).reshape(len(given), 3)
+    labels = np.array([row["label"] for row in given])
+    sizes = np.array([[len(c) for c in row["choices"]] for row in given])
+    rows = read_rows(write(tmp_path / "a.jsonl", given))
+    for batch in (5, 16):
+        found = score(params, rows, polarjax.Dense(), batch)
+        np.testing.assert_allclose(-found.nll.reshape(-1, 3), expected, atol=1e-4)
+        answers = grade(rows, found.nll, found.greedy)
+        np.testing.assert_array_equal(answers.right, expected.argmax(1) == labels)
+        np.testing.assert_array_equal(
+            answers.right_per_byte, (expected / sizes).argmax(1) == labels
+        )
+
+
+def test_targets_are_right_where_generate_writes_them(params, tmp_path):
+    tokenizer = Tokenizer.load(params.config)
+    prompts = [" ".join(WORDS[i : i + 3]) for i in range(6)]
+    out = polarjax.generate(params, prompts, policy=polarjax.Dense(), max_new_tokens=2)
+    given = []
+    for prompt, tokens in zip(prompts, out.tokens, strict=True):
+        target = tokenizer.decode(tokens)
+        if tokens and tokenizer.encode(target) == tokens and target.strip():
+            given.append({"context": prompt, "target": target})
+    assert given
+    given.append({"id": "wrong", "context": "one two", "target": " zzzz"})
+    rows = read_rows(write(tmp_path / "a.jsonl", given))
+    found = score(params, rows, polarjax.Dense())
+    answers = grade(rows, found.nll, found.greedy)
+    assert answers.right[:-1].all() and not answers.right[-1]
+    assert answers.right_per_byte is None
+    assert [row.id for row in rows][-1] == "wrong" and rows[0].id == "0"
+
+
+def test_pairs_are_tokenized_together(params):
+    tokenizer = Tokenizer.load(params.config)
+    assert start_token(tokenizer, params.config) == 256
+    assert encode_pair(tokenizer, params.config, "", "one")[0] == [256]
+    head, tail = encode_pair(tokenizer, params.config, "one  ", "two")
+    assert tokenizer.decode(head) == "one" and tokenizer.decode(tail) == "  two"
+
+
+GOOD = '{"context": "a", "choices": ["b", "c"], "label": 1}'
+TARGET = '{"context": "a", "target": " b"}'
+
+
+def test_rows_are_read(tmp_path):
+    given = make_rows(3)
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
-        file.write(text)
-    assert read_rows(tmp_path / "a.jsonl.gz") == rows
+        file.write("".join(json.dumps(row) + "\n" for row in given))
+    rows = read_rows(tmp_path / "a.jsonl.gz")
+    assert [row.context for row in rows] == [row["context"] for row in given]
+    assert rows[0].choices == tuple(given[0]["choices"])  # nothing to join them to
+    assert rows[1].choices == tuple(" " + c for c in given[1]["choices"])
+    assert [row.label for row in rows] == [row["label"] for row in given]
+    assert rows[2].place.endswith("a.jsonl.gz, line 3")
     assert read_rows(tmp_path / "a.jsonl.gz", limit=2) == rows[:2]
-    with pytest.raises(FileNotFoundError, match="no task file"):
-        read_rows(tmp_path / "nowhere")
-    for bad in ("{}", "no json", '{"context": "a", "choices": ["b"], "label": 1}'):
-        (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n" + bad + "\n")
-        with pytest.raises(ValueError, match="line 2: a row needs a context"):
-            read_rows(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no json", "no JSON"),
+        ("", "no JSON"),
+        ("[]", "must be a JSON object"),
+        ("{}", "context must be a string, got None"),
+        ('{"context": 3, "choices": ["b", "c"], "label": 1}', "context must be a str"),
+        ('{"context": "a", "choices": [], "label": 0}', "at least two strings"),
+        ('{"context": "a", "choices": ["b"], "label": 0}', "at least two strings"),
+        ('{"context": "a", "choices": "bc", "label": 0}', "at least two strings"),
+        ('{"context": "a", "choices": ["b", ""], "label": 0}', "not empty, got ''"),
+        ('{"context": "a", "choices": ["b", 1], "label": 0}', "not empty, got 1"),
+        ('{"context": "a", "choices": ["b", "c"], "label": 2}', "from 0 to 1, got 2"),
+        ('{"context": "a", "choices": ["b", "c"], "label": -1}', "from 0 to 1, got -1"),
+        ('{"context": "a", "choices": ["b", "c"], "label": true}', "1, got True"),
+        ('{"context": "a", "choices": ["b", "c"]}', "from 0 to 1, got None"),
+        ('{"context": "a", "target": " "}', "target must be a string that is not em"),
+        ('{"context": "a", "target": "b", "choices": []}', "choices or a target"),
+        (TARGET, "must all have choices or all a target"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    with pytest.raises(ValueError, match=message) as error:
+        read_rows(path)
+    assert f"{path}, line 2" in str(error.value)
 
 
 def test_damaged_task_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no task file"):
+        read_rows(tmp_path / "nowhere")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty.jsonl has no rows"):
+        read_rows(tmp_path / "empty.jsonl")
     whole = gzip.compress(json.dumps(make_rows(1)[0]).encode() * 50)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
@@ -123,7 +162,68 @@ def test_damaged_task_files_are_named(tmp_path):
             read_rows(tmp_path / name)
 
 
-def test_rows_beyond_the_context_are_named(params):
-    row = {"id": "long", "context": "a" * 126, "choices": ["bcd"], "label": 0}
-    with pytest.raises(ValueError, match="row long has 130 tokens"):
-        evaluate_task(params, [row], polarjax.Dense())
+def test_rows_beyond_the_context_are_named(params, tmp_path):
+    row = {"id": "long", "context": "a" * 126, "choices": ["bcd", "e"], "label": 0}
+    path = write(tmp_path / "a.jsonl", [*make_rows(2), row])
+    with pytest.raises(ValueError, match=r"a.jsonl, line 3: row 'long' has 130 tokens"):
+        score(params, read_rows(path), polarjax.Dense())
+
+
+TASKS = [
+    *("arc_easy", "arc_challenge", "openbookqa", "copa", "hellaswag_1000"),
+    *("lambada", "blimp"),
+]
+
+
+@pytest.fixture(scope="module")
+def scorer(smollm2):
+    """One for all tasks: they share its programs."""
+    return Scorer(smollm2, {"Dense": polarjax.Dense()}, batch=40)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", TASKS)
+def test_smollm2_equals_transformers(scorer, smollm2_torch, shared_data, task, count):
+    """Item by item, unless a choice between two is closer than 1e-3 nats."""
+    torch = pytest.importorskip("torch", reason="parity needs torch")
+    path = shared_data / "eval" / f"{task}.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file][:count]
+    config = scorer.params.config
+    tokenizer = Tokenizer.load(config)
+    backend, rows = tokenizer.backend, read_rows(path, count)
+    found = measure(scorer, task_items(rows, tokenizer, config))["Dense"]
+    answers = grade(rows, found.nll, found.greedy)
+    near = at = 0
+    for i, line in enumerate(lines):
+        head = backend.encode(line["context"] or "<|endoftext|>").ids
+        texts = [line["target"]] if "target" in line else line["choices"]
+        space = " " if "choices" in line and line["context"] else ""
+        scores, margins = [], []
+        news = [backend.encode(space + text).ids for text in texts]
+        longest = max(map(len, news))
+        # Causal: what fills a row up at its end changes nothing before it.
+        padded = [[*head, *new, *[0] * (longest - len(new))] for new in news]
+        with torch.no_grad():
+            all_logits = smollm2_torch(torch.tensor(padded)).logits
+        for new, logits in zip(news, all_logits, strict=True):
+            logp = logits[len(head) - 1 : len(head) + len(new) - 1].log_softmax(-1)
+            scores.append(sum(logp[j, token].item() for j, token in enumerate(new)))
+            top = logp.topk(2).values
+            margins.append((top[:, 0] - top[:, 1]).min().item())
+            greedy = bool((logp.argmax(-1) == torch.tensor(new)).all())
+            assert abs(-found.nll[at] - scores[-1]) < 2e-3 * len(new)
+            at += 1
+        if "target" in line:
+            assert answers.right[i] == greedy or margins[0] < 1e-3
+            near += margins[0] < 1e-3
+            continue
+        per_byte = np.array(scores) / [len(text.encode()) for text in texts]
+        for mine, theirs in (
+            (answers.right[i], np.array(scores)),
+            (answers.right_per_byte[i], per_byte),
+        ):
+            best, second = np.sort(theirs)[:-3:-1]
+            assert mine == (theirs.argmax() == line["label"]) or best - second < 1e-3
+            near += best - second < 1e-3
+    assert near < max(2, 0.05 * count)

@@ -1,0 +1,86 @@
+"""What the commands share: arguments, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import fractions
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from polarjax.policy import Dense, SelectionPolicy
+from polarjax.sparsity import Oracle, Polar, Random
+
+POLICIES = {"polar": Polar, "oracle": Oracle, "random": Random}
+
+
+def fraction(text: str) -> float:
+    """A number such as 0.5 or 2/3."""
+    try:
+        return float(fractions.Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        message = f"{text!r} is no number such as 0.5 or 2/3"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def make_policy(name: str, density: float | None) -> SelectionPolicy:
+    """A policy by its name.
+
+    Raises:
+      ValueError: if there is none of that name.
+    """
+    if name == "dense":
+        return Dense()
+    if name not in POLICIES:
+        raise ValueError(
+            f"no policy {name!r}: there are dense, {', '.join(sorted(POLICIES))}"
+        )
+    return POLICIES[name](density)
+
+
+def make_policies(names: str, densities: str) -> dict[str, SelectionPolicy]:
+    """Every policy at every density, by label; without densities, the adapter's own.
+
+    Args:
+      names: such as "dense,polar".
+      densities: such as "1/2,2/3"; may be empty.
+
+    Raises:
+      ValueError: if a name or a density is none, or stands there twice.
+    """
+    try:
+        wanted = [fraction(x) for x in densities.split(",") if x] or [None]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--densities: {error}") from None
+    policies: dict[str, SelectionPolicy] = {}
+    for name in names.split(","):
+        for density in [None] if name == "dense" else wanted:
+            label = name.capitalize() + (f" {density:.3f}" if density else "")
+            if label in policies:
+                raise ValueError(f"--policies, --densities: {label} is there twice")
+            policies[label] = make_policy(name, density)
+    return policies
+
+
+def counting_bar(console: Console) -> Progress:
+    """A progress bar that shows how many are done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def share_bar(console: Console) -> Progress:
+    """A progress bar for work of which the units mean nothing to people."""
+    return Progress(
+        *(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()),
+        *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+        console=console,
+        speed_estimate_period=86_400,  # batches differ: what counts is their mean
+    )

@@ -1,0 +1,174 @@
+"""Work cut into batches: alike lengths together, contexts that are shared read once."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+
+from polarjax.generation.requests import bucket
+
+Mode = Literal["decode", "kernel", "mask"]
+"""How continuations are scored; see `polarjax.evaluation.scoring`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Tokens of which the last ones are scored, given those before them.
+
+    Attributes:
+      tokens: context, then continuation.
+      scored: how many of the last ones are scored, from 1 to all but one.
+      name: for messages.
+    """
+
+    tokens: tuple[int, ...]
+    scored: int
+    name: str = "a continuation"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.scored < len(self.tokens):
+            raise ValueError(
+                f"{self.name}: {self.scored} of {len(self.tokens)} tokens are to be "
+                "scored; it must be at least one, with at least one before it"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A continuation's place in a batch.
+
+    Attributes:
+      item: which one, in the list that was cut.
+      tokens: its tokens.
+      start: how many of them are read dense and at once.
+      scored: how many of the last are scored.
+    """
+
+    item: int
+    tokens: tuple[int, ...]
+    start: int
+    scored: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows that are computed together, and the shape of the arrays that hold them.
+
+    Attributes:
+      rows: at most as many as the batch size.
+      contexts: room for different contexts, c.
+      prefix: room for a context's tokens; 0 if none is read dense.
+      steps: room for the tokens read one by one.
+      capacity: room of the cache for both.
+    """
+
+    rows: tuple[Row, ...]
+    contexts: int
+    prefix: int
+    steps: int
+    capacity: int
+
+    def arrays(self, batch: int) -> tuple[tuple, tuple]:
+        """Padded arrays for a batch size.
+
+        Args:
+          batch: rows, b.
+
+        Returns:
+          (the contexts, int32[c, prefix], their lengths, int32[c], and the context of
+          each row, int32[b]), (each row's tokens, int32[b, steps + 1], and how many of
+          the steps it takes, int32[b], 0 for rows that fill up).
+        """
+        heads = dict.fromkeys(row.tokens[: row.start] for row in self.rows)
+        place = {head: i for i, head in enumerate(heads)}
+        contexts = np.zeros((self.contexts, self.prefix), np.int32)
+        lengths, rows, counts = (
+            np.zeros(n, np.int32) for n in (self.contexts, batch, batch)
+        )
+        for head, i in place.items():
+            contexts[i, : len(head)], lengths[i] = head, len(head)
+        tokens = np.zeros((batch, self.steps + 1), np.int32)
+        for i, row in enumerate(self.rows):
+            tail = row.tokens[row.start :]
+            rows[i], counts[i] = place[row.tokens[: row.start]], len(tail) - 1
+            tokens[i, : len(tail)] = tail
+        return jax.device_put(((contexts, lengths, rows), (tokens, counts)))
+
+
+def make_batches(
+    items: Sequence[Continuation], batch: int, context: int, mode: Mode
+) -> list[Batch]:
+    """Cut work into batches that depend on the arguments alone.
+
+    They come in an order that mixes long and short ones, so that the first tenth tells
+    how long the rest will take.
+
+    Args:
+      items: what to score.
+      batch: rows computed together.
+      context: of the model, in tokens.
+      mode: only in "decode" are contexts read dense, but for their last token.
+
+    Raises:
+      ValueError: if an item is longer than the context.
+    """
+    families: dict[tuple[int, ...], list[Row]] = {}
+    for i, item in enumerate(items):
+        if len(item.tokens) > context + 1:  # the last one is never read
+            raise ValueError(
+                f"{item.name} has {len(item.tokens)} tokens, the model's context is "
+                f"{context}, and one more can be scored"
+            )
+        start = 0 if mode != "decode" else len(item.tokens) - item.scored - 1
+        row = Row(i, item.tokens, start, item.scored)
+        families.setdefault(item.tokens[:start], []).append(row)
+
+    def width(length: int) -> int:
+        return min(bucket(length), context) if length else 0
+
+    # Rows of one context stay together, as far as a batch holds them.
+    parts = []
+    for rows in families.values():
+        rows = sorted(rows, key=_steps)
+        parts += [rows[at : at + batch] for at in range(0, len(rows), batch)]
+    parts.sort(key=lambda rows: (width(rows[0].start), _steps(rows[-1]), rows[0].start))
+    usual = sorted(map(len, parts))[len(parts) // 2] if parts else 1
+    contexts = max(1, batch // usual)
+    groups: list[list[list[Row]]] = []
+    for rows in parts:
+        last = groups[-1] if groups else []
+        fits = sum(map(len, last)) + len(rows) <= batch and len(last) < contexts
+        alike = last and width(last[0][0].start) == width(rows[0].start)
+        if fits and alike:
+            last.append(rows)
+        else:
+            groups.append([rows])
+    batches = []
+    for group in groups:
+        rows = tuple(row for part in group for row in part)
+        prefix = width(group[0][0].start)
+        if mode == "mask":  # which computes all that it has room for
+            batches.append(Batch(rows, 1, 0, width(max(map(_steps, rows))), 0))
+            continue
+        # Decoding computes only what it needs: much room spares programs.
+        room = max(map(_steps, rows))
+        capacity = _coarse(prefix + room)
+        batches.append(Batch(rows, contexts, prefix, _coarse(room), capacity))
+    random.Random(0).shuffle(batches)
+    return batches
+
+
+def _steps(row: Row) -> int:
+    return len(row.tokens) - 1 - row.start
+
+
+def _coarse(length: int) -> int:
+    room = 32
+    while room < length:
+        room *= 4
+    return room

@@ -1,0 +1,197 @@
+"""What sparsity does to the text that a model writes, beside its own dense text.
+
+Multiple choice hides damage that shows here: how far greedy continuations stay the
+same, and how far the next-token distributions move along the dense one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import Implementation
+from polarjax.cache import KVCache
+from polarjax.config import ModelConfig
+from polarjax.evaluation.measure import Journal, Progress
+from polarjax.evaluation.scoring import decode_step, start
+from polarjax.generation import generate
+from polarjax.generation.requests import bucket
+from polarjax.model import Decoder
+from polarjax.params import Params, Tree
+from polarjax.policy import Dense, SelectionPolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """How one policy's text differs from the dense model's.
+
+    The first new token comes from dense prefill for every policy: it is always the
+    same, and counted.
+
+    Attributes:
+      same: int[prompts], new tokens before the first that differs; all of them where
+        the continuations are identical.
+      kl: float64[prompts, new tokens - 1], Kullback-Leibler divergence of the policy's
+        next-token distribution from the dense one, in nats, along the dense text; from
+        the second new token on.
+      agree: bool[prompts, new tokens - 1], whether both have the same best token there.
+      density: KV groups read / KV groups there, mean over layers, along the dense text.
+    """
+
+    same: np.ndarray
+    kl: np.ndarray
+    agree: np.ndarray
+    density: float
+
+
+def measure_damage(
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    policies: Mapping[str, SelectionPolicy],
+    *,
+    new_tokens: int = 64,
+    batch: int = 16,
+    implementation: Implementation | None = None,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Damage]:
+    """Continue prompts greedily, densely and under policies, and compare.
+
+    Everything runs through `generate` and its decode step. Continuations go on where
+    the model would stop, so that all have the same length.
+
+    Args:
+      params: the model.
+      prompts: token ids of each.
+      policies: by label, sparse ones, not yet bound.
+      new_tokens: to add to each prompt, at least 2.
+      batch: prompts continued together.
+      implementation: of the kernels; None chooses by device.
+      journal: see `measure`.
+      progress: see `measure`.
+
+    Raises:
+      ValueError: if there is no prompt, or the context is too short for one.
+    """
+    if not prompts or new_tokens < 2:
+        raise ValueError("generation needs a prompt and at least 2 new tokens")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) + new_tokens > params.config.context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens: with {new_tokens} more it is "
+                f"beyond the model's context of {params.config.context}"
+            )
+    journal = {} if journal is None else journal
+    starts = range(0, len(prompts), batch)
+    options = {"new_tokens": new_tokens, "implementation": implementation}
+    for done, at in enumerate(starts):
+        if progress:
+            progress("generating", done, len(starts))
+        if f"generation/{at}" not in journal:
+            part = prompts[at : at + batch]
+            journal[f"generation/{at}"] = _compare(params, part, policies, **options)
+    if progress:
+        progress("generating", len(starts), len(starts))
+    parts = [journal[f"generation/{at}"] for at in starts]
+    results = {}
+    for label in policies:
+        mine = [part[label] for part in parts]
+        same, kl, agree = (
+            np.concatenate([np.asarray(part[name]) for part in mine])
+            for name in ("same", "kl", "agree")
+        )
+        read, there = (sum(part[name] for part in mine) for name in ("read", "there"))
+        results[label] = Damage(same, kl, agree, read / there)
+    return results
+
+
+def _compare(
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    policies: Mapping[str, SelectionPolicy],
+    *,
+    new_tokens: int,
+    implementation: Implementation | None,
+) -> dict[str, dict]:
+    """One batch, as JSON values."""
+
+    def write(policy: SelectionPolicy) -> np.ndarray:
+        out = generate(
+            params,
+            [list(prompt) for prompt in prompts],
+            max_new_tokens=new_tokens,
+            policy=policy,
+            stop_ids=[],
+            implementation=implementation,
+        )
+        return np.array(out.tokens)
+
+    dense = write(Dense())
+    b, config = len(prompts), params.config
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    contexts = np.zeros((b, min(bucket(int(lengths.max())), config.context)), np.int32)
+    for row, prompt in zip(contexts, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    common = {"config": config.architecture, "implementation": implementation}
+    rows, room = np.arange(b, dtype=np.int32), contexts.shape[1] + new_tokens
+    capacity = -(-room // 16) * 16  # what kernels like
+    read = params.weights, contexts, lengths, rows
+    cache = start(*read, capacity=capacity, **common)
+    found = {}
+    for label, policy in policies.items():
+        differs = write(policy) != dense
+        same = np.where(differs.any(axis=1), differs.argmax(axis=1), new_tokens)
+        weights, bound = policy.bind(params, b)
+        args = params.weights, weights, bound, cache, jnp.asarray(dense)
+        kl, agree, read = jax.device_get(_divergences(*args, **common))
+        found[label] = {
+            "same": same.tolist(),
+            "kl": kl.astype(float).tolist(),
+            "agree": agree.tolist(),
+            "read": int(read),
+            "there": b * (new_tokens - 1) * config.layers * config.kv_heads,
+        }
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+def _divergences(
+    dense_weights: Tree,
+    weights: Tree,
+    policy: SelectionPolicy,
+    cache: KVCache,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Decode the dense text int32[b, n] twice, side by side.
+
+    Returns float32[b, n - 1], KL divergences of what follows token i; bool[b, n - 1],
+    whether the best token is the same; and int32[], KV groups that the policy read.
+    """
+    dtype = weights["embed"]["tokens"].dtype
+    b = tokens.shape[0]
+    model = Decoder(config, dtype, policy.score_rows, implementation)
+    dense_model = Decoder(config, dtype, implementation=implementation)
+    live = jnp.ones(b, bool)
+
+    def step(caches: tuple[KVCache, KVCache], token: jax.Array):
+        expected, dense, _ = decode_step(
+            *(dense_model, dense_weights, Dense(), token, caches[0], live)
+        )
+        logits, sparse, read = decode_step(
+            model, weights, policy, token, caches[1], live
+        )
+        p, q = jax.nn.log_softmax(expected), jax.nn.log_softmax(logits)
+        kl = (jnp.exp(p) * (p - q)).sum(axis=-1)
+        same = expected.argmax(axis=-1) == logits.argmax(axis=-1)
+        return (dense, sparse), (kl, same, read.sum())
+
+    _, (kl, same, read) = jax.lax.scan(step, (cache, cache), tokens[:, :-1].T)
+    return kl.T, same.T, read.sum()

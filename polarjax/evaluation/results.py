@@ -1,0 +1,154 @@
+"""From what was measured to what is said of it: values, intervals, tests, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from polarjax.evaluation.damage import Damage
+from polarjax.evaluation.measure import Measured
+from polarjax.evaluation.perplexity import Perplexity
+from polarjax.evaluation.statistics import (
+    Interval,
+    difference_interval,
+    mcnemar,
+    mean_interval,
+    share_interval,
+)
+from polarjax.evaluation.tasks import Row, grade
+
+DENSE = "Dense"
+"""The label of the policy that everything is paired with."""
+
+
+def task_result(rows: Sequence[Row], found: Mapping[str, Measured]) -> dict[str, Any]:
+    """What a task says of each policy.
+
+    Args:
+      rows: of the task.
+      found: by policy, Dense among them.
+    """
+    target = rows[0].label is None
+    answers = {k: grade(rows, m.nll, m.greedy) for k, m in found.items()}
+    dense = answers[DENSE]
+    results = {}
+    for label, mine in answers.items():
+        measured, per_byte = found[label], mine.right_per_byte
+        result = {
+            "accuracy": _bounds(share_interval(mine.right)),
+            "accuracy_per_byte": None,
+            "target_perplexity": None,
+            "against_dense": None,
+        }
+        against: dict[str, Any] = {
+            "accuracy": _bounds(difference_interval(mine.right, dense.right)),
+            "accuracy_per_byte": None,
+            "mcnemar_p": mcnemar(mine.right, dense.right),
+            "mcnemar_p_per_byte": None,
+            "gained": int((mine.right & ~dense.right).sum()),
+            "lost": int((dense.right & ~mine.right).sum()),
+            "target_perplexity_ratio": None,
+        }
+        if per_byte is not None and dense.right_per_byte is not None:
+            result["accuracy_per_byte"] = _bounds(share_interval(per_byte))
+            pair = per_byte, dense.right_per_byte
+            against["accuracy_per_byte"] = _bounds(difference_interval(*pair))
+            against["mcnemar_p_per_byte"] = mcnemar(*pair)
+        if target:  # each target is one item, whatever its tokens: as lm-eval has it
+            change = measured.nll - found[DENSE].nll
+            result["target_perplexity"] = _exp(mean_interval(measured.nll))
+            against["target_perplexity_ratio"] = _exp(mean_interval(change))
+        if label != DENSE:
+            result["against_dense"] = against
+        results[label] = {
+            **result,
+            **_cost(measured),
+            "right": mine.right.astype(int).tolist(),
+            "right_per_byte": None
+            if per_byte is None
+            else per_byte.astype(int).tolist(),
+            "nll": measured.nll.tolist(),
+        }
+    return {
+        "kind": "target" if target else "choice",
+        "ids": [row.id for row in rows],
+        "results": results,
+    }
+
+
+def perplexity_result(
+    facts: Mapping[str, Any], scored: Sequence[int], found: Mapping[str, Measured]
+) -> dict[str, Any]:
+    """What a text says of each policy.
+
+    Args:
+      facts: of the text and its windows; with "words" and "bytes", perplexities per
+        word and byte are told too.
+      scored: tokens of each window.
+      found: by policy, Dense among them.
+    """
+    results = {}
+    dense = Perplexity(found[DENSE].nll, np.array(scored))
+    for label, measured in found.items():
+        mine = Perplexity(measured.nll, np.array(scored), measured.density)
+        result: dict[str, Any] = {
+            "perplexity": _bounds(mine.interval()),
+            "against_dense": None,
+        }
+        if label != DENSE:
+            result["against_dense"] = {"ratio": _bounds(mine.ratio(dense))}
+        if "words" in facts:
+            # The same sum, divided by words or bytes instead of tokens.
+            per_token = np.log(mine.interval())
+            for unit in ("word", "byte"):
+                tokens_per_unit = sum(scored) / facts[f"{unit}s"]
+                bounds = Interval(*np.exp(per_token * tokens_per_unit).tolist())
+                result[f"{unit}_perplexity"] = _bounds(bounds)
+            bits = [None if x is None else float(np.log2(x)) for x in _bounds(bounds)]
+            result["bits_per_byte"] = bits
+        results[label] = {**result, **_cost(measured), "nll": measured.nll.tolist()}
+    return {**facts, "scored": list(scored), "results": results}
+
+
+def damage_result(damage: Mapping[str, Damage], new_tokens: int) -> dict[str, Any]:
+    """What the generated texts say of each sparse policy.
+
+    Args:
+      damage: by policy.
+      new_tokens: of each text.
+    """
+    return {
+        "results": {
+            label: {
+                "identical": _bounds(share_interval(d.same == new_tokens)),
+                "tokens_until_divergence": _bounds(mean_interval(d.same)),
+                "kl": _bounds(mean_interval(d.kl.mean(axis=1))),
+                "agreement": _bounds(mean_interval(d.agree.mean(axis=1))),
+                "density": d.density,
+                "divergence": d.same.tolist(),
+                "kl_per_token": d.kl.tolist(),
+            }
+            for label, d in damage.items()
+        }
+    }
+
+
+def _cost(measured: Measured) -> dict[str, Any]:
+    return {
+        "density": measured.density,
+        "positions": measured.positions,
+        "seconds": measured.seconds,
+        "tokens_per_second": measured.positions / measured.seconds,
+        "use": (measured.use / measured.positions).tolist(),
+    }
+
+
+def _exp(interval: Interval) -> list[float | None]:
+    return _bounds(Interval(*(float(np.exp(x)) for x in interval)))
+
+
+def _bounds(interval: Interval) -> list[float | None]:
+    """JSON has no infinity: a bound that is not known is null."""
+    return [float(x) if np.isfinite(x) else None for x in interval]

@@ -1,0 +1,91 @@
+"""Intervals that cover the truth as often as they say."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from polarjax.evaluation import (
+    difference_interval,
+    mcnemar,
+    mean_interval,
+    share_interval,
+)
+
+REPEATS = 2000
+
+
+def accuracies(rng):
+    """Two systems on the same 400 items; the second is worse by 0.04."""
+    change = rng.choice([-1, 0, 1], p=[0.07, 0.9, 0.03], size=400)
+    baseline = np.where(change == 0, rng.random(400) < 0.6, change < 0)
+    return difference_interval(baseline + change, baseline), -0.04
+
+
+def windows(rng):
+    """Log-likelihoods of 60 windows of unequal length; a token costs 0.1 more."""
+    scored = rng.integers(100, 2000, size=60)
+    base = rng.normal(3, 0.5, size=60)
+    worse = base + 0.1 + rng.normal(0, 0.05, size=60)
+    return mean_interval(worse - base, scored), 0.1
+
+
+def skewed(rng):
+    """Tokens until the first divergence: a few prompts go on for long."""
+    return mean_interval(rng.exponential(20, size=150)), 20
+
+
+@pytest.mark.parametrize("make", [accuracies, windows, skewed])
+def test_intervals_cover_the_truth(make):
+    rng = np.random.default_rng(0)
+    found = [make(rng) for _ in range(REPEATS)]
+    covered = sum(low <= truth <= high for (_, low, high), truth in found)
+    assert 0.93 <= covered / REPEATS <= 0.97
+    values = [value for (value, _, _), _ in found]
+    error = np.std(values) / np.sqrt(REPEATS)
+    assert abs(np.mean(values) - found[0][1]) < 4 * error
+
+
+def test_pairs_make_it_narrow():
+    rng = np.random.default_rng(1)
+    base = rng.normal(300, 20, size=40)
+    worse = base + rng.normal(10, 3, size=40)
+    value, low, high = mean_interval(worse - base)
+    assert value == pytest.approx((worse - base).mean())
+    t = stats.ttest_rel(worse, base).confidence_interval()
+    np.testing.assert_allclose([low, high], [t.low, t.high], rtol=0.05)
+
+
+def test_weights_are_as_many_items():
+    values, weights = np.array([1.0, 4.0, 2.0]), np.array([3, 1, 2])
+    repeated = np.repeat(values, weights)
+    assert mean_interval(values, weights).value == pytest.approx(repeated.mean())
+    assert mean_interval(values, weights) == mean_interval(values, 7 * weights)
+    assert mean_interval(values) == mean_interval(values)  # the seed is fixed
+
+
+def test_few_items_know_little():
+    assert mean_interval(np.array([2.0])) == (2.0, -np.inf, np.inf)
+    with pytest.raises(ValueError, match="no items"):
+        mean_interval(np.array([]))
+    right = np.array([True, False] * 10)
+    value, low, high = difference_interval(right, right)
+    # Of 20 items none differs; up to 17 % of all might (Clopper and Pearson).
+    assert value == 0 and high == -low == pytest.approx(1 - 0.025 ** (1 / 20))
+    value, low, high = share_interval(np.ones(20, bool))
+    assert value == 1 and high == 1 and 0.8 < low < 0.9
+
+
+def test_large_counts_need_little_memory():
+    values = np.random.default_rng(2).normal(size=300_000)
+    value, low, high = mean_interval(values)
+    assert high - low == pytest.approx(2 * 1.96 / np.sqrt(300_000), rel=0.1)
+    assert low < value < high
+
+
+def test_mcnemar_counts_discordant_pairs():
+    right = np.array([1] * 10 + [0] * 2 + [1] * 50 + [0] * 30, bool)
+    baseline = np.array([0] * 10 + [1] * 2 + [1] * 50 + [0] * 30, bool)
+    # Twice the chance of at most 2 heads in 12 tosses.
+    assert mcnemar(right, baseline) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert mcnemar(baseline, right) == mcnemar(right, baseline)
+    assert mcnemar(right, right) == 1
