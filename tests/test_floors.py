@@ -112,6 +112,7 @@ FLOORS = {
         polarjax.evaluation.polar_lm
         polarjax.evaluation.lm_eval
         polarjax.evaluation.plots
+        polarjax.evaluation.report_data
         polarjax.evaluation.report
         polarjax.evaluation
         polarjax.calibration

@@ -3,145 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import json
-import math
 import re
-import reprlib
-import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import numpy as np
 
 from polarjax.evaluation import plots
+from polarjax.evaluation.report_data import (
+    PARTS,
+    Column,
+    Group,
+    Part,
+    Row,
+    Run,
+    divergences,
+    facts_of,
+    gather,
+    head_use,
+    read_results,
+    recall,
+)
 
-_VERSION = 1
-_RIGHT = "`polarjax eval --out FILE` writes a result"
 _HTML, _MARKDOWN = "report.html", "report.md"
-_MODES = {
-    "decode": "contexts are read dense, what follows them is decoded sparsely",
-    "kernel": "every token goes through the sparse decode step",
-    "mask": "a dense model in which what is not selected is set to zero",
-}
-
-
-class _Column(NamedTuple):
-    heading: str
-    key: str
-    form: str
-    scale: float = 1
-    change: bool = False  # against dense
-    interval: bool = True  # always; a number may have one, too
-
-
-_Number = functools.partial(_Column, interval=False)
-_DENSITY = _Number("Density", "density", ".3f")
-_COST = (
-    _DENSITY,
-    _Number("Tokens/s", "tokens_per_second", ",.0f"),
-    _Number("Speed / dense", "speed", ".2f"),
-)
-_COST_TEXT = (
-    " Density is the share of KV groups read, as counted; a speed was timed once and "
-    "has no interval."
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """What a kind of measurement has, and what the page says of it.
-
-    Attributes:
-      title: of the section.
-      text: how its intervals came about.
-      needs: keys that are always there.
-      columns: of the tables.
-      quality: what is plotted against dense: the column, its axis, dense's value.
-      caption: of those plots.
-      missing: what is said if it was not measured.
-    """
-
-    title: str
-    text: str
-    needs: tuple[str, ...]
-    columns: tuple[_Column, ...]
-    missing: str
-    quality: tuple[_Column, str, float] | None = None
-    caption: str = ""
-
-
-_CHANGE = _Column("Minus dense, points", "accuracy", "+.2f", 100, True)
-_RATIO = _Column("Ratio to dense", "ratio", ".4f", 1, True)
-_PARTS = {
-    "tasks": _Part(
-        title="Tasks",
-        text="Accuracies have Wilson intervals. Others come from resampling questions, "
-        "those against dense together with dense's answers; where no answer changed, "
-        "the bounds are Clopper and Pearson's. McNemar's p is exact." + _COST_TEXT,
-        needs=("accuracy", "positions", "use"),
-        columns=(
-            _Column("Accuracy, %", "accuracy", ".2f", 100),
-            _CHANGE,
-            _Number("McNemar p", "mcnemar_p", ".2g", 1, True),
-            _Column("Accuracy per byte, %", "accuracy_per_byte", ".2f", 100),
-            _Column("Per byte minus dense", "accuracy_per_byte", "+.2f", 100, True),
-            _Number("p per byte", "mcnemar_p_per_byte", ".2g", 1, True),
-            _Column("Target perplexity", "target_perplexity", ",.3f"),
-            _Column("Ratio to dense", "target_perplexity_ratio", ".4f", 1, True),
-            *_COST,
-        ),
-        missing="No task was measured: `--tasks` of `polarjax eval` adds the tables "
-        "and the plots of accuracy by density and by speed.",
-        quality=(_CHANGE, "accuracy minus dense, points", 0),
-        caption="One panel for each task. Bars are 95 % intervals, from resampling "
-        "questions together with dense's answers to them; where a bar crosses the "
-        "dashed line, which is dense, the difference may be chance.",
-    ),
-    "perplexity": _Part(
-        title="Perplexity",
-        text="Intervals come from resampling windows of the text; those of the ratio "
-        "are paired with dense." + _COST_TEXT,
-        needs=("perplexity", "positions", "use"),
-        columns=(
-            _Column("Perplexity", "perplexity", ",.3f"),
-            _RATIO,
-            _Number("Per word", "word_perplexity", ",.3f"),
-            _Number("Per byte", "byte_perplexity", ",.4f"),
-            _Number("Bits per byte", "bits_per_byte", ".4f"),
-            *_COST,
-        ),
-        missing="No text was measured: `--text` of `polarjax eval` adds the tables and "
-        "the plots of perplexity by density and by speed.",
-        quality=(_RATIO, "perplexity / dense", 1),
-        caption="One panel for each way of cutting the text. Bars are 95 % intervals, "
-        "from resampling windows together with dense's likelihoods of them; above the "
-        "dashed line, which is dense, a policy predicts worse.",
-    ),
-    "generation": _Part(
-        title="Generation damage",
-        text="Greedy continuations of the same prompts as dense: the share that is the "
-        "same to the last token, tokens before the first that differs, and, along "
-        "dense's own text, the Kullback-Leibler divergence from dense and how often "
-        "the likeliest token is the same. The share has a Wilson interval; the others "
-        "come from resampling prompts.",
-        needs=("identical", "tokens_until_divergence", "kl", "agreement"),
-        columns=(
-            _Column("Identical, %", "identical", ".1f", 100),
-            _Column("Tokens until divergence", "tokens_until_divergence", ".1f"),
-            _Column("Mean KL, nats", "kl", "#.3g"),
-            _Column("Top-1 agreement, %", "agreement", ".2f", 100),
-            _DENSITY,
-        ),
-        missing="No text was generated: `--generation` of `polarjax eval`, with "
-        "`--text`, adds the table and the histogram of KL by token.",
-    ),
-}
-
 _DENSITY_CAPTION = (
     "Policies of equal density stand slightly apart, so that their bars are seen."
 )
@@ -155,50 +42,6 @@ _RECALL_CAPTION = (
     "choice would; means over tokens, without intervals. The further above the dashed "
     "line, the more the router knows."
 )
-
-
-class _Run(NamedTuple):
-    """A result file; the tag tells it from others, if there are any."""
-
-    record: Mapping[str, Any]
-    file: str
-    tag: str
-
-    def named(self, label: str) -> str:
-        return f"{label} · {self.tag}" if self.tag else label
-
-    def kind(self, label: str) -> str:
-        return self.record["setup"]["policies"][label]["policy"]
-
-    def measured(self, part: str) -> Mapping[str, Any]:
-        found = self.record.get(part) or {}
-        return {part: found} if part == "generation" and found else found
-
-
-class _Row(NamedTuple):
-    run: _Run
-    label: str
-    found: Mapping[str, Any]
-
-    def value(self, column: _Column) -> Any:
-        found = self.found.get("against_dense") if column.change else self.found
-        return (found or {}).get(column.key)
-
-    @property
-    def kind(self) -> str:
-        return self.run.kind(self.label)
-
-    @property
-    def dense(self) -> bool:
-        return self.kind == "dense"
-
-
-class _Group(NamedTuple):
-    """What policies yielded on the same data."""
-
-    title: str
-    note: str
-    rows: list[_Row]
 
 
 class _Cell(NamedTuple):
@@ -252,12 +95,12 @@ def make_report(results: Sequence[str | Path], out: str | Path) -> Path:
     """
     out = Path(out)
     _check_place(out)
-    runs = _read([results] if isinstance(results, str | Path) else results)
+    runs = read_results([results] if isinstance(results, str | Path) else results)
     sections = [
         *(_quality(runs, "tasks"), _quality(runs, "perplexity")),
         *(_generation(runs), _heads(runs)),
     ]
-    title, facts = _title(runs), [_facts(run) for run in runs]
+    title, facts = _title(runs), [facts_of(run) for run in runs]
     files = {
         _HTML: _html(title, facts, sections),
         _MARKDOWN: "\n".join(_markdown(title, facts, sections)) + "\n",
@@ -266,6 +109,15 @@ def make_report(results: Sequence[str | Path], out: str | Path) -> Path:
         files[f"{plot.name}.svg"] = plots.as_file(plot.svg)
     _write(out, files)
     return out / _HTML
+
+
+def _title(runs: Sequence[Run]) -> str:
+    setups = [run.record["setup"] for run in runs]
+    models, modes = (
+        ", ".join(dict.fromkeys(str(setup[key] or "a model") for setup in setups))
+        for key in ("checkpoint", "mode")
+    )
+    return f"Evaluation of {models} in mode {modes}"
 
 
 def _check_place(out: Path) -> None:
@@ -296,217 +148,7 @@ def _write(out: Path, files: Mapping[str, str]) -> None:
         new.rename(out)
 
 
-# Reading.
-
-
-def _read(paths: Sequence[str | Path]) -> list[_Run]:
-    if not paths:
-        raise ValueError("no result file: name at least one")
-    runs: list[_Run] = []
-    for path in map(Path, paths):
-        record = _load(path)
-        base = f"{_clean(path.stem)}, {record['setup']['mode']}"
-        tags = itertools.chain([base], (f"{base} ({i})" for i in itertools.count(2)))
-        tag = next(tag for tag in tags if tag not in [run.tag for run in runs])
-        runs.append(_Run(record, _clean(path.name), tag))
-    return runs if len(runs) > 1 else [runs[0]._replace(tag="")]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {_RIGHT}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        record = _clean(json.loads(text, parse_constant=lambda _: None))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); {_RIGHT}") from None
-    if not isinstance(record, dict) or record.get("kind") != "polarjax eval":
-        raise ValueError(f"{path} is no result of `polarjax eval`; {_RIGHT}")
-    if (version := record.get("format_version")) != _VERSION:
-        raise ValueError(
-            f"{path} has format version {reprlib.repr(version)}, this polarjax reads "
-            f"{_VERSION}; {_RIGHT}"
-        )
-    try:
-        _check(_Run(record, path.name, ""))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; {_RIGHT}") from None
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is damaged ({what}); {_RIGHT}") from None
-    return record
-
-
-def _clean(value: Any) -> Any:
-    """Without control characters and halves of surrogate pairs, which XML forbids."""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else " " for c in value)
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    if isinstance(value, dict):
-        return {_clean(key): _clean(item) for key, item in value.items()}
-    return value
-
-
-def _check(run: _Run) -> None:
-    """Raise something if there is what cannot be shown."""
-    _facts(run)
-    for name, part in _PARTS.items():
-        for row in (row for group in _gather([run], name) for row in group.rows):
-            place = f"{name}, {row.label!r}"
-            for key in part.needs:
-                if row.found.get(key) is None:
-                    raise ValueError(f"{place}: {key} is not there")
-            for column in part.columns:
-                value = row.value(column)
-                _check_value(value, column.interval, f"{place}: {column.key}")
-            _check_value(row.found.get("positions"), False, f"{place}: positions")
-    _head_use(run)
-    _divergences([run])
-    _recall(run)
-
-
-def _check_value(value: Any, interval: bool, place: str) -> None:
-    if value is None:
-        return
-    numbers = value if isinstance(value, list) else [value]
-    known = [number for number in numbers if number is not None]
-    right = all(type(n) in (int, float) and math.isfinite(n) for n in known)
-    if interval or isinstance(value, list):
-        right &= len(numbers) == 3 and numbers[0] is not None
-    if not right:
-        shape = "[value, low, high]" if interval else "a number, or with an interval"
-        raise ValueError(f"{place} must be {shape}, got {reprlib.repr(value)}")
-
-
-def _array(values: Any, dimensions: int, place: str) -> np.ndarray:
-    array = np.asarray(values, np.float64)
-    if array.ndim != dimensions or not array.size or not np.isfinite(array).all():
-        raise ValueError(f"{place} must be numbers in {dimensions} dimensions")
-    return array
-
-
-def _gather(runs: Sequence[_Run], name: str) -> list[_Group]:
-    """What all files hold of a part, by the data that it was measured on."""
-    groups: dict[Any, _Group] = {}
-    for run in runs:
-        for title, found in run.measured(name).items():
-            key = title, _note(found)
-            if key not in groups:
-                same = sum(title == other for other, _ in groups)
-                title = f"{title} ({same + 1})" if same else title
-                groups[key] = _Group(title, key[1], [])
-            groups[key].rows.extend(_rows(run, found["results"]))
-    return list(groups.values())
-
-
-def _note(found: Mapping[str, Any]) -> str:
-    """What was measured on; equal for equal data."""
-    words = [str(found["kind"])] if found.get("kind") else []
-    if "ids" in found:
-        words.append(f"{len(found['ids']):,} questions")
-    counts = "tokens", "words", "bytes", "window", "prefix", "stride", "prompts"
-    for key in (*counts, "prompt_tokens", "new_tokens", "file"):
-        if (value := found.get(key)) is not None:
-            value = f"{value:,}" if isinstance(value, int) else value
-            words.append(f"{key.replace('_', ' ')} {value}")
-    if found.get("sha256"):
-        words.append(f"sha256 {str(found['sha256'])[:12]}")
-    return ", ".join(words)
-
-
-def _rows(run: _Run, results: Mapping[str, Any]) -> list[_Row]:
-    """With speeds relative to dense in the same measurement."""
-    dense = [found for label, found in results.items() if run.kind(label) == "dense"]
-    base = dense[0].get("tokens_per_second") if dense else None
-    rows = []
-    for label, found in results.items():
-        own = found.get("tokens_per_second")
-        speed = own / base if own and base else None
-        rows.append(_Row(run, label, {**found, "speed": speed}))
-    return rows
-
-
-def _head_use(run: _Run) -> dict[str, np.ndarray]:
-    """Of each sparse policy, in the measurement with the most positions."""
-    most: dict[str, Mapping[str, Any]] = {}
-    for name in ("tasks", "perplexity"):
-        for row in (row for group in _gather([run], name) for row in group.rows):
-            known = most.get(row.label, {"positions": -1})
-            if not row.dense and row.found["positions"] > known["positions"]:
-                most[row.label] = row.found
-    return {
-        label: _array(found["use"], 2, f"use of {label!r}")
-        for label, found in most.items()
-    }
-
-
-def _divergences(runs: Sequence[_Run]) -> list[tuple[_Row, np.ndarray]]:
-    """Of each sparse policy, KL of every token of every prompt."""
-    found = []
-    for row in (row for group in _gather(runs, "generation") for row in group.rows):
-        values = list(itertools.chain(*(row.found.get("kl_per_token") or ())))
-        if values and not row.dense:
-            found.append((row, _array(values, 1, f"KL of {row.label!r}")))
-    return found
-
-
-def _recall(run: _Run) -> list[np.ndarray]:
-    """Layers, recall of the routers, and of chance; [] if there is none."""
-    if not (recall := run.record.get("recall")):
-        return []
-    keys = "layers", "routers", "chance"
-    return list(_array([recall[key] for key in keys], 2, "recall"))
-
-
-def _title(runs: Sequence[_Run]) -> str:
-    setups = [run.record["setup"] for run in runs]
-    models, modes = (
-        ", ".join(dict.fromkeys(str(setup[key] or "a model") for setup in setups))
-        for key in ("checkpoint", "mode")
-    )
-    return f"Evaluation of {models} in mode {modes}"
-
-
-def _facts(run: _Run) -> dict[str, Any]:
-    """What was measured, how and where: for the head of the page."""
-    made, setup = run.record["made"], run.record["setup"]
-    adapter, versions = setup.get("adapter") or {}, made.get("versions") or {}
-    same = itertools.groupby(adapter.get("budgets") or ())
-    budgets = [(groups, len(list(layers))) for groups, layers in same]
-    mode = setup["mode"]
-    rows = {
-        "Checkpoint": setup["checkpoint"],
-        "Model": f"{setup.get('layers')} layers of {setup.get('kv_heads')} KV groups",
-        "Model hash": setup.get("model_hash"),
-        "Mode": f"{mode}: {_MODES[mode]}" if mode in _MODES else mode,
-        "Batch": setup.get("batch"),
-        "Dtype": setup.get("dtype"),
-        "Implementation": setup.get("implementation"),
-        "Device": made.get("device"),
-        "Commit": made.get("commit"),
-        "Finished": made.get("finished"),
-        "Versions": ", ".join(f"{k} {v}" for k, v in versions.items() if v),
-        "Policies": ", ".join(setup["policies"]),
-        "Adapter": adapter.get("name", "none"),
-        "Adapter hash": adapter.get("sha256"),
-        # Such as 3, 2 × 29.
-        "Adapter budgets": ", ".join(
-            f"{k} × {n}" if n > 1 else f"{k}" for k, n in budgets
-        ),
-        "Bootstrap seed": setup.get("bootstrap_seed"),
-    }
-    return {
-        "title": run.tag or run.file,
-        "rows": {key: str(v) for key, v in rows.items() if v not in (None, "")},
-        "command": shlex.join(["polarjax", *made["command"]]),
-    }
-
-
-# Tables and plots.
-
-
-def _table(part: _Part, group: _Group) -> _Table:
+def _table(part: Part, group: Group) -> _Table:
     """Of the columns for which any row has something."""
     columns = [
         column
@@ -521,7 +163,7 @@ def _table(part: _Part, group: _Group) -> _Table:
     return _Table(group.title, group.note, headings, rows)
 
 
-def _cell(row: _Row, column: _Column) -> _Cell:
+def _cell(row: Row, column: Column) -> _Cell:
     value = row.value(column)
     if value is None:
         return _Cell("–")
@@ -533,7 +175,7 @@ def _cell(row: _Row, column: _Column) -> _Cell:
     return _Cell(_number(middle, column), f"[{low}, {high}]")
 
 
-def _number(value: float, column: _Column) -> str:
+def _number(value: float, column: Column) -> str:
     value *= column.scale
     text = format(value, column.form if abs(value) < 1e7 else ".4g")
     if not float(text.replace(",", "")):
@@ -541,15 +183,15 @@ def _number(value: float, column: _Column) -> str:
     return text.replace("-", "−")
 
 
-def _section(runs: Sequence[_Run], name: str) -> _Section:
-    part, groups = _PARTS[name], _gather(runs, name)
+def _section(runs: Sequence[Run], name: str) -> _Section:
+    part, groups = PARTS[name], gather(runs, name)
     tables = [_table(part, group) for group in groups]
     return _Section(part.title, part.text, tables, [], [] if tables else [part.missing])
 
 
-def _quality(runs: Sequence[_Run], name: str) -> _Section:
+def _quality(runs: Sequence[Run], name: str) -> _Section:
     """Tables, and plots of what is lost by density and by speed."""
-    section, part = _section(runs, name), _PARTS[name]
+    section, part = _section(runs, name), PARTS[name]
     assert part.quality
     column, y, dense = part.quality
     ways = (
@@ -558,7 +200,7 @@ def _quality(runs: Sequence[_Run], name: str) -> _Section:
     )
     for by, x, caption in ways:
         found = [
-            _panel(group, _series(runs), by, column) for group in _gather(runs, name)
+            _panel(group, _series(runs), by, column) for group in gather(runs, name)
         ]
         panels = [panel for panel in found if panel.series]
         title = (
@@ -584,7 +226,7 @@ def _unknown(panels: Sequence[plots.Panel]) -> str:
     return ""
 
 
-def _speed_caption(runs: Sequence[_Run]) -> str:
+def _speed_caption(runs: Sequence[Run]) -> str:
     words = [
         "Speed is tokens per second over dense's in the same measurement of the same "
         "file: right of the upright line is faster than dense."
@@ -597,7 +239,7 @@ def _speed_caption(runs: Sequence[_Run]) -> str:
     return " ".join(words)
 
 
-def _series(runs: Sequence[_Run]) -> dict[tuple[str, str], plots.Series]:
+def _series(runs: Sequence[Run]) -> dict[tuple[str, str], plots.Series]:
     """Colour, marker and line of each file's policies, the same in every plot."""
     pairs = [
         (i, kind)
@@ -612,10 +254,10 @@ def _series(runs: Sequence[_Run]) -> dict[tuple[str, str], plots.Series]:
 
 
 def _panel(
-    group: _Group,
+    group: Group,
     known: Mapping[tuple[str, str], plots.Series],
     by: str,
-    column: _Column,
+    column: Column,
 ) -> plots.Panel:
     series: dict[plots.Series, list[plots.Point]] = {}
     for row in group.rows:
@@ -627,7 +269,7 @@ def _panel(
     return plots.Panel(group.title, series)
 
 
-def _generation(runs: Sequence[_Run]) -> _Section:
+def _generation(runs: Sequence[Run]) -> _Section:
     section = _section(runs, "generation")
     known = _series(runs)
     panels = [
@@ -635,7 +277,7 @@ def _generation(runs: Sequence[_Run]) -> _Section:
             known[row.run.tag, row.kind]._replace(name=row.run.named(row.label)),
             *(values, row.found["kl"][0]),
         )
-        for row, values in _divergences(runs)
+        for row, values in divergences(runs)
     ]
     if panels:
         title = "Kullback-Leibler divergence of each token from dense"
@@ -650,12 +292,12 @@ def _generation(runs: Sequence[_Run]) -> _Section:
     return section
 
 
-def _heads(runs: Sequence[_Run]) -> _Section:
+def _heads(runs: Sequence[Run]) -> _Section:
     """Which heads were read, and what the routers know."""
     section = _Section(
         "Heads", "Which KV groups were read, and how well routers choose."
     )
-    uses = [(i, run, _head_use(run)) for i, run in enumerate(runs, 1)]
+    uses = [(i, run, head_use(run)) for i, run in enumerate(runs, 1)]
     for i, run, use in uses:
         if use:
             name = f"head-use-{i}" if len(runs) > 1 else "head-use"
@@ -667,7 +309,7 @@ def _heads(runs: Sequence[_Run]) -> _Section:
             "No map of the heads in use: `--tasks` or `--text` of `polarjax eval` adds "
             "it, with a policy beside Dense (`--policies`)."
         )
-    if panels := {run.tag: _recall(run) for run in runs if _recall(run)}:
+    if panels := {run.tag: recall(run) for run in runs if recall(run)}:
         title = "Recall of the routers by layer, beside chance"
         svg = plots.recall("router-recall", title, panels)
         section.plots.append(_Plot("router-recall", title, _RECALL_CAPTION, svg))
