@@ -8,10 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 import polarjax
-from polarjax.evaluation import Perplexity
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ADAPTER = Path(polarjax.__file__).parent / "adapters" / "smollm2-135m"
@@ -127,27 +124,65 @@ def _shown_shape(name: str, shape: dict) -> str:
 
 
 def eval_table(path: Path) -> str:
-    """Perplexities as `polarjax eval --out` wrote them."""
+    """Quality as `polarjax eval --out` wrote it."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    results = {
-        name: Perplexity(
-            np.array(p["nll"]),
-            np.full(len(p["nll"]), p["scored_per_window"]),
-            p["density"],
-        )
-        for name, p in record["perplexity"].items()
-    }
+    made, setup = record["made"], record["setup"]
+    labels = [label for label in setup["policies"] if label != "Dense"]
     lines = [
-        f"The same on another kind of text (`{record['command'][5]}`, "
-        f"{len(results['Dense'].nll)} windows of {record['window']} tokens, "
-        f"`benchmarks/results/{path.name}`): routers generalise worse than they fit.",
+        f"{setup['checkpoint']}, {setup['dtype']}, mode {setup['mode']}, batch "
+        f"{setup['batch']}, one {made['device']}; the sparse policies at the adapter's "
+        f"budgets (`benchmarks/results/{path.name}`). Accuracies in percent, "
+        "differences in points with 95 % intervals, paired by row.",
         "",
-        *_perplexity_lines(
-            (name, p.density, p.value, p.ratio(results["Dense"]))
-            for name, p in results.items()
-        ),
+        "| task | rows | Dense | " + " | ".join(f"{x} - Dense" for x in labels) + " |",
+        "|---" * (3 + len(labels)) + "|",
     ]
+    for name, task in record["tasks"].items():
+        results = task["results"]
+        changes = (results[x]["against_dense"]["accuracy"] for x in labels)
+        cells = [_interval(change, 100, "+.1f") for change in changes]
+        dense = _interval(results["Dense"]["accuracy"], 100, ".1f")
+        rows = f"{len(task['ids']):,}"
+        lines.append(f"| {name} | {rows} | {dense} | " + " | ".join(cells) + " |")
+    for found in record["perplexity"].values():
+        lines += [
+            "",
+            f"Perplexity of `{found['file']}`, {len(found['scored'])} windows of "
+            f"{found['window']:,} tokens, of which the first {found['prefix']} are read "
+            "dense and not scored:",
+            "",
+            *_perplexity_lines(
+                (
+                    *(name, r["density"], r["perplexity"][0]),
+                    (r["against_dense"] or {"ratio": (1, 1, 1)})["ratio"],
+                )
+                for name, r in found["results"].items()
+            ),
+        ]
+    if found := record["generation"]:
+        lines += [
+            "",
+            f"{found['prompts']} prompts of {found['prompt_tokens']} tokens of that text "
+            f"continued greedily by {found['new_tokens']} tokens, beside dense:",
+            "",
+            "| policy | identical, % | tokens until they differ | KL per token, nats | "
+            "same best token, % |",
+            "|---|---|---|---|---|",
+        ]
+        for name, r in found["results"].items():
+            until = _interval(r["tokens_until_divergence"], 1, ".1f")
+            shares = (
+                _interval(r[key], 100, ".1f") for key in ("identical", "agreement")
+            )
+            identical, agreement = shares
+            kl = _interval(r["kl"], 1, ".3f")
+            lines.append(f"| {name} | {identical} | {until} | {kl} | {agreement} |")
     return "\n".join(lines)
+
+
+def _interval(bounds: list[float], scale: float, form: str) -> str:
+    value, low, high = (format(scale * x, form) for x in bounds)
+    return f"{value} ({low} to {high})"
 
 
 def _perplexity_lines(rows: Iterable[tuple]) -> list[str]:
@@ -169,7 +204,7 @@ def render(readme: str) -> str:
     card = json.loads((ADAPTER / "card.json").read_text(encoding="utf-8"))
     tables = {
         "adapter": adapter_table(card),
-        "eval": eval_table(newest("eval-wikitext2")),
+        "eval": eval_table(newest("eval-smollm2")),
         "kernels": kernels_table(newest("kernels")),
         "decode": decode_table(newest("decode")),
     }

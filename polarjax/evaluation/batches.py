@@ -16,6 +16,10 @@ Mode = Literal["decode", "kernel", "mask"]
 """How continuations are scored; see `polarjax.evaluation.scoring`."""
 
 
+# Shorter contexts are filled up: a program less to compile is worth more.
+_SMALLEST_PREFIX = 32
+
+
 @dataclasses.dataclass(frozen=True)
 class Continuation:
     """Tokens of which the last ones are scored, given those before them.
@@ -129,7 +133,7 @@ def make_batches(
         families.setdefault(item.tokens[:start], []).append(row)
 
     def width(length: int) -> int:
-        return min(bucket(length), context) if length else 0
+        return min(bucket(length, _SMALLEST_PREFIX), context) if length else 0
 
     # Rows of one context stay together, as far as a batch holds them.
     parts = []
@@ -157,8 +161,8 @@ def make_batches(
             continue
         # Decoding computes only what it needs: much room spares programs.
         room = max(map(_steps, rows))
-        capacity = _coarse(prefix + room)
-        batches.append(Batch(rows, contexts, prefix, _coarse(room), capacity))
+        capacity, steps = _coarse(prefix + room, 128), _coarse(room, 32)
+        batches.append(Batch(rows, contexts, prefix, steps, capacity))
     random.Random(0).shuffle(batches)
     return batches
 
@@ -167,8 +171,7 @@ def _steps(row: Row) -> int:
     return len(row.tokens) - 1 - row.start
 
 
-def _coarse(length: int) -> int:
-    room = 32
+def _coarse(length: int, room: int) -> int:
     while room < length:
         room *= 4
     return room

@@ -86,7 +86,7 @@ class FileJournal(MutableMapping):
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, and delete the batches."""
         temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
         self.close()
         self.partial.unlink()

@@ -69,7 +69,7 @@ def task_result(rows: Sequence[Row], found: Mapping[str, Measured]) -> dict[str,
             "right_per_byte": None
             if per_byte is None
             else per_byte.astype(int).tolist(),
-            "nll": measured.nll.tolist(),
+            "nll": _rounded(measured.nll),
         }
     return {
         "kind": "target" if target else "choice",
@@ -108,7 +108,7 @@ def perplexity_result(
                 result[f"{unit}_perplexity"] = _bounds(bounds)
             bits = [None if x is None else float(np.log2(x)) for x in _bounds(bounds)]
             result["bits_per_byte"] = bits
-        results[label] = {**result, **_cost(measured), "nll": measured.nll.tolist()}
+        results[label] = {**result, **_cost(measured), "nll": _rounded(measured.nll)}
     return {**facts, "scored": list(scored), "results": results}
 
 
@@ -128,7 +128,7 @@ def damage_result(damage: Mapping[str, Damage], new_tokens: int) -> dict[str, An
                 "agreement": _bounds(mean_interval(d.agree.mean(axis=1))),
                 "density": d.density,
                 "divergence": d.same.tolist(),
-                "kl_per_token": d.kl.tolist(),
+                "kl_per_token": [_rounded(row) for row in d.kl],
             }
             for label, d in damage.items()
         }
@@ -141,8 +141,13 @@ def _cost(measured: Measured) -> dict[str, Any]:
         "positions": measured.positions,
         "seconds": measured.seconds,
         "tokens_per_second": measured.positions / measured.seconds,
-        "use": (measured.use / measured.positions).tolist(),
+        "use": [_rounded(row) for row in measured.use / measured.positions],
     }
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """As precise as float32 sums are: what is not known need not be stored."""
+    return [round(float(value), 6) for value in values]
 
 
 def _exp(interval: Interval) -> list[float | None]:

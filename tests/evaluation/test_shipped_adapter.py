@@ -8,7 +8,7 @@ import pytest
 
 import polarjax
 from benchmarks import readme
-from polarjax.evaluation import decode_perplexity, router_recall
+from polarjax.evaluation import perplexity, router_recall, window_items
 from polarjax.generation import Tokenizer
 from polarjax.hub import find_adapter
 
@@ -36,11 +36,9 @@ def test_recall_is_far_above_chance_on_held_out_text(model, tokens):
 
 
 def test_perplexity_is_closer_to_the_oracles_than_to_chance(model, tokens):
-    policies = polarjax.Oracle(), polarjax.Polar(), polarjax.Random()
-    oracle, polar, chance = (
-        decode_perplexity(model, tokens[:768], p, window=96, prefix=32, batch=8)
-        for p in policies
-    )
+    policies = {"o": polarjax.Oracle(), "p": polarjax.Polar(), "r": polarjax.Random()}
+    windows = window_items(tokens[:768], 96, 32)
+    oracle, polar, chance = perplexity(model, windows, policies, batch=8).values()
     assert oracle.density == polar.density == chance.density
     assert oracle.value < polar.value < chance.value
     assert polar.value - oracle.value < chance.value - polar.value

@@ -203,11 +203,15 @@ def test_smollm2_equals_transformers(scorer, smollm2_torch, shared_data, task, c
         news = [backend.encode(space + text).ids for text in texts]
         longest = max(map(len, news))
         # Causal: what fills a row up at its end changes nothing before it.
-        padded = [[*head, *new, *[0] * (longest - len(new))] for new in news]
+        tails = [[head[-1], *new, *[0] * (longest - len(new))] for new in news]
         with torch.no_grad():
-            all_logits = smollm2_torch(torch.tensor(padded)).logits
-        for new, logits in zip(news, all_logits, strict=True):
-            logp = logits[len(head) - 1 : len(head) + len(new) - 1].log_softmax(-1)
+            past = None
+            if len(head) > 1:  # read once for all choices
+                past = smollm2_torch(torch.tensor([head[:-1]])).past_key_values
+                past.batch_repeat_interleave(len(news))
+            logits = smollm2_torch(torch.tensor(tails), past_key_values=past).logits
+        for new, row in zip(news, logits, strict=True):
+            logp = row[: len(new)].log_softmax(-1)
             scores.append(sum(logp[j, token].item() for j, token in enumerate(new)))
             top = logp.topk(2).values
             margins.append((top[:, 0] - top[:, 1]).min().item())
