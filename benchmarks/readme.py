@@ -148,8 +148,8 @@ def eval_table(path: Path) -> str:
         lines += [
             "",
             f"Perplexity of `{found['file']}`, {len(found['scored'])} windows of "
-            f"{found['window']:,} tokens, of which the first {found['prefix']} are read "
-            "dense and not scored:",
+            f"{found['window']:,} tokens, of which the first {found['prefix']} are "
+            "read dense and not scored:",
             "",
             *_perplexity_lines(
                 (
@@ -162,8 +162,8 @@ def eval_table(path: Path) -> str:
     if found := record["generation"]:
         lines += [
             "",
-            f"{found['prompts']} prompts of {found['prompt_tokens']} tokens of that text "
-            f"continued greedily by {found['new_tokens']} tokens, beside dense:",
+            f"{found['prompts']} prompts of {found['prompt_tokens']} tokens of that "
+            f"text continued greedily by {found['new_tokens']} tokens, beside dense:",
             "",
             "| policy | identical, % | tokens until they differ | KL per token, nats | "
             "same best token, % |",

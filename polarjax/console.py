@@ -31,8 +31,15 @@ def fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def make_policy(name: str, density: float | None) -> SelectionPolicy:
+def make_policy(
+    name: str, density: float | None, neuron_density: float | None = None
+) -> SelectionPolicy:
     """A policy by its name.
+
+    Args:
+      name: "dense" or one of `POLICIES`.
+      density: of heads; None for the adapter's budgets.
+      neuron_density: of MLP neurons, for "polar"; None for all.
 
     Raises:
       ValueError: if there is none of that name.
@@ -43,15 +50,20 @@ def make_policy(name: str, density: float | None) -> SelectionPolicy:
         raise ValueError(
             f"no policy {name!r}: there are dense, {', '.join(sorted(POLICIES))}"
         )
+    if name == "polar":
+        return Polar(density, neuron_density)
     return POLICIES[name](density)
 
 
-def make_policies(names: str, densities: str) -> dict[str, SelectionPolicy]:
+def make_policies(
+    names: str, densities: str, neuron_density: float | None = None
+) -> dict[str, SelectionPolicy]:
     """Every policy at every density, by label; without densities, the adapter's own.
 
     Args:
       names: such as "dense,polar".
       densities: such as "1/2,2/3"; may be empty.
+      neuron_density: of polar's MLP neurons; None for all.
 
     Raises:
       ValueError: if a name or a density is none, or stands there twice.
@@ -61,12 +73,12 @@ def make_policies(names: str, densities: str) -> dict[str, SelectionPolicy]:
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--densities: {error}") from None
     policies: dict[str, SelectionPolicy] = {}
-    for name in names.split(","):
+    for name in map(str.strip, names.split(",")):
         for density in [None] if name == "dense" else wanted:
             label = name.capitalize() + (f" {density:.3f}" if density else "")
             if label in policies:
                 raise ValueError(f"--policies, --densities: {label} is there twice")
-            policies[label] = make_policy(name, density)
+            policies[label] = make_policy(name, density, neuron_density)
     return policies
 
 

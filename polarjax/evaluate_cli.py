@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from pallas_kernels import Implementation
-from polarjax.console import make_policies, share_bar
+from polarjax.console import fraction, make_policies, share_bar
 from polarjax.demo import plain
 from polarjax.evaluation import Mode, Settings, evaluate, lm_eval
 from polarjax.evaluation.record import about
@@ -84,7 +84,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         _lm_eval,
         "Tasks of EleutherAI's lm-eval (pip install 'polarjax[eval]'), each paired "
         "with dense. Without a network set HF_HUB_OFFLINE=1: tasks whose data is on "
-        "disk run.",
+        "disk run. Unlike eval it starts anew when it was stopped.",
         "polarjax lm-eval checkpoints/smollm2-135m --adapter smollm2-135m --tasks "
         "arc_easy,mmlu_* --limit 100 --out lm-eval.json",
     ).add_argument
@@ -117,6 +117,12 @@ def _add_policies(add: Callable[..., Any]) -> None:
         help="of dense, polar, oracle, random; dense is always there",
     )
     add("--densities", default="", help="such as 1/3,2/3; empty: the adapter's budgets")
+    add(
+        "--neuron-density",
+        type=fraction,
+        help="fraction of the MLP neurons that polar reads, for ReLU models whose "
+        "adapter has neuron routers; default all",
+    )
 
 
 def _add_scoring(add: Callable[..., Any]) -> None:
@@ -140,7 +146,7 @@ def _lm_eval(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else None
     if out and out.exists() and not args.overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or --overwrite it")
-    policies = make_policies(args.policies, args.densities)
+    policies = make_policies(args.policies, args.densities, args.neuron_density)
     params = load(args.checkpoint, adapter=args.adapter)
     console = Console()
     with share_bar(console) as bar:
@@ -168,7 +174,7 @@ def _lm_eval(args: argparse.Namespace) -> None:
     console.print(f"lm-eval {result['lm_eval']}, mode {result['mode']}")
     if out:
         adapter = find_adapter(args.adapter) if args.adapter else None
-        record = about(params, adapter, sys.argv[1:]) | result
+        record = about(params, adapter, _command()) | result
         temporary = out.with_name(f"{out.name}.tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.replace(out)
@@ -176,7 +182,7 @@ def _lm_eval(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    policies = make_policies(args.policies, args.densities)
+    policies = make_policies(args.policies, args.densities, args.neuron_density)
     adapter = find_adapter(args.adapter) if args.adapter else None
     params = load(args.checkpoint, adapter=adapter)
     settings = Settings(
@@ -204,7 +210,7 @@ def _eval(args: argparse.Namespace) -> None:
                 out=args.out,
                 overwrite=args.overwrite,
                 adapter=adapter,
-                command=sys.argv[1:],
+                command=_command(),
                 progress=_Bars(bar),
             )
     except KeyboardInterrupt:
@@ -213,6 +219,11 @@ def _eval(args: argparse.Namespace) -> None:
     for table in tables(result):
         console.print(table)
     console.print(f"written to {path}; draw it: polarjax report {path}", soft_wrap=True)
+
+
+def _command() -> list[str]:
+    """As it was given, but for where files lie on this machine."""
+    return [Path(x).name if Path(x).is_absolute() else x for x in sys.argv[1:]]
 
 
 class _Bars:
@@ -261,7 +272,7 @@ def _task(title: str, task: dict[str, Any]) -> Table:
         against = r["against_dense"] or {}
         change = against.get(f"{second}_ratio" if target else second)
         table.add_row(
-            *(label, f"{r['density']:.3f}", interval(r["accuracy"])),
+            *(label, _density(r), interval(r["accuracy"])),
             interval(against.get("accuracy"), "+.3f"),
             f"{against['mcnemar_p']:.3g}" if against else "",
             interval(r[second]),
@@ -282,7 +293,7 @@ def _perplexity(title: str, found: dict[str, Any]) -> Table:
     table.add_column("tokens/s", justify="right")
     for label, r in found["results"].items():
         table.add_row(
-            *(label, f"{r['density']:.3f}", interval(r["perplexity"])),
+            *(label, _density(r), interval(r["perplexity"])),
             interval((r["against_dense"] or {}).get("ratio"), ".4f"),
             *(interval(r[unit]) for unit in units),
             f"{r['tokens_per_second']:,.0f}",
@@ -293,7 +304,12 @@ def _perplexity(title: str, found: dict[str, Any]) -> Table:
 def _generation(found: dict[str, Any]) -> Table:
     title = f"{found['prompts']} prompts of {found['file']} continued by "
     table = Table(title=f"{title}{found['new_tokens']} tokens, beside dense")
-    for column in ("policy", "density", "identical", "tokens until they differ"):
+    for column in (
+        "policy",
+        "density",
+        "identical",
+        f"tokens until they differ (of {found['new_tokens']})",
+    ):
         table.add_column(column)
     table.add_column("KL per token, nats")
     table.add_column("same best token")
@@ -313,6 +329,12 @@ def _recall(found: dict[str, Any]) -> Table:
         mean = sum(values) / len(values)
         table.add_row(name, f"{mean:.3f}", f"{min(values):.3f}")
     return table
+
+
+def _density(found: dict[str, Any]) -> str:
+    neurons = found["neuron_density"]
+    text = f"{found['density']:.3f}"
+    return text if neurons == 1 else f"{text}, neurons {neurons:.3f}"
 
 
 def interval(bounds: list[float | None] | None, form: str = ".3f") -> str:

@@ -17,7 +17,7 @@ Mode = Literal["decode", "kernel", "mask"]
 
 
 # Shorter contexts are filled up: a program less to compile is worth more.
-_SMALLEST_PREFIX = 32
+_SMALLEST_PREFIX = _SMALLEST_STEPS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,9 @@ def make_batches(
             continue
         # Decoding computes only what it needs: much room spares programs.
         room = max(map(_steps, rows))
-        capacity, steps = _coarse(prefix + room, 128), _coarse(room, 32)
+        capacity, steps = bucket(prefix + room, 128), _SMALLEST_STEPS
+        while steps < room:
+            steps *= 4
         batches.append(Batch(rows, contexts, prefix, steps, capacity))
     random.Random(0).shuffle(batches)
     return batches
@@ -169,9 +171,3 @@ def make_batches(
 
 def _steps(row: Row) -> int:
     return len(row.tokens) - 1 - row.start
-
-
-def _coarse(length: int, room: int) -> int:
-    while room < length:
-        room *= 4
-    return room

@@ -78,14 +78,9 @@ def measure_damage(
     Raises:
       ValueError: if there is no prompt, or the context is too short for one.
     """
-    if not prompts or new_tokens < 2:
-        raise ValueError("generation needs a prompt and at least 2 new tokens")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) + new_tokens > params.config.context:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens: with {new_tokens} more it is "
-                f"beyond the model's context of {params.config.context}"
-            )
+    check_lengths(
+        [len(prompt) for prompt in prompts], new_tokens, params.config.context
+    )
     journal = {} if journal is None else journal
     starts = range(0, len(prompts), batch)
     options = {"new_tokens": new_tokens, "implementation": implementation}
@@ -108,6 +103,26 @@ def measure_damage(
         read, there = (sum(part[name] for part in mine) for name in ("read", "there"))
         results[label] = Damage(same, kl, agree, read / there)
     return results
+
+
+def check_lengths(prompts: Sequence[int], new_tokens: int, context: int) -> None:
+    """Raise unless prompts of these lengths can be continued.
+
+    Args:
+      prompts: tokens of each.
+      new_tokens: to add.
+      context: of the model, in tokens.
+
+    Raises:
+      ValueError: if there is none, it is too long, or there is nothing to compare.
+    """
+    if not prompts or new_tokens < 2:
+        raise ValueError("generation needs a prompt and at least 2 new tokens")
+    if max(prompts) + new_tokens > context:
+        raise ValueError(
+            f"a prompt of {max(prompts)} tokens with {new_tokens} new ones is beyond "
+            f"the model's context of {context}"
+        )
 
 
 def _compare(
@@ -149,6 +164,8 @@ def _compare(
         weights, bound = policy.bind(params, b)
         args = params.weights, weights, bound, cache, jnp.asarray(dense)
         kl, agree, read = jax.device_get(_divergences(*args, **common))
+        if not np.isfinite(kl).all():
+            raise ValueError(f"{label} or the dense model yields logits that are NaN")
         found[label] = {
             "same": same.tolist(),
             "kl": kl.astype(float).tolist(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, MutableMapping
@@ -21,10 +22,10 @@ class FileJournal(MutableMapping):
       path: JSON file to be made; its folder is made too.
       facts: all that decides what the batches yield, as JSON values. What was found
         under other facts is not taken up.
-      overwrite: whether to begin anew, whatever there is.
+      overwrite: whether results of another evaluation, or finished ones, may go.
 
     Raises:
-      FileExistsError: if there are results of another evaluation.
+      FileExistsError: if there are such, or another process writes them.
     """
 
     def __init__(
@@ -35,20 +36,32 @@ class FileJournal(MutableMapping):
         self._facts = json.loads(json.dumps(facts))
         self._found: dict[str, Any] = {}
         self._file = None
-        if overwrite:
-            self.partial.unlink(missing_ok=True)
-        elif self.path.exists():
+        if self.path.exists() and not overwrite:
             raise FileExistsError(
-                f"{self.path} exists: choose another --out, or --overwrite it"
+                f"{self.path} exists, of another evaluation: choose another --out, or "
+                "--overwrite it"
             )
-        end = self._read() if self.partial.exists() else 0
         self.partial.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.partial, "ab")
+        file = open(self.partial, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            end = self._read(overwrite)
+        except BlockingIOError:
+            file.close()
+            raise FileExistsError(
+                f"another process is writing {self.partial}: wait for it, or choose "
+                "another --out"
+            ) from None
+        except BaseException:
+            file.close()
+            raise
+        self.path.unlink(missing_ok=True)  # only if it may be overwritten
+        self._file = file
         self._file.truncate(end)  # a line that was cut short goes
         if not end:
             self._append(self._facts)
 
-    def _read(self) -> int:
+    def _read(self, overwrite: bool) -> int:
         """Take up what there is; returns where its last whole line ends."""
         end = 0
         with open(self.partial, "rb") as file:
@@ -60,6 +73,8 @@ class FileJournal(MutableMapping):
                 if value is None:
                     break
                 if not end:
+                    if overwrite and value != self._facts:
+                        return 0
                     self._compare(value)
                 else:
                     self._found[value[0]] = value[1]
@@ -86,10 +101,10 @@ class FileJournal(MutableMapping):
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, and delete the batches."""
         temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(result, allow_nan=False) + "\n")
         os.replace(temporary, self.path)
         self.close()
-        self.partial.unlink()
+        self.partial.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Leave the batches to a later process."""

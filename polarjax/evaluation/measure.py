@@ -28,6 +28,7 @@ class Measured:
       use: int64[layers, k], how often each KV group was read.
       positions: tokens computed sparsely.
       seconds: that this took, compilation apart.
+      neuron_density: MLP neurons read / neurons there, mean over layers.
     """
 
     nll: np.ndarray
@@ -35,6 +36,7 @@ class Measured:
     use: np.ndarray
     positions: int
     seconds: float
+    neuron_density: float = 1.0
 
     @property
     def density(self) -> float:
@@ -108,6 +110,7 @@ def measure(
             *(nll, greedy, np.sum([part["use"] for part in parts], axis=0)),
             sum(part["positions"] for part in parts),
             sum(part["seconds"] for part in parts),
+            scorer.neuron_density(label),
         )
     for label, result in results.items():
         if not np.isfinite(result.nll).all():

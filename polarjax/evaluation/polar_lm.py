@@ -109,8 +109,10 @@ class PolarLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for the start of a text."""
-        return start_token(self.tokenizer, self.params.config)
+        """The token that stands for the start of a text, as lm-eval chooses it."""
+        config = self.params.config
+        ends = start_token(self.tokenizer, config)
+        return [*config.bos_ids, *config.eos_ids, ends][0]
 
     @property
     def max_length(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from polarjax.params import Params
 
@@ -36,20 +37,27 @@ def about(
 
 
 def model(params: Params, adapter: str | Path | None) -> dict[str, Any]:
-    """Which weights were measured: checkpoint, dtype, and the adapter's digest.
+    """Which weights were measured: checkpoint, dtype, and a digest of the routers.
 
     Args:
       params: the model.
       adapter: folder that its routers came from.
     """
     routers = None
-    if adapter is not None:
-        file = digest_of(Path(adapter) / "routers.safetensors")
-        name, budgets = Path(adapter).name, list(params.config.budgets)
-        routers = {"name": name, "sha256": file["sha256"], "budgets": budgets}
+    if params.routers:
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree.leaves_with_path(params.routers):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(leaf).tobytes())
+        routers = {
+            "name": None if adapter is None else Path(adapter).name,
+            "sha256": digest.hexdigest(),
+            "budgets": list(params.config.budgets),
+        }
     return {
         "checkpoint": Path(params.config.folder).name,
         "model_hash": params.config.model_hash,
+        "architecture": _short(repr(params.config.architecture)),
         "dtype": str(params.dtype),
         "adapter": routers,
     }
@@ -86,16 +94,20 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the repository that this file is in; "+" behind it where that was changed."""
-    folder = Path(__file__).resolve().parent
-    git = ("git", "-C", str(folder))
+    """Of the repository that this file is in, with a digest of changes to it."""
+    git = ("git", "-C", str(Path(__file__).resolve().parent))
+
+    def ask(*command: str) -> str:
+        done = subprocess.run((*git, *command), capture_output=True, check=True)
+        return done.stdout.decode(errors="replace").strip()
+
     try:
-        tracked = (*git, "ls-files", "--error-unmatch", Path(__file__).name)
-        subprocess.run(tracked, capture_output=True, check=True)
-        head, changes = (
-            subprocess.run((*git, *args), capture_output=True, text=True, check=True)
-            for args in (("rev-parse", "--short=7", "HEAD"), ("diff", "HEAD", "--stat"))
-        )
+        ask("ls-files", "--error-unmatch", Path(__file__).name)
+        head, changes = ask("rev-parse", "--short=7", "HEAD"), ask("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    return f"{head}+{_short(changes)}" if changes else head
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -283,7 +283,7 @@ def _check_value(value: Any, interval: bool, place: str) -> None:
     known = [number for number in numbers if number is not None]
     right = all(type(n) in (int, float) and math.isfinite(n) for n in known)
     if interval or isinstance(value, list):
-        right &= len(numbers) == 3 and numbers[0] is not None
+        right &= len(numbers) == 3
     if not right:
         shape = "[value, low, high]" if interval else "a number, or with an interval"
         raise ValueError(f"{place} must be {shape}, got {reprlib.repr(value)}")

@@ -9,7 +9,6 @@ import numpy as np
 
 from polarjax.evaluation.damage import Damage
 from polarjax.evaluation.measure import Measured
-from polarjax.evaluation.perplexity import Perplexity
 from polarjax.evaluation.statistics import (
     Interval,
     difference_interval,
@@ -18,6 +17,8 @@ from polarjax.evaluation.statistics import (
     share_interval,
 )
 from polarjax.evaluation.tasks import Row, grade
+
+_LARGEST = float(np.log(np.finfo(np.float64).max))
 
 DENSE = "Dense"
 """The label of the policy that everything is paired with."""
@@ -89,25 +90,23 @@ def perplexity_result(
       scored: tokens of each window.
       found: by policy, Dense among them.
     """
-    results = {}
-    dense = Perplexity(found[DENSE].nll, np.array(scored))
+    tokens, results = np.array(scored), {}
+    dense = found[DENSE].nll / tokens
     for label, measured in found.items():
-        mine = Perplexity(measured.nll, np.array(scored), measured.density)
-        result: dict[str, Any] = {
-            "perplexity": _bounds(mine.interval()),
-            "against_dense": None,
-        }
+        mine = measured.nll / tokens  # per token
+        mean = mean_interval(mine, tokens)
+        result: dict[str, Any] = {"perplexity": _exp(mean), "against_dense": None}
         if label != DENSE:
-            result["against_dense"] = {"ratio": _bounds(mine.ratio(dense))}
+            ratio = _exp(mean_interval(mine - dense, tokens))
+            result["against_dense"] = {"ratio": ratio}
         if "words" in facts:
             # The same sum, divided by words or bytes instead of tokens.
-            per_token = np.log(mine.interval())
             for unit in ("word", "byte"):
-                tokens_per_unit = sum(scored) / facts[f"{unit}s"]
-                bounds = Interval(*np.exp(per_token * tokens_per_unit).tolist())
-                result[f"{unit}_perplexity"] = _bounds(bounds)
-            bits = [None if x is None else float(np.log2(x)) for x in _bounds(bounds)]
-            result["bits_per_byte"] = bits
+                share = tokens.sum() / facts[f"{unit}s"]
+                per_unit = Interval(*(share * x for x in mean))
+                result[f"{unit}_perplexity"] = _exp(per_unit)
+            bits = Interval(*(x / np.log(2) for x in per_unit))
+            result["bits_per_byte"] = _bounds(bits)
         results[label] = {**result, **_cost(measured), "nll": _rounded(measured.nll)}
     return {**facts, "scored": list(scored), "results": results}
 
@@ -138,6 +137,7 @@ def damage_result(damage: Mapping[str, Damage], new_tokens: int) -> dict[str, An
 def _cost(measured: Measured) -> dict[str, Any]:
     return {
         "density": measured.density,
+        "neuron_density": measured.neuron_density,
         "positions": measured.positions,
         "seconds": measured.seconds,
         "tokens_per_second": measured.positions / measured.seconds,
@@ -151,7 +151,12 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 
 def _exp(interval: Interval) -> list[float | None]:
-    return _bounds(Interval(*(float(np.exp(x)) for x in interval)))
+    """Exponentials; null for what a float cannot hold, and for bounds at infinity."""
+    known = [np.isfinite(x) and x < _LARGEST for x in interval]
+    return [
+        float(np.exp(x)) if fits else None
+        for x, fits in zip(interval, known, strict=True)
+    ]
 
 
 def _bounds(interval: Interval) -> list[float | None]:

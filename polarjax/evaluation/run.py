@@ -14,8 +14,8 @@ import numpy as np
 
 from pallas_kernels import Implementation, resolve
 from polarjax.evaluation import statistics
-from polarjax.evaluation.batches import Continuation, Mode
-from polarjax.evaluation.damage import measure_damage
+from polarjax.evaluation.batches import Mode
+from polarjax.evaluation.damage import check_lengths, measure_damage
 from polarjax.evaluation.journal import FileJournal
 from polarjax.evaluation.measure import Journal, Progress, measure, missing
 from polarjax.evaluation.perplexity import rolling_items, strided_items, window_items
@@ -30,6 +30,7 @@ from polarjax.evaluation.results import (
 from polarjax.evaluation.scoring import Scorer
 from polarjax.evaluation.tasks import read_rows, start_token, task_items
 from polarjax.generation import Tokenizer
+from polarjax.generation.requests import positive
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.training.text import open_text
@@ -93,9 +94,9 @@ def evaluate(
     Args:
       params: the model, with a tokenizer.
       settings: what to do.
-      out: JSON file to write, or (without a suffix) a folder in which it is named
-        after what decides its numbers; None for none. Work that was cut short is taken
-        up where it stopped, batch by batch, and work that is done is not done again.
+      out: file to write, if its name ends in ".json"; else a folder in which it is
+        named after what decides its numbers; None for none. Work that was cut short is
+        taken up where it stopped, batch by batch; what is done is not done again.
       overwrite: whether to replace what is there.
       adapter: folder that the routers came from, for the record.
       command: that asked for it, for the record.
@@ -112,7 +113,7 @@ def evaluate(
     """
     work = _Work(params, settings)
     setup, made = work.facts(adapter), environment()
-    facts = {"made": made, "setup": setup, **work.inputs}
+    facts = {"made": made, "setup": setup, "digests": work.digests(), **work.inputs}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def result(journal: Journal) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def evaluate(
     if out is None:
         return result({}), None
     path = Path(out)
-    if not path.suffix:
+    if path.suffix != ".json" or path.is_dir():
         name = f"{setup['checkpoint'] or 'model'}-{setup['mode']}-{digest[:8]}.json"
         path /= name
     if path.exists() and not overwrite and (found := _same(path, digest)):
@@ -149,8 +150,17 @@ class _Work:
 
     def __init__(self, params: Params, settings: Settings) -> None:
         self.params, self.settings = params, settings
-        others = {k: v for k, v in settings.policies.items() if k != DENSE}
-        self.policies: dict[str, SelectionPolicy] = {DENSE: Dense(), **others}
+        self.policies: dict[str, SelectionPolicy] = {
+            DENSE: Dense(),
+            **settings.policies,
+        }
+        if not isinstance(self.policies[DENSE], Dense):
+            raise ValueError(
+                f"the label {DENSE!r} is the dense model's: choose another"
+            )
+        for name in ("batch", "limit", "tokens", "window", "prefix", "stride"):
+            if getattr(settings, name) is not None:
+                positive(name, getattr(settings, name))
         if not settings.tasks and settings.text is None:
             raise ValueError("nothing to evaluate: pass tasks (--tasks) or a --text")
         if settings.new_tokens and settings.mode != "decode":
@@ -160,13 +170,13 @@ class _Work:
             )
         if settings.new_tokens and settings.text is None:
             raise ValueError("generation takes its prompts from a text: pass --text")
-        if settings.new_tokens and not others:
+        if settings.new_tokens and len(self.policies) == 1:
             raise ValueError("generation compares with Dense: pass a sparse policy")
         tokenizer = Tokenizer.require(params.config, "an evaluation")
         self.inputs: dict[str, Any] = {}
         self.tasks, self.texts, self.prompts = {}, {}, []
         for path in settings.tasks:
-            name = Path(path).name.split(".")[0]
+            name = Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
             if name in self.tasks:
                 raise ValueError(f"two tasks are named {name!r}: rename {path}")
             rows = read_rows(path, settings.limit)
@@ -174,20 +184,40 @@ class _Work:
             self.inputs[f"task {name}"] = {**digest_of(path), "limit": settings.limit}
         if settings.text is not None:
             self._read_text(settings.text, tokenizer)
+        self.work = {f"task {name}": items for name, (_, items) in self.tasks.items()}
+        for kind, (_, items) in self.texts.items():
+            self.work[f"perplexity {kind}"] = items
+        sizes = {name: min(settings.batch, len(x)) for name, x in self.work.items()}
+        by_size = {size: self._scorer(size) for size in set(sizes.values())}
+        self.scorers = {name: by_size[size] for name, size in sizes.items()}
+
+    def _scorer(self, batch: int) -> Scorer:
+        return Scorer(
+            *(self.params, self.policies),
+            mode=self.settings.mode,
+            batch=batch,
+            implementation=self.settings.implementation,
+        )
 
     def _read_text(self, path: str | Path, tokenizer: Tokenizer) -> None:
         s, config = self.settings, self.params.config
+        window = min(s.window, config.context)
         with open_text(path) as file:
             text = file.read()
         ids = tokenizer.encode(text, special=False)
+        if "windows" in s.kinds and min(len(ids), s.tokens or len(ids)) < window:
+            raise ValueError(
+                f"{path}: {min(len(ids), s.tokens or len(ids))} tokens are less than "
+                f"one window of {window}: make --window smaller"
+            )
         if s.tokens is not None and s.tokens < len(ids):
             ids = ids[: s.tokens]
             text = tokenizer.decode(ids)
         self.text = {"file": Path(path).name, "tokens": len(ids)}
         self.tokens = np.array(ids, np.int32)
-        window = min(s.window, config.context)
-        prefix = s.prefix or (min(64, window // 2) if s.mode == "decode" else 1)
-        stride = s.stride or window // 2
+        prefix = min(64, window // 2) if s.mode == "decode" else 1
+        prefix = prefix if s.prefix is None else s.prefix
+        stride = max(1, window // 2) if s.stride is None else s.stride
         start = start_token(tokenizer, config)
         for kind in s.kinds:
             shape: dict[str, Any] = {"window": window, "prefix": prefix, "stride": None}
@@ -199,7 +229,6 @@ class _Work:
                     stride,
                 )
             elif kind == "words":
-                window = min(s.window, config.context)
                 items = rolling_items(ids, window, start)
                 shape = {"window": window, "prefix": 0, "stride": None}
                 shape |= {
@@ -214,9 +243,11 @@ class _Work:
                 **self.texts[kind][0],
             }
         if s.new_tokens:
-            length = s.prompt_tokens
+            check_lengths([s.prompt_tokens], s.new_tokens, config.context)
+            length = positive("prompt_tokens", s.prompt_tokens)
             starts = range(0, len(ids) - length + 1, s.new_tokens + length)
-            self.prompts = [ids[at : at + length] for at in starts][: s.prompts]
+            self.prompts = [ids[at : at + length] for at in starts]
+            self.prompts = self.prompts[: positive("prompts", s.prompts)]
             if not self.prompts:
                 raise ValueError(f"{path} is too short for a prompt of {length} tokens")
             self.inputs["generation"] = {
@@ -240,70 +271,51 @@ class _Work:
             "policies": {k: _describe(policy) for k, policy in self.policies.items()},
         }
 
+    def digests(self) -> dict[str, str]:
+        """Of every token that is scored or continued: they tell tokenizers apart."""
+        work = {name: [x.tokens for x in items] for name, items in self.work.items()}
+        work |= {"generation": self.prompts} if self.prompts else {}
+        return {
+            name: hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+            for name, tokens in work.items()
+        }
+
     def run(self, journal: Journal, progress: Progress | None) -> dict[str, Any]:
         """Measure; what the journal has is not measured again."""
         say = progress or (lambda *_: None)
-        work = {name: items for name, (_, items) in self.tasks.items()}
-        for kind, (_, items) in self.texts.items():
-            work[f"perplexity ({kind})"] = items
-        scorers = self._compiled(work, journal, say)
+        plans = {name: self.scorers[name].plan(x) for name, x in self.work.items()}
+        # All is compiled first: what remains then takes as long as it says.
+        for scorer in set(self.scorers.values()):
+            batches = [
+                batch
+                for name, plan in plans.items()
+                if self.scorers[name] is scorer
+                for batch in missing(plan, name, journal)
+            ]
+            scorer.compile(batches, lambda *counts: say("compiling", *counts))
+        costs = {k: sum(map(self.scorers[k].cost, plan)) for k, plan in plans.items()}
         measured, done = {}, 0
-        costs = {
-            name: sum(map(scorers[name].cost, scorers[name].plan(items)))
-            for name, items in work.items()
-        }
-        for name, items in work.items():
+        for name, items in self.work.items():
 
             def step(_, now: int, __, name=name, before=done) -> None:
                 say(name, before + now, sum(costs.values()))
 
             measured[name] = measure(
-                scorers[name], items, name=name, journal=journal, progress=step
+                self.scorers[name], items, name=name, journal=journal, progress=step
             )
             done += costs[name]
         found: dict[str, Any] = {"tasks": {}, "perplexity": {}}
         for name, (rows, _) in self.tasks.items():
             facts = self.inputs[f"task {name}"]
-            found["tasks"][name] = facts | task_result(rows, measured[name])
+            found["tasks"][name] = facts | task_result(rows, measured[f"task {name}"])
         for kind, (_, items) in self.texts.items():
             facts = self.inputs[f"perplexity {kind}"]
             scored = [item.scored for item in items]
-            scores = measured[f"perplexity ({kind})"]
+            scores = measured[f"perplexity {kind}"]
             found["perplexity"][kind] = perplexity_result(facts, scored, scores)
         found["generation"] = self._damage(journal, say) if self.prompts else None
         found["recall"] = self._recall() if self.texts else None
         return found
-
-    def _compiled(
-        self,
-        work: Mapping[str, Sequence[Continuation]],
-        journal: Journal,
-        say: Progress,
-    ) -> dict[str, Scorer]:
-        """A scorer for each work, shared where the batch size is.
-
-        All programs are compiled first: what remains then takes as long as it says.
-        """
-        s = self.settings
-        sizes = {name: min(s.batch, len(items)) for name, items in work.items()}
-        scorers = {
-            size: Scorer(
-                *(self.params, self.policies),
-                mode=s.mode,
-                batch=size,
-                implementation=s.implementation,
-            )
-            for size in set(sizes.values())
-        }
-        for size, scorer in scorers.items():
-            batches = [
-                batch
-                for name, items in work.items()
-                if sizes[name] == size
-                for batch in missing(scorer.plan(items), name, journal)
-            ]
-            scorer.compile(batches, lambda *counts: say("compiling", *counts))
-        return {name: scorers[size] for name, size in sizes.items()}
 
     def _damage(self, journal: Journal, say: Progress) -> dict[str, Any]:
         s = self.settings

@@ -98,6 +98,12 @@ class Scorer:
         """Of the policies."""
         return list(self._bound)
 
+    def neuron_density(self, label: str) -> float:
+        """MLP neurons that a policy reads / neurons there, mean over layers."""
+        total = self.params.config.neurons
+        budget = getattr(self._bound[label][1], "neuron_budget", ()) or (0,)
+        return float(np.mean([(n or total) / total for n in budget]))
+
     def plan(self, items: Sequence[Continuation]) -> list[Batch]:
         """Cut work into batches, which depend on the items, mode and batch size alone.
 
@@ -150,6 +156,9 @@ class Scorer:
                 self._programs[key] = program
                 if progress:
                     progress(done, len(jobs))
+        for batch in {self._keys(b): b for b in batches}.values() if jobs else ():
+            if self.mode != "mask":  # once untimed: the first run loads programs
+                self.score(dataclasses.replace(batch, rows=()))
 
     def score(self, batch: Batch) -> dict[str, Scores]:
         """Score one batch under every policy.

@@ -11,6 +11,8 @@ SEED = 0
 """Of every bootstrap."""
 _DRAWS = 2000
 _OUTSIDE = 0.05
+# With fewer items, or pairs that differ, resampling covers the truth too rarely.
+_FEW_ITEMS, _FEW_PAIRS = 8, 10
 _AT_ONCE = 1 << 22  # resampled items in memory
 
 
@@ -27,7 +29,7 @@ def mean_interval(values: np.ndarray, weights: np.ndarray | None = None) -> Inte
 
     Give it paired differences for a paired interval. The quantiles are those of the
     expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.3): the
-    plain ones are too narrow for few items.
+    plain ones are too narrow for few items. Below eight items it is Student's t.
 
     Args:
       values: float[n], one per item; with weights, the item's mean.
@@ -45,6 +47,11 @@ def mean_interval(values: np.ndarray, weights: np.ndarray | None = None) -> Inte
     mean = float(products.sum() / weights.sum())
     if n == 1:  # nothing is known of how items differ
         return Interval(mean, -np.inf, np.inf)
+    if n < _FEW_ITEMS:
+        errors = weights * (values - mean) / weights.mean()
+        half = stats.t.ppf(1 - _OUTSIDE / 2, n - 1)
+        half *= np.sqrt((errors**2).sum() / (n * (n - 1)))
+        return Interval(mean, mean - float(half), mean + float(half))
     rng = np.random.default_rng(SEED)
     means = []
     for start in range(0, _DRAWS, draws := max(1, _AT_ONCE // n)):
@@ -71,18 +78,23 @@ def share_interval(right: np.ndarray) -> Interval:
 def difference_interval(right: np.ndarray, baseline: np.ndarray) -> Interval:
     """Difference of two shares on the same items, paired.
 
-    Where no item differs, resampling knows nothing of those that might: the bounds are
-    then how many may differ at all (Clopper and Pearson).
+    Where few items differ, resampling knows too little of those that might: then the
+    bounds are Bonett and Price's (2012, doi 10.3102/1076998611411915), which add one
+    pair to each kind.
 
     Args:
       right: bool[n].
       baseline: bool[n].
     """
     change = np.asarray(right, np.float64) - np.asarray(baseline, bool)
-    if change.any():
+    if np.count_nonzero(change) >= _FEW_PAIRS:
         return mean_interval(change)
-    bounds = stats.binomtest(0, len(change)).proportion_ci(1 - _OUTSIDE)
-    return Interval(0.0, -float(bounds.high), float(bounds.high))
+    n = len(change) + 2
+    gained, lost = ((change > 0).sum() + 1) / n, ((change < 0).sum() + 1) / n
+    middle = gained - lost
+    half = -stats.norm.ppf(_OUTSIDE / 2) * np.sqrt((gained + lost - middle**2) / n)
+    low, high = max(-1.0, float(middle - half)), min(1.0, float(middle + half))
+    return Interval(float(change.mean()), low, high)
 
 
 def mcnemar(right: np.ndarray, baseline: np.ndarray) -> float:

@@ -85,6 +85,7 @@ def _row(value: Any, place: str, name: str) -> Row:
             f"target must be a string that is not empty, got {target!r}",
         )
         need("choices" not in value, "a row has choices or a target, not both")
+        need(_is_text(context + target), "its text is no Unicode text")
         return Row(name, context, (target,), None, place)
     choices, label = value.get("choices"), value.get("label")
     need(
@@ -101,8 +102,14 @@ def _row(value: Any, place: str, name: str) -> Row:
         whole and 0 <= label < len(choices),
         f"label must be from 0 to {len(choices) - 1}, got {label!r}",
     )
-    space = " " if context else ""
+    need(_is_text("".join([context, *choices])), "its text is no Unicode text")
+    space = " " if context.strip() else ""
     return Row(name, context, tuple(space + c for c in choices), label, place)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it has no lone halves of characters, which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def start_token(tokenizer: Tokenizer, config: ModelConfig) -> int:
@@ -134,7 +141,7 @@ def encode_pair(
       context: text; may be empty.
       continuation: text.
     """
-    if not context:
+    if not context.strip():
         start = start_token(tokenizer, config)
         return [start], tokenizer.encode(continuation, special=False)
     stripped = context.rstrip()
@@ -201,7 +208,7 @@ def grade(rows: Sequence[Row], nll: np.ndarray, greedy: np.ndarray) -> Answers:
     for row in rows:
         scores = -nll[at : at + len(row.choices)]
         # The space that joins is not the choice's own.
-        joined = bool(row.context)
+        joined = bool(row.context.strip())
         sizes = np.array([len(choice[joined:].encode()) for choice in row.choices])
         right.append(int(scores.argmax()) == row.label)
         per_byte.append(int((scores / sizes).argmax()) == row.label)

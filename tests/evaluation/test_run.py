@@ -195,7 +195,7 @@ folder, out = sys.argv[1:]
 seen = 0
 def kill(what, done, total):
     global seen
-    seen += what == "words" and done > 0
+    seen += what == "task words" and done > 0
     if seen == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 tasks = [folder + "/words.jsonl"]
@@ -240,7 +240,7 @@ def test_what_is_done_is_not_done_again(params, settings, whole, files):
     found, path = evaluate(params, settings, out=files / "whole.json", progress=never)
     assert found == whole and path == files / "whole.json"
     other = dataclasses.replace(settings, batch=5)
-    with pytest.raises(FileExistsError, match=r"whole.json exists: choose another"):
+    with pytest.raises(FileExistsError, match=r"whole.json exists, of another"):
         evaluate(params, other, out=files / "whole.json")
 
 
@@ -258,6 +258,52 @@ def test_work_of_other_settings_is_not_taken_up(tmp_path):
         assert not journal
 
 
+def test_other_routers_are_other_work(params, files, tmp_path):
+    settings = Settings(
+        {"P": polarjax.Polar(0.25)}, "mask", 4, tasks=[files / "words.jsonl"]
+    )
+    first, path = evaluate(params, settings, out=tmp_path)
+    assert path is not None and path.name.startswith("model-mask-")
+    other = random_params(CONFIG, seed=1, routers=True).routers
+    changed = polarjax.Params(params.weights, other, params.config)
+    with pytest.raises(FileExistsError, match="of another evaluation"):
+        evaluate(changed, settings, out=path)
+    second, _ = evaluate(changed, settings, out=path, overwrite=True)
+    mine, theirs = (r["tasks"]["words"]["results"] for r in (first, second))
+    assert mine["Dense"]["nll"] == theirs["Dense"]["nll"]
+    assert mine["P"]["nll"] != theirs["P"]["nll"]
+
+
+def test_overwriting_goes_on_where_it_stopped(tmp_path):
+    facts, out = {"batch": 4}, tmp_path / "a.json"
+    with FileJournal(out, facts) as journal:
+        journal.finish({})
+    for i in range(3):
+        with FileJournal(out, facts, overwrite=True) as journal:
+            assert len(journal) == i and not out.exists()
+            journal[str(i)] = i
+            with pytest.raises(FileExistsError, match="another process is writing"):
+                FileJournal(out, facts)
+    with FileJournal(out, {"batch": 5}, overwrite=True) as journal:
+        assert not journal
+
+
+def test_one_window_and_a_text_without_spaces(params, files, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 60, encoding="utf-8")
+    settings = Settings({"P": polarjax.Polar(0.5)}, text=text, window=60)
+    settings = dataclasses.replace(settings, kinds=("windows", "words"))
+    result, path = evaluate(params, settings, out=tmp_path / "a.json")
+    found = result["perplexity"]
+    value, low, high = found["windows"]["results"]["P"]["perplexity"]
+    assert value > 1 and low is None and high is None
+    assert found["words"]["results"]["P"]["word_perplexity"][1:] == [None, None]
+    pytest.importorskip("matplotlib", reason="the report's plots")
+    from polarjax.evaluation.report import make_report
+
+    assert make_report([path], tmp_path / "page").exists()
+
+
 def test_settings_that_make_no_sense(params, settings, files, tmp_path):
     cases = [
         (Settings({}), "nothing to evaluate"),
@@ -265,8 +311,16 @@ def test_settings_that_make_no_sense(params, settings, files, tmp_path):
         (dataclasses.replace(settings, text=None), "takes its prompts from a text"),
         (dataclasses.replace(settings, policies={}), "pass a sparse policy"),
         (dataclasses.replace(settings, tasks=[files / "last.jsonl"] * 2), "two tasks"),
-        (dataclasses.replace(settings, prompt_tokens=301), "too short for a prompt"),
+        (
+            dataclasses.replace(settings, prompt_tokens=110, tokens=99),
+            "too short for a pr",
+        ),
         (dataclasses.replace(settings, kinds=("best",)), "no perplexity 'best'"),
+        (dataclasses.replace(settings, prefix=0), "prefix must be a positive integer"),
+        (dataclasses.replace(settings, limit=-1), "limit must be a positive integer"),
+        (dataclasses.replace(settings, new_tokens=1), "at least 2 new tokens"),
+        (dataclasses.replace(settings, new_tokens=200), "beyond the model's context"),
+        (dataclasses.replace(settings, policies={"Dense": polarjax.Oracle(0.5)}), "la"),
         (dataclasses.replace(settings, tokens=40), "40 tokens are less than one wind"),
     ]
     for wrong, message in cases:

@@ -138,6 +138,7 @@ def test_rows_are_read(tmp_path):
         ('{"context": "a", "target": " "}', "target must be a string that is not em"),
         ('{"context": "a", "target": "b", "choices": []}', "choices or a target"),
         (TARGET, "must all have choices or all a target"),
+        (r'{"context": "\ud800", "target": "b"}', "no Unicode text"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, line, message):
