@@ -18,7 +18,7 @@ from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.evaluation.measure import Journal, Progress
-from polarjax.evaluation.scoring import decode_step, start
+from polarjax.evaluation.scoring import decode_step, prefill, spread
 from polarjax.generation import generate
 from polarjax.generation.requests import bucket
 from polarjax.model import Decoder
@@ -155,8 +155,8 @@ def _compare(
     common = {"config": config.architecture, "implementation": implementation}
     rows, room = np.arange(b, dtype=np.int32), contexts.shape[1] + new_tokens
     capacity = -(-room // 16) * 16  # what kernels like
-    read = params.weights, contexts, lengths, rows
-    cache = start(*read, capacity=capacity, **common)
+    cache = prefill(params.weights, contexts, lengths, **common)
+    cache = spread(cache, rows, capacity)
     found = {}
     for label, policy in policies.items():
         differs = write(policy) != dense

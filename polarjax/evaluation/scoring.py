@@ -137,8 +137,7 @@ class Scorer:
             first, *others = self._keys(batch)
             if batch.prefix and first not in self._programs:
                 jobs[first] = functools.partial(
-                    *(start.lower, self.params.weights, *contexts),
-                    capacity=batch.capacity,
+                    *(prefill.lower, self.params.weights, *contexts[:2]),
                     **self._common,
                 )
             function = _mask
@@ -169,7 +168,9 @@ class Scorer:
         contexts, arrays = batch.arrays(self.batch)
         first, *others = self._keys(batch)
         if batch.prefix:
-            cache = self._programs[first](self.params.weights, *contexts)
+            *read, rows = contexts
+            cache = self._programs[first](self.params.weights, *read)
+            cache = spread(cache, rows, batch.capacity)
             arrays = jax.block_until_ready(cache), *arrays
         elif self.mode != "mask":
             arrays = self._empty(batch), *arrays
@@ -192,7 +193,7 @@ class Scorer:
     def _keys(self, batch: Batch) -> tuple:
         """Of a batch's programs: what reads its contexts, then each policy's."""
         room = batch.steps, batch.capacity
-        first = batch.contexts, batch.prefix, batch.capacity
+        first = batch.contexts, batch.prefix
         return first, *((label, *room) for label in self._bound)
 
     def _empty(self, batch: Batch) -> KVCache:
@@ -200,37 +201,44 @@ class Scorer:
         return KVCache.empty(self.params.config, self.batch, batch.capacity, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "config", "implementation"))
-def start(
+@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+def prefill(
     weights: Tree,
     contexts: jax.Array,
     lengths: jax.Array,
-    rows: jax.Array,
     *,
-    capacity: int,
     config: ModelConfig,
     implementation: Implementation | None,
 ) -> KVCache:
-    """Read contexts, dense, and give each row a copy of its context's cache.
+    """Read contexts, dense.
 
     Args:
       weights: the original ones.
       contexts: int32[c, t], padded at the end.
-      lengths: int32[c].
-      rows: int32[b], the context of each row.
-      capacity: positions of the cache.
+      lengths: int32[c]; 0 for none.
       config: of the model.
       implementation: of the kernels.
     """
     model = Decoder(config, _dtype(weights), implementation=implementation)
-    t = contexts.shape[1]
-    _, cache = run(model, weights, "prefill", contexts, lengths, t)
+    return run(model, weights, "prefill", contexts, lengths, contexts.shape[1])[1]
+
+
+@functools.partial(jax.jit, static_argnames=("capacity",))
+def spread(cache: KVCache, rows: jax.Array, capacity: int) -> KVCache:
+    """Give each row a copy of its context's cache.
+
+    Args:
+      cache: of the contexts, [c, k, t, d].
+      rows: int32[b], the context of each row.
+      capacity: positions of the new cache.
+    """
+    room = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
 
     def take(part: jax.Array) -> jax.Array:
-        return jnp.pad(part[rows], ((0, 0), (0, 0), (0, capacity - t), (0, 0)))
+        return jnp.pad(part[rows], room)
 
     keys, values = (tuple(map(take, parts)) for parts in (cache.keys, cache.values))
-    return KVCache(keys, values, lengths[rows])
+    return KVCache(keys, values, cache.lengths[rows])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"))
