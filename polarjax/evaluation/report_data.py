@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_VERSION = 1
+from polarjax.evaluation.results import FORMAT
+
 _RIGHT = "`polarjax eval --out FILE` writes a result"
 _MODES = {
     "decode": "contexts are read dense, what follows them is decoded sparsely",
@@ -86,8 +87,9 @@ PARTS = {
     "tasks": Part(
         title="Tasks",
         text="Accuracies have Wilson intervals. Others come from resampling questions, "
-        "those against dense together with dense's answers; where no answer changed, "
-        "the bounds are Clopper and Pearson's. McNemar's p is exact." + _COST_TEXT,
+        "those against dense together with dense's answers; where fewer than ten "
+        "changed, the bounds are Bonett and Price's. McNemar's p is exact, and not "
+        "corrected for how many tests there are." + _COST_TEXT,
         needs=("accuracy", "positions", "use"),
         columns=(
             Column("Accuracy, %", "accuracy", ".2f", 100),
@@ -109,7 +111,8 @@ PARTS = {
     ),
     "perplexity": Part(
         title="Perplexity",
-        text="Intervals come from resampling windows of the text; those of the ratio "
+        text="Intervals come from resampling windows of the text (fewer than eight: "
+        "Student's t); those of the ratio "
         "are paired with dense." + _COST_TEXT,
         needs=("perplexity", "positions", "use"),
         columns=(
@@ -232,10 +235,10 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); {_RIGHT}") from None
     if not isinstance(record, dict) or record.get("kind") != "polarjax eval":
         raise ValueError(f"{path} is no result of `polarjax eval`; {_RIGHT}")
-    if (version := record.get("format_version")) != _VERSION:
+    if (version := record.get("format_version")) != FORMAT:
         raise ValueError(
             f"{path} has format version {reprlib.repr(version)}, this polarjax reads "
-            f"{_VERSION}; {_RIGHT}"
+            f"{FORMAT}; {_RIGHT}"
         )
     try:
         _check(Run(record, path.name, ""))

@@ -18,6 +18,9 @@ from polarjax.evaluation.statistics import (
 )
 from polarjax.evaluation.tasks import Row, grade
 
+FORMAT = 1
+"""Of the files with results."""
+
 _LARGEST = float(np.log(np.finfo(np.float64).max))
 
 DENSE = "Dense"

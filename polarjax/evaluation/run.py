@@ -23,6 +23,7 @@ from polarjax.evaluation.recall import router_recall
 from polarjax.evaluation.record import digest_of, environment, model, now
 from polarjax.evaluation.results import (
     DENSE,
+    FORMAT,
     damage_result,
     perplexity_result,
     task_result,
@@ -35,7 +36,6 @@ from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.training.text import open_text
 
-FORMAT = 1
 Kind = Literal["windows", "strided", "words"]
 
 
