@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 import polarjax
+from polarjax import cli
 from polarjax.evaluation import lm_eval as lm_eval_module
 from polarjax.evaluation.lm_eval import run_lm_eval, table
 from polarjax.evaluation.statistics import difference_interval, mcnemar, mean_interval
@@ -247,3 +248,20 @@ def test_without_lm_eval(params, monkeypatch):
         ValueError, match=r"not installed: pip install 'polarjax\[eval\]'"
     ):
         run_lm_eval(params, {}, ["choose"])
+
+
+def test_the_command_writes_what_it_prints(params, folder, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    arguments = ["lm-eval", params.config.folder, "--tasks", "choose"]
+    options = (
+        "--policies dense,random --densities 1/2 --limit 3 --batch 4 --out".split()
+    )
+    arguments += ["--include-path", str(folder), *options, str(out)]
+    assert cli.main(arguments) == 0
+    record = json.loads(out.read_text())
+    shown = capsys.readouterr().out
+    assert f"lm-eval {lm_eval.__version__}, mode decode" in shown
+    assert list(record["tasks"]["choose"]["policies"]) == ["Dense", "Random 0.500"]
+    assert record["made"]["versions"]["jax"] and record["setup"]["dtype"] == "float32"
+    assert cli.main(arguments) == 1
+    assert "exists" in capsys.readouterr().err
