@@ -58,6 +58,11 @@ class Row:
     start: int
     scored: int
 
+    @property
+    def steps(self) -> int:
+        """Tokens that are read one by one."""
+        return len(self.tokens) - 1 - self.start
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -138,9 +143,9 @@ def make_batches(
     # Rows of one context stay together, as far as a batch holds them.
     parts = []
     for rows in families.values():
-        rows = sorted(rows, key=_steps)
+        rows = sorted(rows, key=lambda row: row.steps)
         parts += [rows[at : at + batch] for at in range(0, len(rows), batch)]
-    parts.sort(key=lambda rows: (width(rows[0].start), _steps(rows[-1]), rows[0].start))
+    parts.sort(key=lambda rows: (width(rows[0].start), rows[-1].steps, rows[0].start))
     usual = sorted(map(len, parts))[len(parts) // 2] if parts else 1
     contexts = max(1, batch // usual)
     groups: list[list[list[Row]]] = []
@@ -155,19 +160,15 @@ def make_batches(
     batches = []
     for group in groups:
         rows = tuple(row for part in group for row in part)
+        room = max(row.steps for row in rows)
         prefix = width(group[0][0].start)
         if mode == "mask":  # which computes all that it has room for
-            batches.append(Batch(rows, 1, 0, width(max(map(_steps, rows))), 0))
+            batches.append(Batch(rows, 1, 0, width(room), 0))
             continue
         # Decoding computes only what it needs: much room spares programs.
-        room = max(map(_steps, rows))
         capacity, steps = bucket(prefix + room, 128), _SMALLEST_STEPS
         while steps < room:
             steps *= 4
         batches.append(Batch(rows, contexts, prefix, steps, capacity))
     random.Random(0).shuffle(batches)
     return batches
-
-
-def _steps(row: Row) -> int:
-    return len(row.tokens) - 1 - row.start

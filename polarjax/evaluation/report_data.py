@@ -180,9 +180,13 @@ class Row(NamedTuple):
     found: Mapping[str, Any]
 
     def value(self, column: Column) -> Any:
-        """A number or [value, low, high], as the result has it; None for none."""
+        """A number or [value, low, high], as the result has it; None for none.
+
+        A value that no float can hold is none, too: `eval` writes it as null.
+        """
         found = self.found.get("against_dense") if column.change else self.found
-        return (found or {}).get(column.key)
+        value = (found or {}).get(column.key)
+        return None if isinstance(value, list) and value[:1] == [None] else value
 
     @property
     def kind(self) -> str:
@@ -286,7 +290,7 @@ def _check_value(value: Any, interval: bool, place: str) -> None:
     known = [number for number in numbers if number is not None]
     right = all(type(n) in (int, float) and math.isfinite(n) for n in known)
     if interval or isinstance(value, list):
-        right &= len(numbers) == 3
+        right &= len(numbers) == 3 and numbers[0] is not None
     if not right:
         shape = "[value, low, high]" if interval else "a number, or with an interval"
         raise ValueError(f"{place} must be {shape}, got {reprlib.repr(value)}")

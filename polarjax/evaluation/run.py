@@ -219,6 +219,7 @@ class _Work:
         prefix = prefix if s.prefix is None else s.prefix
         stride = max(1, window // 2) if s.stride is None else s.stride
         start = start_token(tokenizer, config)
+        source = digest_of(path)
         for kind in s.kinds:
             shape: dict[str, Any] = {"window": window, "prefix": prefix, "stride": None}
             if kind == "windows":
@@ -239,7 +240,7 @@ class _Work:
                 raise ValueError(f"no perplexity {kind!r}: windows, strided or words")
             self.texts[kind] = {**self.text, **shape}, items
             self.inputs[f"perplexity {kind}"] = {
-                **digest_of(path),
+                **source,
                 **self.texts[kind][0],
             }
         if s.new_tokens:
@@ -251,7 +252,7 @@ class _Work:
             if not self.prompts:
                 raise ValueError(f"{path} is too short for a prompt of {length} tokens")
             self.inputs["generation"] = {
-                **digest_of(path),
+                **source,
                 "prompts": len(self.prompts),
                 "prompt_tokens": length,
                 "new_tokens": s.new_tokens,

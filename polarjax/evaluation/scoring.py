@@ -116,7 +116,7 @@ class Scorer:
         """About how long a batch takes, in tokens computed."""
         steps = batch.steps
         if self.mode != "mask":  # decoding ends with the longest row
-            steps = max(len(row.tokens) - 1 - row.start for row in batch.rows)
+            steps = max(row.steps for row in batch.rows)
         dense = batch.contexts * batch.prefix
         return dense + len(self._bound) * self.batch * steps
 
@@ -132,7 +132,8 @@ class Scorer:
           progress: called as progress(done, total).
         """
         jobs: dict[Any, Callable[[], Any]] = {}
-        for batch in {self._keys(batch): batch for batch in batches}.values():
+        distinct = {self._keys(batch): batch for batch in batches}.values()
+        for batch in distinct:
             contexts, arrays = batch.arrays(self.batch)
             first, *others = self._keys(batch)
             if batch.prefix and first not in self._programs:
@@ -155,7 +156,7 @@ class Scorer:
                 self._programs[key] = program
                 if progress:
                     progress(done, len(jobs))
-        for batch in {self._keys(b): b for b in batches}.values() if jobs else ():
+        for batch in distinct if jobs else ():
             if self.mode != "mask":  # once untimed: the first run loads programs
                 self.score(dataclasses.replace(batch, rows=()))
 
@@ -179,13 +180,15 @@ class Scorer:
             begin = time.perf_counter()
             nll, greedy, use = jax.device_get(self._programs[key](*bound, *arrays))
             seconds = time.perf_counter() - begin
-            ends = [(row, len(row.tokens) - 1 - row.start) for row in batch.rows]
-            scored = [(i, slice(n - row.scored, n)) for i, (row, n) in enumerate(ends)]
+            scored = [
+                (i, slice(row.steps - row.scored, row.steps))
+                for i, row in enumerate(batch.rows)
+            ]
             found[label] = Scores(
                 [nll[at] for at in scored],
                 [greedy[at] for at in scored],
                 use.astype(np.int64),
-                sum(n for _, n in ends),
+                sum(row.steps for row in batch.rows),
                 seconds,
             )
         return found

@@ -144,9 +144,8 @@ def encode_pair(
     if not context.strip():
         start = start_token(tokenizer, config)
         return [start], tokenizer.encode(continuation, special=False)
-    stripped = context.rstrip()
-    head = tokenizer.encode(stripped)
-    whole = tokenizer.encode(stripped + context[len(stripped) :] + continuation)
+    head = tokenizer.encode(context.rstrip())
+    whole = tokenizer.encode(context + continuation)
     return head, whole[len(head) :]
 
 
