@@ -414,3 +414,11 @@ def test_a_scale_for_ratios_that_span_much(report, small):
     assert ">0</text>" in (folder / "tasks-by-density.svg").read_text(encoding="utf-8")
     page, _ = both(folder)
     assert page.count("The interval of a point without a bar is not known.") == 2
+
+
+def test_values_that_no_float_holds(report, result):
+    for found in result["perplexity"].values():
+        for row in found["results"].values():
+            row["word_perplexity"] = [None, None, None]
+    html, markdown = both(report(result))
+    assert "Per word" not in html + markdown
