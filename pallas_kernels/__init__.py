@@ -4,10 +4,11 @@
 (`append_and_attend` writes the newest token's keys and values on the way),
 `gathered_mlp` the weight rows of the batch's selected neurons; `top_heads` and
 `union_neurons` turn router scores into those selections. Nothing here knows of
-models: arrays in, arrays out.
+models: arrays in, arrays out. `product` is the matrix product of the dense model.
 """
 
 from pallas_kernels._backend import Implementation, gathering, resolve
+from pallas_kernels._dot import product
 from pallas_kernels.attention import append_and_attend, select_head_attention
 from pallas_kernels.mlp import gathered_mlp, masked_mlp
 from pallas_kernels.select import top_heads, union_neurons
@@ -18,6 +19,7 @@ __all__ = [
     "gathered_mlp",
     "gathering",
     "masked_mlp",
+    "product",
     "resolve",
     "select_head_attention",
     "top_heads",

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._dot import dot
+from pallas_kernels._dot import product
 
 _ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -44,14 +44,14 @@ def masked_mlp(x, weights, neurons, *, activation):
 def _enter(x, rows, activation):
     """The hidden values in float32."""
     act = _ACTIVATIONS[activation]
-    up = dot(x, rows["up"], 1)
+    up = product(x, rows["up"])
     if "up_bias" in rows:
         up = up + rows["up_bias"].astype(jnp.float32)
-    return act(dot(x, rows["gate"], 1)) * up if "gate" in rows else act(up)
+    return act(product(x, rows["gate"])) * up if "gate" in rows else act(up)
 
 
 def _leave(hidden, rows, dtype):
-    out = dot(hidden.astype(dtype), rows["down"], 0)
+    out = product(hidden.astype(dtype), rows["down"].T)
     if "down_bias" in rows:
         out = out + rows["down_bias"].astype(jnp.float32)
     return out.astype(dtype)

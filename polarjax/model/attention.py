@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,27 @@ from polarjax.config import ModelConfig
 from polarjax.model.linear import linear
 from polarjax.model.positions import rotate
 from polarjax.policy import SelectionPolicy, groups_read
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Positions at the start of each sequence that are read dense, as prompts are.
+
+    Attributes:
+      lengths: int32[b], how many.
+      keys: by layer, [b, t, k, d], what those positions left for later ones, if that
+        was other weights' work; () if it is the same model's.
+      values: likewise.
+    """
+
+    lengths: jax.Array
+    keys: tuple[jax.Array, ...] = ()
+    values: tuple[jax.Array, ...] = ()
+
+
+Gates = Callable[[int, jax.Array | None, jax.Array], jax.Array]
+"""(layer, scores float32[b, t, r] or None, groups read bool[b, t, k]) -> [b, t, k]."""
 
 
 class Attention(nn.Module):
@@ -81,12 +104,8 @@ class Attention(nn.Module):
     def output(self, o: jax.Array) -> jax.Array:
         """Head outputs [..., h, d] to the residual stream [..., m]."""
         flat = o.reshape(*o.shape[:-2], -1)
-        y = jnp.einsum(
-            "...o,om->...m", flat, self.out, preferred_element_type=jnp.float32
-        )
-        if self.config.out_bias:
-            y = y + self.out_bias.astype(jnp.float32)
-        return y.astype(o.dtype)
+        bias = self.out_bias if self.config.out_bias else None
+        return linear(flat, self.out.T, bias).astype(o.dtype)
 
     def prefill(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Causal attention of whole sequences; padding at the end is never seen.
@@ -100,11 +119,15 @@ class Attention(nn.Module):
         b, t, _ = u.shape
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         q, k, v, _ = self.project(u, positions)
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True), k, v
+        return causal_attention(q, k, v), k, v
 
     def masked(
-        self, u: jax.Array, policy: SelectionPolicy
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        self,
+        u: jax.Array,
+        policy: SelectionPolicy,
+        prefix: Prefix | None = None,
+        gates: Gates | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
         """As `prefill`, with outputs of 0 where the policy picks no group.
 
         What decoding computes, every position at once and nothing saved.
@@ -112,15 +135,23 @@ class Attention(nn.Module):
         Args:
           u: [b, t, m], the layer's normalised input.
           policy: bound to the weights.
+          prefix: positions that are read dense, as a prompt is.
+          gates: what each group's output counts; None for 1 where it is read, else 0.
 
         Returns:
-          Head outputs [b, t, h, d]; scores float32[b, t, r] or None; bool[b, t, k],
-          the KV groups that each position reads.
+          Head outputs [b, t, h, d], masked, and as they were; scores float32[b, t, r]
+          or None; bool[b, t, k], the KV groups that each position reads.
         """
         c, (b, t, _) = self.config, u.shape
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         q, k, v, scores = self.project(u, positions)
-        o = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        before = None
+        if prefix is not None:
+            before = (positions < prefix.lengths[:, None])[..., None]
+            if prefix.keys:
+                k = jnp.where(before[..., None], prefix.keys[self.layer], k)
+                v = jnp.where(before[..., None], prefix.values[self.layer], v)
+        o = causal_attention(q, k, v)
         norms = head_norms(o, c.kv_heads) if policy.wants_norms else None
 
         def choose(_, scores: jax.Array | None, norms: jax.Array | None) -> jax.Array:
@@ -129,9 +160,13 @@ class Attention(nn.Module):
 
         # A policy answers for one position of each sequence.
         read = jax.vmap(choose, (0, 1, 1), 1)(jnp.arange(t), scores, norms)
+        read = read if before is None else read | before
         grouped = o.reshape(b, t, c.kv_heads, -1)
-        o = jnp.where(read[..., None], grouped, 0).reshape(o.shape)
-        return o, scores, read
+        if gates is None:
+            kept = jnp.where(read[..., None], grouped, 0)
+        else:
+            kept = grouped * gates(self.layer, scores, read)[..., None].astype(o.dtype)
+        return kept.reshape(o.shape), o, scores, read
 
     def decode(
         self,
@@ -184,6 +219,28 @@ class Attention(nn.Module):
         if n_active is None:
             n_active = jnp.full(b, c.kv_heads, jnp.int32)
         return o, keys, values, scores, jnp.where(live, n_active, 0)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Each position attends to itself and those before it.
+
+    By cuDNN's flash attention on a GPU, in 16 bit and for sizes that it takes: XLA's
+    own writes out t x t weights for each head.
+
+    Args:
+      q: [b, t, h, d].
+      k: [b, t, k, d].
+      v: [b, t, k, d].
+
+    Returns:
+      [b, t, h, d].
+    """
+    t, d = q.shape[1], q.shape[-1]
+    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
+    flash &= t % 64 == 0 and d % 8 == 0 and d <= 128
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, implementation="cudnn" if flash else "xla"
+    )
 
 
 def head_norms(o: jax.Array, kv_heads: int) -> jax.Array:

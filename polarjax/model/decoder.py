@@ -12,7 +12,7 @@ from flax import linen as nn
 from pallas_kernels import Implementation, gathering
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
-from polarjax.model.attention import Attention
+from polarjax.model.attention import Attention, Gates, Prefix
 from polarjax.model.linear import linear
 from polarjax.model.mlp import MLP
 from polarjax.model.norms import make_norm
@@ -20,8 +20,9 @@ from polarjax.model.positions import LEARNED_OFFSET
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
 
-Observe = Callable[[int, jax.Array, jax.Array], Any]
-"""(layer, normalised layer input [b, t, m], head outputs [b, t, h, d]) -> anything."""
+Observe = Callable[[int, jax.Array, jax.Array, jax.Array], Any]
+"""(layer, attention's input [b, t, m], head outputs [b, t, h, d], MLP's input
+[b, t, m]) -> anything. Both inputs are what a norm puts out."""
 
 
 class Embed(nn.Module):
@@ -81,25 +82,36 @@ class Layer(nn.Module):
         self.mlp = MLP(c, self.dtype, self.implementation)
 
     def prefill(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """[b, t, m] to the same; also keys, values, normalised input, head outputs."""
+        """[b, t, m] to the same; also keys, values, and what `Observe` is shown."""
         u = self.attention_norm(x)
         o, k, v = self.attention.prefill(u)
         y = x + self.attention.output(o)
-        return y + self.mlp(self.mlp_norm(y)), k, v, u, o
+        z = self.mlp_norm(y)
+        return y + self.mlp(z), k, v, u, o, z
 
     def masked(
-        self, x: jax.Array, live: jax.Array, policy: SelectionPolicy
-    ) -> tuple[jax.Array, jax.Array]:
-        """[b, t, m] to the same; also bool[b, t, k], the KV groups read."""
-        o, scores, read = self.attention.masked(self.attention_norm(x), policy)
+        self,
+        x: jax.Array,
+        live: jax.Array,
+        policy: SelectionPolicy,
+        prefix: Prefix | None = None,
+        gates: Gates | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """[b, t, m] to the same; also bool[b, t, k], the KV groups read.
+
+        And what `Observe` is shown, head outputs before they are masked.
+        """
+        u = self.attention_norm(x)
+        kept, o, scores, read = self.attention.masked(u, policy, prefix, gates)
 
         def choose(_, scores: jax.Array | None, live: jax.Array) -> jax.Array | None:
             return policy.neurons(self.layer, scores, live, "xla")
 
         t = jnp.arange(x.shape[1])
         neurons = jax.vmap(choose, (0, 1, 1))(t, scores, live)
-        y = x + self.attention.output(o)
-        return y + self.mlp(self.mlp_norm(y), neurons), read
+        y = x + self.attention.output(kept)
+        z = self.mlp_norm(y)
+        return y + self.mlp(z, neurons), read, u, o, z
 
     def decode(
         self,
@@ -151,11 +163,11 @@ class Decoder(nn.Module):
         x = self.embed(tokens, jnp.broadcast_to(jnp.arange(t), (b, t)))
         keys, values, observed = [], [], []
         for i, layer in enumerate(self.layers):
-            x, k, v, u, o = layer.prefill(x)
+            x, k, v, *seen = layer.prefill(x)
             keys.append(k)
             values.append(v)
             if observe:
-                observed.append(observe(i, u, o))
+                observed.append(observe(i, *seen))
         return x, keys, values, observed
 
     def __call__(
@@ -176,6 +188,17 @@ class Decoder(nn.Module):
     def observe(self, tokens: jax.Array, observe: Observe) -> list[Any]:
         """As `__call__`, without the logits."""
         return self._forward(tokens, observe)[3]
+
+    def states(
+        self, tokens: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Dense: what `logits` takes [b, t, m]; keys and values, for `Prefix`.
+
+        Args:
+          tokens: int32[b, t].
+        """
+        x, keys, values, _ = self._forward(tokens, None)
+        return x, tuple(keys), tuple(values)
 
     def prefill(
         self, tokens: jax.Array, lengths: jax.Array, capacity: int
@@ -205,7 +228,13 @@ class Decoder(nn.Module):
         return self.logits(last), cache
 
     def masked(
-        self, tokens: jax.Array, lengths: jax.Array, policy: SelectionPolicy
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        policy: SelectionPolicy,
+        prefix: Prefix | None = None,
+        gates: Gates | None = None,
+        remat: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """Whole sequences with every position sparse, as a masked dense model.
 
@@ -217,18 +246,49 @@ class Decoder(nn.Module):
           lengths: int32[b], tokens of each sequence; padding has no say in what the
             batch chooses.
           policy: bound to the weights.
+          prefix: positions that are read dense, as a prompt is; None for none.
+          gates: for training: what each group's output counts; None for 1 where it is
+            read, else 0.
+          remat: for training: whether to compute each layer again in the backward
+            pass, and keep its input alone.
 
         Returns:
           [b, t, m], for `logits`; bool[layers, b, t, k], the KV groups read.
         """
+        x, reads, _ = self._masked(tokens, lengths, policy, prefix, gates, None, remat)
+        return x, jnp.stack(reads)
+
+    def observe_masked(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        policy: SelectionPolicy,
+        prefix: Prefix | None,
+        observe: Observe,
+    ) -> list[Any]:
+        """As `masked`, for what `observe` returns by layer."""
+        return self._masked(tokens, lengths, policy, prefix, None, observe, False)[2]
+
+    def _masked(
+        self, tokens, lengths, policy, prefix, gates, observe, remat
+    ) -> tuple[jax.Array, list[jax.Array], list[Any]]:
         b, t = tokens.shape
         x = self.embed(tokens, jnp.broadcast_to(jnp.arange(t), (b, t)))
         live = jnp.arange(t) < lengths[:, None]
-        reads = []
-        for layer in self.layers:
-            x, read = layer.masked(x, live, policy)
+        reads, observed = [], []
+
+        def apply(layer: Layer, x: jax.Array) -> tuple[jax.Array, ...]:
+            return layer.masked(x, live, policy, prefix, gates)
+
+        for i, layer in enumerate(self.layers):
+            if remat:
+                x, read = nn.remat(lambda layer, x: apply(layer, x)[:2])(layer, x)
+            else:
+                x, read, *seen = apply(layer, x)
+                if observe:
+                    observed.append(observe(i, *seen))
             reads.append(read)
-        return x, jnp.stack(reads)
+        return x, reads, observed
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The last layer's output [..., m] to float32[..., v]."""
@@ -273,7 +333,7 @@ def run(model: Decoder, weights: Tree, method: str, *args: Any) -> Any:
     Args:
       model: the module, which has no weights of its own.
       weights: its parameters.
-      method: "prefill", "decode", "masked", "logits", "observe" or "__call__".
+      method: "prefill", "decode", "masked", "logits", "observe", ... or "__call__".
       *args: of the method.
     """
     return model.apply({"params": weights}, *args, method=method)

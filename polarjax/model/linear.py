@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import product
+
 
 def linear(x: jax.Array, rows: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Rows times x, plus bias, accumulated and returned in float32.
@@ -18,5 +20,6 @@ def linear(x: jax.Array, rows: jax.Array, bias: jax.Array | None = None) -> jax.
     Returns:
       float32[..., o].
     """
-    y = jnp.einsum("...i,oi->...o", x, rows, preferred_element_type=jnp.float32)
+    y = product(x.reshape(-1, x.shape[-1]), rows)
+    y = y.reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias.astype(jnp.float32)
