@@ -42,7 +42,7 @@ class Rope:
 class ModelConfig:
     """Shape and kind of a decoder-only model.
 
-    Letters are the README's glossary. The last five fields describe the checkpoint
+    Letters are the README's glossary. The last six fields describe the checkpoint
     rather than the computation; `architecture` leaves them out.
 
     Attributes:
@@ -70,6 +70,9 @@ class ModelConfig:
       eos_ids: tokens that end a text.
       budgets: KV groups that an adapter's policy reads in each layer; empty without
         an adapter.
+      neuron_budgets: MLP neurons that an adapter's policy reads in each layer, by
+        batch size: ((batch, (n of layer 0, n of layer 1, ...)), ...), batch sizes
+        ascending; empty for all neurons.
       model_hash: SHA-256 over the source tensors, hexadecimal.
       folder: the checkpoint's folder; holds the tokenizer.
     """
@@ -96,6 +99,7 @@ class ModelConfig:
     bos_ids: tuple[int, ...] = ()
     eos_ids: tuple[int, ...] = ()
     budgets: tuple[int, ...] = ()
+    neuron_budgets: tuple[tuple[int, tuple[int, ...]], ...] = ()
     model_hash: str = ""
     folder: str = ""
 
@@ -136,7 +140,13 @@ class ModelConfig:
         half that it saw first).
         """
         return dataclasses.replace(
-            self, bos_ids=(), eos_ids=(), budgets=(), model_hash="", folder=""
+            self,
+            bos_ids=(),
+            eos_ids=(),
+            budgets=(),
+            neuron_budgets=(),
+            model_hash="",
+            folder="",
         )
 
     def to_json(self) -> str:
@@ -172,6 +182,24 @@ class ModelConfig:
                 fields["rope"] = Rope(**{**rope, "divisors": tuple(rope["divisors"])})
             for name in ("bos_ids", "eos_ids", "budgets"):
                 fields[name] = tuple(fields[name])
+            # Older checkpoints have none.
+            found = fields.get("neuron_budgets", ())
+            fields["neuron_budgets"] = tuple_neuron_budgets(found)
             return cls(**fields, folder=folder)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a polarjax config.json: {error}") from error
+
+
+def tuple_neuron_budgets(found: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """`ModelConfig.neuron_budgets` from JSON, where tuples became lists.
+
+    Args:
+      found: [[batch, [n, ...]], ...].
+
+    Raises:
+      TypeError: if it has another form; the numbers are not looked at.
+    """
+    pairs = [tuple(entry) for entry in found]
+    if any(len(pair) != 2 for pair in pairs):
+        raise TypeError(f"neuron_budgets must be pairs, got {found!r}")
+    return tuple((batch, tuple(counts)) for batch, counts in pairs)

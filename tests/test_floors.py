@@ -64,7 +64,10 @@ FLOORS = {
     """,
     3: """
         polarjax.sparsity.select
+        polarjax.sparsity.updates
+        polarjax.sparsity.neurons
         polarjax.sparsity.routers
+        polarjax.sparsity.cost
         polarjax.sparsity.polar
         polarjax.sparsity.adapter
         polarjax.sparsity
@@ -93,15 +96,23 @@ FLOORS = {
         convert
         convert.__main__
         polarjax.training.text
+        polarjax.training.self_text
+        polarjax.training.loop
         polarjax.training.collect
         polarjax.training.losses
+        polarjax.training.neurons
+        polarjax.training.unions
+        polarjax.training.neuron_budgets
         polarjax.training.train
+        polarjax.training.recover
         polarjax.training
         polarjax.evaluation.statistics
         polarjax.evaluation.batches
         polarjax.evaluation.scoring
         polarjax.evaluation.measure
         polarjax.evaluation.perplexity
+        polarjax.evaluation.search
+        polarjax.evaluation.contract
         polarjax.evaluation.recall
         polarjax.evaluation.tasks
         polarjax.evaluation.damage
@@ -217,6 +228,8 @@ def test_run_time_dependencies(name):
         allowed |= {"lm_eval"}
     if name == "polarjax.evaluation.plots":
         allowed |= {"matplotlib"}
+    if name == "polarjax.training.text":
+        allowed |= {"datasets"}
     imported = imports(name, MODULES[name])
     assert {i.split(".")[0] for i in imported} <= allowed
     for module in imported:

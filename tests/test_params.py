@@ -360,3 +360,20 @@ def test_config_survives_json():
         again = polarjax.ModelConfig.from_json(one.to_json(), folder="/here")
         assert again == one and hash(again) == hash(one)
     assert "folder" not in json.loads(config.to_json())
+
+
+def test_neuron_budgets_survive_json():
+    budgets = ((1, (80, 20, 30, 40)), (8, (80, 40, 80, 80)))
+    config = dataclasses.replace(OPT, neuron_budgets=budgets)
+    again = polarjax.ModelConfig.from_json(config.to_json())
+    assert again == config and hash(again) == hash(config)
+    # Programs do not depend on them, and older checkpoints have none.
+    assert config.architecture == OPT.architecture
+    fields = json.loads(config.to_json())
+    del fields["neuron_budgets"]
+    old = polarjax.ModelConfig.from_json(json.dumps(fields))
+    assert old == dataclasses.replace(config, neuron_budgets=())
+    for wrong in (5, None, [3], [[1]], [[1, 2]], [[1, [80], 3]]):
+        text = json.dumps({**fields, "neuron_budgets": wrong})
+        with pytest.raises(ValueError, match="not a polarjax config"):
+            polarjax.ModelConfig.from_json(text)

@@ -22,8 +22,7 @@ from polarjax.evaluation.batches import Continuation, Mode
 from polarjax.evaluation.measure import Journal, Progress, measure
 from polarjax.evaluation.perplexity import rolling_items
 from polarjax.evaluation.scoring import Scorer
-from polarjax.evaluation.tasks import start_token
-from polarjax.generation import Tokenizer, generate
+from polarjax.generation import Tokenizer, generate, start_token
 from polarjax.generation.requests import positive
 from polarjax.params import Params
 from polarjax.policy import SelectionPolicy

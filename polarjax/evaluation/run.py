@@ -29,8 +29,8 @@ from polarjax.evaluation.results import (
     task_result,
 )
 from polarjax.evaluation.scoring import Scorer
-from polarjax.evaluation.tasks import read_rows, start_token, task_items
-from polarjax.generation import Tokenizer
+from polarjax.evaluation.tasks import read_rows, task_items
+from polarjax.generation import Tokenizer, start_token
 from polarjax.generation.requests import positive
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy

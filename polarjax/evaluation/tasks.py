@@ -12,7 +12,7 @@ import numpy as np
 
 from polarjax.config import ModelConfig
 from polarjax.evaluation.batches import Continuation
-from polarjax.generation import Tokenizer
+from polarjax.generation import Tokenizer, start_token
 from polarjax.training.text import open_text
 
 
@@ -110,20 +110,6 @@ def _row(value: Any, place: str, name: str) -> Row:
 def _is_text(text: str) -> bool:
     """Whether it has no lone halves of characters, which no tokenizer takes."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def start_token(tokenizer: Tokenizer, config: ModelConfig) -> int:
-    """The token that stands for "a text begins here".
-
-    The tokenizer's end-of-text token, else its beginning-of-text one, else that which
-    ends the model's answers.
-
-    Args:
-      tokenizer: of the model.
-      config: of the model.
-    """
-    end = tokenizer.backend.token_to_id("<|endoftext|>")
-    return [*([] if end is None else [end]), *config.bos_ids, *config.eos_ids, 0][0]
 
 
 def encode_pair(

@@ -2,6 +2,6 @@
 
 from polarjax.generation.api import Output, generate, logits
 from polarjax.generation.stats import Stats
-from polarjax.generation.tokenizer import Tokenizer
+from polarjax.generation.tokenizer import Tokenizer, start_token
 
-__all__ = ["Output", "Stats", "Tokenizer", "generate", "logits"]
+__all__ = ["Output", "Stats", "Tokenizer", "generate", "logits", "start_token"]

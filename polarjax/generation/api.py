@@ -126,8 +126,9 @@ def generate(
     ]
     end_ids = jnp.asarray(ends or (-1,), jnp.int32)
     common = {"config": config.architecture, "implementation": implementation}
-    args = (weights, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(remaining))
-    kwargs = {"capacity": capacity, "score_rows": bound.score_rows, **common}
+    # Prompts are read as the dense model reads them, with the original weights.
+    args = params.weights, *map(jnp.asarray, (tokens, lengths, remaining))
+    kwargs = {"capacity": capacity, **common}
     clock = _Clock()
     state, drawn = clock.run(
         "prefill", loop.prefill, *args, sampling, end_ids, **kwargs

@@ -73,9 +73,7 @@ def _advance(
     return state, logprob, valid
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "capacity", "score_rows", "implementation")
-)
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"))
 def prefill(
     weights: Tree,
     tokens: jax.Array,
@@ -86,13 +84,12 @@ def prefill(
     *,
     config: ModelConfig,
     capacity: int,
-    score_rows: tuple[int, ...],
     implementation: Implementation | None,
 ) -> tuple[State, Drawn]:
-    """Read the prompts and draw each request's first token.
+    """Read the prompts, dense, and draw each request's first token.
 
     Args:
-      weights: bound.
+      weights: the original ones.
       tokens: int32[b, t].
       lengths: int32[b].
       remaining: int32[b], tokens each request may draw, at least 1.
@@ -100,10 +97,9 @@ def prefill(
       stop_ids: int32[e], tokens that end a request.
       config: of the model.
       capacity: positions of the cache, s.
-      score_rows: of the bound policy.
       implementation: of the kernels.
     """
-    model = Decoder(config, _dtype(weights), score_rows, implementation)
+    model = Decoder(config, _dtype(weights), implementation=implementation)
     logits, cache = run(model, weights, "prefill", tokens, lengths, capacity)
     live = jnp.ones(lengths.shape, bool)
     state, logprob, valid = _advance(logits, cache, live, remaining, sampling, stop_ids)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax.config import ModelConfig
 from polarjax.generation.loop import Drawn
 from polarjax.params import Params, Tree
 from polarjax.policy import SelectionPolicy
+from polarjax.sparsity.cost import kv_row_bytes, neuron_densities, step_weight_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,39 +80,6 @@ class Stats:
             *self.notes,
         ]
         return "\n".join(lines)
-
-
-def neuron_densities(config: ModelConfig, policy: SelectionPolicy) -> tuple[float, ...]:
-    """Per layer, the fraction of MLP neurons that a bound policy reads."""
-    budget = getattr(policy, "neuron_budget", ()) or (0,) * config.layers
-    return tuple((n or config.neurons) / config.neurons for n in budget)
-
-
-def step_weight_bytes(
-    weights: Tree, config: ModelConfig, policy: SelectionPolicy
-) -> int:
-    """Bytes of weights that one decode step must read.
-
-    The token table counts only where it is the output head too: a lookup reads a row.
-
-    Args:
-      weights: bound to the policy.
-      config: of the model.
-      policy: bound.
-    """
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    embed = weights["embed"]
-    if not config.tied_embeddings:
-        total -= embed["tokens"].nbytes
-    if "positions" in embed:
-        total -= embed["positions"].nbytes
-    for layer, density in enumerate(neuron_densities(config, policy)):
-        if density < 1:
-            mlp = weights[f"layers_{layer}"]["mlp"]
-            rows = sum(leaf.nbytes for name, leaf in mlp.items() if name != "down_bias")
-            total -= round(rows * (1 - density))
-    routers = jax.tree.leaves(getattr(policy, "neuron_routers", {}))
-    return total + sum(leaf.nbytes for leaf in routers)
 
 
 @functools.cache
@@ -195,7 +162,7 @@ def make_stats(
         total = np.maximum(by_layer.sum(axis=1), 1)  # [steps, b]
         kv_rows_dense += (rows / total).sum() * config.kv_heads * config.layers
         decoded += int(np.asarray(drawn.valid).sum())
-    row_bytes = 2 * config.head_dim * params.dtype.itemsize
+    row_bytes = kv_row_bytes(config, params.dtype)
     steps = steps_per_chunk * len(chunks)
     weight_bytes = step_weight_bytes(weights, config, policy)
     bandwidth = read_bandwidth(next(iter(weights["embed"]["tokens"].devices())))

@@ -1,6 +1,7 @@
 """Adapters: trained routers and their budgets in a small folder of their own.
 
-`routers.safetensors` holds float32 arrays named by their path in `Params.routers`;
+`routers.safetensors` holds arrays named by their path in `Params.routers`, float32 for
+heads and bfloat16 for neurons and updates, which are many and used in 16 bit anyway;
 `card.json` says for people and for `load_adapter` what they were trained for.
 """
 
@@ -17,8 +18,9 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from polarjax.config import ModelConfig
+from polarjax.config import ModelConfig, tuple_neuron_budgets
 from polarjax.params import CARD_FILE, Params, Tree, check_finite, new_folder
+from polarjax.sparsity.neurons import check_neuron_budgets
 from polarjax.sparsity.routers import check_routers
 
 ADAPTER_FORMAT = 1
@@ -36,7 +38,8 @@ def save_adapter(
 
     Args:
       path: the folder to make.
-      params: a model with routers and `config.budgets`.
+      params: a model with routers, `config.budgets` and, where it has neuron routers,
+        `config.neuron_budgets`.
       card: what else to say in the card (training data, recall); JSON values.
       overwrite: replace what is there.
 
@@ -46,11 +49,17 @@ def save_adapter(
     """
     _check(params.routers, params.config)
     flat: Tree = dict(traverse_util.flatten_dict(params.routers, sep="/"))
-    tensors = {k: jax.device_get(v.astype(jnp.float32)) for k, v in flat.items()}
+    tensors = {
+        name: jax.device_get(
+            leaf.astype(jnp.float32 if "/heads/" in name else jnp.bfloat16)
+        )
+        for name, leaf in flat.items()
+    }
     facts = {
         "format_version": ADAPTER_FORMAT,
         "model_hash": params.config.model_hash,
         "budgets": list(params.config.budgets),
+        "neuron_budgets": params.config.neuron_budgets,
         "kv_heads": params.config.kv_heads,
     }
     with new_folder(path, overwrite) as partial:
@@ -76,6 +85,9 @@ def read_card(path: str | Path) -> dict[str, Any]:
         card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
         version, _ = card["format_version"], card["model_hash"]
         card["budgets"] = list(card["budgets"])
+        # Cards of older adapters have none.
+        found = card.get("neuron_budgets", ())
+        card["neuron_budgets"] = tuple_neuron_budgets(found)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / CARD_FILE} is no adapter card: {error}") from error
     if version != ADAPTER_FORMAT:
@@ -94,7 +106,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
       path: a folder that `save_adapter` wrote.
 
     Returns:
-      The model with `routers` and `config.budgets`.
+      The model with `routers`, `config.budgets` and `config.neuron_budgets`.
 
     Raises:
       FileNotFoundError: if there is no adapter.
@@ -118,7 +130,11 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         tree = traverse_util.unflatten_dict(flat, sep="/")
     except (TypeError, IndexError) as error:  # one name continues another
         raise ValueError(f"{path / ROUTERS_FILE} is damaged: {error}") from error
-    config = dataclasses.replace(params.config, budgets=tuple(card["budgets"]))
+    config = dataclasses.replace(
+        params.config,
+        budgets=tuple(card["budgets"]),
+        neuron_budgets=card["neuron_budgets"],
+    )
     _check(tree, config)
     routers: Tree = jax.tree.map(jnp.asarray, tree)
     return Params(params.weights, routers, config)
@@ -136,3 +152,9 @@ def _check(routers: Tree, config: ModelConfig) -> None:
             f"the adapter has budgets {budgets}: they must be {config.layers} numbers "
             f"from 1 to {k}, the first of them {k}, as layer 0 is dense"
         )
+    check_neuron_budgets(config)
+    for layer in range(1, config.layers) if config.neuron_budgets else ():
+        if "neurons" not in routers[f"layers_{layer}"]:
+            raise ValueError(
+                f"the adapter has neuron budgets but no neuron router for layer {layer}"
+            )

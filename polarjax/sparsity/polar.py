@@ -11,6 +11,7 @@ import numpy as np
 from pallas_kernels import union_neurons
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
+from polarjax.sparsity.neurons import neuron_counts
 from polarjax.sparsity.routers import append_rows
 from polarjax.sparsity.select import (
     Density,
@@ -20,6 +21,7 @@ from polarjax.sparsity.select import (
     static_density,
 )
 from polarjax.sparsity.select import head_budget as make_budget
+from polarjax.sparsity.updates import merge_updates
 
 _static = {"static": True}
 
@@ -35,7 +37,8 @@ class Polar:
       density: fraction of the KV groups to read, one number or one per request; None
         for the adapter's own budgets.
       neuron_density: fraction of the MLP neurons that the batch reads from layer 1 on
-        (ReLU models whose adapter has neuron routers); None for all.
+        (ReLU models whose adapter has neuron routers); None for the adapter's own
+        budgets at this batch size, or all where it has none; 1 for all.
       budget: set by `bind`.
       neuron_budget: neurons that each layer reads, set by `bind`; 0 for all.
       neuron_routers: the second matrices [f, r] by layer, set by `bind`.
@@ -58,35 +61,48 @@ class Polar:
         """Append the router rows; see `SelectionPolicy.bind`."""
         config = params.config
         budget = make_budget(config, self.density, batch)
-        # A request at density 1 is promised its exact MLP, so the batch's is dense.
-        wants_dense = (np.asarray(budget.counts) == config.kv_heads).all(axis=0).any()
-        neuron_budget, neuron_routers = (0,) * config.layers, {}
-        if self.neuron_density is not None:
-            n = count(check_density(self.neuron_density), config.neurons)
-            if config.activation != "relu":
-                raise ValueError(
-                    f"neuron sparsity needs a ReLU MLP, the model's is "
-                    f"{config.activation}: leave neuron_density out"
-                )
-            if n < config.neurons and not wants_dense:
-                neuron_budget = (0, *(n,) * (config.layers - 1))
-        sparse = [
+        # A request at density 1 is promised its exact MLP, so the batch's is dense. An
+        # adapter may leave all heads to all requests: none has asked for that promise.
+        wants_dense = False
+        if self.density is not None:
+            all_heads = np.asarray(budget.counts) == config.kv_heads
+            wants_dense = all_heads.all(axis=0).any()
+        counts = self._neuron_counts(config, batch)
+        neuron_budget = tuple(
+            0 if n == config.neurons or wants_dense else n for n in counts
+        )
+        by_neurons = [i for i, n in enumerate(neuron_budget) if n]
+        by_heads = [
             i
-            for i, (limit, n) in enumerate(
-                zip(budget.limits, neuron_budget, strict=True)
-            )
-            if limit is not None or n
+            for i, limit in enumerate(budget.limits)
+            if limit is not None and i not in by_neurons
         ]
-        weights, rows = append_rows(params, sparse, neurons=any(neuron_budget))
-        for i in sparse if any(neuron_budget) else ():
-            router = params.routers[f"layers_{i}"]["neurons"]
-            neuron_routers[i] = router["up"].astype(params.dtype)
+        params = merge_updates(params)
+        weights, rows = append_rows(params, by_heads, neurons=False)
+        params = dataclasses.replace(params, weights=weights)
+        weights, more_rows = append_rows(params, by_neurons, neurons=True)
+        neuron_routers = {
+            i: params.routers[f"layers_{i}"]["neurons"]["up"].astype(params.dtype)
+            for i in by_neurons
+        }
         return weights, Polar(
             budget=budget,
             neuron_budget=neuron_budget,
             neuron_routers=neuron_routers,
-            score_rows=rows,
+            score_rows=tuple(a + b for a, b in zip(rows, more_rows, strict=True)),
         )
+
+    def _neuron_counts(self, config: ModelConfig, batch: int) -> tuple[int, ...]:
+        """Neurons that each layer reads, unless a request wants them all."""
+        if self.neuron_density is None:
+            return neuron_counts(config, batch)
+        n = count(check_density(self.neuron_density), config.neurons)
+        if config.activation != "relu":
+            raise ValueError(
+                f"neuron sparsity needs a ReLU MLP, the model's is "
+                f"{config.activation}: leave neuron_density out"
+            )
+        return (config.neurons, *(n,) * (config.layers - 1))
 
     def heads(self, layer, scores, norms, implementation=None):
         """The groups with the highest router scores."""

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
+from polarjax.model import weight_shapes
 from polarjax.params import Params, Tree
+from polarjax.sparsity.updates import check_updates
 
 
 def check_routers(routers: Tree, config: ModelConfig) -> None:
@@ -28,13 +30,15 @@ def check_routers(routers: Tree, config: ModelConfig) -> None:
       ValueError: naming the router and the shape that would be right.
     """
     k, m, f = config.kv_heads, config.dim, config.neurons
-    names = {f"layers_{i}" for i in range(1, config.layers)}
+    shapes = weight_shapes(config)
     for layer, parts in routers.items():
-        if layer not in names:
+        if layer not in {f"layers_{i}" for i in range(config.layers)}:
             raise ValueError(
-                f"router {layer}: the model has routers for layers_1 to "
-                f"layers_{config.layers - 1}"
+                f"router {layer}: the model has layers_0 to layers_{config.layers - 1}"
             )
+        parts = dict(parts)
+        if "updates" in parts:
+            check_updates(layer, parts.pop("updates"), shapes[layer])
         want: Tree = {"heads": {"weight": (k, m), "bias": (k,)}}
         have = jax.tree.map(lambda leaf: tuple(leaf.shape), parts)
         match have:
@@ -42,6 +46,8 @@ def check_routers(routers: Tree, config: ModelConfig) -> None:
                 want["neurons"] = {"down": (rank, m), "up": (f, rank)}
             case {"neurons": _}:
                 want["neurons"] = {"down": ("rank", m), "up": (f, "rank")}
+        if layer == "layers_0":  # it is dense
+            want = {}
         if have != want:
             raise ValueError(
                 f"router {layer} has shapes {have}, the model needs {want}"
@@ -68,7 +74,7 @@ def append_rows(
     rows = [0] * params.config.layers
     for layer in layers:
         name = f"layers_{layer}"
-        if name not in params.routers:
+        if "heads" not in params.routers.get(name, {}):
             raise ValueError(
                 f"no router for layer {layer}: load the model with adapter=, or make "
                 "one with `polarjax calibrate`"

@@ -113,4 +113,5 @@ def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget
         counts = [count(check_density(d), k) for d in densities]
         table = np.array([[k] * batch, *[counts] * (config.layers - 1)], np.int32)
     limits = tuple(None if row.min() == k else int(row.max()) for row in table)
-    return HeadBudget(jnp.asarray(table), limits)
+    with jax.ensure_compile_time_eval():  # known, also where training binds in a jit
+        return HeadBudget(jnp.asarray(table), limits)

@@ -7,8 +7,8 @@ import pytest
 
 import polarjax
 from polarjax.evaluation import Scorer, grade, measure, read_rows, task_items
-from polarjax.evaluation.tasks import encode_pair, start_token
-from polarjax.generation import Tokenizer
+from polarjax.evaluation.tasks import encode_pair
+from polarjax.generation import Tokenizer, start_token
 from tests.models import LLAMA, random_params, write_checkpoint
 
 WORDS = "one two three four five six seven eight nine ten".split()

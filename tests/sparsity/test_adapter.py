@@ -64,12 +64,115 @@ def test_round_trip(params, bare, saved):
     assert_equal_trees(loaded.routers, params.routers)
 
 
-def test_round_trip_of_neuron_routers(tmp_path):
-    config = dataclasses.replace(OPT, layers=2, budgets=(6, 3))
-    params = random_params(config, 0, routers=True, neuron_rank=8)
+NEURONS = dataclasses.replace(
+    OPT,
+    layers=3,
+    budgets=(6, 3, 6),
+    neuron_budgets=((1, (80, 20, 30)), (8, (80, 40, 80))),
+    model_hash="fedcba9876543210" * 4,
+)
+
+
+@pytest.fixture
+def saved_neurons(tmp_path):
+    """An adapter with neuron routers and budgets, and the model it belongs to."""
+    params = random_params(NEURONS, 0, routers=True, neuron_rank=8)
     save_adapter(tmp_path / "adapter", params)
-    bare = dataclasses.replace(params, routers={})
-    assert_equal_trees(load_adapter(bare, tmp_path / "adapter").routers, params.routers)
+    config = dataclasses.replace(NEURONS, budgets=(), neuron_budgets=())
+    return tmp_path / "adapter", params, polarjax.Params(params.weights, {}, config)
+
+
+def test_round_trip_of_neuron_routers(saved_neurons):
+    folder, params, bare = saved_neurons
+    loaded = load_adapter(bare, folder)
+    assert loaded.config == NEURONS
+    for name, router in params.routers.items():
+        ours = loaded.routers[name]
+        assert_equal_trees(ours["heads"], router["heads"])
+        low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), router["neurons"])
+        assert_equal_trees(ours["neurons"], low)
+        assert {x.dtype for x in jax.tree.leaves(ours["neurons"])} == {
+            jnp.dtype(jnp.bfloat16)
+        }
+    # Its own text is what the model with the same rounded routers writes.
+    rounded = dataclasses.replace(params, routers=loaded.routers)
+    prompts = [[1, 2, 3], [7]]
+    ours, theirs = (
+        polarjax.generate(x, prompts, max_new_tokens=9) for x in (loaded, rounded)
+    )
+    assert ours.tokens == theirs.tokens
+    # Between two measured batch sizes: rounded up to 128, of which there are 80.
+    assert ours.stats.neuron_density == (1.0, 1.0, 1.0)
+    single = polarjax.generate(loaded, [[1, 2, 3]], max_new_tokens=9)
+    assert single.stats.neuron_density == (1.0, 0.25, 0.375)
+
+
+def test_a_checkpoint_keeps_them(saved_neurons, tmp_path):
+    folder, _, bare = saved_neurons
+    loaded = load_adapter(bare, folder)
+    polarjax.save(loaded, tmp_path / "model")
+    again = polarjax.load(tmp_path / "model")
+    assert again.config.neuron_budgets == NEURONS.neuron_budgets
+    assert_equal_trees(again.routers, loaded.routers)
+
+
+def test_an_older_adapter_has_no_neuron_budgets(saved_neurons):
+    folder, params, bare = saved_neurons
+    card = json.loads((folder / "card.json").read_text())
+    del card["neuron_budgets"]
+    (folder / "card.json").write_text(json.dumps(card))
+    edit_tensors(folder, lambda ts: {n: t.astype(np.float32) for n, t in ts.items()})
+    loaded = load_adapter(bare, folder)
+    assert loaded.config.neuron_budgets == ()
+    assert {x.dtype for x in jax.tree.leaves(loaded.routers)} == {jnp.dtype("float32")}
+    # An adapter's budgets replace those of the one before.
+    before = dataclasses.replace(params, config=NEURONS)
+    assert load_adapter(before, folder).config.neuron_budgets == ()
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        *(5, None, "12", {"1": [80, 20, 30]}, [1, 2], [[1]], [[1, 80]], [[1, 2, 3]]),
+        *([[1, [80, 20]]], [[1, [80, 20, 81]]], [[1, [80, 20, 0]]]),
+        *([[1, [40, 20, 20]]], [[1, [80, 20.0, 20]]], [[1, [80, True, 20]]]),
+        *([[8, [80, 20, 20]], [1, [80, 20, 20]]], [[1.0, [80, 20, 20]]]),
+        *([[None, [80, 20, 20]]], [[[1], [80, 20, 20]]], [[1, [80, [20], 20]]]),
+    ],
+)
+def test_neuron_budgets_that_do_not_fit_are_refused(saved_neurons, budgets):
+    folder, _, bare = saved_neurons
+    edit_card(folder, neuron_budgets=budgets)
+    with pytest.raises(ValueError, match=r"neuron budgets|no adapter card"):
+        load_adapter(bare, folder)
+
+
+def test_neuron_budgets_without_routers_are_refused(saved_neurons, tmp_path):
+    folder, _, bare = saved_neurons
+    edit_tensors(
+        folder,
+        lambda ts: {n: t for n, t in ts.items() if not n.startswith("layers_2/neu")},
+    )
+    with pytest.raises(ValueError, match="no neuron router for layer 2"):
+        load_adapter(bare, folder)
+    # Nor are they saved so.
+    lacking = random_params(NEURONS, 0, routers=True)
+    with pytest.raises(ValueError, match="no neuron router for layer 1"):
+        save_adapter(tmp_path / "other", lacking)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_neuron_routers_that_are_not_finite_are_refused(saved_neurons, poison):
+    folder, _, bare = saved_neurons
+
+    def edit(tensors):
+        tensors["layers_2/neurons/up"][3, 1] = poison
+        return tensors
+
+    edit_tensors(folder, edit)
+    with pytest.raises(ValueError, match="layers_2/neurons/up holds NaN or inf"):
+        load_adapter(bare, folder)
 
 
 def test_adapters_serve_a_model_of_another_dtype(bare, saved):
@@ -137,7 +240,7 @@ def plus(name, *shape):
         (without("layers_2"), "no router for layer 2"),
         (without("layers"), "no router for layer 1"),
         (plus("layers_3/heads/weight", 4, 48), "router layers_3: the model has"),
-        (plus("layers_0/heads/weight", 4, 48), "router layers_0: the model has"),
+        (plus("layers_0/heads/weight", 4, 48), "router layers_0"),
         (plus("layers_01/heads/weight", 4, 48), "router layers_01: the model has"),
         (plus("something", 3), "router something: the model has"),
         (plus("layers_1/neurons", 3), "router layers_1 has shapes"),

@@ -1,0 +1,130 @@
+"""Bytes that one decode step must read: what the budgets of a model are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.config import ModelConfig
+from polarjax.params import Params, Tree
+from polarjax.policy import Dense, SelectionPolicy
+from polarjax.sparsity.routers import append_rows
+
+
+def neuron_densities(config: ModelConfig, policy: SelectionPolicy) -> tuple[float, ...]:
+    """Per layer, the fraction of MLP neurons that a bound policy reads."""
+    budget = getattr(policy, "neuron_budget", ()) or (0,) * config.layers
+    return tuple((n or config.neurons) / config.neurons for n in budget)
+
+
+def step_weight_bytes(
+    weights: Tree, config: ModelConfig, policy: SelectionPolicy
+) -> int:
+    """Bytes of weights that one decode step must read.
+
+    The token table counts only where it is the output head too: a lookup reads a row.
+
+    Args:
+      weights: bound to the policy.
+      config: of the model.
+      policy: bound.
+    """
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    embed = weights["embed"]
+    if not config.tied_embeddings:
+        total -= embed["tokens"].nbytes
+    if "positions" in embed:
+        total -= embed["positions"].nbytes
+    for layer, density in enumerate(neuron_densities(config, policy)):
+        if density < 1:
+            mlp = weights[f"layers_{layer}"]["mlp"]
+            rows = sum(leaf.nbytes for name, leaf in mlp.items() if name != "down_bias")
+            total -= round(rows * (1 - density))
+    routers = jax.tree.leaves(getattr(policy, "neuron_routers", {}))
+    return total + sum(leaf.nbytes for leaf in routers)
+
+
+def kv_row_bytes(config: ModelConfig, dtype: Any) -> int:
+    """Bytes of one KV group's key and value of one token in one layer."""
+    return 2 * config.head_dim * jnp.dtype(dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """A byte model of one decode step of a batch, linear in what a layer reads.
+
+    On a device whose memory is the limit, bytes / bandwidth is the step's floor, so
+    that the order of budgets by bytes is their order by time on any such device.
+
+    Attributes:
+      weights: bytes of the original weights that a step reads.
+      routers: per layer, bytes of the router rows that ride in its QKV matrix as soon
+        as it reads less than every group.
+      group: per layer, bytes of one KV group's cache over the whole batch.
+      kv_heads: k, groups of a dense layer.
+    """
+
+    weights: int
+    routers: tuple[int, ...]
+    group: tuple[int, ...]
+    kv_heads: int
+
+    def bytes_read(self, budgets: Sequence[int]) -> int:
+        """Bytes that one step reads.
+
+        Args:
+          budgets: KV groups that each sequence reads, by layer.
+
+        Raises:
+          ValueError: if there is not one budget per layer, from 1 to k.
+        """
+        k = self.kv_heads
+        right = len(budgets) == len(self.group) and all(1 <= n <= k for n in budgets)
+        if not right:
+            raise ValueError(
+                f"budgets {tuple(budgets)}: they must be {len(self.group)} numbers "
+                f"from 1 to {k}"
+            )
+        layers = zip(budgets, self.routers, self.group, strict=True)
+        return self.weights + sum(n * g + (n < k) * r for n, r, g in layers)
+
+
+def step_cost(params: Params, *, batch: int, context: int) -> StepCost:
+    """The byte model of a model that decodes a batch.
+
+    Weights and cache are of the weights' dtype. A layer without a router (an oracle
+    needs none) pays for none.
+
+    Args:
+      params: the model, with or without routers.
+      batch: sequences that are decoded together.
+      context: tokens in the cache of each.
+
+    Raises:
+      ValueError: if a number is not positive.
+    """
+    if batch < 1 or context < 1:
+        raise ValueError(f"batch {batch} and context {context} must be positive")
+    config = params.config
+    routed = [i for i in range(config.layers) if f"layers_{i}" in params.routers]
+    # Their shapes alone: nothing is computed.
+    bound = jax.eval_shape(lambda p: append_rows(p, routed, neurons=False)[0], params)
+
+    def attention(weights: Tree, layer: int) -> int:
+        leaves = jax.tree.leaves(weights[f"layers_{layer}"]["attention"])
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    layers = range(config.layers)
+    group = batch * context * kv_row_bytes(config, params.dtype)
+    return StepCost(
+        weights=step_weight_bytes(params.weights, config, Dense()),
+        routers=tuple(
+            attention(bound, i) - attention(params.weights, i) for i in layers
+        ),
+        group=(group,) * config.layers,
+        kv_heads=config.kv_heads,
+    )

@@ -1,0 +1,130 @@
+"""What a batch's true union of active neurons asks of the rule that ranks neurons."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+NeuronBudgets = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def union_rankings() -> Mapping[str, Callable[[jax.Array], jax.Array]]:
+    """Rules that rank neurons for a batch, by name.
+
+    Each takes scores [groups, b, f] to a ranking [groups, f]. "sum" adds the positive
+    scores, as `pallas_kernels.union_neurons` does. "max" is the union by threshold: a
+    neuron is in if any row's score is above a common one. "noisy_or" adds
+    softplus(score), which is -log of the chance that no row needs the neuron, were the
+    scores log odds of independent events: `union_neurons` of softplus(scores).
+    """
+    return {
+        "sum": lambda scores: jnp.maximum(scores, 0).sum(axis=1),
+        "max": lambda scores: scores.max(axis=1),
+        "noisy_or": lambda scores: jax.nn.softplus(scores).sum(axis=1),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class UnionRecall:
+    """Recall of the true union of active neurons, at every number of neurons kept.
+
+    Attributes:
+      batches: batch sizes, ascending.
+      counts: int64[c], numbers of neurons: multiples of a step, and all f.
+      recall: by rule, float64[parts, batches, layers - 1, c]; a part of the text has
+        sequences of its own, so that parts are independent samples.
+      union: float64[batches, layers - 1], mean size of the true union, from layer 1 on.
+    """
+
+    batches: tuple[int, ...]
+    counts: np.ndarray
+    recall: Mapping[str, np.ndarray]
+    union: np.ndarray
+
+    def budgets(
+        self, recall: float = 0.99, confidence: float = 0.999, rule: str = "sum"
+    ) -> NeuronBudgets:
+        """The smallest counts that reach a recall, not by luck.
+
+        Not the mean must reach it but the lower end of its one-sided Student interval
+        over the parts of the text: so much margin as the sample is small. It covers
+        chance, not text of another kind.
+
+        Args:
+          recall: of the true union, mean over batches, in each layer.
+          confidence: of the interval.
+          rule: that ranks neurons, see `union_rankings`.
+
+        Returns:
+          As `ModelConfig.neuron_budgets`; layer 0 reads all.
+
+        Raises:
+          ValueError: if recall or confidence is out of range.
+        """
+        if not 0 < recall <= 1 or not 0.5 <= confidence < 1:
+            raise ValueError(
+                f"recall {recall} must be above 0 and at most 1, confidence "
+                f"{confidence} from 0.5 to below 1"
+            )
+        found = self.recall[rule]
+        parts = len(found)
+        error = found.std(axis=0, ddof=1) / math.sqrt(parts)
+        low = found.mean(axis=0) - stats.t.ppf(confidence, parts - 1) * error
+        # All neurons always suffice: the recall is 1 there, without a spread.
+        needed = self.counts[(low >= recall).argmax(axis=-1)]
+        f = int(self.counts[-1])
+        return tuple(
+            (b, (f, *map(int, row)))
+            for b, row in zip(self.batches, needed, strict=True)
+        )
+
+    def reached(self, budgets: NeuronBudgets, rule: str = "sum") -> np.ndarray:
+        """Mean recall at given budgets, of these batch sizes.
+
+        Args:
+          budgets: as `ModelConfig.neuron_budgets`. A count that was not measured
+            stands for the next smaller one that was.
+          rule: that ranks neurons.
+
+        Returns:
+          float64[batches, layers - 1].
+        """
+        kept = np.array([counts[1:] for _, counts in budgets])
+        place = np.searchsorted(self.counts, kept, side="right") - 1
+        mean = self.recall[rule].mean(axis=0)
+        at = np.take_along_axis(mean, np.maximum(place, 0)[..., None], axis=-1)[..., 0]
+        return np.where(place < 0, 0.0, at)
+
+
+def compare_rules(found: UnionRecall, recall: float = 0.99) -> dict[str, Any]:
+    """What each rule finds with the same number of neurons, and needs for a recall.
+
+    Args:
+      found: measured with the rules to compare, "sum" among them.
+      recall: of the true union.
+
+    Returns:
+      JSON values. By rule: "recall", [batches], mean over layers at the counts at which
+      "sum" reaches the recall; "density", [batches], mean over layers of the share of
+      neurons with which the rule itself reaches it. Margins are left out: both are of
+      the mean.
+    """
+    plain = functools.partial(found.budgets, recall, 0.5)  # a margin of 0
+    common, f = plain(), int(found.counts[-1])
+    return {
+        rule: {
+            "recall": found.reached(common, rule).mean(axis=1).tolist(),
+            "density": [
+                float(np.mean(counts[1:])) / f for _, counts in plain(rule=rule)
+            ],
+        }
+        for rule in found.recall
+    }
