@@ -1,0 +1,1 @@
+"""Models that this project trains itself, to measure on trained weights."""
