@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -78,3 +79,24 @@ def shard(params: Params, mesh: Mesh) -> Params:
     weights = jax.tree_util.tree_map_with_path(place, params.weights)
     routers = jax.device_put(params.routers, NamedSharding(mesh, PartitionSpec()))
     return dataclasses.replace(params, weights=weights, routers=routers)
+
+
+def make_data_mesh(devices: int | None = None) -> Mesh:
+    """A mesh with the axis "dp" for data parallelism.
+
+    Args:
+      devices: how many; None for all that are visible.
+
+    Raises:
+      ValueError: if there are fewer devices.
+    """
+    found = jax.devices()
+    devices = len(found) if devices is None else devices
+    if not 1 <= devices <= len(found):
+        raise ValueError(f"dp is {devices}, but there are {len(found)} devices")
+    return jax.make_mesh((devices,), ("dp",), (AxisType.Auto,), devices=found[:devices])
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Arrays on every device of a mesh, whole."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

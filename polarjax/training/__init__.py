@@ -1,6 +1,22 @@
-"""Routers from text."""
+"""Routers from text, and what sparsity broke mended."""
 
-from polarjax.training.text import token_blocks
-from polarjax.training.train import Progress, RouterTraining, train_routers
+from polarjax.training.loop import Progress, Resume
+from polarjax.training.recover import Recovery, divergence, recover
+from polarjax.training.self_text import write_blocks
+from polarjax.training.text import Corpus, Source, read_corpus, token_blocks
+from polarjax.training.train import RouterTraining, train_routers
 
-__all__ = ["Progress", "RouterTraining", "token_blocks", "train_routers"]
+__all__ = [
+    "Corpus",
+    "Progress",
+    "Recovery",
+    "Resume",
+    "RouterTraining",
+    "Source",
+    "divergence",
+    "read_corpus",
+    "recover",
+    "token_blocks",
+    "train_routers",
+    "write_blocks",
+]

@@ -1,4 +1,4 @@
-"""What routers learn from: each layer's input, and the norms of its head outputs."""
+"""What routers learn from: each layer's inputs, and the norms of its head outputs."""
 
 from __future__ import annotations
 
@@ -10,41 +10,80 @@ import jax.numpy as jnp
 
 from pallas_kernels import top_heads
 from polarjax.config import ModelConfig
-from polarjax.model import Decoder, run
+from polarjax.model import Decoder, Prefix, run
 from polarjax.model.attention import head_norms
-from polarjax.params import Tree
+from polarjax.params import Params, Tree
+from polarjax.policy import Dense, SelectionPolicy
 
-Learn = Callable[[int, jax.Array, jax.Array], Any]
-"""(layer, inputs float32[n, m], norms float32[n, k]) -> anything small."""
+Learn = Callable[[int, jax.Array, jax.Array, jax.Array], Any]
+"""(layer, attention's inputs float32[n, m], norms float32[n, k], MLP's inputs [n, m])
+-> anything small."""
 
 
-def observe_heads(
-    weights: Tree, tokens: jax.Array, learn: Learn, *, config: ModelConfig
+def observe_layers(
+    params: Params,
+    tokens: jax.Array,
+    learn: Learn,
+    policy: SelectionPolicy,
+    prefix: Prefix | None,
 ) -> list[Any]:
-    """Run the dense model over text and hand each sparse layer's tokens to `learn`.
+    """Run the model over text and hand each sparse layer's tokens to `learn`.
 
     A layer's activations are gone when the next layer's come: what is kept is what
     `learn` returns. Call it inside jit.
 
     Args:
-      weights: the original ones.
+      params: the model.
       tokens: int32[b, t].
       learn: called for layers 1 and up with all n = b * t tokens.
-      config: of the model.
+      policy: reads the positions after the prefix; not yet bound.
+      prefix: positions that are read dense; None for all of them, with the original
+        weights and no policy.
 
     Returns:
       What `learn` returned, by layer from 1.
     """
+    config, (b, t) = params.config, tokens.shape
 
-    def observe(layer: int, u: jax.Array, o: jax.Array) -> Any:
+    def observe(layer: int, u: jax.Array, o: jax.Array, z: jax.Array) -> Any:
         if layer == 0:
             return None
         inputs = u.astype(jnp.float32).reshape(-1, config.dim)
         norms = head_norms(o, config.kv_heads).reshape(-1, config.kv_heads)
+        return learn(layer, inputs, norms, z.reshape(-1, config.dim))
+
+    architecture = config.architecture
+    if prefix is None:
+        model = Decoder(architecture, params.dtype)
+        return run(model, params.weights, "observe", tokens, observe)[1:]
+    weights, bound = policy.bind(params, b)
+    model = Decoder(architecture, params.dtype, bound.score_rows)
+    lengths = jnp.full(b, t)
+    args = tokens, lengths, bound, prefix, observe
+    return run(model, weights, "observe_masked", *args)[1:]
+
+
+def observe_heads(
+    weights: Tree,
+    tokens: jax.Array,
+    learn: Callable[[int, jax.Array, jax.Array], Any],
+    *,
+    config: ModelConfig,
+) -> list[Any]:
+    """As `observe_layers` of the dense model, for what concerns heads.
+
+    Args:
+      weights: the original ones.
+      tokens: int32[b, t].
+      learn: without the MLP's inputs.
+      config: of the model.
+    """
+    params = Params(weights, {}, config)
+
+    def heads(layer: int, inputs: jax.Array, norms: jax.Array, _: jax.Array) -> Any:
         return learn(layer, inputs, norms)
 
-    model = Decoder(config, weights["embed"]["tokens"].dtype)
-    return run(model, weights, "observe", tokens, observe)[1:]
+    return observe_layers(params, tokens, heads, Dense(), None)
 
 
 def top_labels(ranking: jax.Array, n: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a router is trained to minimise."""
+"""What a head router is trained to minimise, and what it is judged by."""
 
 from __future__ import annotations
 
@@ -26,9 +26,34 @@ def weighted_bce(scores: jax.Array, labels: jax.Array) -> jax.Array:
     return (weight * optax.sigmoid_binary_cross_entropy(scores, labels)).mean()
 
 
+def ranking_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
+    """What it costs that a head within the budget stands behind one beyond it.
+
+    The logistic loss of the difference of their scores, over all such pairs of each
+    token (RankNet, Burges et al. 2005): the order within either side, and how far the
+    scores lie from a threshold, do not matter to a choice of the top n.
+
+    Args:
+      scores: float32[n, k].
+      labels: float32[n, k], 0 or 1.
+
+    Returns:
+      float32[], the mean over pairs.
+    """
+    pairs = labels[:, :, None] * (1 - labels[:, None, :])
+    loss = jax.nn.softplus(scores[:, None, :] - scores[:, :, None])
+    return (pairs * loss).sum() / jnp.maximum(pairs.sum(), 1)
+
+
 def recall(scores: jax.Array, labels: jax.Array, n: int) -> jax.Array:
     """Share of the true top n that the n best scores find, float32[]."""
     return (top_labels(scores, n) * labels).sum(axis=-1).mean() / n
+
+
+def kept_norm(scores: jax.Array, norms: jax.Array, n: int) -> jax.Array:
+    """Share of all heads' norm that the n best scores keep, float32[]."""
+    total = jnp.maximum(norms.sum(axis=-1), 1e-20)
+    return ((top_labels(scores, n) * norms).sum(axis=-1) / total).mean()
 
 
 def router_scores(router: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:

@@ -1,157 +1,246 @@
-"""Train every layer's head router in one pass over a text."""
+"""Train every layer's routers at once, in passes over blocks of text."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from polarjax.config import ModelConfig
+from polarjax.model import Prefix
 from polarjax.params import Params, Tree
+from polarjax.sharding import replicate
+from polarjax.sparsity import Polar
 from polarjax.sparsity.select import check_density, count
-from polarjax.training.collect import observe_heads, top_labels
-from polarjax.training.losses import recall, router_scores, weighted_bce
+from polarjax.training.collect import observe_layers, top_labels
+from polarjax.training.loop import Progress, Resume, fit
+from polarjax.training.losses import (
+    kept_norm,
+    ranking_loss,
+    recall,
+    router_scores,
+    weighted_bce,
+)
+from polarjax.training.neurons import (
+    active_neurons,
+    init_neuron_router,
+    neuron_loss,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterTraining:
-    """Settings of a training pass.
+    """Settings of a training.
 
     Attributes:
-      density: fraction of KV groups that the routers shall pick from layer 1 on.
+      density: fraction of KV groups that the head routers shall pick from layer 1 on.
       steps: optimiser steps, one batch of text each.
+      batch: blocks of text per step.
+      loss: of the head routers: "bce", the paper's, or "ranking", which looks at the
+        order across the budget alone.
+      sparse: share of the sequences that are read as decoding reads them: dense up to
+        a random position, from there on with the heads that the routers pick so far.
+        The others are read dense.
+      neuron_rank: of neuron routers, for ReLU models; 0 for none.
       learning_rate: its peak; it warms up over 5 % of the steps and decays to 0 by a
         cosine. The paper's 1e-4 is for 20 passes in batches of 64 tokens; on
         SmolLM2, one pass in batches of 512 was best near this.
+      neuron_learning_rate: of the neuron routers, likewise.
       weight_decay: of AdamW.
+      seed: of the shuffling, the first neuron routers and the positions.
     """
 
     density: float
     steps: int
+    batch: int = 1
+    loss: Literal["bce", "ranking"] = "bce"
+    sparse: float = 0.0
+    neuron_rank: int = 0
     learning_rate: float = 2e-2
+    neuron_learning_rate: float = 2e-3
     weight_decay: float = 0.01
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.steps < 1 or self.batch < 1:
+            raise ValueError(
+                f"steps and batch must be at least 1, got {self.steps}, {self.batch}"
+            )
+        if self.loss not in ("bce", "ranking"):
+            raise ValueError(f"no loss {self.loss!r}: there are bce and ranking")
+        if not 0 <= self.sparse <= 1 or self.neuron_rank < 0:
+            raise ValueError(
+                f"sparse must be from 0 to 1 and neuron_rank at least 0, got "
+                f"{self.sparse} and {self.neuron_rank}"
+            )
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW, as the paper."""
-        schedule = optax.warmup_cosine_decay_schedule(
-            *(0.0, self.learning_rate, max(1, self.steps // 20), self.steps + 1)
-        )
-        return optax.adamw(schedule, weight_decay=self.weight_decay)
+        """AdamW, as the paper; with a learning rate for each kind of router."""
 
+        def adamw(peak: float) -> optax.GradientTransformation:
+            schedule = optax.warmup_cosine_decay_schedule(
+                *(0.0, peak, max(1, self.steps // 20), self.steps + 1)
+            )
+            return optax.adamw(schedule, weight_decay=self.weight_decay)
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """After one step: its number from 1, and means over layers.
-
-    Attributes:
-      step: from 1.
-      loss: of this batch, before the update.
-      recall: of this batch at the budget, before the update.
-    """
-
-    step: int
-    loss: float
-    recall: float
+        rates = {"heads": self.learning_rate, "neurons": self.neuron_learning_rate}
+        parts = {name: adamw(rate) for name, rate in rates.items()}
+        return optax.multi_transform(parts, lambda tree: {x: x for x in tree})
 
 
 def train_routers(
     params: Params,
-    batches: Iterable[np.ndarray],
+    blocks: np.ndarray,
     training: RouterTraining,
+    *,
+    mesh: Mesh | None = None,
+    resume: Resume | None = None,
     progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[Params, int], bool] | None = None,
 ) -> Params:
-    """Train head routers on text, all layers at once, one online pass.
+    """Train routers on text, all layers at once, nothing stored.
 
     Labels are the budget's KV groups with the largest output norms of each token
-    (paper section 4.2). Each batch is one dense forward pass, in which every layer
-    takes its router's gradient and lets its activations go, and one AdamW step of
-    all layers' routers, stacked.
+    (paper section 4.2), and the neurons that its ReLU lets through (4.1). Each batch
+    is one forward pass, in which every layer takes its routers' gradients and lets
+    its activations go, and one AdamW step of all layers' routers, stacked.
 
     Args:
       params: the model; its own routers are left out of account.
-      batches: int32[b, t] token ids, all of one shape; `training.steps` of them.
+      blocks: int32[n, t] token ids.
       training: settings.
-      progress: called after each step.
+      mesh: with an axis "dp", over which batches are cut; None for one device.
+      resume: where the state is kept, and found after an interruption.
+      progress: called after each step, with means over layers: "loss", "recall" at
+        the budget, "kept" (share of the heads' norm), "neuron_loss".
+      stop: called as stop(model so far, step from 1) after each; True ends it.
 
     Returns:
       The model with the trained routers and uniform budgets.
 
     Raises:
-      ValueError: if the density leaves nothing to choose, or the text ends early.
+      ValueError: if the density leaves nothing to choose, a setting does not fit the
+        model, or there is no text.
     """
     config = params.config
     n = count(training.density, config.kv_heads)
-    if n == config.kv_heads or config.layers < 2:
+    if config.layers < 2 or (n == config.kv_heads and not training.neuron_rank):
         raise ValueError(
             f"density {training.density} keeps all {config.kv_heads} KV groups of each "
             "layer: there is nothing for a router to choose"
         )
-    shape = (config.layers - 1, config.kv_heads)
-    routers = {
-        "weight": jnp.zeros((*shape, config.dim)),
-        "bias": jnp.zeros(shape),
-    }
-    state = training.optimizer().init(routers)
-    done = 0
-    for tokens in _take(batches, training.steps):
-        routers, state, loss, found = _train_step(
-            *(routers, state, params.weights, jnp.asarray(tokens, jnp.int32)),
-            config=config.architecture,
-            training=training,
-            n=n,
+    if training.neuron_rank and config.activation != "relu":
+        raise ValueError(
+            f"neuron routers are for ReLU MLPs, the model's is {config.activation}"
         )
-        done += 1
-        if progress:
-            progress(Progress(done, float(loss.mean()), float(found.mean())))
-    if done < training.steps:
-        raise ValueError(f"the text ended after {done} of {training.steps} batches")
-    tree = {
-        f"layers_{i + 1}": {"heads": jax.tree.map(lambda x, i=i: x[i], routers)}
-        for i in range(config.layers - 1)
-    }
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
-    return Params(params.weights, tree, dataclasses.replace(config, budgets=budgets))
+    made = dataclasses.replace(config, budgets=budgets, neuron_budgets=())
+
+    def model(routers: Tree) -> Params:
+        return Params(params.weights, unstack(routers, config.layers), made)
+
+    weights = params.weights if mesh is None else replicate(params.weights, mesh)
+    compiled = functools.partial(
+        *(_train_step, weights),
+        config=dataclasses.replace(config.architecture, budgets=budgets),
+        training=training,
+    )
+    routers = _first_routers(config, training)
+    state = fit(
+        lambda state, tokens, number: compiled(state, tokens, np.int32(number)),
+        (routers, training.optimizer().init(routers)),
+        blocks,
+        steps=training.steps,
+        batch=training.batch,
+        seed=training.seed,
+        mesh=mesh,
+        resume=resume,
+        progress=progress,
+        stop=None if stop is None else lambda state, done: stop(model(state[0]), done),
+    )
+    return model(state[0])
 
 
-def _take(batches: Iterable[np.ndarray], limit: int) -> Iterator[np.ndarray]:
-    for _, batch in zip(range(limit), batches, strict=False):
-        yield batch
+def unstack(routers: Tree, layers: int) -> Tree:
+    """Leaves [layers - 1, ...] to one tree for each layer from 1."""
+    return {
+        f"layers_{i}": jax.tree.map(lambda x, i=i: x[i - 1], routers)
+        for i in range(1, layers)
+    }
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "training", "n"), donate_argnums=(0, 1)
-)
+def _first_routers(config: ModelConfig, training: RouterTraining) -> Tree:
+    shape = (config.layers - 1, config.kv_heads)
+    routers: Tree = {
+        "heads": {"weight": jnp.zeros((*shape, config.dim)), "bias": jnp.zeros(shape)}
+    }
+    if training.neuron_rank:
+        keys = jax.random.split(jax.random.key(training.seed), config.layers - 1)
+        routers["neurons"] = jax.vmap(
+            lambda key: init_neuron_router(
+                key, training.neuron_rank, config.dim, config.neurons
+            )
+        )(keys)
+    return routers
+
+
+@functools.partial(jax.jit, static_argnames=("config", "training"), donate_argnums=(1,))
 def _train_step(
-    routers: Tree,
-    state: optax.OptState,
     weights: Tree,
+    state: tuple[Tree, optax.OptState],
     tokens: jax.Array,
+    number: jax.Array,
     *,
     config: ModelConfig,
     training: RouterTraining,
-    n: int,
-) -> tuple[Tree, optax.OptState, jax.Array, jax.Array]:
-    def learn(layer: int, inputs: jax.Array, norms: jax.Array):
+) -> tuple[tuple[Tree, optax.OptState], Mapping[str, jax.Array]]:
+    routers, moments = state
+    n, (b, t) = config.budgets[-1], tokens.shape
+
+    def learn(layer: int, inputs: jax.Array, norms: jax.Array, after: jax.Array):
         labels = top_labels(norms, n)
 
-        def loss(router: Tree) -> tuple[jax.Array, jax.Array]:
-            scores = router_scores(router, inputs)
-            return weighted_bce(scores, labels), recall(scores, labels, n)
+        def loss(router: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
+            scores = router_scores(router["heads"], inputs)
+            ranking = training.loss == "ranking"
+            head_loss = (
+                ranking_loss(scores, labels)
+                if ranking
+                else weighted_bce(scores, labels)
+            )
+            found = {
+                "loss": head_loss,
+                "recall": recall(scores, labels, n),
+                "kept": kept_norm(scores, norms, n),
+            }
+            total = head_loss
+            if training.neuron_rank:
+                active = active_neurons(weights[f"layers_{layer}"]["mlp"], after)
+                found["neuron_loss"] = neuron_loss(router["neurons"], inputs, active)
+                total = total + found["neuron_loss"]
+            return total, found
 
         router = jax.tree.map(lambda x: x[layer - 1], routers)
-        return jax.value_and_grad(loss, has_aux=True)(router)
+        grads, found = jax.grad(loss, has_aux=True)(router)
+        return grads, found
 
-    found = observe_heads(weights, tokens, learn, config=config)
-    values, grads = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
-    updates, state = training.optimizer().update(grads, state, routers)
-    return optax.apply_updates(routers, updates), state, *values  # type: ignore
+    prefix, model = None, Params(weights, {}, config)
+    if training.sparse:
+        model = Params(weights, unstack(routers, config.layers), config)
+        key = jax.random.fold_in(jax.random.key(training.seed), number)
+        chosen, place = jax.random.split(key)
+        sparse = jax.random.uniform(chosen, (b,)) < training.sparse
+        prefix = Prefix(jnp.where(sparse, jax.random.randint(place, (b,), 0, t), t))
+    found = observe_layers(model, tokens, learn, Polar(), prefix)
+    grads, values = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
+    updates, moments = training.optimizer().update(grads, moments, routers)
+    metrics = jax.tree.map(jnp.mean, values)
+    return (optax.apply_updates(routers, updates), moments), metrics  # type: ignore

@@ -1,0 +1,176 @@
+"""The one training loop: steps over blocks of text, that can be taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_FACTS = "training.json"
+_STEPS = "steps"
+
+Step = Callable[[Any, jax.Array, int], tuple[Any, Mapping[str, jax.Array]]]
+"""step(state, tokens int32[b, t], number from 0) -> (state, metrics)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """After one step.
+
+    Attributes:
+      step: from 1.
+      steps: in all.
+      metrics: of this step, before its update.
+    """
+
+    step: int
+    steps: int
+    metrics: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Where a training's state is kept while it runs.
+
+    Attributes:
+      folder: made at the start; gone when the caller says `clear`.
+      every: steps between two checkpoints.
+      facts: JSON values that decide the outcome: a folder of another training is
+        refused.
+    """
+
+    folder: Path
+    every: int = 500
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fit(
+    step: Step,
+    state: Any,
+    blocks: np.ndarray,
+    *,
+    steps: int,
+    batch: int,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    resume: Resume | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[Any, int], bool] | None = None,
+) -> Any:
+    """Run optimiser steps, each on the next blocks of a shuffled text.
+
+    What step i sees depends on the arguments and i alone, so that a training that was
+    interrupted ends as one that was not.
+
+    Args:
+      step: compiled; may donate the state.
+      state: a pytree of arrays.
+      blocks: int32[n, t]. They are shuffled again for each pass.
+      steps: how many.
+      batch: blocks per step.
+      seed: of the shuffling.
+      mesh: with an axis "dp", over which each batch is cut; None for one device.
+      resume: keeps the state; found there, the training goes on from it.
+      progress: called after each step.
+      stop: called as stop(state, step from 1) after each; True ends the training.
+
+    Returns:
+      The last state.
+
+    Raises:
+      ValueError: if there is nothing to do, the mesh does not divide the batch, or
+        `resume.folder` holds another training.
+    """
+    if not len(blocks):
+        raise ValueError("there is no text to train on")
+    if steps < 1 or batch < 1:
+        raise ValueError(f"steps and batch must be at least 1: {steps}, {batch}")
+    place = None
+    if mesh is not None:
+        if batch % mesh.shape["dp"]:
+            raise ValueError(
+                f"a batch of {batch} blocks does not divide by {mesh.shape['dp']} "
+                "devices: choose a multiple"
+            )
+        place = NamedSharding(mesh, PartitionSpec("dp"))
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    state = jax.tree.map(jnp.copy, state)  # the caller's arrays are not given away
+    with _checkpoints(resume) as manager:
+        first = 0
+        if manager is not None and (found := manager.latest_step()) is not None:
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            state = manager.restore(found, args=ocp.args.StandardRestore(target))
+            first = found
+        for number in range(first, steps):
+            tokens = jax.device_put(_rows(blocks, number, batch, seed), place)
+            state, metrics = step(state, tokens, number)
+            done = number + 1
+            if progress:
+                values = jax.device_get(dict(metrics))
+                told = {name: float(value) for name, value in values.items()}
+                progress(Progress(done, steps, told))
+            if manager is not None and resume and done % resume.every == 0:
+                manager.save(done, args=ocp.args.StandardSave(state))
+            if stop and stop(state, done):
+                break
+    return state
+
+
+def _rows(blocks: np.ndarray, number: int, batch: int, seed: int) -> np.ndarray:
+    """The blocks of a step, int32[b, t]."""
+    places = np.arange(number * batch, (number + 1) * batch)
+    passes, places = np.divmod(places, len(blocks))
+    rows = np.empty_like(places)
+    for turn in np.unique(passes):
+        order = _order(len(blocks), seed, int(turn))
+        rows[passes == turn] = order[places[passes == turn]]
+    return blocks[rows].astype(np.int32)
+
+
+def _order(count: int, seed: int, turn: int) -> np.ndarray:
+    return np.random.default_rng((seed, turn)).permutation(count)
+
+
+@contextlib.contextmanager
+def _checkpoints(resume: Resume | None) -> Iterator[ocp.CheckpointManager | None]:
+    if resume is None:
+        yield None
+        return
+    folder = resume.folder.absolute()
+    facts = json.dumps(dict(resume.facts), sort_keys=True, indent=2)
+    file = folder / _FACTS
+    if file.exists():
+        if file.read_text(encoding="utf-8") != facts:
+            raise ValueError(
+                f"{folder} holds a training of other settings or texts: choose another "
+                "place, or delete it"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is no training of polarjax: choose another place")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(facts, encoding="utf-8")
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    with ocp.CheckpointManager(folder / _STEPS, options=options) as manager:
+        yield manager
+        manager.wait_until_finished()
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of an array's values, hexadecimal: what a training learned from."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,0 +1,325 @@
+"""Distil the dense model into its sparse self: small updates of its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from polarjax.config import ModelConfig
+from polarjax.model import Decoder, Gates, Prefix, run
+from polarjax.params import Params, Tree
+from polarjax.sharding import replicate
+from polarjax.sparsity import Polar
+from polarjax.sparsity.updates import init_updates
+from polarjax.training.loop import Progress, Resume, fit
+
+State = tuple[Tree, optax.OptState]
+
+# Positions of which the logits are in memory at once, each 8 bytes a word.
+_POSITIONS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """Settings of a recovery.
+
+    Attributes:
+      steps: optimiser steps, one batch of text each.
+      batch: blocks of text per step.
+      rank: of the updates of each layer's matrices; None for updates at full rank.
+      prompts: share of the sequences that begin with a prompt of random length, which
+        the dense model reads, as decoding has it. The others are sparse throughout.
+      learning_rate: peak of the updates'; 5 % warm-up, then a cosine to 0.
+      router_learning_rate: of the routers, which are trained along, straight through
+        their choice; 0 leaves them as they are.
+      remat: whether to compute each layer again in the backward pass and so to keep
+        a layer's input alone in memory.
+      seed: of the first updates, the shuffling and the prompts.
+    """
+
+    steps: int
+    batch: int = 16
+    rank: int | None = 8
+    prompts: float = 0.5
+    learning_rate: float = 1e-3
+    router_learning_rate: float = 1e-3
+    remat: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise ValueError(
+                f"steps and batch must be at least 1, got {self.steps}, {self.batch}"
+            )
+        if not 0 <= self.prompts <= 1:
+            raise ValueError(f"prompts must be from 0 to 1, got {self.prompts}")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW without decay, gradients clipped to norm 1."""
+
+        def adam(peak: float) -> optax.GradientTransformation:
+            return optax.adam(
+                optax.warmup_cosine_decay_schedule(
+                    *(0.0, peak, max(1, self.steps // 20), self.steps + 1)
+                )
+            )
+
+        def kinds(tree: Tree) -> Tree:
+            return {
+                layer: {kind: kind for kind in parts} for layer, parts in tree.items()
+            }
+
+        rates = {
+            "updates": adam(self.learning_rate),
+            "heads": adam(self.router_learning_rate),
+            # Which neurons the batch shares has no gradient.
+            "neurons": optax.set_to_zero(),
+        }
+        return optax.chain(
+            optax.clip_by_global_norm(1.0), optax.multi_transform(rates, kinds)
+        )
+
+
+def recover(
+    params: Params,
+    blocks: np.ndarray,
+    recovery: Recovery,
+    *,
+    mesh: Mesh | None = None,
+    resume: Resume | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[Params, int], bool] | None = None,
+) -> Params:
+    """Train updates, and routers along, to give the dense model's next-token odds.
+
+    The loss is the KL divergence from the dense model's distribution to that of the
+    sparse one, with the heads masked as they will be. What `Dense()` reads stays as it
+    is: the updates are the sparse policy's, float32, and merged as `bind` merges them.
+
+    Args:
+      params: the model with routers and budgets.
+      blocks: int32[n, t] token ids.
+      recovery: settings.
+      mesh: with an axis "dp", over which batches are cut; None for one device.
+      resume: where the state is kept, and found after an interruption.
+      progress: called after each step, with the "kl" in nats.
+      stop: called as stop(model so far, step from 1) after each; True ends it.
+
+    Returns:
+      The model with updates and routers.
+
+    Raises:
+      ValueError: if it has no routers, or a setting is out of range.
+    """
+    config = params.config
+    if not params.routers or not config.budgets:
+        raise ValueError(
+            "recovery needs routers: train them first, or load the model with adapter="
+        )
+    weights = params.weights if mesh is None else replicate(params.weights, mesh)
+    trained = {name: dict(parts) for name, parts in params.routers.items()}
+    key = jax.random.key(recovery.seed)
+    fresh = init_updates(key, params.weights, config.layers, recovery.rank)
+    for name, updates in fresh.items():
+        trained.setdefault(name, {}).setdefault("updates", updates)
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    static = dataclasses.replace(
+        config.architecture,
+        budgets=config.budgets,
+        neuron_budgets=config.neuron_budgets,
+    )
+    gradients = functools.partial(
+        *(_gradients, weights),
+        config=static,
+        prompts=recovery.prompts,
+        straight=recovery.router_learning_rate > 0,
+        remat=recovery.remat,
+    )
+
+    # Two programs: settings of the optimiser do not compile the model again.
+    def step(state: State, tokens: jax.Array, number: int):
+        key = jax.random.fold_in(jax.random.key(recovery.seed), number)
+        kl, grads = gradients(state[0], tokens, key)
+        return _update(state, grads, recovery=recovery), {"kl": kl}
+
+    def model(trained: Tree) -> Params:
+        return Params(params.weights, trained, config)
+
+    state = fit(
+        step,
+        (trained, recovery.optimizer().init(trained)),
+        blocks,
+        steps=recovery.steps,
+        batch=recovery.batch,
+        seed=recovery.seed,
+        mesh=mesh,
+        resume=resume,
+        progress=progress,
+        stop=None if stop is None else lambda state, done: stop(model(state[0]), done),
+    )
+    return model(state[0])
+
+
+def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
+    """Mean KL divergence of the sparse model from the dense one, nats a token.
+
+    Every position is sparse, as in mode "mask".
+
+    Args:
+      params: the model with routers and budgets.
+      blocks: int32[n, t] token ids; what does not fill a batch is left out.
+      batch: blocks computed together.
+
+    Raises:
+      ValueError: if there is not one batch.
+    """
+    batch = min(batch, len(blocks))
+    if not batch:
+        raise ValueError("there is no text to measure the divergence on")
+    config = params.config
+    static = dataclasses.replace(config.architecture, budgets=config.budgets)
+    found = [
+        float(
+            _divergence(
+                *(params.weights, params.routers, jnp.asarray(blocks[i : i + batch])),
+                config=static,
+            )
+        )
+        for i in range(0, len(blocks) - batch + 1, batch)
+    ]
+    return float(np.mean(found))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _divergence(
+    weights: Tree, routers: Tree, tokens: jax.Array, *, config: ModelConfig
+) -> jax.Array:
+    starts = jnp.zeros(len(tokens), jnp.int32)
+    return distance(Params(weights, routers, config), tokens, starts)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "prompts", "straight", "remat"))
+def _gradients(
+    weights: Tree,
+    trained: Tree,
+    tokens: jax.Array,
+    key: jax.Array,
+    *,
+    config: ModelConfig,
+    prompts: float,
+    straight: bool,
+    remat: bool,
+) -> tuple[jax.Array, Tree]:
+    b, t = tokens.shape
+    chosen, place = jax.random.split(key)
+    prompted = jax.random.uniform(chosen, (b,)) < prompts
+    # A sequence of prompt alone would teach nothing.
+    starts = jax.random.randint(place, (b,), 1, max(2, t - t // 8))
+    starts = jnp.where(prompted, starts, 0)
+    gates = straight_through(config.budgets) if straight else None
+
+    def loss(trained: Tree) -> jax.Array:
+        params = Params(weights, trained, config)
+        return distance(params, tokens, starts, gates, remat)
+
+    return jax.value_and_grad(loss)(trained)
+
+
+@functools.partial(jax.jit, static_argnames=("recovery",), donate_argnames=("state",))
+def _update(state: State, grads: Tree, *, recovery: Recovery) -> State:
+    trained, moments = state
+    updates, moments = recovery.optimizer().update(grads, moments, trained)
+    return optax.apply_updates(trained, updates), moments  # type: ignore
+
+
+def distance(
+    params: Params,
+    tokens: jax.Array,
+    starts: jax.Array,
+    gates: Gates | None = None,
+    remat: bool = False,
+) -> jax.Array:
+    """Mean KL divergence of the sparse model from the dense one, float32[], nats.
+
+    Args:
+      params: the model with routers and budgets; differentiable in its routers.
+      tokens: int32[b, t].
+      starts: int32[b], tokens that the dense model reads as a prompt; what it leaves
+        in the KV cache is what the sparse one sees. They are not counted.
+      gates: see `Decoder.masked`.
+      remat: likewise.
+    """
+    config, dtype, (b, t) = params.config, params.dtype, tokens.shape
+    dense = Decoder(config.architecture, dtype)
+    teacher, keys, values = jax.lax.stop_gradient(
+        run(dense, params.weights, "states", tokens)
+    )
+    bound, policy = Polar().bind(params, b)
+    sparse = Decoder(config.architecture, dtype, policy.score_rows)
+    args = tokens, jnp.full(b, t), policy, Prefix(starts, keys, values), gates, remat
+    student, _ = run(sparse, bound, "masked", *args)
+    size = max(1, min(t, _POSITIONS // b))
+    while t % size:
+        size -= 1
+
+    def chunks(x: jax.Array) -> jax.Array:  # [b, t, ...] -> [t / size, b, size, ...]
+        return x.reshape(b, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def part(states: tuple[jax.Array, ...]) -> jax.Array:
+        right, found, counted = states
+        # Both heads are the same: recovery leaves embedding and last norm alone.
+        p, q = (
+            jax.nn.log_softmax(run(dense, params.weights, "logits", x))
+            for x in (right, found)
+        )
+        return ((jnp.exp(p) * (p - q)).sum(axis=-1) * counted).sum()
+
+    counted = (jnp.arange(t) >= starts[:, None]).astype(jnp.float32)
+    total = jax.lax.map(part, tuple(map(chunks, (teacher, student, counted)))).sum()
+    return total / counted.sum()
+
+
+def straight_through(budgets: tuple[int, ...]) -> Gates:
+    """Gates of 1 and 0, as chosen, with the slope of a sigmoid (Bengio et al. 2013).
+
+    The sigmoid is that of a score's distance from the middle between the last group
+    chosen and the first that is not: what the loss says of a group's output, be it
+    read or not, moves its score.
+
+    Args:
+      budgets: KV groups read, by layer.
+    """
+
+    def gates(layer: int, scores: jax.Array | None, read: jax.Array) -> jax.Array:
+        hard, k, n = read.astype(jnp.float32), read.shape[-1], budgets[layer]
+        if scores is None or n == k:
+            return hard
+        heads = scores[..., :k]
+        order = jax.lax.stop_gradient(jnp.sort(heads, axis=-1))
+        middle = (order[..., k - n] + order[..., k - n - 1]) / 2
+        soft = jax.nn.sigmoid(heads - middle[..., None])
+        return hard + soft - jax.lax.stop_gradient(soft)
+
+    return gates
+
+
+def parameters(updates_of: Any) -> int:
+    """How many numbers the updates of a model's routers hold.
+
+    Args:
+      updates_of: `Params.routers`.
+    """
+    return sum(
+        leaf.size
+        for parts in updates_of.values()
+        for leaf in jax.tree.leaves(parts.get("updates", {}))
+    )
