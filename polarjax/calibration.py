@@ -1,24 +1,127 @@
-"""`polarjax.calibrate`: text in, trained routers and what they are worth out."""
+"""`polarjax.calibrate`: text in; routers, budgets and what they are worth out."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
-from polarjax.evaluation import Perplexity, perplexity, router_recall, window_items
-from polarjax.generation import Tokenizer
+from polarjax.evaluation import (
+    Continuation,
+    Mode,
+    Perplexity,
+    Recall,
+    perplexity,
+    router_recall,
+)
+from polarjax.evaluation.contract import Contract, keep_promise
+from polarjax.evaluation.search import search_budgets
+from polarjax.generation import Tokenizer, start_token
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Oracle, Polar, Random
-from polarjax.sparsity.select import check_density
-from polarjax.training import Progress, RouterTraining, token_blocks, train_routers
+from polarjax.training import (
+    Corpus,
+    Resume,
+    RouterTraining,
+    Source,
+    read_corpus,
+    train_routers,
+    write_blocks,
+)
+from polarjax.training.loop import digest, with_steps
+from polarjax.training.neuron_budgets import neuron_budgets
 
-WINDOW, PREFIX = 256, 64
+Progress = Callable[[str, int, int], None]
+"""progress(what is done now, units done, units in all)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What is read of the sources.
+
+    Attributes:
+      sources: text, by weight.
+      tokens: to learn from, over all sources.
+      context: tokens per block; no more than the model's context.
+      held_out: tokens of each source to measure on, from behind those it is learned
+        from.
+      seed: of text that the model writes itself.
+    """
+
+    sources: Sequence[Source]
+    tokens: int = 400_000
+    context: int = 512
+    held_out: int = 16_384
+    seed: int = 0
+
+    def read(self, params: Params, progress: Progress | None = None) -> Corpus:
+        """Blocks to learn from and to measure on.
+
+        Raises:
+          FileNotFoundError: if a source does not exist.
+          ValueError: if a number or a source is not right.
+        """
+        config, say = params.config, progress or (lambda *_: None)
+        tokenizer = Tokenizer.require(config, "calibration")
+        context = min(self.context, config.context)
+        blocks, held = self.tokens // context, self.held_out // context
+        if context < 2 or blocks < 1 or held < 2:
+            raise ValueError(
+                f"context {context}, tokens {self.tokens}, held_out {self.held_out}: "
+                "there must be at least one block of context tokens to learn from, and "
+                "two to measure on"
+            )
+
+        def write(count: int) -> np.ndarray:
+            return write_blocks(
+                *(params, start_token(tokenizer, config), context, count),
+                batch=256,
+                seed=self.seed,
+                progress=lambda done, total: say("writing text", done, total),
+            )
+
+        say("reading text", 0, 1)
+        corpus = read_corpus(self.sources, tokenizer, context, blocks, held, write)
+        say("reading text", 1, 1)
+        return corpus
+
+    def facts(self, corpus: Corpus) -> dict[str, Any]:
+        """What an adapter's card says of them, as JSON values."""
+        return {
+            "texts": [
+                {"name": s.name, "weight": round(s.weight, 6)} for s in self.sources
+            ],
+            "tokens": int(corpus.blocks.size),
+            "tokens_sha256": digest(corpus.blocks),
+            "held_out_tokens": {k: int(v.size) for k, v in corpus.held_out.items()},
+            "held_out_sha256": {k: digest(v) for k, v in corpus.held_out.items()},
+            "context": int(corpus.blocks.shape[1]),
+            "seed": self.seed,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What a contract asks for; see `polarjax.evaluation.contract`.
+
+    Attributes:
+      max_drop: allowed relative increase of perplexity on each domain.
+      confidence: of the two-sided intervals.
+      mode: how it is measured.
+      batch: windows decoded together.
+      context: tokens in the cache, for the bytes that budgets save.
+    """
+
+    max_drop: float
+    confidence: float = 0.95
+    mode: Mode = "decode"
+    batch: int = 16
+    context: int = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,122 +130,219 @@ class Calibration:
 
     Attributes:
       params: the model with the routers and budgets.
-      recall: float64[layers - 1], of the routers, from layer 1 on.
-      chance: the same of random scores.
-      perplexity: by policy name (Dense, Oracle, Polar, Random), decoded at the budget.
-      settings: what it was trained with.
+      recall: by domain, of the routers and of chance.
+      perplexity: by domain and policy (Dense, Oracle, Polar, Random), decoded at the
+        budgets.
+      contract: what may be promised; None if nothing was asked.
+      facts: what it was made with and from, as JSON values.
     """
 
     params: Params
-    recall: np.ndarray
-    chance: np.ndarray
-    perplexity: dict[str, Perplexity]
-    settings: dict[str, Any]
+    recall: Mapping[str, Recall]
+    perplexity: Mapping[str, Mapping[str, Perplexity]]
+    contract: Contract | None
+    facts: Mapping[str, Any]
 
     def card(self) -> dict[str, Any]:
-        """What an adapter's card says of its training, as JSON values."""
-        dense = self.perplexity["Dense"]
-        return {
-            **self.settings,
-            "recall": [round(float(x), 4) for x in self.recall],
-            "recall_of_chance": [round(float(x), 4) for x in self.chance],
-            "perplexity": {
-                name: {
-                    "value": round(p.value, 4),
-                    "ratio_to_dense": [round(x, 4) for x in p.ratio(dense)],
-                    "density": round(p.density, 4),
-                }
-                for name, p in self.perplexity.items()
-            },
-            "perplexity_of": (
-                f"{len(dense.nll)} windows of {WINDOW} held-out tokens, decoded one by "
-                f"one after a dense prefix of {PREFIX}; ratios with 95 % intervals"
-            ),
+        """What an adapter's card says of it, as JSON values."""
+        card = {
+            **self.facts,
+            "recall": {name: found.card() for name, found in self.recall.items()},
+            "quality": quality_card(self.perplexity),
         }
+        if self.contract:
+            card["contract"] = self.contract.card()
+        return card
 
 
 def calibrate(
     params: Params,
-    text: str | Path,
+    texts: Texts,
+    training: RouterTraining,
     *,
-    tokens: int = 400_000,
-    density: float = 2 / 3,
-    context: int = 512,
-    batch: int = 1,
-    learning_rate: float = 2e-2,
-    held_out: int = 4096,
-    progress: Callable[[Progress], None] | None = None,
-    report: Callable[[str], None] | None = None,
+    terms: Terms | None = None,
+    target_recall: float | None = None,
+    mode: Mode = "decode",
+    mesh: Mesh | None = None,
+    work: Path | None = None,
+    progress: Progress | None = None,
 ) -> Calibration:
-    """Train every layer's head router on a text and measure them on what follows it.
+    """Train every layer's routers, and measure them on text they have not seen.
 
     Args:
       params: the model, with a tokenizer.
-      text: file of UTF-8 text, plain or gzipped.
-      tokens: to train on; the paper's number is the default.
-      density: fraction of KV groups that the routers shall pick.
-      context: tokens per sequence.
-      batch: sequences per optimiser step.
-      learning_rate: peak of AdamW's.
-      held_out: tokens after the training text, for recall and perplexity.
-      progress: called after each training step.
-      report: called with the name of each further stage.
-
-    Returns:
-      The routers and their quality beside Dense, Oracle and Random.
+      texts: what to read.
+      training: settings.
+      terms: of a contract, for which budgets are searched layer by layer; None for
+        the uniform ones of `training.density`.
+      target_recall: stop the training when the routers' mean recall on the held-out
+        text reaches it; None to go on to the end.
+      mode: how perplexities are measured; a contract has its own.
+      mesh: with an axis "dp"; None for one device.
+      work: folder that keeps an interrupted training; None for none.
+      progress: called as the work goes on.
 
     Raises:
-      FileNotFoundError: if there is no such text.
-      ValueError: if the text is too short, or a setting is out of range.
+      FileNotFoundError: if a text does not exist.
+      ValueError: if a text is too short, or a setting is out of range.
     """
-    say = report or (lambda _: None)
-    config = params.config
-    tokenizer = Tokenizer.require(config, "calibration")
-    check_density(density)
-    context = min(context, config.context)
-    if context < 2 or batch < 1 or held_out < max(WINDOW, context * batch):
-        raise ValueError(
-            f"context {context}, batch {batch}, held_out {held_out}: held_out must be "
-            f"at least {WINDOW} and one batch of context tokens"
-        )
-    steps = max(1, tokens // (context * batch))
-    held_steps = held_out // (context * batch)
-    batches = _batches(token_blocks(text, tokenizer, context), batch)
-    training = RouterTraining(density, steps, learning_rate)
-    trained = train_routers(params, batches, training, progress)
-    held = list(itertools.islice(batches, held_steps))
-    if len(held) < held_steps:
-        missing = (held_steps - len(held)) * batch * context
-        raise ValueError(
-            f"{text} ends {missing} tokens too early "
-            f"for {held_out} held-out tokens: lower the number of tokens to train on"
-        )
-    say("recall on held-out text")
-    recall, chance = router_recall(trained, held)
-    held_tokens = np.concatenate([block for part in held for block in part])
+    say = progress or (lambda *_: None)
+    corpus = texts.read(params, say)
+    training = with_steps(training, len(corpus.blocks))
+    made = {
+        **texts.facts(corpus),
+        "training": dataclasses.asdict(training),
+        "weights_dtype": str(params.dtype),
+    }
+    facts = {**made, "model_hash": params.config.model_hash}
+    resume = Resume(work, facts=facts) if work else None
+    few = [held[:4] for held in corpus.held_out.values()]
+    every = max(1, (training.steps or 1) // 20)
+
+    def enough(trained: Params, step: int) -> bool:
+        if target_recall is None or step % every:
+            return False
+        return router_recall(trained, few).mean >= target_recall
+
+    trained = train_routers(
+        *(params, corpus.blocks, training),
+        mesh=mesh,
+        resume=resume,
+        progress=lambda p: say(
+            f"training: loss {p.metrics['loss']:.4f}, recall {p.metrics['recall']:.3f}",
+            *(p.step, p.steps),
+        ),
+        stop=enough,
+    )
+    say("recall on held-out text", 0, 1)
+    recall = measure_recall(trained, corpus.held_out)
+    if training.neuron_rank:
+        say("neuron budgets", 0, 1)
+        trained, made["neurons"] = _with_neuron_budgets(trained, corpus)
+    contract = None
+    if terms is not None:
+        trained, contract = _with_contract(trained, corpus, terms, say)
+    quality = measure_quality(trained, corpus.held_out, mode, say)
+    if resume:
+        resume.clear()
+    return Calibration(trained, recall, quality, contract, made)
+
+
+def measure_recall(
+    params: Params, held_out: Mapping[str, np.ndarray]
+) -> dict[str, Recall]:
+    """By domain, of the routers at the budgets."""
+    return {
+        name: router_recall(params, held[:, None]) for name, held in held_out.items()
+    }
+
+
+def measure_quality(
+    params: Params,
+    held_out: Mapping[str, np.ndarray],
+    mode: Mode,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Perplexity]]:
+    """By domain, perplexity of the model's budgets beside dense, oracle and chance."""
     policies: dict[str, SelectionPolicy] = {
         "Dense": Dense(),
         "Oracle": Oracle(),
         "Polar": Polar(),
         "Random": Random(),
     }
-    say(f"perplexity of {', '.join(policies)} on held-out text")
-    windows = window_items(held_tokens, WINDOW, PREFIX)
-    found = perplexity(trained, windows, policies)
-    settings = {
-        "text": Path(text).name,
-        "tokens": steps * context * batch,
-        "held_out_tokens": len(held_tokens),
-        "density": round(float(density), 6),
-        "context": context,
-        "batch": batch,
-        "learning_rate": learning_rate,
-        "weight_decay": training.weight_decay,
-        "weights_dtype": str(params.dtype),
+    return {
+        name: perplexity(
+            *(params, windows(held), policies),
+            mode=mode,
+            name=name,
+            progress=lambda what, *counts, name=name: (
+                progress(f"{name}: {what}", *counts) if progress else None
+            ),
+        )
+        for name, held in held_out.items()
     }
-    return Calibration(trained, recall, chance, found, settings)
 
 
-def _batches(blocks: Iterator[np.ndarray], batch: int) -> Iterator[np.ndarray]:
-    while len(rows := list(itertools.islice(blocks, batch))) == batch:
-        yield np.stack(rows)
+def windows(blocks: np.ndarray) -> list[Continuation]:
+    """Each block as a window, of which the first 64 tokens, or half, are not scored."""
+    length = blocks.shape[1]
+    scored = length - min(64, length // 2)
+    return [
+        Continuation(tuple(map(int, block)), scored, f"window {i}")
+        for i, block in enumerate(blocks)
+    ]
+
+
+def quality_card(quality: Mapping[str, Mapping[str, Perplexity]]) -> dict[str, Any]:
+    """Perplexities as JSON values, each beside dense with a 95 % interval."""
+    return {
+        domain: {
+            name: {
+                "perplexity": round(p.value, 4),
+                "ratio_to_dense": [round(x, 5) for x in p.ratio(found["Dense"])],
+                "density": round(p.density, 4),
+                "windows": len(p.nll),
+                "tokens": int(p.scored.sum()),
+            }
+            for name, p in found.items()
+        }
+        for domain, found in quality.items()
+    }
+
+
+def _with_neuron_budgets(
+    params: Params, corpus: Corpus
+) -> tuple[Params, dict[str, Any]]:
+    """Budgets from the text learned from, and their recall on the held-out one."""
+    held = np.concatenate(list(corpus.held_out.values()))
+    sizes = tuple(b for b in (1, 8, 64) if 2 * b <= min(len(held), len(corpus.blocks)))
+    most = 16 * sizes[-1]
+    budgets, found = neuron_budgets(
+        *(params, corpus.blocks[:most], sizes), held_out=held[:most]
+    )
+    config = dataclasses.replace(params.config, neuron_budgets=budgets)
+    total = config.neurons
+    card = {
+        str(batch): {
+            "density": round(float(np.mean(counts[1:]) / total), 4),
+            "union": round(float(union.mean() / total), 4),
+            "recall": [round(float(x), 4) for x in reached],
+        }
+        for (batch, counts), union, reached in zip(
+            budgets, found.union, found.reached(budgets), strict=True
+        )
+    }
+    return dataclasses.replace(params, config=config), card
+
+
+def _with_contract(
+    params: Params, corpus: Corpus, terms: Terms, say: Progress
+) -> tuple[Params, Contract]:
+    """The sparsest budgets that the terms allow.
+
+    The first quarter of each domain's held-out text is for the search, whose settings
+    the rest has not seen.
+    """
+    search, test = {}, {}
+    for name, held in corpus.held_out.items():
+        cut = max(1, len(held) // 4)
+        search[name], test[name] = windows(held[:cut]), windows(held[cut:])
+    path = search_budgets(
+        *(params, [item for items in search.values() for item in items]),
+        max_drop=terms.max_drop,
+        batch=terms.batch,
+        context=terms.context,
+        progress=say,
+    )
+    contract = keep_promise(
+        *(params, path, test),
+        max_drop=terms.max_drop,
+        confidence=terms.confidence,
+        mode=terms.mode,
+        batch=terms.batch,
+        progress=say,
+    )
+    k = params.config.kv_heads
+    budgets = contract.budgets or (k,) * params.config.layers
+    config = dataclasses.replace(params.config, budgets=budgets)
+    return dataclasses.replace(params, config=config), contract

@@ -7,19 +7,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from polarjax import calibration, demo, evaluate_cli
-from polarjax.console import POLICIES, counting_bar, fraction, make_policy
+from polarjax import calibrate_cli, demo, evaluate_cli
+from polarjax.console import POLICIES, fraction, make_policy
 from polarjax.demo import plain
-from polarjax.evaluation import Perplexity
 from polarjax.generation import Tokenizer, generate
 from polarjax.hub import load
-from polarjax.params import check_destination
-from polarjax.sparsity import save_adapter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,23 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="prompts are questions to a chat model")
     add("--json", action="store_true", help="print the result as JSON")
 
-    add = command(
-        "calibrate",
-        _calibrate,
-        "Train head routers on a text, measure them on what follows it, save them.",
-        "polarjax calibrate checkpoints/smollm2-135m --text books.txt --tokens 400000 "
-        "--out adapters/mine",
-    ).add_argument
-    add("--text", required=True, help="UTF-8 text file, .gz too")
-    add("--out", required=True, help="folder of the adapter to make")
-    add("--tokens", type=int, default=400_000, help="tokens to train on")
-    add("--density", type=fraction, default=2 / 3, help="fraction of KV groups to keep")
-    add("--context", type=int, default=512, help="tokens per sequence")
-    add("--batch", type=int, default=1, help="sequences per optimiser step")
-    add("--learning-rate", type=float, default=2e-2, help="peak of AdamW's")
-    add("--held-out", type=int, default=4096, help="tokens to measure on")
-    add("--overwrite", action="store_true", help="replace an adapter that is there")
-
+    calibrate_cli.add_commands(command)
     evaluate_cli.add_commands(command)
 
     add = command(
@@ -144,57 +123,6 @@ def _generate(args: argparse.Namespace) -> None:
         console.print(f"[bold]{plain(prompt)}[/bold]{plain(str(text))}")
     console.rule(align="left")
     console.print(plain(str(out.stats)), style="dim")
-
-
-def _calibrate(args: argparse.Namespace) -> None:
-    out = Path(args.out)
-    check_destination(out, args.overwrite)  # before the work, not after
-    params, console = load(args.checkpoint), Console()
-    steps = max(1, args.tokens // (args.context * args.batch))
-    with counting_bar(console) as bar:
-        task = bar.add_task("training", total=steps)
-
-        def progress(p) -> None:
-            text = f"training: loss {p.loss:.4f}, recall {p.recall:.3f}"
-            bar.update(task, completed=p.step, description=text)
-
-        result = calibration.calibrate(
-            params,
-            args.text,
-            tokens=args.tokens,
-            density=args.density,
-            context=args.context,
-            batch=args.batch,
-            learning_rate=args.learning_rate,
-            held_out=args.held_out,
-            progress=progress,
-            report=lambda stage: bar.update(task, description=stage),
-        )
-    save_adapter(out, result.params, result.card(), overwrite=args.overwrite)
-    table = Table("layer", "recall", "chance", title="Recall on held-out text")
-    for i, (found, chance) in enumerate(zip(result.recall, result.chance, strict=True)):
-        table.add_row(str(i + 1), f"{found:.3f}", f"{chance:.3f}")
-    table.add_section()
-    means = (f"{x.mean():.3f}" for x in (result.recall, result.chance))
-    table.add_row("mean", *means)
-    console.print(table)
-    console.print(_perplexity_table(result.perplexity))
-    console.print(f"adapter written to {out}")
-
-
-def _perplexity_table(results: dict[str, Perplexity]) -> Table:
-    baseline = results.get("Dense")
-    table = Table("policy", "density", "perplexity", title="Perplexity, decoded")
-    if baseline:
-        table.add_column("/ dense (95 % interval)")
-    for name, p in results.items():
-        row = [name, f"{p.density:.3f}", f"{p.value:.3f}"]
-        if baseline:
-            ratio, low, high = p.ratio(baseline)
-            same = p is baseline
-            row.append("1" if same else f"{ratio:.4f} ({low:.4f} to {high:.4f})")
-        table.add_row(*row)
-    return table
 
 
 def _demo(args: argparse.Namespace) -> None:

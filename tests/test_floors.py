@@ -127,11 +127,13 @@ FLOORS = {
         polarjax.evaluation.report
         polarjax.evaluation
         polarjax.calibration
+        polarjax.recovery
     """,
     5: """
         polarjax.hub
         polarjax.demo
         polarjax.console
+        polarjax.calibrate_cli
         polarjax.evaluate_cli
         polarjax.cli
         polarjax

@@ -10,7 +10,7 @@ from polarjax.evaluation.perplexity import (
     strided_items,
     window_items,
 )
-from polarjax.evaluation.recall import router_recall
+from polarjax.evaluation.recall import Recall, router_recall
 from polarjax.evaluation.run import Settings, evaluate
 from polarjax.evaluation.scoring import Scorer
 from polarjax.evaluation.statistics import (
@@ -29,6 +29,7 @@ __all__ = [
     "Measured",
     "Mode",
     "Perplexity",
+    "Recall",
     "Scorer",
     "Settings",
     "difference_interval",

@@ -1,9 +1,11 @@
-"""How many of the truly largest heads a router finds."""
+"""How many of the truly largest heads a router finds, and how much of their norm."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +13,63 @@ import numpy as np
 
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
+from polarjax.sparsity.updates import merge_updates
 from polarjax.training.collect import observe_heads, top_labels
-from polarjax.training.losses import recall, router_scores
+from polarjax.training.losses import kept_norm, recall, router_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """What routers find on a text, by layer from 1.
+
+    Attributes:
+      routers: float64[layers - 1], share of the n KV groups with the largest output
+        norms that are among the n chosen, mean over tokens.
+      chance: the same of random scores.
+      kept: float64[layers - 1], share of all groups' norm that the chosen ones have.
+      sparse: bool[layers - 1], where the budget is less than all groups.
+    """
+
+    routers: np.ndarray
+    chance: np.ndarray
+    kept: np.ndarray
+    sparse: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Of the routers over sparse layers; 1 if there is none."""
+        return float(self.routers[self.sparse].mean()) if self.sparse.any() else 1.0
+
+    def card(self) -> dict[str, Any]:
+        """As JSON values; means are over sparse layers."""
+        parts = {"routers": self.routers, "chance": self.chance, "kept": self.kept}
+        means = {
+            name: round(float(x[self.sparse].mean()), 4) if self.sparse.any() else 1.0
+            for name, x in parts.items()
+        }
+        layers = [round(float(x), 4) for x in self.routers]
+        return {"mean": means, "by_layer": layers}
 
 
 def router_recall(
     params: Params, batches: Iterable[np.ndarray], seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Recall:
     """Recall of the adapter's budgets on text, beside that of random scores.
 
-    Recall is the share of the n KV groups with the largest output norms that are
-    among the n chosen, averaged over tokens, on dense states.
+    On dense states, of the weights that the sparse policy uses.
 
     Args:
       params: the model with routers and budgets.
       batches: int32[b, t] token ids.
       seed: of the random scores.
 
-    Returns:
-      float64[layers - 1] for the routers and for chance, from layer 1 on.
+    Raises:
+      ValueError: if there are no routers.
     """
     config = params.config
     if not params.routers:
         raise ValueError("the model has no routers: load it with adapter=")
+    params = merge_updates(params)
     total = []
     for i, tokens in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(seed), i)
@@ -44,8 +80,10 @@ def router_recall(
                 budgets=config.budgets,
             )
         )
-    found, chance = np.asarray(total, np.float64).mean(axis=0)
-    return found, chance
+    found = np.asarray(total, np.float64).mean(axis=0)
+    routers, chance, kept = found
+    sparse = np.array(config.budgets[1:]) < config.kv_heads
+    return Recall(routers, chance, kept, sparse)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "budgets"))
@@ -63,6 +101,7 @@ def _recall(
         labels = top_labels(norms, n)
         scores = router_scores(routers[f"layers_{layer}"]["heads"], inputs)
         chance = jax.random.uniform(jax.random.fold_in(key, layer), scores.shape)
-        return jnp.stack([recall(s, labels, n) for s in (scores, chance)])
+        found = [recall(s, labels, n) for s in (scores, chance)]
+        return jnp.stack([*found, kept_norm(scores, norms, n)])
 
     return jnp.stack(observe_heads(weights, tokens, learn, config=config), axis=1)

@@ -338,13 +338,13 @@ class _Work:
         length = min(512, self.params.config.context, len(self.tokens))
         count = min(16, len(self.tokens) // length)
         blocks = self.tokens[: count * length].reshape(count, 1, length)
-        routers, chance = router_recall(self.params, blocks)
+        found = router_recall(self.params, blocks)
         return {
             "file": self.text["file"],
             "tokens": int(blocks.size),
             "layers": list(range(1, self.params.config.layers)),
-            "routers": routers.tolist(),
-            "chance": chance.tolist(),
+            "routers": found.routers.tolist(),
+            "chance": found.chance.tolist(),
         }
 
 

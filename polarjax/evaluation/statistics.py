@@ -17,14 +17,18 @@ _AT_ONCE = 1 << 22  # resampled items in memory
 
 
 class Interval(NamedTuple):
-    """A value with the bounds of its 95 % interval."""
+    """A value with the bounds of its interval, of 95 % if nothing else is said."""
 
     value: float
     low: float
     high: float
 
 
-def mean_interval(values: np.ndarray, weights: np.ndarray | None = None) -> Interval:
+def mean_interval(
+    values: np.ndarray,
+    weights: np.ndarray | None = None,
+    confidence: float = 1 - _OUTSIDE,
+) -> Interval:
     """Mean with a bootstrap interval, by resampling items.
 
     Give it paired differences for a paired interval. The quantiles are those of the
@@ -34,10 +38,14 @@ def mean_interval(values: np.ndarray, weights: np.ndarray | None = None) -> Inte
     Args:
       values: float[n], one per item; with weights, the item's mean.
       weights: float[n], how much each item weighs; None for all the same.
+      confidence: that the interval covers the truth, both ends together.
 
     Raises:
-      ValueError: if there is no item.
+      ValueError: if there is no item, or the confidence is not between 0 and 1.
     """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    outside = 1 - confidence
     values = np.asarray(values, np.float64)
     n = len(values)
     if not n:
@@ -49,7 +57,7 @@ def mean_interval(values: np.ndarray, weights: np.ndarray | None = None) -> Inte
         return Interval(mean, -np.inf, np.inf)
     if n < _FEW_ITEMS:
         errors = weights * (values - mean) / weights.mean()
-        half = stats.t.ppf(1 - _OUTSIDE / 2, n - 1)
+        half = stats.t.ppf(1 - outside / 2, n - 1)
         half *= np.sqrt((errors**2).sum() / (n * (n - 1)))
         return Interval(mean, mean - float(half), mean + float(half))
     rng = np.random.default_rng(SEED)
@@ -57,7 +65,7 @@ def mean_interval(values: np.ndarray, weights: np.ndarray | None = None) -> Inte
     for start in range(0, _DRAWS, draws := max(1, _AT_ONCE // n)):
         picks = rng.integers(n, size=(min(draws, _DRAWS - start), n))
         means.append(products[picks].sum(axis=1) / weights[picks].sum(axis=1))
-    quantile = stats.t.ppf(_OUTSIDE / 2, n - 1) * np.sqrt(n / (n - 1))
+    quantile = stats.t.ppf(outside / 2, n - 1) * np.sqrt(n / (n - 1))
     tail = stats.norm.cdf(quantile)
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return Interval(mean, float(low), float(high))

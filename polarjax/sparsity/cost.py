@@ -96,8 +96,8 @@ class StepCost:
 def step_cost(params: Params, *, batch: int, context: int) -> StepCost:
     """The byte model of a model that decodes a batch.
 
-    Weights and cache are of the weights' dtype. A layer without a router (an oracle
-    needs none) pays for none.
+    Weights and cache are of the weights' dtype; every MLP counts as dense. A layer
+    without a router (an oracle needs none) pays for none.
 
     Args:
       params: the model, with or without routers.

@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels import Implementation, top_heads
 from polarjax.config import ModelConfig
+from polarjax.params import Params
 
 Density = float | Sequence[float] | None
 
@@ -115,3 +116,17 @@ def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget
     limits = tuple(None if row.min() == k else int(row.max()) for row in table)
     with jax.ensure_compile_time_eval():  # known, also where training binds in a jit
         return HeadBudget(jnp.asarray(table), limits)
+
+
+def with_density(params: Params, density: float) -> Params:
+    """The model with uniform budgets in place of its adapter's.
+
+    Args:
+      params: the model.
+      density: fraction of the KV groups to read from layer 1 on.
+    """
+    k = params.config.kv_heads
+    n = count(check_density(density), k)
+    budgets = (k, *(n,) * (params.config.layers - 1))
+    config = dataclasses.replace(params.config, budgets=budgets)
+    return dataclasses.replace(params, config=config)

@@ -42,7 +42,8 @@ def init_updates(
     for layer in range(layers):
         name = f"layers_{layer}"
         flat: dict[Path, Any] = {}
-        for path, leaf in traverse_util.flatten_dict(weights[name]).items():
+        leaves: dict[Path, Any] = dict(traverse_util.flatten_dict(weights[name]))
+        for path, leaf in leaves.items():
             if rank is None or leaf.ndim < 2:
                 flat[*path, "delta"] = jnp.zeros(leaf.shape)
                 continue
@@ -96,8 +97,9 @@ def check_updates(name: str, updates: Tree, shapes: Tree) -> None:
     Raises:
       ValueError: naming the update and the shape that would be right.
     """
-    want = {path: x.shape for path, x in traverse_util.flatten_dict(shapes).items()}
-    flat = traverse_util.flatten_dict(updates)
+    leaves: dict[Path, Any] = dict(traverse_util.flatten_dict(shapes))
+    want = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    flat: dict[Path, Any] = dict(traverse_util.flatten_dict(updates))
     for (*path, kind), leaf in flat.items():
         place, shape = tuple(path), tuple(leaf.shape)
         where = "/".join((name, "updates", *path, kind))

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -98,8 +99,7 @@ def fit(
     """
     if not len(blocks):
         raise ValueError("there is no text to train on")
-    if steps < 1 or batch < 1:
-        raise ValueError(f"steps and batch must be at least 1: {steps}, {batch}")
+    check_steps(steps, batch)
     place = None
     if mesh is not None:
         if batch % mesh.shape["dp"]:
@@ -169,6 +169,26 @@ def _checkpoints(resume: Resume | None) -> Iterator[ocp.CheckpointManager | None
     with ocp.CheckpointManager(folder / _STEPS, options=options) as manager:
         yield manager
         manager.wait_until_finished()
+
+
+def check_steps(steps: int | None, batch: int) -> None:
+    """Raise unless both are at least 1, or the steps None."""
+    if (steps is not None and steps < 1) or batch < 1:
+        raise ValueError(f"steps and batch must be at least 1, got {steps}, {batch}")
+
+
+def with_steps(settings: Any, blocks: int) -> Any:
+    """Settings of a training, its steps those of one pass where they are None."""
+    if settings.steps is not None:
+        return settings
+    return dataclasses.replace(settings, steps=max(1, blocks // settings.batch))
+
+
+def warmup_cosine(peak: float, steps: int) -> optax.Schedule:
+    """From 0 to the peak over 5 % of the steps, then by a cosine to 0."""
+    return optax.warmup_cosine_decay_schedule(
+        *(0.0, peak, max(1, steps // 20), steps + 1)
+    )
 
 
 def digest(array: np.ndarray) -> str:

@@ -19,7 +19,14 @@ from polarjax.params import Params, Tree
 from polarjax.sharding import replicate
 from polarjax.sparsity import Polar
 from polarjax.sparsity.updates import init_updates
-from polarjax.training.loop import Progress, Resume, fit
+from polarjax.training.loop import (
+    Progress,
+    Resume,
+    check_steps,
+    fit,
+    warmup_cosine,
+    with_steps,
+)
 
 State = tuple[Tree, optax.OptState]
 
@@ -32,7 +39,7 @@ class Recovery:
     """Settings of a recovery.
 
     Attributes:
-      steps: optimiser steps, one batch of text each.
+      steps: optimiser steps, one batch of text each; None for one pass.
       batch: blocks of text per step.
       rank: of the updates of each layer's matrices; None for updates at full rank.
       prompts: share of the sequences that begin with a prompt of random length, which
@@ -45,7 +52,7 @@ class Recovery:
       seed: of the first updates, the shuffling and the prompts.
     """
 
-    steps: int
+    steps: int | None = None
     batch: int = 16
     rank: int | None = 8
     prompts: float = 0.5
@@ -55,10 +62,7 @@ class Recovery:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(
-                f"steps and batch must be at least 1, got {self.steps}, {self.batch}"
-            )
+        check_steps(self.steps, self.batch)
         if not 0 <= self.prompts <= 1:
             raise ValueError(f"prompts must be from 0 to 1, got {self.prompts}")
 
@@ -66,18 +70,15 @@ class Recovery:
         """AdamW without decay, gradients clipped to norm 1."""
 
         def adam(peak: float) -> optax.GradientTransformation:
-            return optax.adam(
-                optax.warmup_cosine_decay_schedule(
-                    *(0.0, peak, max(1, self.steps // 20), self.steps + 1)
-                )
-            )
+            assert self.steps
+            return optax.adam(warmup_cosine(peak, self.steps))
 
         def kinds(tree: Tree) -> Tree:
             return {
                 layer: {kind: kind for kind in parts} for layer, parts in tree.items()
             }
 
-        rates = {
+        rates: dict[Any, Any] = {
             "updates": adam(self.learning_rate),
             "heads": adam(self.router_learning_rate),
             # Which neurons the batch shares has no gradient.
@@ -124,6 +125,7 @@ def recover(
         raise ValueError(
             "recovery needs routers: train them first, or load the model with adapter="
         )
+    recovery = with_steps(recovery, len(blocks))
     weights = params.weights if mesh is None else replicate(params.weights, mesh)
     trained = {name: dict(parts) for name, parts in params.routers.items()}
     key = jax.random.key(recovery.seed)
@@ -157,7 +159,7 @@ def recover(
         step,
         (trained, recovery.optimizer().init(trained)),
         blocks,
-        steps=recovery.steps,
+        steps=recovery.steps or 1,
         batch=recovery.batch,
         seed=recovery.seed,
         mesh=mesh,

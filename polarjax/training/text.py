@@ -8,7 +8,7 @@ import gzip
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -26,7 +26,8 @@ class Source:
 
     Attributes:
       path: a UTF-8 file, plain or gzipped (.gz); JSON lines (.jsonl, .jsonl.gz), of
-        which the field "text" is read; or a folder that `datasets` saved, likewise.
+        which the field "text" is read; a folder that `datasets` saved, likewise; or
+        "self", what the dense model writes.
       weight: its share of the tokens, beside those of other sources.
     """
 
@@ -53,6 +54,11 @@ class Source:
             raise ValueError(f"{text!r} is no PATH=WEIGHT, such as a.txt=2") from None
 
     @property
+    def itself(self) -> bool:
+        """Whether the dense model is the source."""
+        return self.path == Path("self")
+
+    @property
     def name(self) -> str:
         """Of the domain: the file's name without its endings."""
         return self.path.name.split(".")[0] or str(self.path)
@@ -77,6 +83,7 @@ def read_corpus(
     length: int,
     blocks: int,
     held_out: int = 0,
+    write: Callable[[int], np.ndarray] | None = None,
 ) -> Corpus:
     """Read as much of each source as its weight says, and no further.
 
@@ -88,6 +95,7 @@ def read_corpus(
       length: tokens per block.
       blocks: to learn from, over all sources.
       held_out: blocks of each source to measure on.
+      write: gives so many blocks, int32[n, t], of what the model writes.
 
     Raises:
       FileNotFoundError: if a source does not exist.
@@ -106,7 +114,10 @@ def read_corpus(
     parts, held = [], {}
     for source, share in zip(sources, shares, strict=True):
         want = share + held_out
-        found = list(token_blocks(source.path, tokenizer, length, want))
+        if source.itself and write:
+            found = list(write(want))
+        else:
+            found = list(token_blocks(source.path, tokenizer, length, want))
         if len(found) < want:
             raise ValueError(
                 f"{source.path} has {len(found) * length:,} tokens in blocks of "

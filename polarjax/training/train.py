@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,14 @@ from polarjax.sharding import replicate
 from polarjax.sparsity import Polar
 from polarjax.sparsity.select import check_density, count
 from polarjax.training.collect import observe_layers, top_labels
-from polarjax.training.loop import Progress, Resume, fit
+from polarjax.training.loop import (
+    Progress,
+    Resume,
+    check_steps,
+    fit,
+    warmup_cosine,
+    with_steps,
+)
 from polarjax.training.losses import (
     kept_norm,
     ranking_loss,
@@ -41,7 +48,7 @@ class RouterTraining:
 
     Attributes:
       density: fraction of KV groups that the head routers shall pick from layer 1 on.
-      steps: optimiser steps, one batch of text each.
+      steps: optimiser steps, one batch of text each; None for one pass.
       batch: blocks of text per step.
       loss: of the head routers: "bce", the paper's, or "ranking", which looks at the
         order across the budget alone.
@@ -58,7 +65,7 @@ class RouterTraining:
     """
 
     density: float
-    steps: int
+    steps: int | None = None
     batch: int = 1
     loss: Literal["bce", "ranking"] = "bce"
     sparse: float = 0.0
@@ -70,10 +77,7 @@ class RouterTraining:
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(
-                f"steps and batch must be at least 1, got {self.steps}, {self.batch}"
-            )
+        check_steps(self.steps, self.batch)
         if self.loss not in ("bce", "ranking"):
             raise ValueError(f"no loss {self.loss!r}: there are bce and ranking")
         if not 0 <= self.sparse <= 1 or self.neuron_rank < 0:
@@ -86,13 +90,12 @@ class RouterTraining:
         """AdamW, as the paper; with a learning rate for each kind of router."""
 
         def adamw(peak: float) -> optax.GradientTransformation:
-            schedule = optax.warmup_cosine_decay_schedule(
-                *(0.0, peak, max(1, self.steps // 20), self.steps + 1)
-            )
-            return optax.adamw(schedule, weight_decay=self.weight_decay)
+            assert self.steps
+            rate = warmup_cosine(peak, self.steps)
+            return optax.adamw(rate, weight_decay=self.weight_decay)
 
         rates = {"heads": self.learning_rate, "neurons": self.neuron_learning_rate}
-        parts = {name: adamw(rate) for name, rate in rates.items()}
+        parts: dict[Any, Any] = {name: adamw(rate) for name, rate in rates.items()}
         return optax.multi_transform(parts, lambda tree: {x: x for x in tree})
 
 
@@ -141,6 +144,7 @@ def train_routers(
         raise ValueError(
             f"neuron routers are for ReLU MLPs, the model's is {config.activation}"
         )
+    training = with_steps(training, len(blocks))
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
     made = dataclasses.replace(config, budgets=budgets, neuron_budgets=())
 
@@ -158,7 +162,7 @@ def train_routers(
         lambda state, tokens, number: compiled(state, tokens, np.int32(number)),
         (routers, training.optimizer().init(routers)),
         blocks,
-        steps=training.steps,
+        steps=training.steps or 1,
         batch=training.batch,
         seed=training.seed,
         mesh=mesh,

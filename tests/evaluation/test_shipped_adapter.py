@@ -29,7 +29,8 @@ def tokens(model, shared_data):
 
 def test_recall_is_far_above_chance_on_held_out_text(model, tokens):
     batches = tokens[:4096].reshape(8, 1, 512)
-    found, chance = router_recall(model, batches)
+    recall = router_recall(model, batches)
+    found, chance = recall.routers, recall.chance
     assert abs(chance.mean() - 2 / 3) < 0.01
     assert found.mean() > chance.mean() + 0.15
     assert (found > chance).all()

@@ -1,0 +1,136 @@
+"""`polarjax.recover`: text and routers in; what sparsity broke, mended."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from polarjax.calibration import (
+    Progress,
+    Texts,
+    measure_quality,
+    measure_recall,
+    quality_card,
+)
+from polarjax.evaluation import Mode, Perplexity, Recall
+from polarjax.params import Params
+from polarjax.training import Recovery, Resume, divergence, recover
+from polarjax.training.loop import with_steps
+from polarjax.training.recover import parameters
+
+# Of each domain, blocks on which the divergence is watched.
+_WATCHED = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovered:
+    """A model with updates, and its quality on held-out text.
+
+    Attributes:
+      params: the model with routers, updates and budgets.
+      before: by domain, KL divergence from dense of the model without updates, nats a
+        token, every position sparse.
+      after: the same with them.
+      recall: by domain.
+      perplexity: by domain and policy.
+      facts: what it was made with and from, as JSON values.
+    """
+
+    params: Params
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    recall: Mapping[str, Recall]
+    perplexity: Mapping[str, Mapping[str, Perplexity]]
+    facts: Mapping[str, Any]
+
+    def card(self) -> dict[str, Any]:
+        """What an adapter's card says of it, as JSON values."""
+        return {
+            **self.facts,
+            "divergence": {
+                name: [round(self.before[name], 5), round(self.after[name], 5)]
+                for name in self.before
+            },
+            "recall": {name: found.card() for name, found in self.recall.items()},
+            "quality": quality_card(self.perplexity),
+        }
+
+
+def recover_on_text(
+    params: Params,
+    texts: Texts,
+    recovery: Recovery,
+    *,
+    patience: int = 4,
+    mode: Mode = "decode",
+    mesh: Mesh | None = None,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Recovered:
+    """Distil the dense model into the sparse one, and measure both.
+
+    Args:
+      params: the model with routers and budgets, and with a tokenizer.
+      texts: what to read.
+      recovery: settings.
+      patience: looks at the divergence on held-out text, one each twentieth of the
+        steps, without a new best one, after which the training ends.
+      mode: how perplexities are measured.
+      mesh: with an axis "dp"; None for one device.
+      work: folder that keeps an interrupted training; None for none.
+      progress: called as the work goes on.
+
+    Raises:
+      FileNotFoundError: if a text does not exist.
+      ValueError: if a text is too short, the model has no routers, or a setting is
+        out of range.
+    """
+    say = progress or (lambda *_: None)
+    corpus = texts.read(params, say)
+    recovery = with_steps(recovery, len(corpus.blocks))
+    facts = {
+        **texts.facts(corpus),
+        "recovery": dataclasses.asdict(recovery),
+        "budgets": list(params.config.budgets),
+        "weights_dtype": str(params.dtype),
+    }
+    resume = Resume(work, facts=facts) if work else None
+    watched = np.concatenate([held[:_WATCHED] for held in corpus.held_out.values()])
+    every = max(1, (recovery.steps or 1) // 20)
+    best, worse, last = np.inf, 0, np.nan
+
+    def settled(trained: Params, step: int) -> bool:
+        nonlocal best, worse, last
+        if step % every:
+            return False
+        last = divergence(trained, watched)
+        worse = 0 if last < best else worse + 1
+        best = min(best, last)
+        return worse >= patience
+
+    found = recover(
+        *(params, corpus.blocks, recovery),
+        mesh=mesh,
+        resume=resume,
+        progress=lambda p: say(
+            f"recovering: KL {p.metrics['kl']:.4f}, held out {last:.4f}",
+            *(p.step, p.steps),
+        ),
+        stop=settled,
+    )
+    say("divergence on held-out text", 0, 1)
+    before, after = (
+        {name: divergence(model, held) for name, held in corpus.held_out.items()}
+        for model in (params, found)
+    )
+    recall = measure_recall(found, corpus.held_out)
+    quality = measure_quality(found, corpus.held_out, mode, say)
+    facts["parameters"] = parameters(found.routers)
+    if resume:
+        resume.clear()
+    return Recovered(found, before, after, recall, quality, facts)
