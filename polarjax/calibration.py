@@ -80,7 +80,7 @@ class Texts:
         def write(count: int) -> np.ndarray:
             return write_blocks(
                 *(params, start_token(tokenizer, config), context, count),
-                batch=256,
+                batch=512,
                 seed=self.seed,
                 progress=lambda done, total: say("writing text", done, total),
             )
@@ -216,9 +216,11 @@ def calibrate(
     )
     say("recall on held-out text", 0, 1)
     recall = measure_recall(trained, corpus.held_out)
+    say("recall on held-out text", 1, 1)
     if training.neuron_rank:
         say("neuron budgets", 0, 1)
         trained, made["neurons"] = _with_neuron_budgets(trained, corpus)
+        say("neuron budgets", 1, 1)
     contract = None
     if terms is not None:
         trained, contract = _with_contract(trained, corpus, terms, say)
@@ -342,7 +344,9 @@ def _with_contract(
         batch=terms.batch,
         progress=say,
     )
-    k = params.config.kv_heads
-    budgets = contract.budgets or (k,) * params.config.layers
-    config = dataclasses.replace(params.config, budgets=budgets)
+    budgets = {"budgets": contract.budgets}
+    if contract.budgets is None:  # the promise is then the dense model
+        k, layers = params.config.kv_heads, params.config.layers
+        budgets = {"budgets": (k,) * layers, "neuron_budgets": ()}
+    config = dataclasses.replace(params.config, **budgets)
     return dataclasses.replace(params, config=config), contract

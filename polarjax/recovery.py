@@ -128,6 +128,7 @@ def recover_on_text(
         {name: divergence(model, held) for name, held in corpus.held_out.items()}
         for model in (params, found)
     )
+    say("divergence on held-out text", 1, 1)
     recall = measure_recall(found, corpus.held_out)
     quality = measure_quality(found, corpus.held_out, mode, say)
     facts["parameters"] = parameters(found.routers)

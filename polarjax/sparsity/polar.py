@@ -149,9 +149,9 @@ class Oracle:
         object.__setattr__(self, "density", static_density(self.density))
 
     def bind(self, params: Params, batch: int) -> tuple[Tree, Oracle]:
-        """Only the budget; see `SelectionPolicy.bind`."""
+        """Only the budget, and recovery's updates; see `SelectionPolicy.bind`."""
         budget = make_budget(params.config, self.density, batch)
-        return params.weights, Oracle(budget=budget)
+        return merge_updates(params).weights, Oracle(budget=budget)
 
     def heads(self, layer, scores, norms, implementation=None):
         """The groups with the largest output norms."""
@@ -191,7 +191,7 @@ class Random:
         """Draw; see `SelectionPolicy.bind`."""
         budget = make_budget(params.config, self.density, batch)
         ranking = random_ranking(params.config, batch, self.seed)
-        return params.weights, Random(budget=budget, ranking=ranking)
+        return merge_updates(params).weights, Random(budget=budget, ranking=ranking)
 
     def heads(self, layer, scores, norms, implementation=None):
         """The groups that chance ranked first."""

@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -49,6 +50,8 @@ class Source:
         if not equals or Path(text).exists():
             return cls(Path(text))
         try:
+            if not path:
+                raise ValueError
             return cls(Path(path), float(weight))
         except ValueError:
             raise ValueError(f"{text!r} is no PATH=WEIGHT, such as a.txt=2") from None
@@ -185,7 +188,7 @@ def open_text(path: str | Path, kind: str = "text") -> Iterator[TextIO]:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             yield cast(TextIO, file)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
 
 
@@ -230,7 +233,7 @@ def _parts(path: Path) -> Iterator[str]:
 def _json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON: {error}") from None
 
 
@@ -238,6 +241,10 @@ def _field(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise ValueError(f'{where}: it must be an object with a string "text"')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON may hold
+        raise ValueError(f"{where}: its text is no Unicode: {error}") from None
     return text
 
 
