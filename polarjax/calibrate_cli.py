@@ -113,6 +113,7 @@ def _add_texts(add: Callable[..., Any], tokens: int) -> None:
         "`datasets` saved, or self for what the model writes; PATH=WEIGHT for a share",
     )
     add("--tokens", type=int, default=tokens, help="tokens to learn from")
+    add("--passes", type=float, default=1.0, help="over them")
     add("--context", type=int, default=512, help="tokens per block")
     add(
         "--held-out",
@@ -176,17 +177,22 @@ def _common(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Bar:
-    """One line for each kind of work."""
+    """One line for each kind of work; off a terminal, now and then a line of text."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
         self.tasks: dict[str, TaskID] = {}
+        self.shown: dict[str, int] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
         kind = what.split(":")[0]
         if kind not in self.tasks:
             self.tasks[kind] = self.bar.add_task(what)
         self.bar.update(self.tasks[kind], description=what, completed=done, total=total)
+        tenth = 10 * done // max(1, total)
+        if not self.bar.console.is_terminal and tenth > self.shown.get(kind, 0):
+            self.shown[kind] = tenth
+            self.bar.console.print(f"{what} ({done} of {total})")
 
 
 def _made() -> dict[str, Any]:
@@ -219,6 +225,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     with counting_bar(console) as bar:
         found = calibrate(
             *(params, _texts(args), training),
+            passes=args.passes,
             terms=terms,
             target_recall=args.target_recall,
             progress=_Bar(bar),
@@ -256,6 +263,7 @@ def _recover(args: argparse.Namespace) -> None:
     with counting_bar(console) as bar:
         found = recover_on_text(
             *(params, _texts(args), recovery),
+            passes=args.passes,
             patience=args.patience,
             progress=_Bar(bar),
             **_common(args),

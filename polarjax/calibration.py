@@ -160,6 +160,7 @@ def calibrate(
     texts: Texts,
     training: RouterTraining,
     *,
+    passes: float = 1.0,
     terms: Terms | None = None,
     target_recall: float | None = None,
     mode: Mode = "decode",
@@ -173,6 +174,7 @@ def calibrate(
       params: the model, with a tokenizer.
       texts: what to read.
       training: settings.
+      passes: over the text, if the settings say no steps.
       terms: of a contract, for which budgets are searched layer by layer; None for
         the uniform ones of `training.density`.
       target_recall: stop the training when the routers' mean recall on the held-out
@@ -188,7 +190,7 @@ def calibrate(
     """
     say = progress or (lambda *_: None)
     corpus = texts.read(params, say)
-    training = with_steps(training, len(corpus.blocks))
+    training = with_steps(training, len(corpus.blocks), passes)
     made = {
         **texts.facts(corpus),
         "training": dataclasses.asdict(training),

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -66,6 +68,7 @@ def recover_on_text(
     texts: Texts,
     recovery: Recovery,
     *,
+    passes: float = 1.0,
     patience: int = 4,
     mode: Mode = "decode",
     mesh: Mesh | None = None,
@@ -78,8 +81,10 @@ def recover_on_text(
       params: the model with routers and budgets, and with a tokenizer.
       texts: what to read.
       recovery: settings.
+      passes: over the text, if the settings say no steps.
       patience: looks at the divergence on held-out text, one each twentieth of the
-        steps, without a new best one, after which the training ends.
+        steps, without a new best one, after which the training ends. What was best is
+        what is kept.
       mode: how perplexities are measured.
       mesh: with an axis "dp"; None for one device.
       work: folder that keeps an interrupted training; None for none.
@@ -92,7 +97,7 @@ def recover_on_text(
     """
     say = progress or (lambda *_: None)
     corpus = texts.read(params, say)
-    recovery = with_steps(recovery, len(corpus.blocks))
+    recovery = with_steps(recovery, len(corpus.blocks), passes)
     facts = {
         **texts.facts(corpus),
         "recovery": dataclasses.asdict(recovery),
@@ -102,18 +107,20 @@ def recover_on_text(
     resume = Resume(work, facts=facts) if work else None
     watched = np.concatenate([held[:_WATCHED] for held in corpus.held_out.values()])
     every = max(1, (recovery.steps or 1) // 20)
-    best, worse, last = np.inf, 0, np.nan
+    best = divergence(params, watched), params
+    worse, last = 0, best[0]
 
     def settled(trained: Params, step: int) -> bool:
         nonlocal best, worse, last
-        if step % every:
+        if step % every and step != recovery.steps:
             return False
-        last = divergence(trained, watched)
-        worse = 0 if last < best else worse + 1
-        best = min(best, last)
+        last, worse = divergence(trained, watched), worse + 1
+        if last < best[0]:
+            kept = jax.tree.map(np.asarray, trained.routers)  # the step takes its own
+            best, worse = (last, dataclasses.replace(trained, routers=kept)), 0
         return worse >= patience
 
-    found = recover(
+    recover(
         *(params, corpus.blocks, recovery),
         mesh=mesh,
         resume=resume,
@@ -123,6 +130,8 @@ def recover_on_text(
         ),
         stop=settled,
     )
+    found = best[1]
+    found = dataclasses.replace(found, routers=jax.tree.map(jnp.asarray, found.routers))
     say("divergence on held-out text", 0, 1)
     before, after = (
         {name: divergence(model, held) for name, held in corpus.held_out.items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -45,7 +46,7 @@ def save_adapter(
 
     Raises:
       FileExistsError: if `path` exists and is not to be overwritten.
-      ValueError: if the routers or budgets do not fit the model.
+      ValueError: if the routers or budgets do not fit the model, or hold NaN.
     """
     _check(params.routers, params.config)
     flat: Tree = dict(traverse_util.flatten_dict(params.routers, sep="/"))
@@ -55,6 +56,12 @@ def save_adapter(
         )
         for name, leaf in flat.items()
     }
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"router {name} holds NaN or infinity: its training went astray; lower "
+                "the learning rate"
+            )
     facts = {
         "format_version": ADAPTER_FORMAT,
         "model_hash": params.config.model_hash,

@@ -36,6 +36,12 @@ def check_routers(routers: Tree, config: ModelConfig) -> None:
             raise ValueError(
                 f"router {layer}: the model has layers_0 to layers_{config.layers - 1}"
             )
+        if not isinstance(parts, dict) or not isinstance(
+            parts.get("updates", {}), dict
+        ):
+            raise ValueError(
+                f"router {layer} or its updates are one array, not several"
+            )
         parts = dict(parts)
         if "updates" in parts:
             check_updates(layer, parts.pop("updates"), shapes[layer])

@@ -18,6 +18,8 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from polarjax.config import ModelConfig
+
 _FACTS = "training.json"
 _STEPS = "steps"
 
@@ -46,7 +48,7 @@ class Resume:
 
     Attributes:
       folder: made at the start; gone when the caller says `clear`.
-      every: steps between two checkpoints.
+      every: steps between two checkpoints; the last step has one too.
       facts: JSON values that decide the outcome: a folder of another training is
         refused.
     """
@@ -124,7 +126,8 @@ def fit(
                 values = jax.device_get(dict(metrics))
                 told = {name: float(value) for name, value in values.items()}
                 progress(Progress(done, steps, told))
-            if manager is not None and resume and done % resume.every == 0:
+            due = resume and (done % resume.every == 0 or done == steps)
+            if manager is not None and due:
                 manager.save(done, args=ocp.args.StandardSave(state))
             if stop and stop(state, done):
                 break
@@ -160,7 +163,7 @@ def _checkpoints(resume: Resume | None) -> Iterator[ocp.CheckpointManager | None
                 f"{folder} holds a training of other settings or texts: choose another "
                 "place, or delete it"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is no training of polarjax: choose another place")
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,11 +180,31 @@ def check_steps(steps: int | None, batch: int) -> None:
         raise ValueError(f"steps and batch must be at least 1, got {steps}, {batch}")
 
 
-def with_steps(settings: Any, blocks: int) -> Any:
-    """Settings of a training, its steps those of one pass where they are None."""
+def check_blocks(blocks: np.ndarray, config: ModelConfig) -> None:
+    """Raise unless a text is [n, t] of the model's tokens, t from 2 to its context."""
+    if np.ndim(blocks) != 2:
+        raise ValueError(f"blocks must be [n, t], got shape {np.shape(blocks)}")
+    if not len(blocks):
+        raise ValueError("there is no text to train on")
+    if not 2 <= blocks.shape[1] <= config.context:
+        raise ValueError(
+            f"blocks of {blocks.shape[1]} tokens: the model learns from 2 to "
+            f"{config.context}"
+        )
+    low, high = int(blocks.min()), int(blocks.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(
+            f"the model's token ids go from 0 to {config.vocab_size - 1}, those of the "
+            f"text from {low} to {high}"
+        )
+
+
+def with_steps(settings: Any, blocks: int, passes: float = 1.0) -> Any:
+    """Settings of a training, its steps those of so many passes where they are None."""
     if settings.steps is not None:
         return settings
-    return dataclasses.replace(settings, steps=max(1, blocks // settings.batch))
+    steps = max(1, int(passes * blocks) // settings.batch)
+    return dataclasses.replace(settings, steps=steps)
 
 
 def warmup_cosine(peak: float, steps: int) -> optax.Schedule:

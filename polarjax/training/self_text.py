@@ -41,9 +41,12 @@ def write_blocks(
       int32[blocks, t].
 
     Raises:
-      ValueError: if the length is not from 2 to the context.
+      ValueError: if the length is not from 2 to the context, or a count is not
+        positive.
     """
     config = params.config
+    if blocks < 1 or batch < 1:
+        raise ValueError(f"blocks and batch must be at least 1, got {blocks}, {batch}")
     if not 2 <= length <= config.context:
         raise ValueError(
             f"blocks of {length} tokens: the model writes from 2 to {config.context}"

@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from polarjax.config import ModelConfig
 from polarjax.model import Prefix
 from polarjax.params import Params, Tree
-from polarjax.sharding import replicate
+from polarjax.sharding import first_copy, replicate
 from polarjax.sparsity import Polar
 from polarjax.sparsity.select import check_density, count
 from polarjax.training.collect import observe_layers, top_labels
 from polarjax.training.loop import (
     Progress,
     Resume,
+    check_blocks,
     check_steps,
     fit,
     warmup_cosine,
@@ -131,7 +132,7 @@ def train_routers(
 
     Raises:
       ValueError: if the density leaves nothing to choose, a setting does not fit the
-        model, or there is no text.
+        model, or the text is none of its tokens.
     """
     config = params.config
     n = count(training.density, config.kv_heads)
@@ -144,11 +145,13 @@ def train_routers(
         raise ValueError(
             f"neuron routers are for ReLU MLPs, the model's is {config.activation}"
         )
+    check_blocks(blocks, config)
     training = with_steps(training, len(blocks))
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
     made = dataclasses.replace(config, budgets=budgets, neuron_budgets=())
 
     def model(routers: Tree) -> Params:
+        routers = routers if mesh is None else first_copy(routers)
         return Params(params.weights, unstack(routers, config.layers), made)
 
     weights = params.weights if mesh is None else replicate(params.weights, mesh)
