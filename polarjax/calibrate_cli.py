@@ -25,6 +25,7 @@ from polarjax.sharding import make_data_mesh
 from polarjax.sparsity import save_adapter
 from polarjax.sparsity.select import with_density
 from polarjax.training import Recovery, RouterTraining, Source
+from polarjax.training.recover import Routers
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -98,7 +99,14 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     add("--batch", type=int, default=16, help="blocks per optimiser step")
     add("--learning-rate", type=float, default=1e-3, help="peak, of the updates")
-    add("--router-learning-rate", type=float, default=1e-3, help="0 to keep routers")
+    add(
+        "--routers",
+        choices=get_args(Routers),
+        default="labels",
+        help="what they learn meanwhile: which heads are largest, the slopes of the "
+        "divergence, or nothing",
+    )
+    add("--router-learning-rate", type=float, default=1e-3, help="peak, of the routers")
     add("--remat", action="store_true", help="use less memory, and a third more time")
     add("--patience", type=int, default=4, help="looks without progress before the end")
     _add_run(add)
@@ -256,6 +264,7 @@ def _recover(args: argparse.Namespace) -> None:
         rank=args.rank,
         prompts=args.prompts,
         learning_rate=args.learning_rate,
+        routers=args.routers,
         router_learning_rate=args.router_learning_rate,
         remat=args.remat,
         seed=args.seed,

@@ -123,6 +123,19 @@ class Terms:
     batch: int = 16
     context: int = 2048
 
+    def __post_init__(self) -> None:
+        if not self.max_drop > 0:
+            raise ValueError(f"max_drop must be positive, got {self.max_drop}")
+        if not 0 < self.confidence < 1:
+            raise ValueError(
+                f"confidence must be between 0 and 1, got {self.confidence}"
+            )
+        if self.batch < 1 or self.context < 1:
+            raise ValueError(
+                f"batch and context must be at least 1, got {self.batch}, "
+                f"{self.context}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
@@ -190,6 +203,17 @@ def calibrate(
     """
     say = progress or (lambda *_: None)
     corpus = texts.read(params, say)
+    # Before the training, not after it.
+    if terms and any(len(held) < 3 for held in corpus.held_out.values()):
+        raise ValueError(
+            "a contract needs three blocks of each text to measure on, one to search "
+            f"budgets and two to test them: raise held_out, now {texts.held_out}"
+        )
+    if training.neuron_rank and len(corpus.blocks) < 2:
+        raise ValueError(
+            f"neuron routers need two blocks at the least: raise tokens, now "
+            f"{texts.tokens}"
+        )
     training = with_steps(training, len(corpus.blocks), passes)
     made = {
         **texts.facts(corpus),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from polarjax.calibration import (
@@ -20,13 +21,45 @@ from polarjax.calibration import (
     quality_card,
 )
 from polarjax.evaluation import Mode, Perplexity, Recall
-from polarjax.params import Params
+from polarjax.params import Params, Tree
 from polarjax.training import Recovery, Resume, divergence, recover
-from polarjax.training.loop import with_steps
+from polarjax.training.loop import digest, with_steps
 from polarjax.training.recover import parameters
 
 # Of each domain, blocks on which the divergence is watched.
 _WATCHED = 8
+_BEST = "best.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """What was best so far, also if the training is interrupted after it.
+
+    Attributes:
+      kl: on held-out text.
+      step: after which it was; 0 before all.
+      routers: as in `Params`.
+    """
+
+    kl: float
+    step: int
+    routers: Tree
+
+    def save(self, file: Path) -> None:
+        """Write it, whole or not at all."""
+        flat: Tree = dict(traverse_util.flatten_dict(self.routers, sep="/"))
+        partial = file.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            np.savez(stream, kl=self.kl, step=self.step, **flat)
+        partial.rename(file)
+
+    @classmethod
+    def load(cls, file: Path) -> _Best:
+        """Read what `save` wrote."""
+        with np.load(file) as found:
+            flat = dict(found)
+        kl, step = float(flat.pop("kl")), int(flat.pop("step"))
+        return cls(kl, step, traverse_util.unflatten_dict(flat, sep="/"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +137,30 @@ def recover_on_text(
         "budgets": list(params.config.budgets),
         "weights_dtype": str(params.dtype),
     }
-    resume = Resume(work, facts=facts) if work else None
+    start = [np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(params.routers)]
+    whose = {
+        "model_hash": params.config.model_hash,
+        "routers_sha256": digest(np.concatenate([*start, np.zeros(0, np.float32)])),
+    }
+    resume = Resume(work, facts={**facts, **whose}) if work else None
     watched = np.concatenate([held[:_WATCHED] for held in corpus.held_out.values()])
     every = max(1, (recovery.steps or 1) // 20)
-    best = divergence(params, watched), params
-    worse, last = 0, best[0]
+    best = _Best(divergence(params, watched), 0, params.routers)
+    last, file = best.kl, work / _BEST if work else None
+    if file and file.exists():
+        best = _Best.load(file)
 
     def settled(trained: Params, step: int) -> bool:
-        nonlocal best, worse, last
+        nonlocal best, last
         if step % every and step != recovery.steps:
             return False
-        last, worse = divergence(trained, watched), worse + 1
-        if last < best[0]:
-            kept = jax.tree.map(np.asarray, trained.routers)  # the step takes its own
-            best, worse = (last, dataclasses.replace(trained, routers=kept)), 0
-        return worse >= patience
+        last = divergence(trained, watched)
+        if last < best.kl:
+            # The step takes its own.
+            best = _Best(last, step, jax.tree.map(np.array, trained.routers))
+            if file:
+                best.save(file)
+        return step // every - best.step // every >= patience
 
     recover(
         *(params, corpus.blocks, recovery),
@@ -130,8 +172,8 @@ def recover_on_text(
         ),
         stop=settled,
     )
-    found = best[1]
-    found = dataclasses.replace(found, routers=jax.tree.map(jnp.asarray, found.routers))
+    routers = jax.tree.map(jnp.asarray, best.routers)
+    found = dataclasses.replace(params, routers=routers)
     say("divergence on held-out text", 0, 1)
     before, after = (
         {name: divergence(model, held) for name, held in corpus.held_out.items()}

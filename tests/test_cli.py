@@ -1,8 +1,6 @@
 """The console script, on a random model whose tokens are bytes."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import runpy
 import sys
@@ -11,6 +9,8 @@ import pytest
 
 import polarjax
 from polarjax import cli
+from polarjax.sparsity import save_adapter
+from polarjax.sparsity.select import with_density
 from tests.models import LLAMA, random_params, write_checkpoint
 
 TEXT = "\n\n".join(f"{i} green bottles, standing on the wall." for i in range(60))
@@ -32,38 +32,14 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def calibrated(checkpoint, text, tmp_path_factory):
-    """An adapter's folder, and what making it printed."""
-    out = tmp_path_factory.mktemp("adapter") / "mine"
-    command = ["calibrate", str(checkpoint), "--text", str(text), "--out", str(out)]
-    options = "--tokens 1024 --density 1/2 --context 32 --batch 2 --held-out 512"
-    with contextlib.redirect_stdout(io.StringIO()) as shown:
-        assert cli.main([*command, *options.split()]) == 0
-    return out, shown.getvalue()
-
-
-@pytest.fixture(scope="module")
-def adapter(calibrated):
-    return calibrated[0]
-
-
-def test_calibrate_prints_recall_and_perplexities_and_writes_a_card(
-    checkpoint, text, calibrated, capsys
-):
-    adapter, shown = calibrated
-    card = json.loads((adapter / "card.json").read_text())
-    assert card["model_hash"] == "abc"
-    assert card["budgets"] == [4, 2, 2, 2]
-    assert card["tokens"] == 1024 and card["text"] == "text.txt"
-    assert len(card["recall"]) == len(card["recall_of_chance"]) == 3
-    assert set(card["perplexity"]) == {"Dense", "Oracle", "Polar", "Random"}
-    for word in ("recall", "chance", "Dense", "Oracle", "Polar", "Random", "95 %"):
-        assert word in shown
-    assert f"{card['recall'][0]:.3f}" in shown
-    # Before the work, not after it.
-    again = ["calibrate", str(checkpoint), "--text", str(text), "--out", str(adapter)]
-    assert cli.main(again) == 1
-    assert "exists" in capsys.readouterr().err
+def adapter(checkpoint, tmp_path_factory):
+    """A folder of routers that know nothing."""
+    folder = tmp_path_factory.mktemp("adapter") / "mine"
+    params = polarjax.load(checkpoint)
+    routers = random_params(params.config, routers=True).routers
+    params = dataclasses.replace(params, routers=routers)
+    save_adapter(folder, with_density(params, 0.5))
+    return folder
 
 
 def test_generate(checkpoint, adapter, capsys):
@@ -136,8 +112,6 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
         ("generate {checkpoint} x --density 1/2", "no router for layer 1"),
         ("generate {checkpoint} x --policy polar", "no density given"),
         ("demo {checkpoint} --adapter x --max-new-tokens 1", "needs 2 new tokens"),
-        ("calibrate {checkpoint} --text nowhere --out {tmp}/a", "no text file at"),
-        ("calibrate {checkpoint} --text {text} --out {tmp}/a", "the text ended after"),
         ("eval {checkpoint} --text {text} --policies best", "no policy 'best'"),
         ("eval {checkpoint} --policies dense", "pass tasks (--tasks) or a --text"),
         ("eval {checkpoint} --policies dense --tasks nowhere", "no task file at"),
@@ -157,7 +131,7 @@ def test_errors_are_one_line(checkpoint, text, tmp_path, capsys, arguments, mess
 
 
 def test_help_teaches(capsys):
-    for command in ("generate", "calibrate", "eval", "report", "demo"):
+    for command in ("generate", "calibrate", "recover", "eval", "report", "demo"):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0

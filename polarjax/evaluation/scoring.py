@@ -302,7 +302,7 @@ def _mask(
     """As `_decode` from an empty cache, by a masked dense model."""
     model = Decoder(config, _dtype(weights), policy.score_rows, implementation)
     b, n = tokens.shape[0], tokens.shape[1] - 1
-    x, read = run(model, weights, "masked", tokens[:, :-1], counts, policy)
+    x, read, _ = run(model, weights, "masked", tokens[:, :-1], counts, policy)
     live = jnp.arange(n) < counts[:, None]
     use = (read & live[None, ..., None]).sum(axis=(1, 2), dtype=jnp.int32)
 

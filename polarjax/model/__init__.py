@@ -1,6 +1,6 @@
 """Dense model code: it reads like the papers and knows no routers."""
 
 from polarjax.model.attention import Gates, Prefix
-from polarjax.model.decoder import Decoder, run, weight_shapes
+from polarjax.model.decoder import Decoder, Observe, run, weight_shapes
 
-__all__ = ["Decoder", "Gates", "Prefix", "run", "weight_shapes"]
+__all__ = ["Decoder", "Gates", "Observe", "Prefix", "run", "weight_shapes"]

@@ -39,8 +39,8 @@ class Prefix:
     values: tuple[jax.Array, ...] = ()
 
 
-Gates = Callable[[int, jax.Array | None, jax.Array], jax.Array]
-"""(layer, scores float32[b, t, r] or None, groups read bool[b, t, k]) -> [b, t, k]."""
+Gates = Callable[[int, jax.Array, jax.Array], jax.Array]
+"""(layer, normalised input [b, t, m], groups read bool[b, t, k]) -> [b, t, k]."""
 
 
 class Attention(nn.Module):
@@ -165,7 +165,7 @@ class Attention(nn.Module):
         if gates is None:
             kept = jnp.where(read[..., None], grouped, 0)
         else:
-            kept = grouped * gates(self.layer, scores, read)[..., None].astype(o.dtype)
+            kept = grouped * gates(self.layer, u, read)[..., None].astype(o.dtype)
         return kept.reshape(o.shape), o, scores, read
 
     def decode(

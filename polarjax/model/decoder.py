@@ -234,8 +234,9 @@ class Decoder(nn.Module):
         policy: SelectionPolicy,
         prefix: Prefix | None = None,
         gates: Gates | None = None,
+        observe: Observe | None = None,
         remat: bool = False,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, list[Any]]:
         """Whole sequences with every position sparse, as a masked dense model.
 
         Position i of the batch asks the policy what step i of decoding would ask, so
@@ -249,46 +250,28 @@ class Decoder(nn.Module):
           prefix: positions that are read dense, as a prompt is; None for none.
           gates: for training: what each group's output counts; None for 1 where it is
             read, else 0.
+          observe: called in each layer, with head outputs before they are masked.
           remat: for training: whether to compute each layer again in the backward
             pass, and keep its input alone.
 
         Returns:
-          [b, t, m], for `logits`; bool[layers, b, t, k], the KV groups read.
+          [b, t, m], for `logits`; bool[layers, b, t, k], the KV groups read; and what
+          `observe` returned, by layer.
         """
-        x, reads, _ = self._masked(tokens, lengths, policy, prefix, gates, None, remat)
-        return x, jnp.stack(reads)
-
-    def observe_masked(
-        self,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        policy: SelectionPolicy,
-        prefix: Prefix | None,
-        observe: Observe,
-    ) -> list[Any]:
-        """As `masked`, for what `observe` returns by layer."""
-        return self._masked(tokens, lengths, policy, prefix, None, observe, False)[2]
-
-    def _masked(
-        self, tokens, lengths, policy, prefix, gates, observe, remat
-    ) -> tuple[jax.Array, list[jax.Array], list[Any]]:
         b, t = tokens.shape
         x = self.embed(tokens, jnp.broadcast_to(jnp.arange(t), (b, t)))
         live = jnp.arange(t) < lengths[:, None]
         reads, observed = [], []
-
-        def apply(layer: Layer, x: jax.Array) -> tuple[jax.Array, ...]:
-            return layer.masked(x, live, policy, prefix, gates)
-
         for i, layer in enumerate(self.layers):
-            if remat:
-                x, read = nn.remat(lambda layer, x: apply(layer, x)[:2])(layer, x)
-            else:
-                x, read, *seen = apply(layer, x)
-                if observe:
-                    observed.append(observe(i, *seen))
+
+            def apply(layer: Layer, x: jax.Array, i: int = i) -> tuple[Any, ...]:
+                x, read, *seen = layer.masked(x, live, policy, prefix, gates)
+                return x, read, observe(i, *seen) if observe else None
+
+            x, read, found = (nn.remat(apply) if remat else apply)(layer, x)
             reads.append(read)
-        return x, reads, observed
+            observed.append(found)
+        return x, jnp.stack(reads), observed if observe else []
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The last layer's output [..., m] to float32[..., v]."""

@@ -59,8 +59,8 @@ def observe_layers(
     weights, bound = policy.bind(params, b)
     model = Decoder(architecture, params.dtype, bound.score_rows)
     lengths = jnp.full(b, t)
-    args = tokens, lengths, bound, prefix, observe
-    return run(model, weights, "observe_masked", *args)[1:]
+    args = tokens, lengths, bound, prefix, None, observe
+    return run(model, weights, "masked", *args)[2][1:]
 
 
 def observe_heads(

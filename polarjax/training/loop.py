@@ -90,7 +90,8 @@ def fit(
       mesh: with an axis "dp", over which each batch is cut; None for one device.
       resume: keeps the state; found there, the training goes on from it.
       progress: called after each step.
-      stop: called as stop(state, step from 1) after each; True ends the training.
+      stop: called as stop(state, step from 1) after each, and again for a state that
+        `resume` has kept; True ends the training.
 
     Returns:
       The last state.
@@ -118,6 +119,8 @@ def fit(
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = manager.restore(found, args=ocp.args.StandardRestore(target))
             first = found
+            if stop and stop(state, first):  # it was asked before, perhaps
+                return state
         for number in range(first, steps):
             tokens = jax.device_put(_rows(blocks, number, batch, seed), place)
             state, metrics = step(state, tokens, number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,13 @@ import optax
 from jax.sharding import Mesh
 
 from polarjax.config import ModelConfig
-from polarjax.model import Decoder, Gates, Prefix, run
+from polarjax.model import Decoder, Gates, Observe, Prefix, run
+from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree
 from polarjax.sharding import first_copy, replicate
 from polarjax.sparsity import Polar
 from polarjax.sparsity.updates import init_updates
+from polarjax.training.collect import top_labels
 from polarjax.training.loop import (
     Progress,
     Resume,
@@ -28,8 +30,10 @@ from polarjax.training.loop import (
     warmup_cosine,
     with_steps,
 )
+from polarjax.training.losses import router_scores, weighted_bce
 
 State = tuple[Tree, optax.OptState]
+Routers = Literal["labels", "slopes", "nothing"]
 
 # Positions of which the logits are in memory at once, each 8 bytes a word.
 _POSITIONS = 4096
@@ -47,8 +51,10 @@ class Recovery:
         the dense model reads, as decoding has it. The others are sparse throughout.
       learning_rate: peak of the updates', see `optimizer`; 5 % warm-up, then a cosine
         to 0. At full rank a tenth of the default is right.
-      router_learning_rate: of the routers, which are trained along, straight through
-        their choice; 0 leaves them as they are.
+      routers: what they learn meanwhile: "labels", to find the heads of the largest
+        norm, as before; "slopes", what the divergence says of their choice, straight
+        through it; or "nothing".
+      router_learning_rate: of the routers.
       remat: whether to compute each layer again in the backward pass and so to keep
         a layer's input alone in memory.
       seed: of the first updates, the shuffling and the prompts.
@@ -59,6 +65,7 @@ class Recovery:
     rank: int | None = 8
     prompts: float = 0.5
     learning_rate: float = 1e-3
+    routers: Routers = "labels"
     router_learning_rate: float = 1e-3
     remat: bool = False
     seed: int = 0
@@ -67,6 +74,9 @@ class Recovery:
         check_steps(self.steps, self.batch)
         if not 0 <= self.prompts <= 1:
             raise ValueError(f"prompts must be from 0 to 1, got {self.prompts}")
+        if self.routers not in get_args(Routers):
+            names = ", ".join(get_args(Routers))
+            raise ValueError(f"routers cannot learn {self.routers!r}: it is {names}")
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam, gradients clipped to norm 1.
@@ -90,7 +100,9 @@ class Recovery:
         rates: dict[Any, Any] = {
             "fast": adam(self.learning_rate),
             "slow": adam(self.learning_rate / 16),
-            "heads": adam(self.router_learning_rate),
+            "heads": adam(self.router_learning_rate)
+            if self.routers != "nothing"
+            else optax.set_to_zero(),
             # Which neurons the batch shares has no gradient.
             "neurons": optax.set_to_zero(),
         }
@@ -122,7 +134,7 @@ def recover(
       recovery: settings.
       mesh: with an axis "dp", over which batches are cut; None for one device.
       resume: where the state is kept, and found after an interruption.
-      progress: called after each step, with the "kl" in nats.
+      progress: called after each step, with the "kl" in nats and the routers' "loss".
       stop: called as stop(model so far, step from 1) after each; True ends it.
 
     Returns:
@@ -155,15 +167,15 @@ def recover(
         *(_gradients, weights),
         config=static,
         prompts=recovery.prompts,
-        straight=recovery.router_learning_rate > 0,
+        routers=recovery.routers,
         remat=recovery.remat,
     )
 
     # Two programs: settings of the optimiser do not compile the model again.
     def step(state: State, tokens: jax.Array, number: int):
         key = jax.random.fold_in(jax.random.key(recovery.seed), number)
-        kl, grads = gradients(state[0], tokens, key)
-        return _update(state, grads, recovery=recovery), {"kl": kl}
+        metrics, grads = gradients(state[0], tokens, key)
+        return _update(state, grads, recovery=recovery), metrics
 
     def model(trained: Tree) -> Params:
         trained = trained if mesh is None else first_copy(trained)
@@ -219,10 +231,10 @@ def _divergence(
     weights: Tree, routers: Tree, tokens: jax.Array, *, config: ModelConfig
 ) -> jax.Array:
     starts = jnp.zeros(len(tokens), jnp.int32)
-    return distance(Params(weights, routers, config), tokens, starts)
+    return distance(Params(weights, routers, config), tokens, starts)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "prompts", "straight", "remat"))
+@functools.partial(jax.jit, static_argnames=("config", "prompts", "routers", "remat"))
 def _gradients(
     weights: Tree,
     trained: Tree,
@@ -231,22 +243,27 @@ def _gradients(
     *,
     config: ModelConfig,
     prompts: float,
-    straight: bool,
+    routers: Routers,
     remat: bool,
-) -> tuple[jax.Array, Tree]:
+) -> tuple[dict[str, jax.Array], Tree]:
     b, t = tokens.shape
     chosen, place = jax.random.split(key)
     prompted = jax.random.uniform(chosen, (b,)) < prompts
     # A sequence of prompt alone would teach nothing.
     starts = jax.random.randint(place, (b,), 1, max(2, t - t // 8))
     starts = jnp.where(prompted, starts, 0)
-    gates = straight_through(config.budgets) if straight else None
 
-    def loss(trained: Tree) -> jax.Array:
+    def loss(trained: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        gates = straight_through(trained, config) if routers == "slopes" else None
+        observe = label_losses(trained, config) if routers == "labels" else None
         params = Params(weights, trained, config)
-        return distance(params, tokens, starts, gates, remat)
+        kl, losses = distance(params, tokens, starts, gates, observe, remat)
+        # Routers alone feel the labels, and nothing but them: no weight is needed.
+        total = sum(losses, start=jnp.zeros(()))
+        return kl + total, {"kl": kl, "loss": total / config.layers}
 
-    return jax.value_and_grad(loss)(trained)
+    grads, metrics = jax.grad(loss, has_aux=True)(trained)
+    return metrics, grads
 
 
 @functools.partial(jax.jit, static_argnames=("recovery",), donate_argnames=("state",))
@@ -261,8 +278,9 @@ def distance(
     tokens: jax.Array,
     starts: jax.Array,
     gates: Gates | None = None,
+    observe: Observe | None = None,
     remat: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, list[Any]]:
     """Mean KL divergence of the sparse model from the dense one, float32[], nats.
 
     Args:
@@ -271,7 +289,11 @@ def distance(
       starts: int32[b], tokens that the dense model reads as a prompt; what it leaves
         in the KV cache is what the sparse one sees. They are not counted.
       gates: see `Decoder.masked`.
+      observe: likewise, of the sparse model.
       remat: likewise.
+
+    Returns:
+      The divergence, and what `observe` returned, by layer.
     """
     config, dtype, (b, t) = params.config, params.dtype, tokens.shape
     dense = Decoder(config.architecture, dtype)
@@ -280,8 +302,8 @@ def distance(
     )
     bound, policy = Polar().bind(params, b)
     sparse = Decoder(config.architecture, dtype, policy.score_rows)
-    args = tokens, jnp.full(b, t), policy, Prefix(starts, keys, values), gates, remat
-    student, _ = run(sparse, bound, "masked", *args)
+    args = tokens, jnp.full(b, t), policy, Prefix(starts, keys, values)
+    student, _, seen = run(sparse, bound, "masked", *args, gates, observe, remat)
     size = max(1, min(t, _POSITIONS // b))
     while t % size:
         size -= 1
@@ -301,29 +323,56 @@ def distance(
 
     counted = (jnp.arange(t) >= starts[:, None]).astype(jnp.float32)
     total = jax.lax.map(part, tuple(map(chunks, (teacher, student, counted)))).sum()
-    return total / counted.sum()
+    return total / counted.sum(), seen
 
 
-def straight_through(budgets: tuple[int, ...]) -> Gates:
+def label_losses(trained: Tree, config: ModelConfig) -> Observe:
+    """The loss of the routers' own training, on the states that the sparse model has.
+
+    Args:
+      trained: `Params.routers`, which feel it; the model does not.
+      config: of the model, with budgets.
+    """
+
+    def observe(layer: int, u: jax.Array, o: jax.Array, _: jax.Array) -> jax.Array:
+        k, n = config.kv_heads, config.budgets[layer]
+        if n == k:
+            return jnp.zeros(())
+        u, norms = jax.lax.stop_gradient((u, head_norms(o, k)))
+        scores = router_scores(
+            trained[f"layers_{layer}"]["heads"],
+            u.astype(jnp.float32).reshape(-1, config.dim),
+        )
+        return weighted_bce(scores, top_labels(norms.reshape(-1, k), n))
+
+    return observe
+
+
+def straight_through(trained: Tree, config: ModelConfig) -> Gates:
     """Gates of 1 and 0, as chosen, with the slope of a sigmoid (Bengio et al. 2013).
 
     The sigmoid is that of a score's distance from the middle between the last group
     chosen and the first that is not: what the loss says of a group's output, be it
-    read or not, moves its score.
+    read or not, moves its router. It does not move the router's input: a model that
+    bends its states to a choice it cannot feel falls apart.
 
     Args:
-      budgets: KV groups read, by layer.
+      trained: `Params.routers`, which feel it.
+      config: of the model, with budgets.
     """
 
-    def gates(layer: int, scores: jax.Array | None, read: jax.Array) -> jax.Array:
-        hard, k, n = read.astype(jnp.float32), read.shape[-1], budgets[layer]
-        if scores is None or n == k:
+    def gates(layer: int, u: jax.Array, read: jax.Array) -> jax.Array:
+        hard, k, n = read.astype(jnp.float32), read.shape[-1], config.budgets[layer]
+        if n == k:
             return hard
-        heads = scores[..., :k]
-        order = jax.lax.stop_gradient(jnp.sort(heads, axis=-1))
+        inputs = jax.lax.stop_gradient(u).astype(jnp.float32)
+        router = trained[f"layers_{layer}"]["heads"]
+        scores = router_scores(router, inputs.reshape(-1, config.dim))
+        scores = scores.reshape(*read.shape)
+        order = jax.lax.stop_gradient(jnp.sort(scores, axis=-1))
         middle = (order[..., k - n] + order[..., k - n - 1]) / 2
-        soft = jax.nn.sigmoid(heads - middle[..., None])
-        return hard + (soft - jax.lax.stop_gradient(soft))  # exactly 1 or 0
+        soft = jax.nn.sigmoid(scores - middle[..., None])
+        return hard + soft - jax.lax.stop_gradient(soft)
 
     return gates
 

@@ -74,8 +74,8 @@ def decoded(params, tokens, policy):
 def test_collected_norms_are_what_decoding_has(config, sparse):
     """Labels from whole sequences equal norms of the decode step at each position."""
     n = 2 if sparse else config.kv_heads
-    budgets = (config.kv_heads, *(n,) * (config.layers - 1))
-    config = dataclasses.replace(config, budgets=budgets)
+    budgets = (config.kv_heads, n, n)
+    config = dataclasses.replace(config, layers=3, budgets=budgets)
     params = random_params(config, routers=True)
     tokens = jnp.asarray(text(config, 2, 4, words=None))
     policy = polarjax.Polar()
@@ -141,6 +141,17 @@ def test_the_seed_decides():
         assert not np.allclose(changed, again["layers_2"]["heads"]["weight"])
     # A share so small that none is read sparsely.
     assert_close(trained_small(sparse=1e-9), trained_small(sparse=0.0))
+
+
+def test_each_step_reads_from_other_positions():
+    kept = {}
+    for sparse in (0.0, 1.0):
+        still = dataclasses.replace(TRAINING, sparse=sparse, learning_rate=0.0)
+        told = []
+        blocks = np.repeat(text(SMALL, 1, 8), 4, axis=0)
+        train_routers(random_params(SMALL), blocks, still, progress=told.append)
+        kept[sparse] = {round(now.metrics["kept"], 6) for now in told}
+    assert len(kept[0.0]) == 1 and len(kept[1.0]) > 3
 
 
 @pytest.mark.parametrize("at", [1, 3, 5])

@@ -1,0 +1,211 @@
+"""`polarjax calibrate` and `recover`, on a random model whose tokens are bytes."""
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import pytest
+
+import polarjax
+from polarjax import calibration, cli
+from tests.models import LLAMA, random_params, write_checkpoint
+
+TEXT = "\n\n".join(f"{i} green bottles, standing on the wall." for i in range(60))
+CALIBRATE = "--tokens 1024 --context 32 --batch 2 --held-out 128 --density 1/2"
+RECOVER = "--tokens 256 --context 32 --batch 4 --held-out 128 --rank 2 --patience 9"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    config = dataclasses.replace(LLAMA, vocab_size=257, context=512, model_hash="abc")
+    write_checkpoint(folder, random_params(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def shown_by(*command):
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert cli.main([str(part) for part in command]) == 0
+    return " ".join(shown.getvalue().split())
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint, text, tmp_path_factory):
+    """An adapter's folder, and what making it printed."""
+    out = tmp_path_factory.mktemp("adapter") / "mine"
+    other = out.with_name("other.jsonl")
+    rows = [{"text": f"Row {i} of {i * i % 97}."} for i in range(99)]
+    other.write_text("\n".join(map(json.dumps, rows)))
+    texts = text, f"{other}=0.5", "self=0.5"
+    command = ["calibrate", checkpoint, "--text", *texts, "--out", out]
+    return out, shown_by(*command, *CALIBRATE.split())
+
+
+@pytest.fixture(scope="module")
+def adapter(calibrated):
+    return calibrated[0]
+
+
+def card_of(folder):
+    return json.loads((folder / "card.json").read_text())
+
+
+def test_calibrate_prints_recall_and_perplexities_and_writes_a_card(
+    checkpoint, text, calibrated, capsys
+):
+    adapter, shown = calibrated
+    card = card_of(adapter)
+    assert card["model_hash"] == "abc"
+    assert card["budgets"] == [4, 2, 2, 2]
+    names = ["text", "other", "self"]
+    assert [(t["name"], t["weight"]) for t in card["texts"]] == list(
+        zip(names, [1, 0.5, 0.5], strict=True)
+    )
+    assert card["tokens"] == 1024 and card["context"] == 32
+    assert card["held_out_tokens"] == dict.fromkeys(names, 128)
+    assert card["training"]["steps"] == 16 and card["training"]["sparse"] == 0.5
+    assert card["made"]["command"].startswith("polarjax")
+    assert list(card["recall"]) == list(card["quality"]) == names
+    assert "contract" not in card
+    for name in names:
+        assert len(card["recall"][name]["by_layer"]) == 3
+        assert card["recall"][name]["mean"]["chance"] == pytest.approx(0.5, abs=0.1)
+        quality = card["quality"][name]
+        assert list(quality) == ["Dense", "Oracle", "Polar", "Random"]
+        assert quality["Polar"]["density"] == (1 + 3 * 0.5) / 4
+        assert f"{card['recall'][name]['mean']['routers']:.3f}" in shown
+    for word in ("recall", "chance", "Dense", "Oracle", "Polar", "Random", "95 %"):
+        assert word in shown
+    # Before the work, not after it.
+    again = ["calibrate", str(checkpoint), "--text", str(text), "--out", str(adapter)]
+    assert cli.main(again) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_command_that_was_stopped_goes_on(
+    checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    command = ["calibrate", checkpoint, "--text", text, *CALIBRATE.split()]
+    work = ["--work", tmp_path / "work"]
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "measure_recall", interrupt)
+        stopped = [*command, *work, "--out", tmp_path / "a"]
+        assert cli.main([str(part) for part in stopped]) == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["work"]
+    other = [*command, *work, "--seed", 1, "--out", tmp_path / "a"]
+    assert cli.main([str(part) for part in other]) == 1
+    assert "a training of other settings or texts" in capsys.readouterr().err
+    shown_by(*command, *work, "--out", tmp_path / "a")
+    shown_by(*command, "--out", tmp_path / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    one, other = (
+        (tmp_path / name / "routers.safetensors").read_bytes() for name in "ab"
+    )
+    assert one == other
+
+
+def test_a_promise_that_cannot_be_kept_leaves_the_model_dense(checkpoint, tmp_path):
+    """Routers that learned nothing, on text that the dense model knows best."""
+    out = tmp_path / "refused"
+    options = "--tokens 64 --context 64 --held-out 1536 --density 1/2 --mode mask"
+    command = ["calibrate", checkpoint, "--text", "self", *options.split()]
+    shown = shown_by(
+        *command, "--learning-rate", 0, "--max-drop", "0.01%", "--out", out
+    )
+    assert "only dense passes a drop of 0.01% at 95% confidence on self" in shown
+    card = card_of(out)
+    assert card["budgets"] == [4, 4, 4, 4] and card["contract"]["kept"] is False
+    assert card["quality"]["self"]["Polar"]["ratio_to_dense"][0] == 1
+    params = polarjax.load(checkpoint, adapter=out)
+    sparse, dense = (
+        polarjax.generate(params, ["one"], max_new_tokens=5, policy=policy)
+        for policy in (None, polarjax.Dense())
+    )
+    assert sparse.tokens == dense.tokens and set(sparse.stats.density) == {1.0}
+
+
+def test_recover(checkpoint, text, adapter, tmp_path):
+    out = tmp_path / "recovered"
+    command = ["recover", checkpoint, "--adapter", adapter, "--text", text, "self"]
+    shown = shown_by(*command, *RECOVER.split(), "--out", out)
+    card = card_of(out)
+    assert card["budgets"] == [4, 2, 2, 2] and card["recovery"]["rank"] == 2
+    assert set(card["divergence"]) == {"text", "self"}
+    for before, after in card["divergence"].values():
+        assert 0 < after and f"{before:.4f}" in shown and f"{after:.4f}" in shown
+    assert f"{card['parameters']:,} new parameters" in shown
+    params = polarjax.load(checkpoint, adapter=out)
+    assert "updates" in params.routers["layers_0"]
+    options = {"max_new_tokens": 5, "policy": polarjax.Dense()}
+    same = polarjax.generate(polarjax.load(checkpoint), ["one"], **options)
+    assert polarjax.generate(params, ["one"], **options).tokens == same.tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("calibrate {checkpoint} --text nowhere", "no text file at"),
+        (
+            "calibrate {checkpoint} --text {text}",
+            "text.txt has 2,048 tok",
+        ),
+        ("calibrate {checkpoint} --text {text}=x", "is no PATH=WEIGHT"),
+        ("calibrate {checkpoint} --text self self", "are named 'self'"),
+        (
+            "calibrate {checkpoint} {short} --tokens 9",
+            "at least one block",
+        ),
+        ("calibrate {checkpoint} {short} --density 1", "keeps all 4 KV"),
+        (
+            "calibrate {checkpoint} {short} --neuron-rank 4",
+            "for ReLU MLPs",
+        ),
+        (
+            "calibrate {checkpoint} {short} --max-drop 0",
+            "max_drop must be",
+        ),
+        (
+            "calibrate {checkpoint} {short} --batch 0",
+            "batch must be at le",
+        ),
+        ("calibrate {checkpoint} {short} --dp 16", "there are 8 devices"),
+        (
+            "recover {checkpoint} {short} --adapter nowhere",
+            "no adapter at",
+        ),
+        (
+            "recover {checkpoint} {short} --adapter smollm2-135m",
+            "was made for another model (hash",
+        ),
+        (
+            "recover {checkpoint} {short} --adapter {adapter} --rank 0",
+            "rank of the updates must be at least 1, got 0",
+        ),
+        (
+            "recover {checkpoint} {short} --adapter {adapter} --work {text}",
+            "text.txt is no training of polarjax",
+        ),
+    ],
+)
+def test_errors_are_one_line(
+    checkpoint, text, adapter, tmp_path, capsys, arguments, message
+):
+    short = f"--text {text} --tokens 128 --context 32 --held-out 128"
+    places = {"checkpoint": checkpoint, "text": text, "adapter": adapter}
+    filled = arguments.format(short=short, **places)
+    assert cli.main([*filled.split(), "--out", str(tmp_path / "a")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

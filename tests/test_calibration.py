@@ -1,0 +1,113 @@
+"""`calibrate` as a whole: what it promises depends on what its routers learned."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polarjax import calibration
+from polarjax.calibration import Terms, Texts, calibrate
+from polarjax.training import RouterTraining, Source
+from tests.evaluation.planted import IDLE, planted
+from tests.models import OPT, random_params, write_checkpoint
+
+TEXTS = Texts([Source.parse("self")], tokens=64 * 24, context=24, held_out=48 * 24)
+TRAINING = RouterTraining(density=0.75, steps=200, batch=8)
+TERMS = Terms(0.02, mode="mask", batch=16, context=64)
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory):
+    """A model of which two groups do nothing, with no routers yet."""
+    model = dataclasses.replace(planted(), routers={})
+    return write_checkpoint(tmp_path_factory.mktemp("planted") / "model", model)
+
+
+def test_a_promise_is_kept_by_routers_that_learned(params):
+    found = calibrate(params, TEXTS, TRAINING, terms=TERMS, mode="mask")
+    contract = found.contract
+    assert contract is not None and contract.kept
+    budgets = found.params.config.budgets
+    assert budgets == contract.budgets and min(budgets) == 3
+    assert all(n == 4 for layer, n in enumerate(budgets) if layer not in IDLE)
+    ratio = found.perplexity["self"]["Polar"].ratio(found.perplexity["self"]["Dense"])
+    assert ratio.value < 1.02
+    for layer, group in IDLE.items():
+        assert found.recall["self"].routers[layer - 1] > 0.98, (layer, group)
+    card = found.card()
+    assert card["contract"]["budgets"] == list(budgets)
+    assert card["training"]["steps"] == 200
+
+
+def test_routers_that_are_mixed_up_promise_nothing(params, monkeypatch):
+    """What was learned of one group is said of another."""
+    train = calibration.train_routers
+
+    def sabotaged(*args, **options):
+        trained = train(*args, **options)
+        routers = {
+            name: {"heads": {k: jnp.roll(x, 1, 0) for k, x in parts["heads"].items()}}
+            for name, parts in trained.routers.items()
+        }
+        return dataclasses.replace(trained, routers=routers)
+
+    monkeypatch.setattr(calibration, "train_routers", sabotaged)
+    found = calibrate(params, TEXTS, TRAINING, terms=TERMS, mode="mask")
+    assert found.contract is not None and not found.contract.kept
+    assert found.params.config.budgets == (4, 4, 4, 4)
+    assert "only dense passes" in str(found.contract)
+    assert found.recall["self"].routers[0] < 0.9
+
+
+def test_it_stops_where_recall_is_enough(params):
+    told = []
+    found = calibrate(
+        *(params, TEXTS, dataclasses.replace(TRAINING, steps=40, batch=4)),
+        target_recall=0.8,
+        mode="mask",
+        progress=lambda *now: told.append(now),
+    )
+    steps = [done for what, done, _ in told if what.startswith("training")]
+    assert steps[-1] % 2 == 0 and steps[-1] < 40
+    assert found.contract is None and "contract" not in found.card()
+    assert found.params.config.budgets == (4, 3, 3, 3)
+
+
+def test_neuron_budgets_come_along(tmp_path):
+    config = dataclasses.replace(OPT, layers=2, vocab_size=257)
+    params = write_checkpoint(tmp_path / "model", random_params(config))
+    training = dataclasses.replace(TRAINING, neuron_rank=8)
+    found = calibrate(params, TEXTS, training, mode="mask")
+    budgets = found.params.config.neuron_budgets
+    assert [batch for batch, _ in budgets] == [1, 8]
+    assert set(found.card()["neurons"]) == {"1", "8"}
+    few = dataclasses.replace(TEXTS, tokens=24)
+    with pytest.raises(ValueError, match="neuron routers need two blocks at the least"):
+        calibrate(params, few, training, mode="mask")
+
+
+def test_errors(params):
+    for wrong, match in (
+        ({"tokens": 23}, "at least one block"),
+        ({"context": 1}, "at least one block"),
+        ({"held_out": 47}, "two to measure on"),
+        ({"sources": []}, "no text to read"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            calibrate(params, dataclasses.replace(TEXTS, **wrong), TRAINING)
+    bare = dataclasses.replace(params.config, folder="")
+    with pytest.raises(ValueError, match="calibration needs a tokenizer"):
+        calibrate(dataclasses.replace(params, config=bare), TEXTS, TRAINING)
+    # Before the training, not after it.
+    for terms, match in (
+        ({"max_drop": 0.0}, "max_drop must be positive, got 0"),
+        ({"max_drop": np.nan}, "max_drop must be positive, got nan"),
+        ({"max_drop": 0.01, "confidence": 1.0}, "between 0 and 1, got 1"),
+        ({"max_drop": 0.01, "batch": 0}, "batch and context must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Terms(**terms)
+    few = dataclasses.replace(TEXTS, held_out=48)
+    with pytest.raises(ValueError, match="needs three blocks of each text"):
+        calibrate(params, few, TRAINING, terms=TERMS)

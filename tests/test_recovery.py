@@ -1,0 +1,114 @@
+"""`recover_on_text` as a whole: the best is kept, whatever comes between."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from polarjax import recovery
+from polarjax.calibration import Texts
+from polarjax.recovery import recover_on_text
+from polarjax.training import Recovery, Resume, Source, divergence
+from tests.models import LLAMA, random_params, write_checkpoint
+
+CONFIG = dataclasses.replace(LLAMA, layers=2, vocab_size=257)
+TEXTS = Texts([Source.parse("self")], tokens=64 * 16, context=16, held_out=8 * 16)
+# With these it gets worse again before its end.
+SETTINGS = Recovery(steps=24, batch=8, rank=2, learning_rate=1e-3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory):
+    config = dataclasses.replace(CONFIG, budgets=(4, 2))
+    model = random_params(config, routers=True)
+    return write_checkpoint(tmp_path_factory.mktemp("recovery") / "model", model)
+
+
+def mend(params, settings=SETTINGS, **options):
+    return recover_on_text(params, TEXTS, settings, mode="mask", **options)
+
+
+@pytest.fixture(scope="module")
+def looks(params):
+    """The divergence at each look of a recovery, and what it ended as."""
+    found = []
+
+    def watch(model, blocks, batch=4):
+        found.append(divergence(model, blocks, batch))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "divergence", watch)
+        ended = mend(params, patience=99)
+    return found, ended
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_what_was_best_is_kept(looks):
+    found, ended = looks
+    *watched, before, after = found
+    assert len(watched) == 1 + 24 and before == ended.before["self"]
+    assert after == ended.after["self"] == min(watched) < before
+    assert 0 < watched.index(after) < 24  # else this shows nothing
+    card = ended.card()
+    assert card["divergence"]["self"] == [round(before, 5), round(after, 5)]
+    assert card["parameters"] > 0 and "routers_sha256" not in card
+
+
+@pytest.mark.parametrize("rate", [0.0, 3.0])
+def test_a_recovery_that_does_not_help_ends_early_and_changes_nothing(params, rate):
+    told = []
+    settings = dataclasses.replace(
+        SETTINGS, learning_rate=rate, router_learning_rate=rate
+    )
+    found = mend(params, settings, patience=3, progress=lambda *x: told.append(x))
+    steps = [done for what, done, _ in told if what.startswith("recovering")]
+    assert steps == [1, 2, 3]
+    assert_same(found.params.routers, params.routers)
+    assert found.after == found.before
+
+
+@pytest.mark.parametrize("at", [3, 10, 21, None])
+def test_an_interrupted_recovery_keeps_the_same(
+    params, looks, tmp_path, monkeypatch, at
+):
+    """Before, behind and far behind the best; None: once the training is done."""
+    monkeypatch.setattr(recovery, "Resume", functools.partial(Resume, every=4))
+    work, told = tmp_path / "work", []
+
+    def progress(what, done, total):
+        if what.startswith("recovering"):
+            told.append(done)
+        if done == at and told and told[-1] == at and len(told) == at:
+            raise KeyboardInterrupt
+        if at is None and what.startswith("divergence"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mend(params, patience=99, work=work, progress=progress)
+    before = len(told)
+    found = mend(params, patience=99, work=work, progress=lambda *x: told.append(x[1]))
+    assert_same(found.params.routers, looks[1].params.routers)
+    assert before == (at or 24) and not work.exists()
+
+
+def test_another_models_training_is_refused(params, tmp_path):
+    work = tmp_path / "work"
+
+    def progress(what, done, total):
+        if what.startswith("recovering"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mend(params, work=work, progress=progress)
+    config = dataclasses.replace(params.config, model_hash="another")
+    turned = jax.tree.map(lambda x: -x, params.routers)
+    for other in ({"config": config}, {"routers": turned}):
+        with pytest.raises(ValueError, match="a training of other settings or texts"):
+            mend(dataclasses.replace(params, **other), work=work)
