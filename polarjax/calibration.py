@@ -35,6 +35,10 @@ from polarjax.training import (
 )
 from polarjax.training.loop import digest, with_steps
 from polarjax.training.neuron_budgets import neuron_budgets
+from polarjax.training.thresholds import score_thresholds
+
+# Of the text learned from, blocks on which thresholds are found.
+_THRESHOLD_BLOCKS = 128
 
 Progress = Callable[[str, int, int], None]
 """progress(what is done now, units done, units in all)."""
@@ -250,6 +254,11 @@ def calibrate(
     contract = None
     if terms is not None:
         trained, contract = _with_contract(trained, corpus, terms, say)
+    say("thresholds", 0, 1)
+    thresholds = score_thresholds(trained, corpus.blocks[:_THRESHOLD_BLOCKS])
+    config = dataclasses.replace(trained.config, thresholds=thresholds)
+    trained = dataclasses.replace(trained, config=config)
+    say("thresholds", 1, 1)
     quality = measure_quality(trained, corpus.held_out, mode, say)
     if resume:
         resume.clear()
@@ -278,6 +287,8 @@ def measure_quality(
         "Polar": Polar(),
         "Random": Random(),
     }
+    if params.config.thresholds:
+        policies["Adaptive"] = Polar(adaptive=True)
     return {
         name: perplexity(
             *(params, windows(held), policies),

@@ -73,6 +73,8 @@ class ModelConfig:
       neuron_budgets: MLP neurons that an adapter's policy reads in each layer, by
         batch size: ((batch, (n of layer 0, n of layer 1, ...)), ...), batch sizes
         ascending; empty for all neurons.
+      thresholds: per layer, the router score from which on an adaptive policy reads a
+        KV group; empty without an adapter that brings them.
       model_hash: SHA-256 over the source tensors, hexadecimal.
       folder: the checkpoint's folder; holds the tokenizer.
     """
@@ -100,6 +102,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     budgets: tuple[int, ...] = ()
     neuron_budgets: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    thresholds: tuple[float, ...] = ()
     model_hash: str = ""
     folder: str = ""
 
@@ -145,6 +148,7 @@ class ModelConfig:
             eos_ids=(),
             budgets=(),
             neuron_budgets=(),
+            thresholds=(),
             model_hash="",
             folder="",
         )
@@ -183,6 +187,7 @@ class ModelConfig:
             for name in ("bos_ids", "eos_ids", "budgets"):
                 fields[name] = tuple(fields[name])
             # Older checkpoints have none.
+            fields["thresholds"] = tuple(map(float, fields.get("thresholds", ())))
             found = fields.get("neuron_budgets", ())
             fields["neuron_budgets"] = tuple_neuron_budgets(found)
             return cls(**fields, folder=folder)

@@ -19,7 +19,7 @@ from rich.progress import (
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Oracle, Polar, Random
 
-POLICIES = {"polar": Polar, "oracle": Oracle, "random": Random}
+POLICIES = {"polar": Polar, "adaptive": Polar, "oracle": Oracle, "random": Random}
 
 
 def fraction(text: str) -> float:
@@ -39,7 +39,8 @@ def make_policy(
     Args:
       name: "dense" or one of `POLICIES`.
       density: of heads; None for the adapter's budgets.
-      neuron_density: of MLP neurons, for "polar"; None for all.
+      neuron_density: of MLP neurons, for "polar" and "adaptive"; None for the
+        adapter's own budgets, or all where it has none.
 
     Raises:
       ValueError: if there is none of that name.
@@ -50,8 +51,8 @@ def make_policy(
         raise ValueError(
             f"no policy {name!r}: there are dense, {', '.join(sorted(POLICIES))}"
         )
-    if name == "polar":
-        return Polar(density, neuron_density)
+    if name in ("polar", "adaptive"):
+        return Polar(density, neuron_density, adaptive=name == "adaptive")
     return POLICIES[name](density)
 
 
@@ -63,7 +64,7 @@ def make_policies(
     Args:
       names: such as "dense,polar".
       densities: such as "1/2,2/3"; may be empty.
-      neuron_density: of polar's MLP neurons; None for all.
+      neuron_density: see `make_policy`.
 
     Raises:
       ValueError: if a name or a density is none, or stands there twice.
@@ -74,7 +75,7 @@ def make_policies(
         raise ValueError(f"--densities: {error}") from None
     policies: dict[str, SelectionPolicy] = {}
     for name in map(str.strip, names.split(",")):
-        for density in [None] if name == "dense" else wanted:
+        for density in [None] if name in ("dense", "adaptive") else wanted:
             label = name.capitalize() + (f" {density:.3f}" if density else "")
             if label in policies:
                 raise ValueError(f"--policies, --densities: {label} is there twice")

@@ -114,14 +114,14 @@ def _add_policies(add: Callable[..., Any]) -> None:
     add(
         "--policies",
         default="dense,polar",
-        help="of dense, polar, oracle, random; dense is always there",
+        help="of dense, polar, adaptive, oracle, random; dense is always there",
     )
     add("--densities", default="", help="such as 1/3,2/3; empty: the adapter's budgets")
     add(
         "--neuron-density",
         type=fraction,
         help="fraction of the MLP neurons that polar reads, for ReLU models whose "
-        "adapter has neuron routers; default all",
+        "adapter has neuron routers; default its own budgets, or all",
     )
 
 

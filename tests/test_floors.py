@@ -103,6 +103,7 @@ FLOORS = {
         polarjax.training.neurons
         polarjax.training.unions
         polarjax.training.neuron_budgets
+        polarjax.training.thresholds
         polarjax.training.train
         polarjax.training.recover
         polarjax.training

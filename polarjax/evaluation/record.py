@@ -53,6 +53,8 @@ def model(params: Params, adapter: str | Path | None) -> dict[str, Any]:
             "name": None if adapter is None else Path(adapter).name,
             "sha256": digest.hexdigest(),
             "budgets": list(params.config.budgets),
+            "neuron_budgets": [[b, list(n)] for b, n in params.config.neuron_budgets],
+            "thresholds": list(params.config.thresholds),
         }
     return {
         "checkpoint": Path(params.config.folder).name,

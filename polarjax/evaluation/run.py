@@ -349,6 +349,6 @@ class _Work:
 
 
 def _describe(policy: SelectionPolicy) -> dict[str, Any]:
-    names = ("density", "neuron_density", "seed")
+    names = ("density", "neuron_density", "adaptive", "seed")
     facts = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
     return {"policy": type(policy).__name__.lower(), "density": None, **facts}

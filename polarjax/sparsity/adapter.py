@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def save_adapter(
         "model_hash": params.config.model_hash,
         "budgets": list(params.config.budgets),
         "neuron_budgets": params.config.neuron_budgets,
+        "thresholds": list(params.config.thresholds),
         "kv_heads": params.config.kv_heads,
     }
     with new_folder(path, overwrite) as partial:
@@ -93,6 +95,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
         version, _ = card["format_version"], card["model_hash"]
         card["budgets"] = list(card["budgets"])
         # Cards of older adapters have none.
+        card["thresholds"] = tuple(map(float, card.get("thresholds", ())))
         found = card.get("neuron_budgets", ())
         card["neuron_budgets"] = tuple_neuron_budgets(found)
     except (ValueError, KeyError, TypeError) as error:
@@ -141,6 +144,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         params.config,
         budgets=tuple(card["budgets"]),
         neuron_budgets=card["neuron_budgets"],
+        thresholds=card["thresholds"],
     )
     _check(tree, config)
     routers: Tree = jax.tree.map(jnp.asarray, tree)
@@ -158,6 +162,13 @@ def _check(routers: Tree, config: ModelConfig) -> None:
         raise ValueError(
             f"the adapter has budgets {budgets}: they must be {config.layers} numbers "
             f"from 1 to {k}, the first of them {k}, as layer 0 is dense"
+        )
+    thresholds = config.thresholds
+    finite = len(thresholds) == config.layers and all(map(math.isfinite, thresholds))
+    if thresholds and not finite:
+        raise ValueError(
+            f"the adapter has thresholds {thresholds}: they must be {config.layers} "
+            "finite numbers"
         )
     check_neuron_budgets(config)
     for layer in range(1, config.layers) if config.neuron_budgets else ():

@@ -16,6 +16,7 @@ from polarjax.sparsity.routers import append_rows
 from polarjax.sparsity.select import (
     Density,
     HeadBudget,
+    adaptive_budget,
     check_density,
     count,
     static_density,
@@ -39,6 +40,8 @@ class Polar:
       neuron_density: fraction of the MLP neurons that the batch reads from layer 1 on
         (ReLU models whose adapter has neuron routers); None for the adapter's own
         budgets at this batch size, or all where it has none; 1 for all.
+      adaptive: let each sequence read, at each step, the groups whose scores pass the
+        adapter's thresholds, instead of a fixed number; without a density.
       budget: set by `bind`.
       neuron_budget: neurons that each layer reads, set by `bind`; 0 for all.
       neuron_routers: the second matrices [f, r] by layer, set by `bind`.
@@ -47,6 +50,7 @@ class Polar:
 
     density: Density = dataclasses.field(default=None, metadata=_static)
     neuron_density: float | None = dataclasses.field(default=None, metadata=_static)
+    adaptive: bool = dataclasses.field(default=False, metadata=_static)
     budget: HeadBudget | None = None
     neuron_budget: tuple[int, ...] = dataclasses.field(default=(), metadata=_static)
     neuron_routers: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
@@ -60,7 +64,12 @@ class Polar:
     def bind(self, params: Params, batch: int) -> tuple[Tree, Polar]:
         """Append the router rows; see `SelectionPolicy.bind`."""
         config = params.config
-        budget = make_budget(config, self.density, batch)
+        if not self.adaptive:
+            budget = make_budget(config, self.density, batch)
+        elif self.density is None:
+            budget = adaptive_budget(config, batch)
+        else:
+            raise ValueError("pass either a density or adaptive=True, not both")
         # A request at density 1 is promised its exact MLP, so the batch's is dense. An
         # adapter may leave all heads to all requests: none has asked for that promise.
         wants_dense = False

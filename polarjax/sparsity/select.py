@@ -27,10 +27,13 @@ class HeadBudget:
       counts: int32[layers, b].
       limits: per layer, the largest count of the batch, which is compiled into the
         step; None where every request reads every group.
+      thresholds: float32[layers]; a sequence then reads the groups that score at least
+        as much, one at the least, and `counts` are not asked. None for fixed counts.
     """
 
     counts: jax.Array
     limits: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
+    thresholds: jax.Array | None = None
 
     def choose(
         self,
@@ -53,7 +56,10 @@ class HeadBudget:
             return None
         assert ranking is not None
         chosen = top_heads(ranking, limit, implementation=implementation)
-        return chosen, self.counts[layer]
+        if self.thresholds is None:
+            return chosen, self.counts[layer]
+        above = (ranking >= self.thresholds[layer]).sum(axis=1, dtype=jnp.int32)
+        return chosen, jnp.clip(above, 1, limit)
 
 
 def static_density(density: Any) -> Any:
@@ -130,3 +136,27 @@ def with_density(params: Params, density: float) -> Params:
     budgets = (k, *(n,) * (params.config.layers - 1))
     config = dataclasses.replace(params.config, budgets=budgets)
     return dataclasses.replace(params, config=config)
+
+
+def adaptive_budget(config: ModelConfig, batch: int) -> HeadBudget:
+    """As many groups as score above the adapter's thresholds, at each step.
+
+    Args:
+      config: of the model.
+      batch: number of requests, b.
+
+    Raises:
+      ValueError: if the adapter brings no thresholds.
+    """
+    if not config.thresholds:
+        raise ValueError(
+            "an adaptive policy needs the thresholds that `polarjax calibrate` finds: "
+            "load the model with an adapter that has them"
+        )
+    fixed, k = head_budget(config, None, batch), config.kv_heads
+    with jax.ensure_compile_time_eval():
+        return HeadBudget(
+            fixed.counts,
+            tuple(None if limit is None else k for limit in fixed.limits),
+            jnp.asarray(config.thresholds, jnp.float32),
+        )

@@ -372,7 +372,7 @@ def straight_through(trained: Tree, config: ModelConfig) -> Gates:
         order = jax.lax.stop_gradient(jnp.sort(scores, axis=-1))
         middle = (order[..., k - n] + order[..., k - n - 1]) / 2
         soft = jax.nn.sigmoid(scores - middle[..., None])
-        return hard + soft - jax.lax.stop_gradient(soft)
+        return hard + (soft - jax.lax.stop_gradient(soft))  # exactly 1 or 0
 
     return gates
 

@@ -1,6 +1,7 @@
 """Recovery's loss beside numpy and real decoding, and its gradients."""
 
 import dataclasses
+import functools
 import importlib
 
 import jax
@@ -9,17 +10,19 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.model import Decoder, run
-from polarjax.policy import groups_read
+from polarjax.model import Decoder, Prefix, run
 from polarjax.sparsity import Polar
+from polarjax.sparsity.updates import merge_updates
 from polarjax.training import divergence
+from polarjax.training.collect import observe_layers, top_labels
+from polarjax.training.losses import router_scores, weighted_bce
 from polarjax.training.recover import _gradients, straight_through
 from tests.models import random_params
 from tests.training.mended import BIASED, GQA, in_numpy, model, text, with_updates
 
 # Not the function of the same name.
 module = importlib.import_module("polarjax.training.recover")
-distance = jax.jit(module.distance)
+distance = jax.jit(lambda *args: module.distance(*args)[0])
 CONFIGS = pytest.mark.parametrize("config", [GQA, BIASED], ids=["gqa", "opt"])
 
 
@@ -86,7 +89,7 @@ def test_distance_is_the_same_in_parts(monkeypatch):
     whole = distance(params, tokens, starts)
     for positions in (1, 6):  # of which 2 and 4 divide the text
         monkeypatch.setattr(module, "_POSITIONS", positions)
-        found = jax.jit(lambda *args: module.distance(*args))(params, tokens, starts)
+        found = jax.jit(lambda *args: module.distance(*args)[0])(params, tokens, starts)
         np.testing.assert_allclose(found, whole, rtol=1e-5)
 
 
@@ -121,31 +124,38 @@ def test_gradients_are_finite_differences():
 
 
 def test_gates_are_the_choice_with_the_slope_of_a_sigmoid():
-    rng = np.random.default_rng(0)
-    scores = jnp.asarray(3 * rng.normal(size=(2, 50, 7)), jnp.float32)  # 4 of heads
-    counts = jnp.full(2, 2)
-    read = jax.vmap(
-        lambda s: groups_read((jax.lax.top_k(s[:, :4], 2)[1], counts), 2, 4), 1, 1
-    )(scores)
+    params, rng = model(GQA), np.random.default_rng(0)
+    u = jnp.asarray(rng.normal(size=(2, 50, 48)), jnp.float32)
+    router = params.routers["layers_1"]["heads"]
+    scores = np.asarray(u) @ np.asarray(router["weight"]).T + np.asarray(router["bias"])
+    order = np.sort(scores, axis=-1)  # 2 of 4 are read
+    read = jnp.asarray(scores >= order[..., 2:3])
     read = read.at[0, :5].set(True)  # of a prompt
-    weight = jnp.asarray(rng.normal(size=read.shape), jnp.float32)
-    gates = straight_through((4, 2))
-    np.testing.assert_array_equal(gates(1, scores, read), read)
-    slopes = jax.grad(lambda s: (weight * gates(1, s, read)).sum())(scores)
-    order = np.sort(scores[..., :4], axis=-1)
-    distances = scores[..., :4] - (order[..., 1:2] + order[..., 2:3]) / 2
+    weight = rng.normal(size=read.shape)
+
+    def total(routers, u, layer=1):
+        gates = straight_through(routers, GQA)(layer, u, read)
+        return (jnp.asarray(weight, jnp.float32) * gates).sum()
+
+    gates = straight_through(params.routers, GQA)
+    np.testing.assert_array_equal(gates(1, u, read), read)
+    routers, inputs = jax.grad(total, (0, 1))(params.routers, u)
+    distances = scores - (order[..., 1:2] + order[..., 2:3]) / 2
     soft = 1 / (1 + np.exp(-distances))
-    expected = weight * soft * (1 - soft)
-    np.testing.assert_allclose(slopes[..., :4], expected, atol=1e-5)
-    assert not slopes[..., 4:].any()
-    # All groups, or no router: nothing to learn.
-    slopes = jax.grad(lambda s: (weight * gates(0, s, read)).sum())(scores)
-    assert not slopes.any()
-    np.testing.assert_array_equal(gates(1, None, read), read)
+    slopes = weight * soft * (1 - soft)
+    ours = routers["layers_1"]["heads"]
+    np.testing.assert_allclose(ours["bias"], slopes.sum((0, 1)), atol=1e-3)
+    expected = np.einsum("btk,btm->km", slopes, u)
+    np.testing.assert_allclose(ours["weight"], expected, atol=1e-3)
+    # The model does not feel it; nor is there anything to feel at layer 0.
+    assert not inputs.any()
+    np.testing.assert_array_equal(gates(0, u, read), read)
+    dense = jax.grad(functools.partial(total, layer=0))(params.routers, u)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(dense))
 
 
 def gradients(params, **changes):
-    options = {"prompts": 0.5, "straight": True, "remat": False, **changes}
+    options = {"prompts": 0.5, "routers": "slopes", "remat": False, **changes}
     return _gradients(
         *(params.weights, params.routers, jnp.asarray(text(4)), jax.random.key(0)),
         config=params.config,
@@ -153,33 +163,59 @@ def gradients(params, **changes):
     )
 
 
+def assert_close(one, other):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), one, other)
+
+
+def updates_of(grads):
+    return {name: parts["updates"] for name, parts in grads.items()}
+
+
 def test_routers_learn_where_they_choose():
     params = model(dataclasses.replace(GQA, budgets=(4, 2, 4)))
-    loss, grads = gradients(params)
-    for leaf in jax.tree.leaves(grads["layers_1"]["heads"]):
-        assert jnp.abs(leaf).max() > 1e-6
-    assert not any(x.any() for x in jax.tree.leaves(grads["layers_2"]["heads"]))
-    same, kept = gradients(params, straight=False)
-    np.testing.assert_allclose(loss, same, rtol=1e-6)
-    assert not any(x.any() for x in jax.tree.leaves(kept["layers_1"]["heads"]))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
-        *(kept["layers_2"]["updates"], grads["layers_2"]["updates"]),
-    )
-    again, remade = gradients(params, remat=True)
-    np.testing.assert_allclose(loss, again, rtol=1e-6)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), grads, remade
-    )
+    plain, kept = gradients(params, routers="nothing")
+    for layer in ("layers_1", "layers_2"):
+        assert not any(x.any() for x in jax.tree.leaves(kept[layer]["heads"]))
+    for learn in ("slopes", "labels"):
+        found, grads = gradients(params, routers=learn)
+        for leaf in jax.tree.leaves(grads["layers_1"]["heads"]):
+            assert jnp.abs(leaf).max() > 1e-6
+        assert not any(x.any() for x in jax.tree.leaves(grads["layers_2"]["heads"]))
+        # What they learn is nothing to the model.
+        np.testing.assert_allclose(found["kl"], plain["kl"], rtol=1e-6)
+        assert_close(updates_of(grads), updates_of(kept))
+    # Layers may be computed again.
+    assert_close(gradients(params, routers="labels", remat=True), (found, grads))
+
+
+def test_labels_are_those_of_the_routers_own_training():
+    params = model(GQA)
+    found, grads = gradients(params, routers="labels", prompts=0.0)
+    merged = merge_updates(params)
+    n = dict(enumerate(GQA.budgets))
+
+    def learn(layer, inputs, norms, _):
+        def loss(router):
+            labels = top_labels(norms, n[layer])
+            return weighted_bce(router_scores(router, inputs), labels)
+
+        return jax.value_and_grad(loss)(merged.routers[f"layers_{layer}"]["heads"])
+
+    start = Prefix(jnp.zeros(4, jnp.int32))
+    expected = observe_layers(merged, jnp.asarray(text(4)), learn, Polar(), start)
+    total = sum(loss for loss, _ in expected)
+    np.testing.assert_allclose(found["loss"], total / 3, rtol=1e-5)
+    for layer, (_, grad) in enumerate(expected, 1):
+        assert_close(grads[f"layers_{layer}"]["heads"], grad)
 
 
 def test_a_share_of_the_sequences_has_a_prompt(monkeypatch):
     seen = []
     monkeypatch.setattr(
         *(module, "distance"),
-        lambda params, tokens, starts, *_: seen.append(starts) or jnp.zeros(()),
+        lambda params, tokens, starts, *_: (seen.append(starts) or jnp.zeros(()), []),
     )
-    options = {"config": GQA, "straight": False, "remat": False}
+    options = {"config": GQA, "routers": "nothing", "remat": False}
     for prompts in (0.0, 0.5, 1.0):
         tokens, key = jnp.zeros((400, 16)), jax.random.key(0)
         with jax.disable_jit():

@@ -59,8 +59,12 @@ def test_the_seed_decides_and_the_caller_keeps_the_model():
     for change in ({"seed": 1}, {"prompts": 0.0}):
         out = recovered(**change).routers["layers_1"]["updates"]["attention"]["out"]
         assert not np.allclose(out["b"], _update_of(one))
-    kept = recovered(router_learning_rate=0.0).routers
-    assert_equal(kept["layers_1"]["heads"], params.routers["layers_1"]["heads"])
+    for change in ({"router_learning_rate": 0.0}, {"routers": "nothing"}):
+        kept = recovered(**change).routers
+        assert_equal(kept["layers_1"]["heads"], params.routers["layers_1"]["heads"])
+    sloped = recovered(routers="slopes").routers["layers_1"]["heads"]["weight"]
+    for other in (one, params):
+        assert not np.allclose(sloped, other.routers["layers_1"]["heads"]["weight"])
 
 
 def _update_of(params):
@@ -136,6 +140,7 @@ def test_errors():
     refused("recovery needs routers", dataclasses.replace(params, config=no_budgets))
     refused("rank of the updates must be at least 1, got 0", rank=0)
     refused("prompts must be from 0 to 1, got 1.5", prompts=1.5)
+    refused("routers cannot learn 'all': it is labels, slopes, nothing", routers="all")
     refused("steps and batch must be at least 1, got 0, 16", steps=0)
     refused("there is no text to train on", blocks=BLOCKS[:0])
     refused("the model's token ids go from 0 to 60", blocks=BLOCKS + 60)
