@@ -24,6 +24,7 @@ from polarjax.generation import Tokenizer, start_token
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Oracle, Polar, Random
+from polarjax.sparsity.cost import step_cost
 from polarjax.training import (
     Corpus,
     Resume,
@@ -164,6 +165,7 @@ class Calibration:
         """What an adapter's card says of it, as JSON values."""
         card = {
             **self.facts,
+            "cost": cost_card(self.params),
             "recall": {name: found.card() for name, found in self.recall.items()},
             "quality": quality_card(self.perplexity),
         }
@@ -310,6 +312,26 @@ def windows(blocks: np.ndarray) -> list[Continuation]:
         Continuation(tuple(map(int, block)), scored, f"window {i}")
         for i, block in enumerate(blocks)
     ]
+
+
+def cost_card(params: Params, batch: int = 16, context: int = 2048) -> dict[str, Any]:
+    """What a decode step of the budgets reads beside dense, as JSON values.
+
+    The speed-up is that of memory's floor: no step is faster, and few as fast.
+    """
+    config = params.config
+    cost = step_cost(params, batch=batch, context=context)
+    dense = cost.bytes_read((config.kv_heads,) * config.layers)
+    sparse = cost.bytes_read(config.budgets)
+    return {
+        "batch": batch,
+        "context": context,
+        "density": round(sum(config.budgets) / config.kv_heads / config.layers, 5),
+        "step_bytes": sparse,
+        "step_bytes_dense": dense,
+        "bytes_saved": dense - sparse,
+        "expected_speedup": round(dense / sparse, 4),
+    }
 
 
 def quality_card(quality: Mapping[str, Mapping[str, Perplexity]]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.model import weight_shapes
-from polarjax.params import Params, read_folder
-from polarjax.sparsity import load_adapter
+from polarjax.params import CARD_FILE, Params, read_folder
+from polarjax.sparsity import load_adapter, read_card
+from polarjax.sparsity.adapter import ROUTERS_FILE
 from polarjax.sparsity.routers import check_routers
 
 
@@ -42,7 +43,7 @@ def load(path: str | Path, *, adapter: str | Path | None = None, dtype=None) -> 
                 f"{list(leaf.shape)}, its config.json needs {list(shape.shape)}"
             )
     if adapter is None:
-        check_routers(params.routers, params.config)
+        check_routers(params.routers, params.weights, params.config)
         return params
     return load_adapter(params, find_adapter(adapter))
 
@@ -59,4 +60,38 @@ def find_adapter(name: str | Path) -> Path:
     raise FileNotFoundError(
         f"no adapter at {name}, and the package ships none of that name: it has "
         f"{', '.join(names) or 'none'}"
+    )
+
+
+def push_adapter(path: str | Path, repository: str) -> str:
+    """Upload an adapter to a repository of the Hugging Face hub.
+
+    Args:
+      path: a folder that `polarjax calibrate` or `recover` wrote.
+      repository: such as "name/smollm2-polar"; it is made if there is none.
+
+    Returns:
+      The address of the commit.
+
+    Raises:
+      FileNotFoundError: if there is no adapter.
+      ValueError: if it is damaged, or `huggingface_hub` is not installed.
+    """
+    read_card(path)  # what is no adapter stays here
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise ValueError(
+            "to push an adapter, install huggingface_hub (pip install huggingface_hub) "
+            "and log in (hf auth login)"
+        ) from None
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True)
+    return str(
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=str(path),
+            allow_patterns=[CARD_FILE, ROUTERS_FILE],
+            commit_message="polarjax adapter",
+        )
     )

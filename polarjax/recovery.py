@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from polarjax.calibration import (
     Progress,
     Texts,
+    cost_card,
     measure_quality,
     measure_recall,
     quality_card,
@@ -87,6 +88,7 @@ class Recovered:
         """What an adapter's card says of it, as JSON values."""
         return {
             **self.facts,
+            "cost": cost_card(self.params),
             "divergence": {
                 name: [round(self.before[name], 5), round(self.after[name], 5)]
                 for name in self.before

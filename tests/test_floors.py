@@ -233,6 +233,8 @@ def test_run_time_dependencies(name):
         allowed |= {"matplotlib"}
     if name == "polarjax.training.text":
         allowed |= {"datasets"}
+    if name == "polarjax.hub":
+        allowed |= {"huggingface_hub"}
     imported = imports(name, MODULES[name])
     assert {i.split(".")[0] for i in imported} <= allowed
     for module in imported:

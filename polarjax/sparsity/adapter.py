@@ -49,7 +49,7 @@ def save_adapter(
       FileExistsError: if `path` exists and is not to be overwritten.
       ValueError: if the routers or budgets do not fit the model, or hold NaN.
     """
-    _check(params.routers, params.config)
+    _check(params.routers, params.weights, params.config)
     flat: Tree = dict(traverse_util.flatten_dict(params.routers, sep="/"))
     tensors = {
         name: jax.device_get(
@@ -146,13 +146,13 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         neuron_budgets=card["neuron_budgets"],
         thresholds=card["thresholds"],
     )
-    _check(tree, config)
+    _check(tree, params.weights, config)
     routers: Tree = jax.tree.map(jnp.asarray, tree)
     return Params(params.weights, routers, config)
 
 
-def _check(routers: Tree, config: ModelConfig) -> None:
-    check_routers(routers, config)
+def _check(routers: Tree, weights: Tree, config: ModelConfig) -> None:
+    check_routers(routers, weights, config)
     for layer in range(1, config.layers):
         if f"layers_{layer}" not in routers:
             raise ValueError(f"the adapter has no router for layer {layer}")

@@ -110,7 +110,11 @@ def step_cost(params: Params, *, batch: int, context: int) -> StepCost:
     if batch < 1 or context < 1:
         raise ValueError(f"batch {batch} and context {context} must be positive")
     config = params.config
-    routed = [i for i in range(config.layers) if f"layers_{i}" in params.routers]
+    routed = [
+        i
+        for i in range(config.layers)
+        if "heads" in params.routers.get(f"layers_{i}", {})
+    ]
     # Their shapes alone: nothing is computed.
     bound = jax.eval_shape(lambda p: append_rows(p, routed, neurons=False)[0], params)
 

@@ -14,23 +14,22 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
-from polarjax.model import weight_shapes
 from polarjax.params import Params, Tree
 from polarjax.sparsity.updates import check_updates
 
 
-def check_routers(routers: Tree, config: ModelConfig) -> None:
+def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
     """Raise unless the routers fit the model.
 
     Args:
       routers: as in `Params.routers`.
+      weights: of the model.
       config: of the model.
 
     Raises:
       ValueError: naming the router and the shape that would be right.
     """
     k, m, f = config.kv_heads, config.dim, config.neurons
-    shapes = weight_shapes(config)
     for layer, parts in routers.items():
         if layer not in {f"layers_{i}" for i in range(config.layers)}:
             raise ValueError(
@@ -44,7 +43,7 @@ def check_routers(routers: Tree, config: ModelConfig) -> None:
             )
         parts = dict(parts)
         if "updates" in parts:
-            check_updates(layer, parts.pop("updates"), shapes[layer])
+            check_updates(layer, parts.pop("updates"), weights[layer])
         want: Tree = {"heads": {"weight": (k, m), "bias": (k,)}}
         have = jax.tree.map(lambda leaf: tuple(leaf.shape), parts)
         match have:

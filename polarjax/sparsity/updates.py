@@ -86,18 +86,18 @@ def _merge(weights: Tree, updates: Tree) -> Tree:
     return traverse_util.unflatten_dict(flat)
 
 
-def check_updates(name: str, updates: Tree, shapes: Tree) -> None:
+def check_updates(name: str, updates: Tree, weights: Tree) -> None:
     """Raise unless updates fit the weights of their layer.
 
     Args:
       name: of the layer.
       updates: its updates.
-      shapes: its weights, or anything with their shapes.
+      weights: its weights.
 
     Raises:
       ValueError: naming the update and the shape that would be right.
     """
-    leaves: dict[Path, Any] = dict(traverse_util.flatten_dict(shapes))
+    leaves: dict[Path, Any] = dict(traverse_util.flatten_dict(weights))
     want = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     flat: dict[Path, Any] = dict(traverse_util.flatten_dict(updates))
     for (*path, kind), leaf in flat.items():
