@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from polarjax.evaluation import (
-    Continuation,
-    Mode,
-    Perplexity,
-    Recall,
-    perplexity,
-    router_recall,
-)
+from polarjax.evaluation import Mode, Perplexity, Recall, router_recall
 from polarjax.evaluation.contract import Contract, keep_promise
+from polarjax.evaluation.measure import Progress
 from polarjax.evaluation.search import search_budgets
 from polarjax.generation import Tokenizer, start_token
 from polarjax.params import Params
-from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sparsity import Oracle, Polar, Random
-from polarjax.sparsity.cost import step_cost
+from polarjax.quality import (
+    cost_card,
+    measure_quality,
+    measure_recall,
+    quality_card,
+    windows,
+)
 from polarjax.training import (
     Corpus,
     Resume,
@@ -40,9 +38,6 @@ from polarjax.training.thresholds import score_thresholds
 
 # Of the text learned from, blocks on which thresholds are found.
 _THRESHOLD_BLOCKS = 128
-
-Progress = Callable[[str, int, int], None]
-"""progress(what is done now, units done, units in all)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,90 +260,6 @@ def calibrate(
     if resume:
         resume.clear()
     return Calibration(trained, recall, quality, contract, made)
-
-
-def measure_recall(
-    params: Params, held_out: Mapping[str, np.ndarray]
-) -> dict[str, Recall]:
-    """By domain, of the routers at the budgets."""
-    return {
-        name: router_recall(params, held[:, None]) for name, held in held_out.items()
-    }
-
-
-def measure_quality(
-    params: Params,
-    held_out: Mapping[str, np.ndarray],
-    mode: Mode,
-    progress: Progress | None = None,
-) -> dict[str, dict[str, Perplexity]]:
-    """By domain, perplexity of the model's budgets beside dense, oracle and chance."""
-    policies: dict[str, SelectionPolicy] = {
-        "Dense": Dense(),
-        "Oracle": Oracle(),
-        "Polar": Polar(),
-        "Random": Random(),
-    }
-    if params.config.thresholds:
-        policies["Adaptive"] = Polar(adaptive=True)
-    return {
-        name: perplexity(
-            *(params, windows(held), policies),
-            mode=mode,
-            name=name,
-            progress=lambda what, *counts, name=name: (
-                progress(f"{name}: {what}", *counts) if progress else None
-            ),
-        )
-        for name, held in held_out.items()
-    }
-
-
-def windows(blocks: np.ndarray) -> list[Continuation]:
-    """Each block as a window, of which the first 64 tokens, or half, are not scored."""
-    length = blocks.shape[1]
-    scored = length - min(64, length // 2)
-    return [
-        Continuation(tuple(map(int, block)), scored, f"window {i}")
-        for i, block in enumerate(blocks)
-    ]
-
-
-def cost_card(params: Params, batch: int = 16, context: int = 2048) -> dict[str, Any]:
-    """What a decode step of the budgets reads beside dense, as JSON values.
-
-    The speed-up is that of memory's floor: no step is faster, and few as fast.
-    """
-    config = params.config
-    cost = step_cost(params, batch=batch, context=context)
-    dense = cost.bytes_read((config.kv_heads,) * config.layers)
-    sparse = cost.bytes_read(config.budgets)
-    return {
-        "batch": batch,
-        "context": context,
-        "density": round(sum(config.budgets) / config.kv_heads / config.layers, 5),
-        "step_bytes": sparse,
-        "step_bytes_dense": dense,
-        "bytes_saved": dense - sparse,
-        "expected_speedup": round(dense / sparse, 4),
-    }
-
-
-def quality_card(quality: Mapping[str, Mapping[str, Perplexity]]) -> dict[str, Any]:
-    """Perplexities as JSON values, each beside dense with a 95 % interval."""
-    return {
-        domain: {
-            name: {
-                "perplexity": round(p.value, 4),
-                "ratio_to_dense": [round(x, 5) for x in p.ratio(found["Dense"])],
-                "density": round(p.density, 4),
-                "windows": len(p.nll),
-                "tokens": int(p.scored.sum()),
-            }
-            for name, p in found.items()
-        }
-        for domain, found in quality.items()
-    }
 
 
 def _with_neuron_budgets(

@@ -13,16 +13,11 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from polarjax.calibration import (
-    Progress,
-    Texts,
-    cost_card,
-    measure_quality,
-    measure_recall,
-    quality_card,
-)
+from polarjax.calibration import Texts
 from polarjax.evaluation import Mode, Perplexity, Recall
+from polarjax.evaluation.measure import Progress
 from polarjax.params import Params, Tree
+from polarjax.quality import cost_card, measure_quality, measure_recall, quality_card
 from polarjax.training import Recovery, Resume, divergence, recover
 from polarjax.training.loop import digest, with_steps
 from polarjax.training.recover import parameters

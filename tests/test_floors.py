@@ -127,6 +127,7 @@ FLOORS = {
         polarjax.evaluation.report_data
         polarjax.evaluation.report
         polarjax.evaluation
+        polarjax.quality
         polarjax.calibration
         polarjax.recovery
     """,

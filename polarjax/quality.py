@@ -1,0 +1,106 @@
+"""What budgets are worth on held-out text, by domain: for cards and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from polarjax.evaluation import (
+    Continuation,
+    Mode,
+    Perplexity,
+    Recall,
+    perplexity,
+    router_recall,
+)
+from polarjax.evaluation.measure import Progress
+from polarjax.params import Params
+from polarjax.policy import Dense, SelectionPolicy
+from polarjax.sparsity import Oracle, Polar, Random
+from polarjax.sparsity.cost import step_cost
+
+
+def measure_recall(
+    params: Params, held_out: Mapping[str, np.ndarray]
+) -> dict[str, Recall]:
+    """By domain, of the routers at the budgets."""
+    return {
+        name: router_recall(params, held[:, None]) for name, held in held_out.items()
+    }
+
+
+def measure_quality(
+    params: Params,
+    held_out: Mapping[str, np.ndarray],
+    mode: Mode,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Perplexity]]:
+    """By domain, perplexity of the model's budgets beside dense, oracle and chance."""
+    policies: dict[str, SelectionPolicy] = {
+        "Dense": Dense(),
+        "Oracle": Oracle(),
+        "Polar": Polar(),
+        "Random": Random(),
+    }
+    if params.config.thresholds:
+        policies["Adaptive"] = Polar(adaptive=True)
+    return {
+        name: perplexity(
+            *(params, windows(held), policies),
+            mode=mode,
+            name=name,
+            progress=lambda what, *counts, name=name: (
+                progress(f"{name}: {what}", *counts) if progress else None
+            ),
+        )
+        for name, held in held_out.items()
+    }
+
+
+def windows(blocks: np.ndarray) -> list[Continuation]:
+    """Each block as a window, of which the first 64 tokens, or half, are not scored."""
+    length = blocks.shape[1]
+    scored = length - min(64, length // 2)
+    return [
+        Continuation(tuple(map(int, block)), scored, f"window {i}")
+        for i, block in enumerate(blocks)
+    ]
+
+
+def cost_card(params: Params, batch: int = 16, context: int = 2048) -> dict[str, Any]:
+    """What a decode step of the budgets reads beside dense, as JSON values.
+
+    The speed-up is that of memory's floor: no step is faster, and few as fast.
+    """
+    config = params.config
+    cost = step_cost(params, batch=batch, context=context)
+    dense = cost.bytes_read((config.kv_heads,) * config.layers)
+    sparse = cost.bytes_read(config.budgets)
+    return {
+        "batch": batch,
+        "context": context,
+        "density": round(sum(config.budgets) / config.kv_heads / config.layers, 5),
+        "step_bytes": sparse,
+        "step_bytes_dense": dense,
+        "bytes_saved": dense - sparse,
+        "expected_speedup": round(dense / sparse, 4),
+    }
+
+
+def quality_card(quality: Mapping[str, Mapping[str, Perplexity]]) -> dict[str, Any]:
+    """Perplexities as JSON values, each beside dense with a 95 % interval."""
+    return {
+        domain: {
+            name: {
+                "perplexity": round(p.value, 4),
+                "ratio_to_dense": [round(x, 5) for x in p.ratio(found["Dense"])],
+                "density": round(p.density, 4),
+                "windows": len(p.nll),
+                "tokens": int(p.scored.sum()),
+            }
+            for name, p in found.items()
+        }
+        for domain, found in quality.items()
+    }
