@@ -23,6 +23,7 @@ from polarjax.quality import (
     quality_card,
     windows,
 )
+from polarjax.sparsity.adapter import as_stored
 from polarjax.training import (
     Corpus,
     Resume,
@@ -241,6 +242,7 @@ def calibrate(
         ),
         stop=enough,
     )
+    trained = dataclasses.replace(trained, routers=as_stored(trained.routers))
     say("recall on held-out text", 0, 1)
     recall = measure_recall(trained, corpus.held_out)
     say("recall on held-out text", 1, 1)

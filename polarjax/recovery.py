@@ -18,6 +18,7 @@ from polarjax.evaluation import Mode, Perplexity, Recall
 from polarjax.evaluation.measure import Progress
 from polarjax.params import Params, Tree
 from polarjax.quality import cost_card, measure_quality, measure_recall, quality_card
+from polarjax.sparsity.adapter import as_stored
 from polarjax.training import Recovery, Resume, divergence, recover
 from polarjax.training.loop import digest, with_steps
 from polarjax.training.recover import parameters
@@ -169,7 +170,7 @@ def recover_on_text(
         ),
         stop=settled,
     )
-    routers = jax.tree.map(jnp.asarray, best.routers)
+    routers = as_stored(jax.tree.map(jnp.asarray, best.routers))
     found = dataclasses.replace(params, routers=routers)
     say("divergence on held-out text", 0, 1)
     before, after = (

@@ -54,7 +54,9 @@ def test_what_was_best_is_kept(looks):
     found, ended = looks
     *watched, before, after = found
     assert len(watched) == 1 + 24 and before == ended.before["self"]
-    assert after == ended.after["self"] == min(watched) < before
+    assert after == ended.after["self"] < before
+    # What is measured at the end is what an adapter stores, in 16 bit.
+    assert after == pytest.approx(min(watched), rel=1e-3)
     assert 0 < watched.index(after) < 24  # else this shows nothing
     card = ended.card()
     assert card["divergence"]["self"] == [round(before, 5), round(after, 5)]

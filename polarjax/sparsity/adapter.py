@@ -50,12 +50,10 @@ def save_adapter(
       ValueError: if the routers or budgets do not fit the model, or hold NaN.
     """
     _check(params.routers, params.weights, params.config)
-    flat: Tree = dict(traverse_util.flatten_dict(params.routers, sep="/"))
+    stored = as_stored(params.routers)
     tensors = {
-        name: jax.device_get(
-            leaf.astype(jnp.float32 if "/heads/" in name else jnp.bfloat16)
-        )
-        for name, leaf in flat.items()
+        name: jax.device_get(leaf)
+        for name, leaf in traverse_util.flatten_dict(stored, sep="/").items()
     }
     for name, array in tensors.items():
         if not np.isfinite(array).all():
@@ -75,6 +73,19 @@ def save_adapter(
         save_file(tensors, partial / ROUTERS_FILE)
         text = json.dumps({**(card or {}), **facts}, indent=2)
         (partial / CARD_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def as_stored(routers: Tree) -> Tree:
+    """Routers in the dtypes that an adapter keeps: what shall be measured.
+
+    Args:
+      routers: as in `Params.routers`.
+    """
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(jnp.float32 if path[1].key == "heads" else jnp.bfloat16)
+
+    return jax.tree_util.tree_map_with_path(cast, routers)
 
 
 def read_card(path: str | Path) -> dict[str, Any]:

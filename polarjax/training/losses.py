@@ -9,7 +9,9 @@ import optax
 from polarjax.training.collect import top_labels
 
 
-def weighted_bce(scores: jax.Array, labels: jax.Array) -> jax.Array:
+def weighted_bce(
+    scores: jax.Array, labels: jax.Array, counted: jax.Array | None = None
+) -> jax.Array:
     """Binary cross-entropy where a negative weighs the share of positives.
 
     The paper's loss (Polar Sparsity, appendix on router training); a positive weighs 1.
@@ -17,13 +19,16 @@ def weighted_bce(scores: jax.Array, labels: jax.Array) -> jax.Array:
     Args:
       scores: float32[n, k], logits.
       labels: float32[n, k], 0 or 1.
+      counted: bool[n], the tokens that count; None for all.
 
     Returns:
       float32[], the mean.
     """
-    share = labels.mean()
+    tokens = None if counted is None else counted[:, None]
+    share = labels.mean(where=tokens)
     weight = labels * (1 - share) + share
-    return (weight * optax.sigmoid_binary_cross_entropy(scores, labels)).mean()
+    loss = weight * optax.sigmoid_binary_cross_entropy(scores, labels)
+    return loss.mean(where=tokens)
 
 
 def ranking_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:

@@ -88,7 +88,9 @@ class Recovery:
 
         def adam(peak: float) -> optax.GradientTransformation:
             assert self.steps
-            return optax.adam(warmup_cosine(peak, self.steps), b2=0.95)
+            rate = warmup_cosine(peak, self.steps)
+            clip = optax.clip_by_global_norm(1.0)  # each kind by its own norm
+            return optax.chain(clip, optax.adam(rate, b2=0.95))
 
         def kind(path: Any, _: jax.Array) -> str:
             names = [key.key for key in path]
@@ -107,9 +109,7 @@ class Recovery:
             "neurons": optax.set_to_zero(),
         }
         kinds = functools.partial(jax.tree_util.tree_map_with_path, kind)
-        return optax.chain(
-            optax.clip_by_global_norm(1.0), optax.multi_transform(rates, kinds)
-        )
+        return optax.multi_transform(rates, kinds)
 
 
 def recover(
@@ -149,6 +149,10 @@ def recover(
         raise ValueError(
             "recovery needs routers: train them first, or load the model with adapter="
         )
+    if min(config.budgets) == config.kv_heads:
+        raise ValueError(
+            "the budgets keep every KV group: there is nothing to recover from"
+        )
     check_blocks(blocks, config)
     recovery = with_steps(recovery, len(blocks))
     weights = params.weights if mesh is None else replicate(params.weights, mesh)
@@ -158,11 +162,8 @@ def recover(
     for name, updates in fresh.items():
         trained.setdefault(name, {}).setdefault("updates", updates)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-    static = dataclasses.replace(
-        config.architecture,
-        budgets=config.budgets,
-        neuron_budgets=config.neuron_budgets,
-    )
+    # Neurons are all read meanwhile: which ones a batch shares depends on its size.
+    static = dataclasses.replace(config.architecture, budgets=config.budgets)
     gradients = functools.partial(
         *(_gradients, weights),
         config=static,
@@ -255,7 +256,8 @@ def _gradients(
 
     def loss(trained: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
         gates = straight_through(trained, config) if routers == "slopes" else None
-        observe = label_losses(trained, config) if routers == "labels" else None
+        labels = routers == "labels"
+        observe = label_losses(trained, config, starts) if labels else None
         params = Params(weights, trained, config)
         kl, losses = distance(params, tokens, starts, gates, observe, remat)
         # Routers alone feel the labels, and nothing but them: no weight is needed.
@@ -326,12 +328,14 @@ def distance(
     return total / counted.sum(), seen
 
 
-def label_losses(trained: Tree, config: ModelConfig) -> Observe:
+def label_losses(trained: Tree, config: ModelConfig, starts: jax.Array) -> Observe:
     """The loss of the routers' own training, on the states that the sparse model has.
 
     Args:
       trained: `Params.routers`, which feel it; the model does not.
       config: of the model, with budgets.
+      starts: int32[b], tokens of each prompt, which are not counted: no decode step has
+        such states.
     """
 
     def observe(layer: int, u: jax.Array, o: jax.Array, _: jax.Array) -> jax.Array:
@@ -343,7 +347,9 @@ def label_losses(trained: Tree, config: ModelConfig) -> Observe:
             trained[f"layers_{layer}"]["heads"],
             u.astype(jnp.float32).reshape(-1, config.dim),
         )
-        return weighted_bce(scores, top_labels(norms.reshape(-1, k), n))
+        counted = jnp.arange(u.shape[1]) >= starts[:, None]
+        labels = top_labels(norms.reshape(-1, k), n)
+        return weighted_bce(scores, labels, counted.reshape(-1))
 
     return observe
 
