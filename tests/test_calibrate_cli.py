@@ -139,7 +139,7 @@ def test_a_promise_that_cannot_be_kept_leaves_the_model_dense(checkpoint, tmp_pa
 def test_recover(checkpoint, text, adapter, tmp_path):
     out = tmp_path / "recovered"
     command = ["recover", checkpoint, "--adapter", adapter, "--text", text, "self"]
-    shown = shown_by(*command, *RECOVER.split(), "--out", out)
+    shown = shown_by(*command, *RECOVER.split(), "--learning-rate", 1e-2, "--out", out)
     card = card_of(out)
     assert card["budgets"] == [4, 2, 2, 2] and card["recovery"]["rank"] == 2
     assert set(card["divergence"]) == {"text", "self"}

@@ -122,14 +122,20 @@ class Polar:
         return self.budget.choose(layer, ranking, implementation)
 
     def neurons(self, layer, scores, live, implementation=None):
-        """The neurons with the highest scores summed over the live batch."""
+        """The neurons that the live batch is least likely to do without.
+
+        Of a score as log odds, softplus is -log of the chance that a sequence does not
+        need the neuron; the batch's chances multiply. The paper's sum of positive
+        scores cannot tell apart neurons of which no sequence is sure.
+        """
         if not self.neuron_budget[layer]:
             return None
         up = self.neuron_routers[layer]
         hidden = scores[:, -up.shape[1] :].astype(up.dtype)
         z = jnp.einsum("br,fr->bf", hidden, up, preferred_element_type=jnp.float32)
         n = self.neuron_budget[layer]
-        return union_neurons(z, live, n, implementation=implementation)
+        needed = jax.nn.softplus(z)
+        return union_neurons(needed, live, n, implementation=implementation)
 
     def _rank(self, layer: int) -> int:
         router = self.neuron_routers.get(layer)

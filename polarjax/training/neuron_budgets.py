@@ -70,7 +70,7 @@ def measure_unions(
     blocks: np.ndarray,
     batches: Sequence[int] = (1, 8, 64),
     *,
-    rules: Sequence[str] = ("sum",),
+    rules: Sequence[str] = ("noisy_or",),
     samples: int = 8,
     step: int = NEURON_STEP,
     seed: int = 0,

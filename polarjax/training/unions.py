@@ -20,10 +20,12 @@ def union_rankings() -> Mapping[str, Callable[[jax.Array], jax.Array]]:
     """Rules that rank neurons for a batch, by name.
 
     Each takes scores [groups, b, f] to a ranking [groups, f]. "sum" adds the positive
-    scores, as `pallas_kernels.union_neurons` does. "max" is the union by threshold: a
-    neuron is in if any row's score is above a common one. "noisy_or" adds
-    softplus(score), which is -log of the chance that no row needs the neuron, were the
-    scores log odds of independent events: `union_neurons` of softplus(scores).
+    scores, as the paper does: all neurons that no row is sure of are alike to it. "max"
+    is the union by threshold: a neuron is in if any row's score is above a common one.
+    "noisy_or" adds softplus(score), which is -log of the chance that no row needs the
+    neuron, were the scores log odds of independent events. It is what `Polar` does: on
+    books-OPT "sum" needs 0.86, 0.86 and 0.79 of the neurons for batches of 1, 8 and 64
+    where the others need 0.32, 0.64 and 0.79.
     """
     return {
         "sum": lambda scores: jnp.maximum(scores, 0).sum(axis=1),
@@ -50,7 +52,7 @@ class UnionRecall:
     union: np.ndarray
 
     def budgets(
-        self, recall: float = 0.99, confidence: float = 0.999, rule: str = "sum"
+        self, recall: float = 0.99, confidence: float = 0.999, rule: str = "noisy_or"
     ) -> NeuronBudgets:
         """The smallest counts that reach a recall, not by luck.
 
@@ -86,7 +88,7 @@ class UnionRecall:
             for b, row in zip(self.batches, needed, strict=True)
         )
 
-    def reached(self, budgets: NeuronBudgets, rule: str = "sum") -> np.ndarray:
+    def reached(self, budgets: NeuronBudgets, rule: str = "noisy_or") -> np.ndarray:
         """Mean recall at given budgets, of these batch sizes.
 
         Args:
@@ -118,7 +120,7 @@ def compare_rules(found: UnionRecall, recall: float = 0.99) -> dict[str, Any]:
       the mean.
     """
     plain = functools.partial(found.budgets, recall, 0.5)  # a margin of 0
-    common, f = plain(), int(found.counts[-1])
+    common, f = plain(rule="sum"), int(found.counts[-1])
     return {
         rule: {
             "recall": found.reached(common, rule).mean(axis=1).tolist(),

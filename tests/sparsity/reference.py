@@ -124,7 +124,7 @@ class Model:
 
     def neuron_scores(self, layer, u) -> np.ndarray:
         router = self.routers[f"layers_{layer}"]["neurons"]
-        return np.maximum(router["up"] @ (router["down"] @ u), 0)
+        return np.logaddexp(0, router["up"] @ (router["down"] @ u))
 
     def _norm(self, x, weights) -> np.ndarray:
         if self.config.norm == "rms":

@@ -141,7 +141,7 @@ def test_batches_are_of_different_sequences_and_tokens_of_a_text():
     )
     np.testing.assert_allclose(found.union[1], expected, rtol=0.02)
     again = measure_unions(params, text, BATCHES, samples=200)
-    np.testing.assert_array_equal(again.recall["sum"], found.recall["sum"])
+    np.testing.assert_array_equal(again.recall["noisy_or"], found.recall["noisy_or"])
 
 
 def test_the_first_position_is_never_drawn():
@@ -186,7 +186,7 @@ def test_updates_of_a_recovery_count():
     assert changed.union[0, 0] == F and plain.union[0, 0] < F / 2
 
 
-def recalls(*parts, rule="sum"):
+def recalls(*parts, rule="noisy_or"):
     """One batch size, one layer, counts 128, 256, 300."""
     values = np.array(parts)[:, None, None]
     return UnionRecall((4,), np.array([128, 256, 300]), {rule: values}, np.ones((1, 1)))
@@ -213,7 +213,7 @@ def test_reached_recall_by_hand():
 
 
 def test_rules_are_compared_at_equal_counts():
-    found = recalls([0.9, 0.99, 1], [0.9, 0.99, 1])
+    found = recalls([0.9, 0.99, 1], [0.9, 0.99, 1], rule="sum")
     other = np.array([[0.992, 0.995, 1]] * 2)[:, None, None]
     found = dataclasses.replace(found, recall={**found.recall, "max": other})
     compared = compare_rules(found)
