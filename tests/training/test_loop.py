@@ -215,7 +215,8 @@ def test_errors():
 
 def test_a_schedule_and_the_steps_of_one_pass():
     rate = warmup_cosine(2.0, 100)
-    assert [float(rate(i)) for i in (0, 5)] == [0, 2]
+    assert float(rate(5)) == 2
+    assert 0 < rate(0) < 0.5  # a training of one step learns something
     rates = np.array([rate(i) for i in range(101)])
     assert (np.diff(rates[5:]) < 0).all() and 0 < rates[99] < 3e-3
     assert isinstance(optax.adam(rate), optax.GradientTransformation)
