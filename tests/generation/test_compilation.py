@@ -117,9 +117,8 @@ def decode_arguments(params, batch=4, capacity=32):
     stop_ids = jnp.asarray([-1], jnp.int32)
     common = {"config": CONFIG.architecture, "implementation": None}
     state, _ = loop.prefill(
-        *(weights, tokens, numbers, numbers, sampling, stop_ids),
+        *(params.weights, tokens, numbers, numbers, sampling, stop_ids),
         capacity=capacity,
-        score_rows=bound.score_rows,
         **common,
     )
     go_on = jnp.ones(batch, bool)
