@@ -116,6 +116,7 @@ def test_a_command_that_was_stopped_goes_on(
     assert one == other
 
 
+@pytest.mark.slow
 def test_a_promise_that_cannot_be_kept_leaves_the_model_dense(checkpoint, tmp_path):
     """Routers that learned nothing, on text that the dense model knows best."""
     out = tmp_path / "refused"

@@ -50,6 +50,7 @@ def test_recovery_brings_the_sparse_model_back(rank):
     assert new < whole / 3 if rank else new == whole
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_the_caller_keeps_the_model():
     params = model(GQA, updates=False)
     before = jax.tree.map(np.array, params)
