@@ -38,6 +38,7 @@ def measure_quality(
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Perplexity]]:
     """By domain, perplexity of the model's budgets beside dense, oracle and chance."""
+    say = progress or (lambda *_: None)
     policies: dict[str, SelectionPolicy] = {
         "Dense": Dense(),
         "Oracle": Oracle(),
@@ -51,9 +52,7 @@ def measure_quality(
             *(params, windows(held), policies),
             mode=mode,
             name=name,
-            progress=lambda what, *counts, name=name: (
-                progress(f"{name}: {what}", *counts) if progress else None
-            ),
+            progress=lambda what, *counts, name=name: say(f"{name}: {what}", *counts),
         )
         for name, held in held_out.items()
     }

@@ -35,11 +35,7 @@ def make_mesh(tp: int | None = None) -> Mesh:
     Raises:
       ValueError: if there are fewer devices.
     """
-    devices = jax.devices()
-    tp = len(devices) if tp is None else tp
-    if not 1 <= tp <= len(devices):
-        raise ValueError(f"tp is {tp}, but there are {len(devices)} devices")
-    return jax.make_mesh((tp,), ("tp",), (AxisType.Auto,), devices=devices[:tp])
+    return _make_mesh("tp", tp)
 
 
 def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -77,7 +73,7 @@ def shard(params: Params, mesh: Mesh) -> Params:
         )
 
     weights = jax.tree_util.tree_map_with_path(place, params.weights)
-    routers = jax.device_put(params.routers, NamedSharding(mesh, PartitionSpec()))
+    routers = replicate(params.routers, mesh)
     return dataclasses.replace(params, weights=weights, routers=routers)
 
 
@@ -90,11 +86,15 @@ def make_data_mesh(devices: int | None = None) -> Mesh:
     Raises:
       ValueError: if there are fewer devices.
     """
-    found = jax.devices()
-    devices = len(found) if devices is None else devices
-    if not 1 <= devices <= len(found):
-        raise ValueError(f"dp is {devices}, but there are {len(found)} devices")
-    return jax.make_mesh((devices,), ("dp",), (AxisType.Auto,), devices=found[:devices])
+    return _make_mesh("dp", devices)
+
+
+def _make_mesh(axis: str, count: int | None) -> Mesh:
+    devices = jax.devices()
+    count = len(devices) if count is None else count
+    if not 1 <= count <= len(devices):
+        raise ValueError(f"{axis} is {count}, but there are {len(devices)} devices")
+    return jax.make_mesh((count,), (axis,), (AxisType.Auto,), devices=devices[:count])
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

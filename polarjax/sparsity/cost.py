@@ -116,7 +116,7 @@ def step_cost(params: Params, *, batch: int, context: int) -> StepCost:
         if "heads" in params.routers.get(f"layers_{i}", {})
     ]
     # Their shapes alone: nothing is computed.
-    bound = jax.eval_shape(lambda p: append_rows(p, routed, neurons=False)[0], params)
+    bound = jax.eval_shape(lambda p: append_rows(p, routed)[0], params)
 
     def attention(weights: Tree, layer: int) -> int:
         leaves = jax.tree.leaves(weights[f"layers_{layer}"]["attention"])

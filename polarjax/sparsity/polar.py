@@ -81,15 +81,12 @@ class Polar:
             0 if n == config.neurons or wants_dense else n for n in counts
         )
         by_neurons = [i for i, n in enumerate(neuron_budget) if n]
-        by_heads = [
+        sparse = [
             i
             for i, limit in enumerate(budget.limits)
-            if limit is not None and i not in by_neurons
+            if limit is not None or i in by_neurons
         ]
-        params = merge_updates(params)
-        weights, rows = append_rows(params, by_heads, neurons=False)
-        params = dataclasses.replace(params, weights=weights)
-        weights, more_rows = append_rows(params, by_neurons, neurons=True)
+        weights, rows = append_rows(merge_updates(params), sparse, by_neurons)
         neuron_routers = {
             i: params.routers[f"layers_{i}"]["neurons"]["up"].astype(params.dtype)
             for i in by_neurons
@@ -98,7 +95,7 @@ class Polar:
             budget=budget,
             neuron_budget=neuron_budget,
             neuron_routers=neuron_routers,
-            score_rows=tuple(a + b for a, b in zip(rows, more_rows, strict=True)),
+            score_rows=rows,
         )
 
     def _neuron_counts(self, config: ModelConfig, batch: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ matrices are appended to it as further rows and cost no launch of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,14 @@ def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
 
 
 def append_rows(
-    params: Params, layers: Iterable[int], neurons: bool
+    params: Params, layers: Iterable[int], neurons: Container[int] = ()
 ) -> tuple[Tree, tuple[int, ...]]:
     """Append router rows to the QKV matrices of some layers.
 
     Args:
       params: the model with its routers; left as it is.
       layers: which layers.
-      neurons: whether the neuron routers' first matrices come along.
+      neurons: those of them whose neuron router's first matrix comes along.
 
     Returns:
       The new weights, and the number of rows appended in each layer.
@@ -87,7 +87,7 @@ def append_rows(
         router = params.routers[name]
         added = [router["heads"]["weight"]]
         biases = [router["heads"]["bias"]]
-        if neurons:
+        if layer in neurons:
             if "neurons" not in router:
                 raise ValueError(f"the adapter has no neuron router for layer {layer}")
             added.append(router["neurons"]["down"])

@@ -107,10 +107,10 @@ def check_updates(name: str, updates: Tree, weights: Tree) -> None:
             raise ValueError(f"{where}: the model has no such weight")
         right = want[place]
         kinds = {x: flat[*place, x].shape for x in ("a", "b") if (*place, x) in flat}
-        match kind, shape, kinds:
-            case "delta", _, {}:
+        match kind, kinds:
+            case "delta", {}:
                 fits = shape == right and not kinds
-            case "a" | "b", _, {"a": (rank, columns), "b": (rows, other)}:
+            case "a" | "b", {"a": (rank, columns), "b": (rows, other)}:
                 fits = rank == other and right == (rows, columns)
             case _:
                 fits = False

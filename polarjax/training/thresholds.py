@@ -10,9 +10,8 @@ import numpy as np
 
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
-from polarjax.policy import Dense
 from polarjax.sparsity.updates import merge_updates
-from polarjax.training.collect import observe_layers
+from polarjax.training.collect import observe_heads
 from polarjax.training.losses import router_scores
 
 
@@ -63,8 +62,7 @@ def _scores(
 ) -> jax.Array:
     """float32[layers - 1, tokens, k]."""
 
-    def learn(layer: int, inputs: jax.Array, *_: jax.Array) -> jax.Array:
+    def learn(layer: int, inputs: jax.Array, _: jax.Array) -> jax.Array:
         return router_scores(routers[f"layers_{layer}"]["heads"], inputs)
 
-    model = Params(weights, {}, config)
-    return jnp.stack(observe_layers(model, tokens, learn, Dense(), None))
+    return jnp.stack(observe_heads(weights, tokens, learn, config=config))
