@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # A GPU's default for float32 is TF32, which is no reference.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go():
+    """Linux allows a process 65,530 memory maps; a compiled program takes several.
+
+    The whole suite's would not fit, and XLA's answer to that is to abort.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_runtest_setup(item):
