@@ -54,6 +54,13 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "dense prompt of random length with the heads picked so far",
     )
     add(
+        "--head-rank",
+        type=int,
+        default=0,
+        help="of a quadratic form in head routers: they find more of the heads, and "
+        "their rows take bytes; 0 for linear ones",
+    )
+    add(
         "--neuron-rank",
         type=int,
         default=0,
@@ -217,6 +224,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         batch=args.batch,
         loss=args.loss,
         sparse=args.sparse,
+        head_rank=args.head_rank,
         neuron_rank=args.neuron_rank,
         learning_rate=args.learning_rate,
         seed=args.seed,

@@ -45,7 +45,7 @@ OPT = dataclasses.replace(
 
 
 def random_params(
-    config, seed=0, routers=False, neuron_rank=0, scale=0.2
+    config, seed=0, routers=False, neuron_rank=0, scale=0.2, head_rank=0
 ) -> polarjax.Params:
     """Random weights, norms and biases included; optionally random routers."""
     rng = np.random.default_rng(seed)  # jax's would compile for each shape
@@ -61,6 +61,11 @@ def random_params(
     for layer in range(1, config.layers) if routers else ():
         k, m, f = config.kv_heads, config.dim, config.neurons
         parts = {"heads": {"weight": draw((k, m)), "bias": draw((k,))}}
+        if head_rank:
+            parts["heads"] |= {
+                "down": draw((head_rank, m)),
+                "up": draw((k, head_rank)),
+            }
         if neuron_rank:
             parts["neurons"] = {
                 "down": draw((neuron_rank, m)),

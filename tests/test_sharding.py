@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 def test_logits_and_sparse_tokens_are_those_of_one_device(config, tp):
     config = dataclasses.replace(config, layers=2, vocab_size=332)
-    params = random_params(config, routers=True)
+    params = random_params(config, routers=True, head_rank=4)
     cut = shard(params, make_mesh(tp))
     qkv = cut.weights["layers_0"]["attention"]["qkv"]
     assert qkv.addressable_shards[0].data.shape[0] * tp == qkv.shape[0]

@@ -1,8 +1,8 @@
 """Adapters: trained routers and their budgets in a small folder of their own.
 
 `routers.safetensors` holds arrays named by their path in `Params.routers`, float32 for
-heads and bfloat16 for neurons and updates, which are many and used in 16 bit anyway;
-`card.json` says for people and for `load_adapter` what they were trained for.
+the linear layers of heads and bfloat16 for the rest, which is much and used in 16 bit
+anyway; `card.json` says for people and for `load_adapter` what they were trained for.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def as_stored(routers: Tree) -> Tree:
     """
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(jnp.float32 if path[1].key == "heads" else jnp.bfloat16)
+        linear = path[1].key == "heads" and path[2].key in ("weight", "bias")
+        return leaf.astype(jnp.float32 if linear else jnp.bfloat16)
 
     return jax.tree_util.tree_map_with_path(cast, routers)
 

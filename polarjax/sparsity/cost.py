@@ -44,8 +44,9 @@ def step_weight_bytes(
             mlp = weights[f"layers_{layer}"]["mlp"]
             rows = sum(leaf.nbytes for name, leaf in mlp.items() if name != "down_bias")
             total -= round(rows * (1 - density))
-    routers = jax.tree.leaves(getattr(policy, "neuron_routers", {}))
-    return total + sum(leaf.nbytes for leaf in routers)
+    for second in ("head_routers", "neuron_routers"):
+        total += sum(leaf.nbytes for leaf in getattr(policy, second, {}).values())
+    return total
 
 
 def kv_row_bytes(config: ModelConfig, dtype: Any) -> int:

@@ -12,7 +12,7 @@ from pallas_kernels import union_neurons
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
 from polarjax.sparsity.neurons import neuron_counts
-from polarjax.sparsity.routers import append_rows
+from polarjax.sparsity.routers import append_rows, head_scores
 from polarjax.sparsity.select import (
     Density,
     HeadBudget,
@@ -44,8 +44,11 @@ class Polar:
         adapter's thresholds, instead of a fixed number; without a density.
       budget: set by `bind`.
       neuron_budget: neurons that each layer reads, set by `bind`; 0 for all.
+      head_routers: the second matrices [k, rank] of layers that have them, set by
+        `bind`.
       neuron_routers: the second matrices [f, r] by layer, set by `bind`.
       score_rows: set by `bind`.
+      kv_heads: k of the model, set by `bind`.
     """
 
     density: Density = dataclasses.field(default=None, metadata=_static)
@@ -53,8 +56,10 @@ class Polar:
     adaptive: bool = dataclasses.field(default=False, metadata=_static)
     budget: HeadBudget | None = None
     neuron_budget: tuple[int, ...] = dataclasses.field(default=(), metadata=_static)
+    head_routers: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     neuron_routers: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     score_rows: tuple[int, ...] = dataclasses.field(default=(), metadata=_static)
+    kv_heads: int = dataclasses.field(default=0, metadata=_static)
 
     wants_norms = False
 
@@ -87,6 +92,11 @@ class Polar:
             if limit is not None or i in by_neurons
         ]
         weights, rows = append_rows(merge_updates(params), sparse, by_neurons)
+        head_routers = {
+            i: params.routers[f"layers_{i}"]["heads"]["up"]
+            for i in sparse
+            if "up" in params.routers[f"layers_{i}"]["heads"]
+        }
         neuron_routers = {
             i: params.routers[f"layers_{i}"]["neurons"]["up"].astype(params.dtype)
             for i in by_neurons
@@ -94,8 +104,10 @@ class Polar:
         return weights, Polar(
             budget=budget,
             neuron_budget=neuron_budget,
+            head_routers=head_routers,
             neuron_routers=neuron_routers,
             score_rows=rows,
+            kv_heads=config.kv_heads,
         )
 
     def _neuron_counts(self, config: ModelConfig, batch: int) -> tuple[int, ...]:
@@ -114,8 +126,10 @@ class Polar:
         """The groups with the highest router scores."""
         del norms
         assert self.budget is not None
-        k = None if scores is None else scores.shape[-1] - self._rank(layer)
-        ranking = None if scores is None else scores[:, :k]
+        ranking = None
+        if scores is not None:
+            up = self.head_routers.get(layer)
+            ranking = head_scores(scores, up, self.kv_heads)
         return self.budget.choose(layer, ranking, implementation)
 
     def neurons(self, layer, scores, live, implementation=None):
@@ -133,10 +147,6 @@ class Polar:
         n = self.neuron_budget[layer]
         needed = jax.nn.softplus(z)
         return union_neurons(needed, live, n, implementation=implementation)
-
-    def _rank(self, layer: int) -> int:
-        router = self.neuron_routers.get(layer)
-        return 0 if router is None else router.shape[1]
 
 
 @jax.tree_util.register_dataclass

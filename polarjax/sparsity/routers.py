@@ -1,9 +1,12 @@
 """Router weights: their shapes, and how they ride in the QKV matmul.
 
-The head router is one linear layer from the layer's normalised input to one score per
-KV group (paper section 4.2). The neuron router (ReLU models) is two matrices of low
-rank without nonlinearity. Both read what the QKV projection reads, so their first
-matrices are appended to it as further rows and cost no launch of their own.
+The head router is a linear layer from the layer's normalised input u to one score per
+KV group (paper section 4.2), and, where an adapter has it, a quadratic form of low rank
+beside it: weight u + bias + up (down u)^2. What it predicts, the norm of an output, is
+no linear function of u: values, and the logits of queries with keys, enter by their
+products. The neuron router (ReLU models) is two matrices of low rank without
+nonlinearity. All read what the QKV projection reads, so their first matrices are
+appended to it as further rows and cost no launch of their own.
 """
 
 from __future__ import annotations
@@ -47,6 +50,11 @@ def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
         want: Tree = {"heads": {"weight": (k, m), "bias": (k,)}}
         have = jax.tree.map(lambda leaf: tuple(leaf.shape), parts)
         match have:
+            case {"heads": {"down": (rank, _)}}:
+                want["heads"] |= {"down": (rank, m), "up": (k, rank)}
+            case {"heads": {"down": _} | {"up": _}}:
+                want["heads"] |= {"down": ("rank", m), "up": (k, "rank")}
+        match have:
             case {"neurons": {"down": (rank, _)}}:
                 want["neurons"] = {"down": (rank, m), "up": (f, rank)}
             case {"neurons": _}:
@@ -86,20 +94,43 @@ def append_rows(
             )
         router = params.routers[name]
         added = [router["heads"]["weight"]]
-        biases = [router["heads"]["bias"]]
+        if "down" in router["heads"]:
+            added.append(router["heads"]["down"])
         if layer in neurons:
             if "neurons" not in router:
                 raise ValueError(f"the adapter has no neuron router for layer {layer}")
             added.append(router["neurons"]["down"])
-            biases.append(jnp.zeros(added[-1].shape[0]))
         attention = dict(weights[name]["attention"])
         qkv = attention["qkv"]
         bias = attention.get("qkv_bias", jnp.zeros(qkv.shape[0], qkv.dtype))
         attention["qkv"] = _concatenate(qkv, *added)
-        attention["qkv_bias"] = _concatenate(bias, *biases)
         rows[layer] = attention["qkv"].shape[0] - qkv.shape[0]
+        own = router["heads"]["bias"]
+        without = jnp.zeros(rows[layer] - own.shape[0])
+        attention["qkv_bias"] = _concatenate(bias, own, without)
         weights[name] = {**weights[name], "attention": attention}
     return weights, tuple(rows)
+
+
+def head_scores(rows: jax.Array, up: jax.Array | None, kv_heads: int) -> jax.Array:
+    """Scores of the KV groups, from what a router's rows yield.
+
+    Args:
+      rows: float32[n, r], weight u + bias, down u, and perhaps more.
+      up: [k, rank], if the router has a quadratic form.
+      kv_heads: k.
+
+    Returns:
+      float32[n, k].
+    """
+    scores = rows[:, :kv_heads]
+    if up is None:
+        return scores
+    hidden = rows[:, kv_heads : kv_heads + up.shape[1]]
+    # So few products that they are one fusion with the rest, in exact float32, whose
+    # sums do not depend on n as those of a matrix product may.
+    square = jnp.square(hidden)[:, None, :] * up.astype(jnp.float32)
+    return scores + square.sum(axis=-1)
 
 
 @jax.jit

@@ -62,5 +62,17 @@ def kept_norm(scores: jax.Array, norms: jax.Array, n: int) -> jax.Array:
 
 
 def router_scores(router: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
-    """One linear layer: inputs [n, m] to float32[n, k]."""
-    return jnp.einsum("nm,km->nk", inputs, router["weight"]) + router["bias"]
+    """What a head router makes of states, as the decode step does.
+
+    Args:
+      router: "weight" [k, m] and "bias" [k]; perhaps "down" [r, m] and "up" [k, r].
+      inputs: [n, m].
+
+    Returns:
+      float32[n, k].
+    """
+    scores = jnp.einsum("nm,km->nk", inputs, router["weight"]) + router["bias"]
+    if "down" in router:
+        hidden = jnp.einsum("nm,rm->nr", inputs, router["down"])
+        scores += jnp.einsum("nr,kr->nk", jnp.square(hidden), router["up"])
+    return scores

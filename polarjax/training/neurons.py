@@ -38,8 +38,8 @@ def active_neurons(mlp_weights: Tree, v: jax.Array) -> jax.Array:
     return linear(v.astype(rows.dtype), rows, bias) > 0
 
 
-def init_neuron_router(
-    key: jax.Array, rank: int, dim: int, neurons: int
+def init_low_rank(
+    key: jax.Array, rank: int, dim: int, outputs: int
 ) -> dict[str, jax.Array]:
     """A router before training: random directions in, every score 0 out.
 
@@ -47,14 +47,14 @@ def init_neuron_router(
       key: of `jax.random`.
       rank: r, inner width; the paper's is 1024.
       dim: m.
-      neurons: f.
+      outputs: f neurons, or k groups.
 
     Returns:
       float32 "down" [r, m], of unit variance over normalised inputs, and "up" [f, r],
-      zeros: all neurons start equal and the first gradients go to `up`.
+      zeros: all outputs start equal and the first gradients go to `up`.
     """
     down = jax.random.normal(key, (rank, dim)) / jnp.sqrt(dim)
-    return {"down": down, "up": jnp.zeros((neurons, rank))}
+    return {"down": down, "up": jnp.zeros((outputs, rank))}
 
 
 def neuron_scores(router: Tree, inputs: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ from polarjax.training.losses import (
 )
 from polarjax.training.neurons import (
     active_neurons,
-    init_neuron_router,
+    init_low_rank,
     neuron_loss,
 )
 
@@ -56,10 +56,12 @@ class RouterTraining:
       sparse: share of the sequences that are read as decoding reads them: dense up to
         a random position, from there on with the heads that the routers pick so far.
         The others are read dense.
+      head_rank: of the head routers' quadratic form; 0 for linear ones, as the paper's.
       neuron_rank: of neuron routers, for ReLU models; 0 for none.
       learning_rate: its peak; it warms up over 5 % of the steps and decays to 0 by a
         cosine. The paper's 1e-4 is for 20 passes in batches of 64 tokens; on
         SmolLM2, one pass in batches of 512 was best near this.
+      quadratic_learning_rate: of the head routers' quadratic form, likewise.
       neuron_learning_rate: of the neuron routers, likewise.
       weight_decay: of AdamW.
       seed: of the shuffling, the first neuron routers and the positions.
@@ -70,8 +72,10 @@ class RouterTraining:
     batch: int = 1
     loss: Literal["bce", "ranking"] = "bce"
     sparse: float = 0.0
+    head_rank: int = 0
     neuron_rank: int = 0
     learning_rate: float = 2e-2
+    quadratic_learning_rate: float = 8e-3
     neuron_learning_rate: float = 2e-3
     weight_decay: float = 0.01
     seed: int = 0
@@ -81,10 +85,10 @@ class RouterTraining:
         check_steps(self.steps, self.batch)
         if self.loss not in ("bce", "ranking"):
             raise ValueError(f"no loss {self.loss!r}: there are bce and ranking")
-        if not 0 <= self.sparse <= 1 or self.neuron_rank < 0:
+        if not 0 <= self.sparse <= 1 or min(self.head_rank, self.neuron_rank) < 0:
             raise ValueError(
-                f"sparse must be from 0 to 1 and neuron_rank at least 0, got "
-                f"{self.sparse} and {self.neuron_rank}"
+                f"sparse must be from 0 to 1, head_rank and neuron_rank at least 0, got "
+                f"{self.sparse}, {self.head_rank} and {self.neuron_rank}"
             )
 
     def optimizer(self) -> optax.GradientTransformation:
@@ -95,9 +99,20 @@ class RouterTraining:
             rate = warmup_cosine(peak, self.steps)
             return optax.adamw(rate, weight_decay=self.weight_decay)
 
-        rates = {"heads": self.learning_rate, "neurons": self.neuron_learning_rate}
+        rates = {
+            "heads": self.learning_rate,
+            "quadratic": self.quadratic_learning_rate,
+            "neurons": self.neuron_learning_rate,
+        }
+
+        def kind(path: Any, _: Any) -> str:
+            quadratic = path[0].key == "heads" and path[1].key in ("down", "up")
+            return "quadratic" if quadratic else path[0].key
+
         parts: dict[Any, Any] = {name: adamw(rate) for name, rate in rates.items()}
-        return optax.multi_transform(parts, lambda tree: {x: x for x in tree})
+        return optax.multi_transform(
+            parts, lambda tree: jax.tree_util.tree_map_with_path(kind, tree)
+        )
 
 
 def train_routers(
@@ -189,13 +204,15 @@ def _first_routers(config: ModelConfig, training: RouterTraining) -> Tree:
     routers: Tree = {
         "heads": {"weight": jnp.zeros((*shape, config.dim)), "bias": jnp.zeros(shape)}
     }
+    keys = jax.random.split(jax.random.key(training.seed), config.layers - 1)
+
+    def low_rank(rank: int, outputs: int) -> Tree:
+        return jax.vmap(lambda key: init_low_rank(key, rank, config.dim, outputs))(keys)
+
+    if training.head_rank:
+        routers["heads"] |= low_rank(training.head_rank, config.kv_heads)
     if training.neuron_rank:
-        keys = jax.random.split(jax.random.key(training.seed), config.layers - 1)
-        routers["neurons"] = jax.vmap(
-            lambda key: init_neuron_router(
-                key, training.neuron_rank, config.dim, config.neurons
-            )
-        )(keys)
+        routers["neurons"] = low_rank(training.neuron_rank, config.neurons)
     return routers
 
 

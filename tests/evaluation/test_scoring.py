@@ -61,7 +61,7 @@ def largest_difference(one, other):
 @pytest.mark.parametrize("name", SMALL)
 def test_kernel_equals_mask(name):
     config = SMALL[name]
-    params = random_params(config, routers=True, neuron_rank=4)
+    params = random_params(config, routers=True, neuron_rank=4, head_rank=3)
     policies = POLICIES | (NEURONS if name == "opt" else {})
     items = make_items(config)
     kernel, mask, decode = (

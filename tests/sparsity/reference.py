@@ -120,7 +120,10 @@ class Model:
 
     def head_scores(self, layer, u) -> np.ndarray:
         router = self.routers[f"layers_{layer}"]["heads"]
-        return router["weight"] @ u + router["bias"]
+        scores = router["weight"] @ u + router["bias"]
+        if "down" in router:
+            scores = scores + router["up"] @ (router["down"] @ u) ** 2
+        return scores
 
     def neuron_scores(self, layer, u) -> np.ndarray:
         router = self.routers[f"layers_{layer}"]["neurons"]

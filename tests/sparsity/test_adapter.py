@@ -76,7 +76,7 @@ NEURONS = dataclasses.replace(
 @pytest.fixture
 def saved_neurons(tmp_path):
     """An adapter with neuron routers and budgets, and the model it belongs to."""
-    params = random_params(NEURONS, 0, routers=True, neuron_rank=8)
+    params = random_params(NEURONS, 0, routers=True, neuron_rank=8, head_rank=5)
     save_adapter(tmp_path / "adapter", params)
     config = dataclasses.replace(NEURONS, budgets=(), neuron_budgets=())
     return tmp_path / "adapter", params, polarjax.Params(params.weights, {}, config)
@@ -88,12 +88,13 @@ def test_round_trip_of_neuron_routers(saved_neurons):
     assert loaded.config == NEURONS
     for name, router in params.routers.items():
         ours = loaded.routers[name]
-        assert_equal_trees(ours["heads"], router["heads"])
-        low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), router["neurons"])
-        assert_equal_trees(ours["neurons"], low)
-        assert {x.dtype for x in jax.tree.leaves(ours["neurons"])} == {
-            jnp.dtype(jnp.bfloat16)
-        }
+        linear = {"weight", "bias"}
+        for kind, parts in router.items():
+            assert set(ours[kind]) == set(parts)
+            for part, array in parts.items():
+                dtype = jnp.float32 if part in linear else jnp.bfloat16
+                assert ours[kind][part].dtype == dtype
+                np.testing.assert_array_equal(ours[kind][part], array.astype(dtype))
     # Its own text is what the model with the same rounded routers writes.
     rounded = dataclasses.replace(params, routers=loaded.routers)
     prompts = [[1, 2, 3], [7]]
@@ -246,6 +247,9 @@ def plus(name, *shape):
         (plus("layers_1/neurons", 3), "router layers_1 has shapes"),
         (plus("layers_1/neurons/down"), "router layers_1 has shapes"),
         (plus("layers_1/neurons/down", 8, 48), "router layers_1 has shapes"),
+        (plus("layers_1/heads/down", 8, 48), r"has shapes .*needs .*'up': \(4, 8\)"),
+        (plus("layers_1/heads/down", 8), "needs .*'rank', 48"),
+        (plus("layers_1/heads/up", 4, 8), "needs .*'rank', 48"),
         (plus("layers_1/heads", 3), "routers.safetensors is damaged"),
     ],
 )

@@ -29,8 +29,10 @@ NEW = 18
 SEED = 3
 
 
-def compare(config, seed, densities=DENSITIES, new=NEW, implementation="xla"):
-    params = random_params(config, seed, routers=True)
+def compare(
+    config, seed, densities=DENSITIES, new=NEW, implementation="xla", head_rank=0
+):
+    params = random_params(config, seed, routers=True, head_rank=head_rank)
     prompts = random_prompts(config, LENGTHS[: len(densities)], seed)
     expected = decode(
         *(params, prompts, [new] * len(prompts), uniform(config, densities))
@@ -46,11 +48,14 @@ def compare(config, seed, densities=DENSITIES, new=NEW, implementation="xla"):
 
 
 @pytest.mark.parametrize(
-    ("name", "seed"),
-    [("gqa", 2), ("gqa", 3), ("mha", 3), ("mha", 4), ("opt", 3), ("opt", 6)],
+    ("name", "seed", "head_rank"),
+    [
+        *[("gqa", 2, 0), ("gqa", 3, 4), ("mha", 3, 0), ("mha", 4, 4)],
+        *[("opt", 3, 0), ("opt", 6, 4)],
+    ],
 )
-def test_polar_equals_masked_dense(name, seed):
-    params, prompts, out, expected = compare(MODELS[name], seed)
+def test_polar_equals_masked_dense(name, seed, head_rank):
+    params, prompts, out, expected = compare(MODELS[name], seed, head_rank=head_rank)
     # The routers change their minds, and sparsity changes the text: else this test
     # would pass with any selection.
     sparse = [groups for (_, i), groups in expected.groups_used.items() if i == 2]

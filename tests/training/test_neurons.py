@@ -11,7 +11,7 @@ import pytest
 from polarjax.model import Decoder, run
 from polarjax.training.neurons import (
     active_neurons,
-    init_neuron_router,
+    init_low_rank,
     neuron_loss,
     neuron_scores,
     union_recall,
@@ -90,7 +90,7 @@ def test_scores_and_loss_are_the_papers():
 
 
 def test_a_fresh_router_scores_nothing_and_learns():
-    router = init_neuron_router(jax.random.key(0), 6, 300, 40)
+    router = init_low_rank(jax.random.key(0), 6, 300, 40)
     assert router["down"].shape == (6, 300) and router["up"].shape == (40, 6)
     rng = np.random.default_rng(2)
     u = jnp.asarray(rng.normal(size=(50, 300)), jnp.float32)
