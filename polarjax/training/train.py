@@ -87,8 +87,8 @@ class RouterTraining:
             raise ValueError(f"no loss {self.loss!r}: there are bce and ranking")
         if not 0 <= self.sparse <= 1 or min(self.head_rank, self.neuron_rank) < 0:
             raise ValueError(
-                f"sparse must be from 0 to 1, head_rank and neuron_rank at least 0, got "
-                f"{self.sparse}, {self.head_rank} and {self.neuron_rank}"
+                "sparse must be from 0 to 1, head_rank and neuron_rank at least 0, "
+                f"got {self.sparse}, {self.head_rank} and {self.neuron_rank}"
             )
 
     def optimizer(self) -> optax.GradientTransformation:
