@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,7 @@ def calibrate(
             return False
         return router_recall(trained, few).mean >= target_recall
 
+    begin = time.perf_counter()
     trained = train_routers(
         *(params, corpus.blocks, training),
         mesh=mesh,
@@ -242,6 +244,7 @@ def calibrate(
         ),
         stop=enough,
     )
+    made["training_seconds"] = round(time.perf_counter() - begin, 1)
     trained = dataclasses.replace(trained, routers=as_stored(trained.routers))
     say("recall on held-out text", 0, 1)
     recall = measure_recall(trained, corpus.held_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,7 @@ def recover_on_text(
                 best.save(file)
         return step // every - best.step // every >= patience
 
+    begin = time.perf_counter()
     recover(
         *(params, corpus.blocks, recovery),
         mesh=mesh,
@@ -170,6 +172,7 @@ def recover_on_text(
         ),
         stop=settled,
     )
+    facts["training_seconds"] = round(time.perf_counter() - begin, 1)
     routers = as_stored(jax.tree.map(jnp.asarray, best.routers))
     found = dataclasses.replace(params, routers=routers)
     say("divergence on held-out text", 0, 1)

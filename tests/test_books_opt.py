@@ -115,9 +115,9 @@ def test_losses_and_gradients_are_those_of_the_model(tokens):
         )
         return -chosen.mean(), hidden
 
-    (loss, (nll, active)), gradient = differentiate(ours)(weights)
+    (loss, (nll, shares)), gradient = differentiate(ours)(weights)
     (wanted, hidden), expected = differentiate(plain)(weights)
-    assert nll.shape == (5, 32) and active.shape == (2, 5)
+    assert nll.shape == (5, 32) and shares["active"].shape == (2, 5)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
@@ -125,7 +125,28 @@ def test_losses_and_gradients_are_those_of_the_model(tokens):
     )
     mlp = weights["layers_1"]["mlp"]
     above = hidden[1] @ mlp["up"].T + mlp["up_bias"] > 0
-    np.testing.assert_allclose(active[1], above.mean((1, 2)), atol=1e-3)
+    np.testing.assert_allclose(shares["active"][1], above.mean((1, 2)), atol=1e-3)
+
+
+def test_share_of_the_lesser_heads():
+    norms = np.array([[1, 4, 2, 3], [0, 0, 0, 5], [2, 2, 2, 2], [0, 0, 0, 0]])
+    o = norms[..., None] * np.array([0.6, 0, 0.8])
+    found = opt_training.lesser_share(jnp.asarray(o))
+    np.testing.assert_allclose(found, [0.3, 0, 0.5, 0.5], atol=1e-5)
+    slope = jax.grad(lambda o: opt_training.lesser_share(o).sum())(jnp.asarray(o))
+    assert np.isfinite(slope).all()
+
+
+def test_a_penalty_makes_heads_choose(tokens):
+    lesser = {}
+    for weight in (0.0, 1.0):
+        training = dataclasses.replace(TRAINING, steps=60, head_sparsity=weight)
+        trained = train(CONFIG, tokens, training)
+        shares = opt_training.evaluate(CONFIG, trained.weights, tokens, 8, "float32")[1]
+        lesser[weight] = shares["lesser_heads"]
+    assert lesser[1.0][1] < 0.1 * lesser[0.0][1]  # layer 0 is free
+    with pytest.raises(ValueError, match="head_sparsity must not be negative: -1"):
+        Training(head_sparsity=-1)
 
 
 def test_shards_are_small_and_hold_everything(built):
@@ -146,6 +167,7 @@ def test_the_record_says_what_was_made(built, loaded):
     assert record["tokens_seen"] == 20 * 8 * 32
     assert len(record["active_neurons"]) == 2
     assert all(0 < share < 1 for share in record["active_neurons"])
+    assert all(0 < share < 0.5 for share in record["lesser_heads"])
 
 
 def test_perplexity_is_that_of_the_converted_model(built, loaded, texts, tokenizer):

@@ -166,7 +166,7 @@ def build(
     )
     with _Bar(console, training.steps) as bar:
         trained = train(config, tokens, training, bar.show)
-    perplexity, active, scored = evaluate(
+    perplexity, shares, scored = evaluate(
         config, trained.weights, held_out, training.batch, training.compute
     )
     record = {
@@ -179,7 +179,8 @@ def build(
         "final_loss": sum(trained.losses[-100:]) / len(trained.losses[-100:]),
         "validation_perplexity": perplexity,
         "validation_tokens": scored,
-        "active_neurons": [round(share, 4) for share in active],
+        "active_neurons": [round(share, 4) for share in shares["active"]],
+        "lesser_heads": [round(share, 4) for share in shares["lesser_heads"]],
         "training": dataclasses.asdict(training),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -243,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps=options.steps,
             batch=options.batch,
             learning_rate=options.learning_rate,
+            head_sparsity=options.head_sparsity,
             seed=options.seed,
         )
         record = build(
@@ -267,8 +269,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Train an OPT (ReLU, learned positions, as many KV heads as heads) "
         "and its byte-level BPE vocabulary on a text, and write both as a Hugging Face "
         "folder that appears whole or not at all. The last line printed is a JSON "
-        "object: parameters, tokens, seconds, validation perplexity, the share of MLP "
-        "neurons that are active in each layer.",
+        "object: parameters, tokens, seconds, validation perplexity, and by layer the "
+        "share of MLP neurons that are active and that of head norms which the smaller "
+        "half of a token's heads holds.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -286,6 +289,13 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=made.learning_rate,
         help=f"its peak, after a warm-up over 4 %% of the steps {default}",
+    )
+    add(
+        "--head-sparsity",
+        type=float,
+        default=made.head_sparsity,
+        help="weight of a penalty on the share of a token's head norms that the "
+        f"smaller half of its heads holds: makes each token use few heads {default}",
     )
     add(
         "--seed",

@@ -37,6 +37,10 @@ class Training:
         cosine.
       weight_decay: of AdamW, for matrices; norms and biases do not decay.
       clip: largest norm of a gradient.
+      head_sparsity: weight of a penalty on heads that do a little of everything: the
+        share of a token's head norms that the smaller half of the heads holds, mean
+        over layers from 1. Small models trained without it use all heads for each
+        token; large ones do not (Polar Sparsity, section 3).
       seed: of the initial weights and of the order of the text.
       compute: dtype of activations and products; the weights and the residual stream
         are float32.
@@ -47,6 +51,7 @@ class Training:
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
     clip: float = 1.0
+    head_sparsity: float = 0.0
     seed: int = 0
     compute: str = "bfloat16"
 
@@ -58,6 +63,10 @@ class Training:
             raise ValueError(f"seed must not be negative: {self.seed}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be positive: {self.learning_rate}")
+        if not (math.isfinite(self.head_sparsity) and self.head_sparsity >= 0):
+            raise ValueError(
+                f"head_sparsity must not be negative: {self.head_sparsity}"
+            )
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW on clipped gradients."""
@@ -107,8 +116,8 @@ def initial_weights(key: jax.Array, *, config: ModelConfig) -> Tree:
 
 def token_losses(
     weights: Tree, tokens: jax.Array, *, config: ModelConfig, dtype: str
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each token but the first, and how many neurons are active.
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of each token but the first, and how sparse the model is.
 
     Args:
       weights: float32.
@@ -117,24 +126,26 @@ def token_losses(
       dtype: of activations and products.
 
     Returns:
-      float32[b, t], nats; float32[layers, b], the share of MLP neurons above 0, mean
-      over the tokens that were read.
+      float32[b, t], nats; and float32[layers, b], means over the tokens that were read:
+      "active", the share of MLP neurons above 0, and "lesser_heads", the share of the
+      heads' norms that the smaller half of the heads holds.
     """
     model = Decoder(config, jnp.dtype(dtype))
 
     def narrow(tree: Tree) -> Tree:
         return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, tree)
 
-    def active(layer: int, *seen: jax.Array) -> jax.Array:
+    def observe(layer: int, _: jax.Array, o: jax.Array, z: jax.Array) -> Any:
         mlp = layers[f"layers_{layer}"]["mlp"]
-        return (linear(seen[-1], mlp["up"], mlp["up_bias"]) > 0).mean((1, 2))
+        active = (linear(z, mlp["up"], mlp["up_bias"]) > 0).mean((1, 2))
+        return {"active": active, "lesser_heads": lesser_share(o).mean(1)}
 
     tokens = tokens.astype(jnp.int32)
     layers = narrow({k: v for k, v in weights.items() if k != "embed"})
     # The embeddings stay float32, and so does the residual stream: what the tokens add
     # to an embedding's gradient is too little, one by one, for a sum in 16 bit.
     mixed = {**layers, "embed": weights["embed"]}
-    x, _, _, shares = run(model, mixed, "_forward", tokens[:, :-1], active)
+    x, _, _, seen = run(model, mixed, "_forward", tokens[:, :-1], observe)
 
     @jax.checkpoint  # logits are computed again, not kept
     def losses(args: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -147,7 +158,22 @@ def token_losses(
 
     rows = max(1, _LOGIT_ROWS // x.shape[1])
     nll = jax.lax.map(losses, (x, tokens[:, 1:]), batch_size=min(rows, len(x)))
-    return nll, jnp.stack(shares)
+    return nll, jax.tree.map(lambda *layers: jnp.stack(layers), *seen)
+
+
+def lesser_share(o: jax.Array) -> jax.Array:
+    """Share of the heads' norms that the smaller half of the heads holds.
+
+    Args:
+      o: [..., h, d], head outputs.
+
+    Returns:
+      float32[...], from 0 (half of the heads would do) to a half (all count alike).
+    """
+    squares = jnp.square(o.astype(jnp.float32)).sum(axis=-1)
+    norms = jnp.sqrt(squares + 1e-12)  # which has a slope at 0 too
+    lesser = jax.lax.top_k(-norms, o.shape[-2] // 2)[0]
+    return -lesser.sum(axis=-1) / norms.sum(axis=-1)
 
 
 @functools.partial(
@@ -161,11 +187,13 @@ def _train_step(
     config: ModelConfig,
     training: Training,
 ) -> tuple[Tree, optax.OptState, jax.Array]:
-    def mean_loss(weights: Tree) -> jax.Array:
+    def mean_loss(weights: Tree) -> tuple[jax.Array, jax.Array]:
         found = token_losses(weights, tokens, config=config, dtype=training.compute)
-        return found[0].mean()
+        loss = found[0].mean()
+        lesser = found[1]["lesser_heads"][1:].mean()
+        return loss + training.head_sparsity * lesser, loss
 
-    loss, gradient = jax.value_and_grad(mean_loss)(weights)
+    gradient, loss = jax.grad(mean_loss, has_aux=True)(weights)
     updates, state = training.optimizer().update(gradient, state, weights)
     return optax.apply_updates(weights, updates), state, loss  # type: ignore
 
@@ -231,7 +259,7 @@ _measure = jax.jit(token_losses, static_argnames=("config", "dtype"))
 
 def evaluate(
     config: ModelConfig, weights: Tree, tokens: np.ndarray, batch: int, dtype: str
-) -> tuple[float, list[float], int]:
+) -> tuple[float, dict[str, list[float]], int]:
     """Score a text in blocks that do not overlap.
 
     Args:
@@ -242,16 +270,20 @@ def evaluate(
       dtype: of activations and products.
 
     Returns:
-      Perplexity per token; the share of active neurons by layer; tokens scored.
+      Perplexity per token; the shares of `token_losses` by layer; tokens scored.
     """
     rows = blocks(tokens, config.context)
-    nll, active = [], []
+    nll, shares = [], []
     for i in range(0, len(rows), batch):
         part = rows[i : i + batch]
         filled = np.resize(part, (batch, config.context + 1))  # one shape for all
-        losses, shares = _measure(weights, filled, config=config, dtype=dtype)
+        losses, found = _measure(weights, filled, config=config, dtype=dtype)
         nll.append(np.asarray(losses)[: len(part)].mean(axis=1))
-        active.append(np.asarray(shares)[:, : len(part)])
+        shares.append({k: np.asarray(v)[:, : len(part)] for k, v in found.items()})
     perplexity = math.exp(np.concatenate(nll).mean())
-    shares = np.concatenate(active, axis=1).mean(axis=1)
-    return perplexity, shares.tolist(), rows.size - len(rows)
+    means = {
+        name: np.concatenate([part[name] for part in shares], axis=1).mean(axis=1)
+        for name in shares[0]
+    }
+    by_layer = {name: mean.tolist() for name, mean in means.items()}
+    return perplexity, by_layer, rows.size - len(rows)
