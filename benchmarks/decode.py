@@ -93,13 +93,26 @@ TOY = {
 NEURON_RANK = 1024
 
 
-def random_params(config: polarjax.ModelConfig, dtype) -> polarjax.Params:
-    """Weights and routers of the right shapes, made on the device."""
+def random_params(
+    config: polarjax.ModelConfig, dtype, head_rank: int = 0
+) -> polarjax.Params:
+    """Weights and routers of the right shapes, made on the device.
+
+    Args:
+      config: of the model.
+      dtype: of everything.
+      head_rank: of the head routers' quadratic form; 0 for none.
+    """
     shapes = weight_shapes(config, dtype)
     k, m, f = config.kv_heads, config.dim, config.neurons
     rank = min(NEURON_RANK, m)
     spec = jax.ShapeDtypeStruct
     router = {"heads": {"weight": spec((k, m), dtype), "bias": spec((k,), dtype)}}
+    if head_rank:
+        router["heads"] |= {
+            "down": spec((head_rank, m), dtype),
+            "up": spec((k, head_rank), dtype),
+        }
     if config.activation == "relu":
         router["neurons"] = {
             "down": spec((rank, m), dtype),
@@ -168,6 +181,12 @@ def main() -> None:
         default=list(CASES),
         help="which models (default: all)",
     )
+    parser.add_argument(
+        *("--head-rank",),
+        type=int,
+        default=0,
+        help="of a quadratic form in the head routers (default: %(default)s, none)",
+    )
     args = parser.parse_args()
     cases = TOY if args.toy else {name: CASES[name] for name in args.models}
     dtype = jnp.float32 if args.toy else jnp.bfloat16
@@ -177,7 +196,7 @@ def main() -> None:
     print(f"the memory can be read at {bandwidth / 1e9:.1f} GB/s")
     results = []
     for name, case in cases.items():
-        params = random_params(case.config, dtype)
+        params = random_params(case.config, dtype, args.head_rank)
         policies: dict[str, polarjax.SelectionPolicy] = {"dense": polarjax.Dense()}
         for heads, neurons in case.densities:
             label = f"heads {heads}" + (f", neurons {neurons}" if neurons else "")
@@ -211,6 +230,7 @@ def main() -> None:
             "device": device.device_kind,
             "jax": jax.__version__,
             "dtype": jnp.dtype(dtype).name,
+            "head_rank": args.head_rank,
             "bandwidth_gb_s": bandwidth / 1e9,
             "results": results,
         }
