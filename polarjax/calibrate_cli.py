@@ -45,7 +45,13 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     ).add_argument
     _add_texts(add, tokens=400_000)
     add("--density", type=fraction, default=2 / 3, help="fraction of KV groups to keep")
-    add("--loss", choices=["bce", "ranking"], default="bce", help="of head routers")
+    add(
+        "--loss",
+        choices=["bce", "ranking"],
+        default="bce",
+        help="of head routers: the paper's, or one that weighs a wrong order by the "
+        "norm it loses, which serves fixed budgets best",
+    )
     add(
         "--sparse",
         type=fraction,

@@ -31,23 +31,29 @@ def weighted_bce(
     return loss.mean(where=tokens)
 
 
-def ranking_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
+def ranking_loss(scores: jax.Array, norms: jax.Array, n: int) -> jax.Array:
     """What it costs that a head within the budget stands behind one beyond it.
 
     The logistic loss of the difference of their scores, over all such pairs of each
-    token (RankNet, Burges et al. 2005): the order within either side, and how far the
-    scores lie from a threshold, do not matter to a choice of the top n.
+    token, by the norm that would be lost if they changed places (LambdaRank, Burges et
+    al. 2006): to take one of two heads for the other costs nothing if they are equal.
+    The order within either side, and how far the scores lie from a threshold, do not
+    matter to a choice of the top n; scores of two tokens cannot be compared.
 
     Args:
-      scores: float32[n, k].
-      labels: float32[n, k], 0 or 1.
+      scores: float32[tokens, k].
+      norms: float32[tokens, k].
+      n: heads of the budget.
 
     Returns:
-      float32[], the mean over pairs.
+      float32[], the mean over tokens, in shares of a token's norms.
     """
+    labels = top_labels(norms, n)
     pairs = labels[:, :, None] * (1 - labels[:, None, :])
+    lost = norms[:, :, None] - norms[:, None, :]
     loss = jax.nn.softplus(scores[:, None, :] - scores[:, :, None])
-    return (pairs * loss).sum() / jnp.maximum(pairs.sum(), 1)
+    total = jnp.maximum(norms.sum(axis=-1), 1e-20)
+    return ((pairs * lost * loss).sum(axis=(1, 2)) / total).mean()
 
 
 def recall(scores: jax.Array, labels: jax.Array, n: int) -> jax.Array:

@@ -52,7 +52,8 @@ class RouterTraining:
       steps: optimiser steps, one batch of text each; None for one pass.
       batch: blocks of text per step.
       loss: of the head routers: "bce", the paper's, or "ranking", which looks at the
-        order across the budget alone.
+        order across the budget alone, and at the norm that is lost. It keeps more of
+        the norm; adaptive budgets need the scores of "bce".
       sparse: share of the sequences that are read as decoding reads them: dense up to
         a random position, from there on with the heads that the routers pick so far.
         The others are read dense.
@@ -236,7 +237,7 @@ def _train_step(
             scores = router_scores(router["heads"], inputs)
             ranking = training.loss == "ranking"
             head_loss = (
-                ranking_loss(scores, labels)
+                ranking_loss(scores, norms, n)
                 if ranking
                 else weighted_bce(scores, labels)
             )

@@ -35,17 +35,20 @@ def test_the_paper_loss():
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.0, 1.0])
-def test_ranking_loss_is_over_pairs(share):
-    scores, labels = draw(share=share)
-    costs = [
-        np.log1p(np.exp(row[j] - row[i]))
-        for row, label in zip(scores, labels, strict=True)
-        for i, j in itertools.product(range(4), repeat=2)
-        if label[i] and not label[j]
-    ]
-    ours = ranking_loss(*as_jax(scores, labels))
-    np.testing.assert_allclose(ours, np.mean(costs) if costs else 0, rtol=1e-5)
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_ranking_loss_is_of_norm_lost(n):
+    scores, _ = draw()
+    norms = np.random.default_rng(1).random(scores.shape)
+    costs = 0.0
+    for row, norm in zip(scores, norms, strict=True):
+        order = np.argsort(-norm)
+        costs += sum(
+            (norm[i] - norm[j]) * np.log1p(np.exp(row[j] - row[i]))
+            for i, j in itertools.product(order[:n], order[n:])
+        ) / sum(norm)
+    ours = ranking_loss(*as_jax(scores, norms), n)
+    np.testing.assert_allclose(ours, costs / 50, rtol=1e-5)
+    assert ranking_loss(*as_jax(scores, np.zeros_like(norms)), n) == 0
 
 
 def test_labels_and_recall():
@@ -67,9 +70,15 @@ def test_the_norm_that_is_kept():
     assert kept_norm(*as_jax(scores, np.zeros((6, 4))), 2) == 0
 
 
-def test_a_router_is_one_linear_layer():
+def test_a_router_is_a_linear_layer_and_a_quadratic_form():
     rng = np.random.default_rng(2)
     weight, bias, u = (rng.normal(size=s) for s in ((4, 9), (4,), (7, 9)))
     w, b, inputs = as_jax(weight, bias, u)
     ours = router_scores({"weight": w, "bias": b}, inputs)
-    np.testing.assert_allclose(ours, u @ weight.T + bias, rtol=1e-4, atol=1e-5)
+    linear = u @ weight.T + bias
+    np.testing.assert_allclose(ours, linear, rtol=1e-4, atol=1e-5)
+    down, up = rng.normal(size=(5, 9)), rng.normal(size=(4, 5))
+    router = dict(zip(("down", "up"), as_jax(down, up), strict=True))
+    ours = router_scores({"weight": w, "bias": b, **router}, inputs)
+    expected = linear + (u @ down.T) ** 2 @ up.T
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
