@@ -25,6 +25,7 @@ from polarjax.sharding import make_data_mesh
 from polarjax.sparsity import save_adapter
 from polarjax.sparsity.select import with_density
 from polarjax.training import Recovery, RouterTraining, Source
+from polarjax.training.losses import HeadLoss
 from polarjax.training.recover import Routers
 
 
@@ -47,7 +48,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--density", type=fraction, default=2 / 3, help="fraction of KV groups to keep")
     add(
         "--loss",
-        choices=["bce", "ranking"],
+        choices=get_args(HeadLoss),
         default="bce",
         help="of head routers: the paper's, or one that weighs a wrong order by the "
         "norm it loses, which serves fixed budgets best",
@@ -115,9 +116,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add(
         "--routers",
         choices=get_args(Routers),
-        default="labels",
-        help="what they learn meanwhile: which heads are largest, the slopes of the "
-        "divergence, or nothing",
+        default="bce",
+        help="what they learn meanwhile: which heads are largest, by either loss of "
+        "`calibrate`, the slopes of the divergence, or nothing",
     )
     add("--router-learning-rate", type=float, default=1e-3, help="peak, of the routers")
     add("--remat", action="store_true", help="use less memory, and a third more time")

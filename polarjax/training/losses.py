@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from polarjax.training.collect import top_labels
+
+HeadLoss = Literal["bce", "ranking"]
 
 
 def weighted_bce(
@@ -31,7 +35,9 @@ def weighted_bce(
     return loss.mean(where=tokens)
 
 
-def ranking_loss(scores: jax.Array, norms: jax.Array, n: int) -> jax.Array:
+def ranking_loss(
+    scores: jax.Array, norms: jax.Array, n: int, counted: jax.Array | None = None
+) -> jax.Array:
     """What it costs that a head within the budget stands behind one beyond it.
 
     The logistic loss of the difference of their scores, over all such pairs of each
@@ -44,6 +50,7 @@ def ranking_loss(scores: jax.Array, norms: jax.Array, n: int) -> jax.Array:
       scores: float32[tokens, k].
       norms: float32[tokens, k].
       n: heads of the budget.
+      counted: bool[tokens], those that count; None for all.
 
     Returns:
       float32[], the mean over tokens, in shares of a token's norms.
@@ -53,7 +60,20 @@ def ranking_loss(scores: jax.Array, norms: jax.Array, n: int) -> jax.Array:
     lost = norms[:, :, None] - norms[:, None, :]
     loss = jax.nn.softplus(scores[:, None, :] - scores[:, :, None])
     total = jnp.maximum(norms.sum(axis=-1), 1e-20)
-    return ((pairs * lost * loss).sum(axis=(1, 2)) / total).mean()
+    return ((pairs * lost * loss).sum(axis=(1, 2)) / total).mean(where=counted)
+
+
+def head_loss(
+    kind: HeadLoss,
+    scores: jax.Array,
+    norms: jax.Array,
+    n: int,
+    counted: jax.Array | None = None,
+) -> jax.Array:
+    """The loss of a head router by its name; see `ranking_loss`."""
+    if kind == "ranking":
+        return ranking_loss(scores, norms, n, counted)
+    return weighted_bce(scores, top_labels(norms, n), counted)
 
 
 def recall(scores: jax.Array, labels: jax.Array, n: int) -> jax.Array:

@@ -20,7 +20,6 @@ from polarjax.params import Params, Tree
 from polarjax.sharding import first_copy, replicate
 from polarjax.sparsity import Polar
 from polarjax.sparsity.updates import init_updates
-from polarjax.training.collect import top_labels
 from polarjax.training.loop import (
     Progress,
     Resume,
@@ -30,10 +29,10 @@ from polarjax.training.loop import (
     warmup_cosine,
     with_steps,
 )
-from polarjax.training.losses import router_scores, weighted_bce
+from polarjax.training.losses import HeadLoss, head_loss, router_scores
 
 State = tuple[Tree, optax.OptState]
-Routers = Literal["labels", "slopes", "nothing"]
+Routers = Literal["bce", "ranking", "slopes", "nothing"]
 
 # Positions of which the logits are in memory at once, each 8 bytes a word.
 _POSITIONS = 4096
@@ -51,9 +50,9 @@ class Recovery:
         the dense model reads, as decoding has it. The others are sparse throughout.
       learning_rate: peak of the updates', see `optimizer`; 5 % warm-up, then a cosine
         to 0. At full rank a tenth of the default is right.
-      routers: what they learn meanwhile: "labels", to find the heads of the largest
-        norm, as before; "slopes", what the divergence says of their choice, straight
-        through it; or "nothing".
+      routers: what they learn meanwhile: to find the heads of the largest norm, as
+        before, by either loss of `RouterTraining`; "slopes", what the divergence says
+        of their choice, straight through it; or "nothing".
       router_learning_rate: of the routers.
       remat: whether to compute each layer again in the backward pass and so to keep
         a layer's input alone in memory.
@@ -65,7 +64,7 @@ class Recovery:
     rank: int | None = 8
     prompts: float = 0.5
     learning_rate: float = 1e-3
-    routers: Routers = "labels"
+    routers: Routers = "bce"
     router_learning_rate: float = 1e-3
     remat: bool = False
     seed: int = 0
@@ -256,11 +255,12 @@ def _gradients(
 
     def loss(trained: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
         gates = straight_through(trained, config) if routers == "slopes" else None
-        labels = routers == "labels"
-        observe = label_losses(trained, config, starts) if labels else None
+        observe = None
+        if routers == "bce" or routers == "ranking":
+            observe = router_losses(trained, config, starts, routers)
         params = Params(weights, trained, config)
         kl, losses = distance(params, tokens, starts, gates, observe, remat)
-        # Routers alone feel the labels, and nothing but them: no weight is needed.
+        # Routers alone feel their loss, and nothing but them: no weight is needed.
         total = sum(losses, start=jnp.zeros(()))
         return kl + total, {"kl": kl, "loss": total / config.layers}
 
@@ -328,7 +328,9 @@ def distance(
     return total / counted.sum(), seen
 
 
-def label_losses(trained: Tree, config: ModelConfig, starts: jax.Array) -> Observe:
+def router_losses(
+    trained: Tree, config: ModelConfig, starts: jax.Array, loss: HeadLoss
+) -> Observe:
     """The loss of the routers' own training, on the states that the sparse model has.
 
     Args:
@@ -336,6 +338,7 @@ def label_losses(trained: Tree, config: ModelConfig, starts: jax.Array) -> Obser
       config: of the model, with budgets.
       starts: int32[b], tokens of each prompt, which are not counted: no decode step has
         such states.
+      loss: its name.
     """
 
     def observe(layer: int, u: jax.Array, o: jax.Array, _: jax.Array) -> jax.Array:
@@ -347,9 +350,8 @@ def label_losses(trained: Tree, config: ModelConfig, starts: jax.Array) -> Obser
             trained[f"layers_{layer}"]["heads"],
             u.astype(jnp.float32).reshape(-1, config.dim),
         )
-        counted = jnp.arange(u.shape[1]) >= starts[:, None]
-        labels = top_labels(norms.reshape(-1, k), n)
-        return weighted_bce(scores, labels, counted.reshape(-1))
+        counted = (jnp.arange(u.shape[1]) >= starts[:, None]).reshape(-1)
+        return head_loss(loss, scores, norms.reshape(-1, k), n, counted)
 
     return observe
 

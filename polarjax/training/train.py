@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,11 @@ from polarjax.training.loop import (
     with_steps,
 )
 from polarjax.training.losses import (
+    HeadLoss,
+    head_loss,
     kept_norm,
-    ranking_loss,
     recall,
     router_scores,
-    weighted_bce,
 )
 from polarjax.training.neurons import (
     active_neurons,
@@ -71,7 +71,7 @@ class RouterTraining:
     density: float
     steps: int | None = None
     batch: int = 1
-    loss: Literal["bce", "ranking"] = "bce"
+    loss: HeadLoss = "bce"
     sparse: float = 0.0
     head_rank: int = 0
     neuron_rank: int = 0
@@ -84,8 +84,9 @@ class RouterTraining:
     def __post_init__(self) -> None:
         check_density(self.density)
         check_steps(self.steps, self.batch)
-        if self.loss not in ("bce", "ranking"):
-            raise ValueError(f"no loss {self.loss!r}: there are bce and ranking")
+        if self.loss not in get_args(HeadLoss):
+            names = " and ".join(get_args(HeadLoss))
+            raise ValueError(f"no loss {self.loss!r}: there are {names}")
         if not 0 <= self.sparse <= 1 or min(self.head_rank, self.neuron_rank) < 0:
             raise ValueError(
                 "sparse must be from 0 to 1, head_rank and neuron_rank at least 0, "
@@ -235,18 +236,12 @@ def _train_step(
 
         def loss(router: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
             scores = router_scores(router["heads"], inputs)
-            ranking = training.loss == "ranking"
-            head_loss = (
-                ranking_loss(scores, norms, n)
-                if ranking
-                else weighted_bce(scores, labels)
-            )
+            total = head_loss(training.loss, scores, norms, n)
             found = {
-                "loss": head_loss,
+                "loss": total,
                 "recall": recall(scores, labels, n),
                 "kept": kept_norm(scores, norms, n),
             }
-            total = head_loss
             if training.neuron_rank:
                 active = active_neurons(weights[f"layers_{layer}"]["mlp"], after)
                 found["neuron_loss"] = neuron_loss(router["neurons"], inputs, active)

@@ -14,8 +14,8 @@ from polarjax.model import Decoder, Prefix, run
 from polarjax.sparsity import Polar
 from polarjax.sparsity.updates import merge_updates
 from polarjax.training import divergence
-from polarjax.training.collect import observe_layers, top_labels
-from polarjax.training.losses import router_scores, weighted_bce
+from polarjax.training.collect import observe_layers
+from polarjax.training.losses import head_loss, router_scores
 from polarjax.training.recover import _gradients, straight_through
 from tests.models import random_params
 from tests.training.mended import BIASED, GQA, in_numpy, model, text, with_updates
@@ -176,7 +176,7 @@ def test_routers_learn_where_they_choose():
     plain, kept = gradients(params, routers="nothing")
     for layer in ("layers_1", "layers_2"):
         assert not any(x.any() for x in jax.tree.leaves(kept[layer]["heads"]))
-    for learn in ("slopes", "labels"):
+    for learn in ("slopes", "bce"):
         found, grads = gradients(params, routers=learn)
         for leaf in jax.tree.leaves(grads["layers_1"]["heads"]):
             assert jnp.abs(leaf).max() > 1e-6
@@ -185,19 +185,19 @@ def test_routers_learn_where_they_choose():
         np.testing.assert_allclose(found["kl"], plain["kl"], rtol=1e-6)
         assert_close(updates_of(grads), updates_of(kept))
     # Layers may be computed again.
-    assert_close(gradients(params, routers="labels", remat=True), (found, grads))
+    assert_close(gradients(params, routers="bce", remat=True), (found, grads))
 
 
-def test_labels_are_those_of_the_routers_own_training():
+@pytest.mark.parametrize("kind", ["bce", "ranking"])
+def test_losses_are_those_of_the_routers_own_training(kind):
     params = model(GQA)
-    found, grads = gradients(params, routers="labels", prompts=0.0)
+    found, grads = gradients(params, routers=kind, prompts=0.0)
     merged = merge_updates(params)
     n = dict(enumerate(GQA.budgets))
 
     def learn(layer, inputs, norms, _):
         def loss(router):
-            labels = top_labels(norms, n[layer])
-            return weighted_bce(router_scores(router, inputs), labels)
+            return head_loss(kind, router_scores(router, inputs), norms, n[layer])
 
         return jax.value_and_grad(loss)(merged.routers[f"layers_{layer}"]["heads"])
 

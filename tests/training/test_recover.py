@@ -141,7 +141,7 @@ def test_errors():
     refused("recovery needs routers", dataclasses.replace(params, config=no_budgets))
     refused("rank of the updates must be at least 1, got 0", rank=0)
     refused("prompts must be from 0 to 1, got 1.5", prompts=1.5)
-    refused("routers cannot learn 'all': it is labels, slopes, nothing", routers="all")
+    refused("routers cannot learn 'all': it is bce, ranking, slopes", routers="all")
     refused("steps and batch must be at least 1, got 0, 16", steps=0)
     refused("there is no text to train on", blocks=BLOCKS[:0])
     refused("the model's token ids go from 0 to 60", blocks=BLOCKS + 60)
