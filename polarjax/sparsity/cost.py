@@ -63,8 +63,8 @@ class StepCost:
 
     Attributes:
       weights: bytes of the original weights that a step reads.
-      routers: per layer, bytes of the router rows that ride in its QKV matrix as soon
-        as it reads less than every group.
+      routers: per layer, bytes of its head router, most of them rows that ride in its
+        QKV matrix, as soon as it reads less than every group.
       group: per layer, bytes of one KV group's cache over the whole batch.
       kv_heads: k, groups of a dense layer.
     """
@@ -123,12 +123,17 @@ def step_cost(params: Params, *, batch: int, context: int) -> StepCost:
         leaves = jax.tree.leaves(weights[f"layers_{layer}"]["attention"])
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
+    def second(layer: int) -> int:
+        up = params.routers.get(f"layers_{layer}", {}).get("heads", {}).get("up")
+        return 0 if up is None else up.nbytes
+
     layers = range(config.layers)
     group = batch * context * kv_row_bytes(config, params.dtype)
     return StepCost(
         weights=step_weight_bytes(params.weights, config, Dense()),
         routers=tuple(
-            attention(bound, i) - attention(params.weights, i) for i in layers
+            attention(bound, i) - attention(params.weights, i) + second(i)
+            for i in layers
         ),
         group=(group,) * config.layers,
         kv_heads=config.kv_heads,

@@ -139,7 +139,7 @@ def test_damaged_weights_are_named():
 
 @pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
 def test_bytes_are_those_that_generate_counts(config):
-    params = random_params(config, routers=True)
+    params = random_params(config, routers=True, head_rank=3)
     prompts, new, k = [[1, 2, 3], [4, 5, 6]], 4, config.kv_heads
     budgets = (k, 1, k, k - 1)
     sparse = dataclasses.replace(params.config, budgets=budgets)
