@@ -190,6 +190,8 @@ def _train_step(
     def mean_loss(weights: Tree) -> tuple[jax.Array, jax.Array]:
         found = token_losses(weights, tokens, config=config, dtype=training.compute)
         loss = found[0].mean()
+        if not training.head_sparsity:  # then the shares need not be computed
+            return loss, loss
         lesser = found[1]["lesser_heads"][1:].mean()
         return loss + training.head_sparsity * lesser, loss
 

@@ -32,7 +32,7 @@ from polarjax.training.loop import (
 from polarjax.training.losses import HeadLoss, head_loss, router_scores
 
 State = tuple[Tree, optax.OptState]
-Routers = Literal["bce", "ranking", "slopes", "nothing"]
+Routers = Literal[HeadLoss, "slopes", "nothing"]
 
 # Positions of which the logits are in memory at once, each 8 bytes a word.
 _POSITIONS = 4096
