@@ -261,7 +261,8 @@ def calibrate(
     config = dataclasses.replace(trained.config, thresholds=thresholds)
     trained = dataclasses.replace(trained, config=config)
     say("thresholds", 1, 1)
-    quality = measure_quality(trained, corpus.held_out, mode, say)
+    together = terms.batch if terms else 16
+    quality = measure_quality(trained, corpus.held_out, mode, say, together)
     if resume:
         resume.clear()
     return Calibration(trained, recall, quality, contract, made)

@@ -36,6 +36,7 @@ def measure_quality(
     held_out: Mapping[str, np.ndarray],
     mode: Mode,
     progress: Progress | None = None,
+    batch: int = 16,
 ) -> dict[str, dict[str, Perplexity]]:
     """By domain, perplexity of the model's budgets beside dense, oracle and chance."""
     say = progress or (lambda *_: None)
@@ -51,6 +52,7 @@ def measure_quality(
         name: perplexity(
             *(params, windows(held), policies),
             mode=mode,
+            batch=batch,
             name=name,
             progress=lambda what, *counts, name=name: say(f"{name}: {what}", *counts),
         )

@@ -128,23 +128,29 @@ def test_losses_and_gradients_are_those_of_the_model(tokens):
     np.testing.assert_allclose(shares["active"][1], above.mean((1, 2)), atol=1e-3)
 
 
-def test_share_of_the_lesser_heads():
+def test_shares_of_heads():
     norms = np.array([[1, 4, 2, 3], [0, 0, 0, 5], [2, 2, 2, 2], [0, 0, 0, 0]])
     o = norms[..., None] * np.array([0.6, 0, 0.8])
-    found = opt_training.lesser_share(jnp.asarray(o))
-    np.testing.assert_allclose(found, [0.3, 0, 0.5, 0.5], atol=1e-5)
-    slope = jax.grad(lambda o: opt_training.lesser_share(o).sum())(jnp.asarray(o))
+    lesser, each = opt_training.head_shares(jnp.asarray(o))
+    np.testing.assert_allclose(lesser, [0.3, 0, 0.5, 0.5], atol=1e-5)
+    np.testing.assert_allclose(each[0], [0.1, 0.4, 0.2, 0.3], atol=1e-5)
+    slope = jax.grad(lambda o: opt_training.head_shares(o)[0].sum())(jnp.asarray(o))
     assert np.isfinite(slope).all()
+    uneven = np.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0], [1, 0, 0, 0]])
+    found = opt_training.imbalance(jnp.asarray(uneven))
+    np.testing.assert_allclose(found, [0, 1, 3], atol=1e-6)
 
 
 def test_a_penalty_makes_heads_choose(tokens):
-    lesser = {}
+    lesser, uneven = {}, {}
     for weight in (0.0, 1.0):
         training = dataclasses.replace(TRAINING, steps=60, head_sparsity=weight)
         trained = train(CONFIG, tokens, training)
         shares = opt_training.evaluate(CONFIG, trained.weights, tokens, 8, "float32")[1]
-        lesser[weight] = shares["lesser_heads"]
-    assert lesser[1.0][1] < 0.1 * lesser[0.0][1]  # layer 0 is free
+        lesser[weight] = shares["lesser_heads"][1]  # layer 0 is free
+        uneven[weight] = float(opt_training.imbalance(jnp.array(shares["heads"][1])))
+    assert lesser[1.0] < 0.7 * lesser[0.0]
+    assert uneven[1.0] < 0.1  # each token has its own
     with pytest.raises(ValueError, match="head_sparsity must not be negative: -1"):
         Training(head_sparsity=-1)
 
@@ -168,6 +174,7 @@ def test_the_record_says_what_was_made(built, loaded):
     assert len(record["active_neurons"]) == 2
     assert all(0 < share < 1 for share in record["active_neurons"])
     assert all(0 < share < 0.5 for share in record["lesser_heads"])
+    assert all(0 < uneven < 1 for uneven in record["head_imbalance"])
 
 
 def test_perplexity_is_that_of_the_converted_model(built, loaded, texts, tokenizer):

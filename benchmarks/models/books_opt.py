@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,7 +31,7 @@ from rich.progress import (
 
 from benchmarks.models import opt_folder
 from benchmarks.models.books_text import read_tokens, train_tokenizer
-from benchmarks.models.opt_training import Training, evaluate, train
+from benchmarks.models.opt_training import Training, evaluate, imbalance, train
 from convert.core import DTYPES
 from polarjax.config import ModelConfig
 from polarjax.model import weight_shapes
@@ -181,6 +182,9 @@ def build(
         "validation_tokens": scored,
         "active_neurons": [round(share, 4) for share in shares["active"]],
         "lesser_heads": [round(share, 4) for share in shares["lesser_heads"]],
+        "head_imbalance": [
+            round(float(imbalance(jnp.array(share))), 4) for share in shares["heads"]
+        ],
         "training": dataclasses.asdict(training),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -295,7 +299,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=made.head_sparsity,
         help="weight of a penalty on the share of a token's head norms that the "
-        f"smaller half of its heads holds: makes each token use few heads {default}",
+        "smaller half of its heads holds, and on heads that no token uses: makes each "
+        f"token use few heads {default}",
     )
     add(
         "--seed",

@@ -38,9 +38,10 @@ class Training:
       weight_decay: of AdamW, for matrices; norms and biases do not decay.
       clip: largest norm of a gradient.
       head_sparsity: weight of a penalty on heads that do a little of everything: the
-        share of a token's head norms that the smaller half of the heads holds, mean
-        over layers from 1. Small models trained without it use all heads for each
-        token; large ones do not (Polar Sparsity, section 3).
+        share of a token's head norms that the smaller half of the heads holds, and, so
+        that no head is given up for good, how unevenly all tokens together use them;
+        means over layers from 1. Small models trained without it use all heads for
+        each token; large ones do not (Polar Sparsity, section 3).
       seed: of the initial weights and of the order of the text.
       compute: dtype of activations and products; the weights and the residual stream
         are float32.
@@ -128,7 +129,8 @@ def token_losses(
     Returns:
       float32[b, t], nats; and float32[layers, b], means over the tokens that were read:
       "active", the share of MLP neurons above 0, and "lesser_heads", the share of the
-      heads' norms that the smaller half of the heads holds.
+      heads' norms that the smaller half of the heads holds. "heads", the share of each
+      head, is float32[layers, b, h].
     """
     model = Decoder(config, jnp.dtype(dtype))
 
@@ -138,7 +140,12 @@ def token_losses(
     def observe(layer: int, _: jax.Array, o: jax.Array, z: jax.Array) -> Any:
         mlp = layers[f"layers_{layer}"]["mlp"]
         active = (linear(z, mlp["up"], mlp["up_bias"]) > 0).mean((1, 2))
-        return {"active": active, "lesser_heads": lesser_share(o).mean(1)}
+        lesser, each = head_shares(o)
+        return {
+            "active": active,
+            "lesser_heads": lesser.mean(1),
+            "heads": each.mean(1),
+        }
 
     tokens = tokens.astype(jnp.int32)
     layers = narrow({k: v for k, v in weights.items() if k != "embed"})
@@ -161,19 +168,36 @@ def token_losses(
     return nll, jax.tree.map(lambda *layers: jnp.stack(layers), *seen)
 
 
-def lesser_share(o: jax.Array) -> jax.Array:
-    """Share of the heads' norms that the smaller half of the heads holds.
+def head_shares(o: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What heads hold of the sum of their norms.
 
     Args:
       o: [..., h, d], head outputs.
 
     Returns:
-      float32[...], from 0 (half of the heads would do) to a half (all count alike).
+      float32[...], the share of the smaller half of them, from 0 (half of the heads
+      would do) to a half (all count alike); and float32[..., h], of each.
     """
     squares = jnp.square(o.astype(jnp.float32)).sum(axis=-1)
     norms = jnp.sqrt(squares + 1e-12)  # which has a slope at 0 too
-    lesser = jax.lax.top_k(-norms, o.shape[-2] // 2)[0]
-    return -lesser.sum(axis=-1) / norms.sum(axis=-1)
+    shares = norms / norms.sum(axis=-1, keepdims=True)
+    lesser = jax.lax.top_k(-shares, o.shape[-2] // 2)[0]
+    return -lesser.sum(axis=-1), shares
+
+
+def imbalance(shares: jax.Array) -> jax.Array:
+    """How unevenly heads are used: 0 if alike, 1 if half of them alike and no other.
+
+    As the balancing losses of mixtures of experts, from the shares of a whole batch: a
+    token may need few heads, and the next one others.
+
+    Args:
+      shares: float32[..., h], which sum to 1.
+
+    Returns:
+      float32[...], the squared coefficient of variation.
+    """
+    return shares.shape[-1] * jnp.square(shares).sum(axis=-1) - 1
 
 
 @functools.partial(
@@ -192,8 +216,9 @@ def _train_step(
         loss = found[0].mean()
         if not training.head_sparsity:  # then the shares need not be computed
             return loss, loss
-        lesser = found[1]["lesser_heads"][1:].mean()
-        return loss + training.head_sparsity * lesser, loss
+        shares = {name: share[1:].mean(1) for name, share in found[1].items()}
+        penalty = shares["lesser_heads"].mean() + imbalance(shares["heads"]).mean()
+        return loss + training.head_sparsity * penalty, loss
 
     gradient, loss = jax.grad(mean_loss, has_aux=True)(weights)
     updates, state = training.optimizer().update(gradient, state, weights)
