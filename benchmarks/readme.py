@@ -180,6 +180,57 @@ def eval_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def trained_table(paths: Iterable[Path]) -> str:
+    """What several runs of `polarjax eval` measured, a line for each text.
+
+    Args:
+      paths: of their records, named `...-eval-ADAPTER-...`.
+    """
+    lines = [
+        "| run | text | mode, batch | KV groups | neurons | Oracle / dense "
+        "| Polar / dense | recall (chance) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    tasks, devices = [], set()
+    for path in paths:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        setup = record["setup"]
+        devices.add(record["made"]["device"])
+        name = path.stem.split("-eval-")[1]
+        for text in record["perplexity"].values():
+            found, recall = text["results"], record["recall"]
+            ratios = [
+                _interval(found[label]["against_dense"]["ratio"], 1, ".4f")
+                if label in found
+                else "-"
+                for label in ("Oracle", "Polar")
+            ]
+            polar = found["Polar"]
+            means = [
+                f"{sum(recall[x]) / len(recall[x]):.3f}" for x in ("routers", "chance")
+            ]
+            shown = f"{means[0]} ({means[1]})" if polar["density"] < 1 else "-"
+            lines.append(
+                f"| {name} | `{text['file']}` | {setup['mode']}, {setup['batch']} "
+                f"| {polar['density']:.3f} | {polar['neuron_density']:.3f} | "
+                + " | ".join([*ratios, shown])
+                + " |"
+            )
+        if record["tasks"]:
+            changes = {
+                task: 100 * found["results"]["Polar"]["against_dense"]["accuracy"][0]
+                for task, found in record["tasks"].items()
+            }
+            each = ", ".join(f"{task} {x:+.1f}" for task, x in changes.items())
+            mean = sum(changes.values()) / len(changes)
+            tasks += [
+                "",
+                f"{name}, mode {setup['mode']}: accuracy against dense, points: mean "
+                f"{mean:+.2f} ({each}).",
+            ]
+    return "\n".join([f"One {' or '.join(sorted(devices))}.", "", *lines, *tasks])
+
+
 def _interval(bounds: list[float], scale: float, form: str) -> str:
     value, low, high = (format(scale * x, form) for x in bounds)
     return f"{value} ({low} to {high})"
@@ -199,12 +250,23 @@ def newest(kind: str) -> Path:
     return max((REPOSITORY / "benchmarks" / "results").glob(f"*-{kind}.json"))
 
 
+def trained() -> list[Path]:
+    """The latest record of each run on a recovered adapter, or on books-OPT."""
+    latest = {}
+    for path in sorted((REPOSITORY / "benchmarks" / "results").glob("*-eval-*.json")):
+        name = path.stem.split("-eval-")[1]
+        if name != "smollm2":
+            latest[name] = path
+    return [latest[name] for name in sorted(latest)]
+
+
 def render(readme: str) -> str:
     """The README's text with its tables made anew."""
     card = json.loads((ADAPTER / "card.json").read_text(encoding="utf-8"))
     tables = {
         "adapter": adapter_table(card),
         "eval": eval_table(newest("eval-smollm2")),
+        "trained": trained_table(trained()),
         "kernels": kernels_table(newest("kernels")),
         "decode": decode_table(newest("decode")),
     }

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from polarjax.evaluation import Mode, Perplexity, Recall, router_recall
-from polarjax.evaluation.contract import Contract, keep_promise
+from polarjax.evaluation.contract import FARTHEST, Contract, keep_promise
 from polarjax.evaluation.measure import Progress
 from polarjax.evaluation.search import search_budgets
 from polarjax.generation import Tokenizer, start_token
@@ -22,6 +22,7 @@ from polarjax.quality import (
     measure_quality,
     measure_recall,
     quality_card,
+    unscored,
     windows,
 )
 from polarjax.sparsity.adapter import as_stored
@@ -274,9 +275,14 @@ def _with_neuron_budgets(
     """Budgets from the text learned from, and their recall on the held-out one."""
     held = np.concatenate(list(corpus.held_out.values()))
     sizes = tuple(b for b in (1, 8, 64) if 2 * b <= min(len(held), len(corpus.blocks)))
-    most = 16 * sizes[-1]
+
+    def some(blocks: np.ndarray) -> np.ndarray:
+        # From all over the text: what follows one another is of one author.
+        most = min(16 * sizes[-1], len(blocks))
+        return blocks[np.linspace(0, len(blocks) - 1, most).astype(int)]
+
     budgets, found = neuron_budgets(
-        *(params, corpus.blocks[:most], sizes), held_out=held[:most]
+        *(params, some(corpus.blocks), sizes), held_out=some(held)
     )
     config = dataclasses.replace(params.config, neuron_budgets=budgets)
     total = config.neurons
@@ -301,15 +307,19 @@ def _with_contract(
     The first quarter of each domain's held-out text is for the search, whose settings
     the rest has not seen.
     """
-    search, test = {}, {}
+    search, test = [], {}
     for name, held in corpus.held_out.items():
         cut = max(1, len(held) // 4)
-        search[name], test[name] = windows(held[:cut]), windows(held[cut:])
+        search.append(held[:cut])
+        test[name] = windows(held[cut:])
+    length = corpus.blocks.shape[1]
     path = search_budgets(
-        *(params, [item for items in search.values() for item in items]),
-        max_drop=terms.max_drop,
+        *(params, np.concatenate(search)),
+        limit=FARTHEST * terms.max_drop,
         batch=terms.batch,
         context=terms.context,
+        # What a window does not score is its prompt; of it the last token is decoded.
+        prompt=unscored(length) - 1 if terms.mode == "decode" else 0,
         progress=say,
     )
     contract = keep_promise(

@@ -20,7 +20,8 @@ from polarjax.evaluation.measure import Progress
 from polarjax.params import Params, Tree
 from polarjax.quality import cost_card, measure_quality, measure_recall, quality_card
 from polarjax.sparsity.adapter import as_stored
-from polarjax.training import Recovery, Resume, divergence, recover
+from polarjax.sparsity.distance import divergence
+from polarjax.training import Recovery, Resume, recover
 from polarjax.training.loop import digest, with_steps
 from polarjax.training.recover import parameters
 

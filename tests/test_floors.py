@@ -69,6 +69,7 @@ FLOORS = {
         polarjax.sparsity.routers
         polarjax.sparsity.cost
         polarjax.sparsity.polar
+        polarjax.sparsity.distance
         polarjax.sparsity.adapter
         polarjax.sparsity
         polarjax.generation.sampling

@@ -10,7 +10,8 @@ import pytest
 from polarjax import recovery
 from polarjax.calibration import Texts
 from polarjax.recovery import recover_on_text
-from polarjax.training import Recovery, Resume, Source, divergence
+from polarjax.sparsity.distance import divergence
+from polarjax.training import Recovery, Resume, Source
 from tests.models import LLAMA, random_params, write_checkpoint
 
 CONFIG = dataclasses.replace(LLAMA, layers=2, vocab_size=257)

@@ -39,9 +39,12 @@ from polarjax.params import Params
 from polarjax.policy import Dense
 from polarjax.sparsity import Polar
 
-# How far the tests go, in calibration drop, as a multiple of the allowed one: a little
-# beyond. As the sequence ends by itself, to test what may fail risks nothing.
-_FARTHEST = 1.2
+FARTHEST = 2.0
+"""How far the tests go, in nats of divergence, as a multiple of the allowed drop.
+
+Where the model is not at its best perplexity grows by less than the divergence. As the
+sequence ends by itself, to test what may fail risks nothing.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +139,18 @@ class Contract:
     def card(self) -> dict[str, Any]:
         """What an adapter's card says of it, as JSON values."""
 
+        def bounds(found: Interval) -> list[float | None]:
+            # One may be infinite, which JSON is not.
+            return [x if np.isfinite(x) else None for x in found]
+
         def domain(found: Outcome) -> dict[str, Any]:
-            # A bound may be infinite, which JSON is not.
-            ratio = [x if np.isfinite(x) else None for x in found.ratio]
-            return {**dataclasses.asdict(found), "ratio": ratio}
+            return {**dataclasses.asdict(found), "ratio": bounds(found.ratio)}
 
         def setting(setting: Setting) -> dict[str, Any]:
             return {
                 "budgets": list(setting.budgets),
                 "density": setting.density,
-                "calibration_drop": list(setting.drop),
+                "calibration_divergence": bounds(setting.divergence),
                 "step_bytes": setting.step_bytes,
                 "saved_bytes": setting.saved_bytes,
             }
@@ -253,9 +258,8 @@ def choose_sequence(
     """The settings to be tested, by what calibration found, and nothing else.
 
     A few of the path, as each further one before a good one is a further chance to stop
-    too early: the sparsest within each of some drops. These are evenly spread from the
-    least that calibration found, which is the surest to pass (below 0 where the model
-    is better without some groups), to a little more than is allowed.
+    too early: the sparsest within each of some divergences. These are evenly spread
+    from the least that calibration found, which is the surest to pass, to `FARTHEST`.
 
     Args:
       path: from `search_budgets`, densest first.
@@ -274,14 +278,14 @@ def choose_sequence(
             "the path must start dense and read less and less: pass what "
             "search_budgets returned"
         )
-    last = _FARTHEST * max_drop
+    last = FARTHEST * max_drop
     # Dense is not tested: it is dense.
-    sparse = [s for s in path if s.saved_bytes and s.drop.value <= last]
+    sparse = [s for s in path if s.saved_bytes and s.divergence.value <= last]
     chosen = {}
     for most in np.linspace(
-        min((s.drop.value for s in sparse), default=0), last, tests
+        min((s.divergence.value for s in sparse), default=0), last, tests
     ):
-        for setting in [s for s in sparse if s.drop.value <= most][-1:]:
+        for setting in [s for s in sparse if s.divergence.value <= most][-1:]:
             chosen[setting.budgets] = setting
     return tuple(chosen.values())
 

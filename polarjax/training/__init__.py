@@ -1,7 +1,7 @@
 """Routers from text, and what sparsity broke mended."""
 
 from polarjax.training.loop import Progress, Resume
-from polarjax.training.recover import Recovery, divergence, recover
+from polarjax.training.recover import Recovery, recover
 from polarjax.training.self_text import write_blocks
 from polarjax.training.text import Corpus, Source, read_corpus, token_blocks
 from polarjax.training.train import RouterTraining, train_routers
@@ -13,7 +13,6 @@ __all__ = [
     "Resume",
     "RouterTraining",
     "Source",
-    "divergence",
     "read_corpus",
     "recover",
     "token_blocks",

@@ -12,16 +12,15 @@ import pytest
 import polarjax
 from polarjax.model import Decoder, Prefix, run
 from polarjax.sparsity import Polar
+from polarjax.sparsity import distance as module
+from polarjax.sparsity.distance import divergence
 from polarjax.sparsity.updates import merge_updates
-from polarjax.training import divergence
 from polarjax.training.collect import observe_layers
 from polarjax.training.losses import head_loss, router_scores
 from polarjax.training.recover import _gradients, straight_through
 from tests.models import random_params
 from tests.training.mended import BIASED, GQA, in_numpy, model, text, with_updates
 
-# Not the function of the same name.
-module = importlib.import_module("polarjax.training.recover")
 distance = jax.jit(lambda *args: module.distance(*args)[0])
 CONFIGS = pytest.mark.parametrize("config", [GQA, BIASED], ids=["gqa", "opt"])
 
@@ -212,7 +211,8 @@ def test_losses_are_those_of_the_routers_own_training(kind):
 def test_a_share_of_the_sequences_has_a_prompt(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        *(module, "distance"),
+        # Not the function of the same name.
+        *(importlib.import_module("polarjax.training.recover"), "distance"),
         lambda params, tokens, starts, *_: (seen.append(starts) or jnp.zeros(()), []),
     )
     options = {"config": GQA, "routers": "nothing", "remat": False}

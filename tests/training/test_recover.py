@@ -9,7 +9,8 @@ import pytest
 
 import polarjax
 from polarjax.sharding import make_data_mesh
-from polarjax.training import Recovery, Resume, divergence, recover
+from polarjax.sparsity.distance import divergence
+from polarjax.training import Recovery, Resume, recover
 from polarjax.training.recover import parameters
 from tests.training.mended import BIASED, GQA, in_numpy, model, text
 

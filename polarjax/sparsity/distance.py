@@ -1,0 +1,149 @@
+"""How far a sparse model's next-token odds are from those of the dense model.
+
+The Kullback-Leibler divergence, of exact distributions: unlike the perplexity of a text
+it cannot improve by chance, or because the model was not at its best on that text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax.config import ModelConfig
+from polarjax.model import Decoder, Gates, Observe, Prefix, run
+from polarjax.params import Params, Tree
+from polarjax.policy import SelectionPolicy
+from polarjax.sparsity.polar import Polar
+
+Bound = tuple[Tree, SelectionPolicy]
+"""A policy's weights and itself, as its `bind` returns them."""
+
+# Positions of which the logits are in memory at once, each 8 bytes a word.
+_POSITIONS = 4096
+
+
+def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
+    """Mean KL divergence of the sparse model from the dense one, nats a token.
+
+    Every position is sparse, as in mode "mask"; MLP neurons are all read.
+
+    Args:
+      params: the model with routers and budgets.
+      blocks: int32[n, t] token ids; what does not fill a batch is left out.
+      batch: blocks computed together.
+
+    Raises:
+      ValueError: if there is not one batch.
+    """
+    batch = min(batch, len(blocks))
+    if not batch:
+        raise ValueError("there is no text to measure the divergence on")
+    config = params.config
+    static = dataclasses.replace(config.architecture, budgets=config.budgets)
+    found = [
+        float(
+            _divergence(
+                *(params.weights, params.routers, jnp.asarray(blocks[i : i + batch])),
+                config=static,
+            )
+        )
+        for i in range(0, len(blocks) - batch + 1, batch)
+    ]
+    return float(np.mean(found))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _divergence(
+    weights: Tree, routers: Tree, tokens: jax.Array, *, config: ModelConfig
+) -> jax.Array:
+    starts = jnp.zeros(len(tokens), jnp.int32)
+    return distance(Params(weights, routers, config), tokens, starts)[0]
+
+
+def distance(
+    params: Params,
+    tokens: jax.Array,
+    starts: jax.Array,
+    gates: Gates | None = None,
+    observe: Observe | None = None,
+    remat: bool = False,
+) -> tuple[jax.Array, list[Any]]:
+    """Mean KL divergence of the sparse model from the dense one, float32[], nats.
+
+    Args:
+      params: the model with routers and budgets; differentiable in its routers.
+      tokens: int32[b, t].
+      starts: see `distances`.
+      gates: see `Decoder.masked`.
+      observe: likewise, of the sparse model.
+      remat: likewise.
+
+    Returns:
+      The divergence, and what `observe` returned, by layer.
+    """
+    bound = Polar().bind(params, len(tokens))
+    total, counted, seen = distances(
+        params, bound, tokens, starts, gates, observe, remat
+    )
+    return total.sum() / counted.sum(), seen
+
+
+def distances(
+    params: Params,
+    bound: Bound,
+    tokens: jax.Array,
+    starts: jax.Array,
+    gates: Gates | None = None,
+    observe: Observe | None = None,
+    remat: bool = False,
+) -> tuple[jax.Array, jax.Array, list[Any]]:
+    """KL divergence of the sparse model from the dense one, by sequence.
+
+    Args:
+      params: the dense model.
+      bound: the sparse one: any policy, bound to a batch of b.
+      tokens: int32[b, t].
+      starts: int32[b], tokens that the dense model reads as a prompt; what it leaves
+        in the KV cache is what the sparse one sees. They are not counted.
+      gates: see `Decoder.masked`.
+      observe: likewise, of the sparse model.
+      remat: likewise.
+
+    Returns:
+      float32[b], nats summed over the tokens counted; float32[b], how many these are;
+      and what `observe` returned, by layer.
+    """
+    config, dtype, (b, t) = params.config, params.dtype, tokens.shape
+    dense = Decoder(config.architecture, dtype)
+    teacher, keys, values = jax.lax.stop_gradient(
+        run(dense, params.weights, "states", tokens)
+    )
+    weights, policy = bound
+    sparse = Decoder(config.architecture, dtype, policy.score_rows)
+    args = tokens, jnp.full(b, t), policy, Prefix(starts, keys, values)
+    student, _, seen = run(sparse, weights, "masked", *args, gates, observe, remat)
+    size = max(1, min(t, _POSITIONS // b))
+    while t % size:
+        size -= 1
+
+    def chunks(x: jax.Array) -> jax.Array:  # [b, t, ...] -> [t / size, b, size, ...]
+        return x.reshape(b, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def part(states: tuple[jax.Array, ...]) -> jax.Array:
+        right, found, counted = states
+        # Both heads are the same: recovery leaves embedding and last norm alone.
+        p, q = (
+            jax.nn.log_softmax(run(dense, params.weights, "logits", x))
+            for x in (right, found)
+        )
+        return ((jnp.exp(p) * (p - q)).sum(axis=-1) * counted).sum(axis=-1)
+
+    counted = (jnp.arange(t) >= starts[:, None]).astype(jnp.float32)
+    total = jax.lax.map(part, tuple(map(chunks, (teacher, student, counted)))).sum(0)
+    return total, counted.sum(axis=-1), seen
