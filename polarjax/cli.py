@@ -86,7 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         "Dense and sparse continuations side by side, and what sparsity saved.",
         "polarjax demo checkpoints/smollm2-135m --adapter smollm2-135m",
     ).add_argument
-    add("--adapter", required=True, help="folder of routers, or the name of one")
+    add(
+        "--adapter",
+        nargs="+",
+        required=True,
+        help="folders of routers, or names of those that ship",
+    )
     add("--max-new-tokens", type=int, default=32, help="tokens per prompt")
     return parser
 

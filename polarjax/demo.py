@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from polarjax.evaluation import perplexity, window_items
+from polarjax.evaluation import Perplexity, perplexity, window_items
 from polarjax.generation import Output, Stats, Tokenizer, generate
 from polarjax.hub import find_adapter, load
+from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Polar, read_card
 
@@ -22,12 +24,14 @@ PROMPTS = (
 )
 
 
-def show(checkpoint: str | Path, adapter: str | Path, max_new_tokens: int) -> None:
+def show(
+    checkpoint: str | Path, adapters: Sequence[str | Path], max_new_tokens: int
+) -> None:
     """Print dense and sparse continuations, and what sparsity saved and cost.
 
     Args:
       checkpoint: folder of the model.
-      adapter: folder of routers, or the name of one that ships.
+      adapters: folders of routers, or names of those that ship.
       max_new_tokens: tokens per prompt, at least 2.
 
     Raises:
@@ -38,72 +42,63 @@ def show(checkpoint: str | Path, adapter: str | Path, max_new_tokens: int) -> No
             "the demo needs 2 new tokens: the first one is dense prefill's"
         )
     console = Console()
-    params = load(checkpoint, adapter=adapter)
-    card = read_card(find_adapter(adapter))
-    prompts = list(PROMPTS)
-    policies: dict[str, SelectionPolicy] = {"Dense": Dense(), "Polar": Polar()}
+    models = {str(name): load(checkpoint, adapter=name) for name in adapters}
+    first = next(iter(models.values()))
+    runs: dict[str, tuple[Params, SelectionPolicy]] = {
+        "dense": (first, Dense()),
+        **{name: (params, Polar()) for name, params in models.items()},
+    }
     outputs: dict[str, Output] = {}
-    for name, policy in policies.items():
+    for name, (params, policy) in runs.items():
         with console.status(f"{name}: compiling, then continuing four prompts"):
             outputs[name] = generate(
-                params, prompts, policy=policy, max_new_tokens=max_new_tokens
+                params, list(PROMPTS), policy=policy, max_new_tokens=max_new_tokens
             )
-    table = Table("prompt", "dense", "sparse", show_lines=True)
-    texts = (outputs[name].texts or [] for name in ("Dense", "Polar"))
-    for row in zip(prompts, *texts, strict=True):
+    table = Table("prompt", *runs, show_lines=True)
+    texts = (output.texts or [] for output in outputs.values())
+    for row in zip(PROMPTS, *texts, strict=True):
         table.add_row(*map(plain, row))
     console.print(table)
 
     text = Path(__file__).with_name("demo.txt")
-    tokenizer = Tokenizer.require(params.config, "the demo")
+    tokenizer = Tokenizer.require(first.config, "the demo")
     tokens = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
-    with console.status("perplexity of a short text"):
-        found = perplexity(params, window_items(tokens, 128, 32), policies, batch=8)
-    dense, sparse = outputs["Dense"].stats, outputs["Polar"].stats
-    table = Table("", "dense", "sparse")
+    windows = window_items(tokens, 128, 32)
+    found: dict[str, Perplexity] = {}
+    for name, (params, policy) in runs.items():
+        with console.status(f"{name}: perplexity of a short text"):
+            found |= perplexity(params, windows, {name: policy}, batch=8)
+    table = Table("", *runs)
 
-    def line(label: str, show, *values) -> None:
-        table.add_row(label, *(show(x) for x in values))
+    def line(label: str, show: Callable[[Stats], str]) -> None:
+        table.add_row(label, *(show(output.stats) for output in outputs.values()))
 
-    line("density, mean over layers", "{:.3f}".format, *map(_mean, (dense, sparse)))
-    line("KV read per token", _kilobytes, *map(_per_token, (dense, sparse)))
-    line("KV saved", "{:.1%}".format, *map(_saved, (dense, sparse)))
+    line("density, mean over layers", lambda s: f"{np.mean(s.density):.3f}")
     line(
-        *("tokens/s, all prompts", "{:,.1f}".format),
-        *(dense.tokens_per_second, sparse.tokens_per_second),
+        "KV read per token",
+        lambda s: f"{s.kv_bytes / max(1, s.new_tokens) / 1e3:,.0f} kB",
     )
-    line(
-        *("floor / time", "{:.2f}".format),
-        *(dense.floor_fraction, sparse.floor_fraction),
-    )
-    ratio, low, high = found["Polar"].ratio(found["Dense"])
-    line("perplexity", "{:.2f}".format, *(p.value for p in found.values()))
-    table.add_row("  / dense (95 %)", "1", f"{ratio:.3f} ({low:.3f} to {high:.3f})")
+    line("KV saved", lambda s: f"{1 - s.kv_bytes / s.kv_bytes_dense:.1%}")
+    line("tokens/s, all prompts", lambda s: f"{s.tokens_per_second:,.1f}")
+    line("floor / time", lambda s: f"{s.floor_fraction:.2f}")
+    table.add_row("perplexity", *(f"{p.value:.2f}" for p in found.values()))
+    ratios = [p.ratio(found["dense"]) for p in found.values()]
+    shown = [f"{ratio:.3f} ({low:.3f} to {high:.3f})" for ratio, low, high in ratios]
+    table.add_row("  / dense (95 %)", "1", *shown[1:])
     console.print(table)
+    for name in models:
+        card = read_card(find_adapter(name))
+        promise = card.get("contract", {}).get("verdict")
+        learned = f"{name}: learned from {card.get('tokens', 0):,} tokens"
+        said = f"{learned}; {promise}" if promise else learned
+        console.print(plain(said) + ".", style="dim")
     console.print(
-        f"Routers trained on {card.get('tokens', 0):,} tokens. The floor is the bytes "
-        "that must be read by the bandwidth measured here "
-        f"({dense.bandwidth / 1e9:,.1f} GB/s). At this size weights, not the KV cache, "
-        "are most of the bytes: sparsity pays with long contexts and big batches on a "
-        "GPU.",
+        "The floor is the bytes that must be read by the bandwidth measured here "
+        f"({outputs['dense'].stats.bandwidth / 1e9:,.1f} GB/s). At this size weights, "
+        "not the KV cache, are most of the bytes: sparsity pays with long contexts and "
+        "big batches on a GPU.",
         style="dim",
     )
-
-
-def _mean(stats: Stats) -> float:
-    return float(np.mean(stats.density))
-
-
-def _per_token(stats: Stats) -> float:
-    return stats.kv_bytes / max(1, stats.new_tokens)
-
-
-def _saved(stats: Stats) -> float:
-    return 1 - stats.kv_bytes / stats.kv_bytes_dense
-
-
-def _kilobytes(value: float) -> str:
-    return f"{value / 1e3:,.0f} kB"
 
 
 def plain(text: str) -> str:

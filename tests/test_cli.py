@@ -66,6 +66,24 @@ def test_generate(checkpoint, adapter, capsys):
     assert cli.main([*command, "--max-new-tokens", "5", *options.split()]) == 0
 
 
+def test_the_demo_shows_each_adapter_beside_dense(
+    checkpoint, adapter, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    other = tmp_path / "promised"
+    params = polarjax.load(checkpoint, adapter=adapter)
+    card = {"tokens": 1234, "contract": {"verdict": "kept within 1%"}}
+    save_adapter(other, with_density(params, 0.75), card)
+    command = ["demo", str(checkpoint), "--adapter", str(adapter), str(other)]
+    assert cli.main([*command, "--max-new-tokens", "3"]) == 0
+    shown = capsys.readouterr().out
+    [densities] = [line for line in shown.splitlines() if "density" in line]
+    assert [x.strip() for x in densities.split("│")[2:5]] == ["1.000", "0.625", "0.812"]
+    [ratios] = [line for line in shown.splitlines() if "/ dense" in line]
+    assert ratios.count(" to ") == 2
+    assert "learned from 1,234 tokens; kept within 1%" in " ".join(shown.split())
+
+
 def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys):
     out, task = tmp_path / "result.json", tmp_path / "colours.jsonl"
     row = {"context": "green", "choices": ["bottles", "wall"], "label": 1}
