@@ -26,15 +26,16 @@ Files = dict[str, str]
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _UNDERLINE = "▁"  # stands for a space in SentencePiece's tokens
 
-# How LLaMA-3 splits text before the merges: contractions, words, up to three digits,
-# punctuation, line breaks, spaces.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+# How LLaMA-3 and Qwen split text before the merges: contractions, words, up to three
+# digits or each alone, punctuation, line breaks, spaces.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2 = ("default", "gpt-2")
 _SMOLLM = ("smollm",)
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_QWEN = ("qwen2",)
 
 
 def from_folder(folder: Path) -> tuple[Files, list[str]]:
@@ -144,7 +145,7 @@ def from_gguf(fields: dict[str, Any]) -> tuple[Files, list[str]]:
         unknown = "no tokenizer in the file"
     elif model not in ("gpt2", "llama"):
         unknown = f"the file's tokenizer model {model!r} is not supported"
-    elif model == "gpt2" and pre not in (*_GPT2, *_SMOLLM, *_LLAMA3):
+    elif model == "gpt2" and pre not in (*_GPT2, *_SMOLLM, *_LLAMA3, *_QWEN):
         unknown = f"the file's pre-tokenizer {pre!r} is not supported"
     if unknown:
         return files, [f"{unknown}: the checkpoint will serve token ids, not text"]
@@ -205,13 +206,16 @@ def _byte_level(ids: dict[str, int], merges: list[str], pre: str) -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(vocab=ids, merges=pairs, ignore_merges=pre in _LLAMA3)
     )
-    if pre in _LLAMA3:
-        split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+    if pre in (*_LLAMA3, *_QWEN):
+        digits = "{1,3}" if pre in _LLAMA3 else ""
+        split = pre_tokenizers.Split(Regex(_SPLIT % digits), behavior="isolated")
         parts = [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
     else:
         parts = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
         if pre in _SMOLLM:
             parts = [pre_tokenizers.Digits(individual_digits=True), *parts]
+    if pre in _QWEN:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

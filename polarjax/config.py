@@ -15,26 +15,38 @@ class Rope:
 
     Attributes:
       theta: base of the geometric series of wavelengths.
-      kind: "default", or "llama3" (frequencies rescaled by wavelength, as LLaMA-3.1).
-      factor: how much longer the context became ("llama3").
+      kind: "default"; "linear" (positions divided by `factor`, Chen et al. 2023);
+        "llama3" (frequencies rescaled by wavelength, as LLaMA-3.1); or "yarn" (by
+        dimension, and logits sharpened; Peng et al. 2023, arXiv 2309.00071).
+      factor: how much longer the context became (not "default").
       low_freq_factor: wavelengths above `original_context` / this are stretched by
         `factor` ("llama3").
       high_freq_factor: wavelengths below `original_context` / this stay ("llama3").
-      original_context: context length in tokens before the extension ("llama3").
+      original_context: context length in tokens before the extension ("llama3",
+        "yarn").
+      beta_fast: dimensions that turn at least so often over it stay ("yarn").
+      beta_slow: those that turn at most so often are stretched ("yarn").
+      truncate: whether the ramp between them begins and ends at whole dimensions
+        ("yarn").
+      scale: of queries and of keys ("yarn").
       divisors: d / 2 numbers that divide the frequencies, as GGUF files store a
         scaling; empty for none.
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "llama3"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    scale: float = 1.0
     divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("default", "llama3"):
+        if self.kind not in ("default", "linear", "llama3", "yarn"):
             raise ValueError(f"unknown kind of rotary positions: {self.kind!r}")
 
 
@@ -46,7 +58,7 @@ class ModelConfig:
     rather than the computation; `architecture` leaves them out.
 
     Attributes:
-      family: the family it was converted from ("llama", "opt").
+      family: the family it was converted from ("llama", "opt", "qwen2", "qwen3").
       vocab_size: v.
       dim: m, width of the residual stream.
       layers: number of decoder layers.
@@ -66,6 +78,7 @@ class ModelConfig:
       tied_embeddings: whether the output head is the token embedding.
       embed_dim: width of the token embedding where it differs from `dim` (OPT's
         `word_embed_proj_dim`), else `dim`.
+      qk_norm: whether each query and key head is normalised before it is rotated.
       bos_ids: tokens that start a text; for information, the tokenizer adds them.
       eos_ids: tokens that end a text.
       budgets: KV groups that an adapter's policy reads in each layer; empty without
@@ -98,6 +111,7 @@ class ModelConfig:
     mlp_bias: bool
     tied_embeddings: bool
     embed_dim: int
+    qk_norm: bool = False
     bos_ids: tuple[int, ...] = ()
     eos_ids: tuple[int, ...] = ()
     budgets: tuple[int, ...] = ()

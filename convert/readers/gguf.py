@@ -34,6 +34,8 @@ _NAMES = {
     "blk.{i}.attn_q": f"{_LAYER}self_attn.q_proj",
     "blk.{i}.attn_k": f"{_LAYER}self_attn.k_proj",
     "blk.{i}.attn_v": f"{_LAYER}self_attn.v_proj",
+    "blk.{i}.attn_q_norm": f"{_LAYER}self_attn.q_norm",
+    "blk.{i}.attn_k_norm": f"{_LAYER}self_attn.k_norm",
     "blk.{i}.attn_output": f"{_LAYER}self_attn.o_proj",
     "blk.{i}.ffn_norm": f"{_LAYER}post_attention_layernorm",
     "blk.{i}.ffn_gate": f"{_LAYER}mlp.gate_proj",
@@ -54,6 +56,7 @@ _FIELDS = {
     "vocab_size": "vocab_size",
 }
 _DIVISORS = "rope_freqs.weight"
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 # Control tokens that end a text whatever the metadata say: instruction-tuned files
 # name one end of turn there, and the model may still write its end of text.
@@ -62,7 +65,7 @@ _CONTROL = 3
 
 
 def read(path: Path) -> Source:
-    """Open a file of the `llama` architecture.
+    """Open a file of one of the architectures `llama`, `qwen2` and `qwen3`.
 
     Args:
       path: of the file.
@@ -73,10 +76,10 @@ def read(path: Path) -> Source:
     data = np.memmap(path, mode="r")
     fields, entries = read_header(data, path)
     architecture = fields.get("general.architecture")
-    if architecture != "llama":
+    if architecture not in _ARCHITECTURES:
         raise ConversionError(
             f"{path}: the GGUF architecture {architecture!r} is not supported; "
-            "supported: llama"
+            f"supported: {', '.join(_ARCHITECTURES)}"
         )
     if fields.get("split.count", 1) != 1:
         raise ConversionError(
@@ -106,12 +109,13 @@ def _config(
     fields: dict[str, Any], entries: list[Entry], data: np.ndarray
 ) -> dict[str, Any]:
     """The metadata as a config.json, in transformers 4's words."""
-    config: dict[str, Any] = {"model_type": "llama"}
+    family = fields["general.architecture"]
+    config: dict[str, Any] = {"model_type": family}
     for key, name in _FIELDS.items():
-        value = fields.get(f"llama.{key}")
+        value = fields.get(f"{family}.{key}")
         if isinstance(value, list):
             raise ConversionError(
-                f"llama.{key} differs from layer to layer: not supported"
+                f"{family}.{key} differs from layer to layer: not supported"
             )
         config[name] = value
     shapes = {entry.name: entry.shape for entry in entries}
@@ -135,9 +139,11 @@ def _refuse_variants(fields: dict[str, Any], config: dict[str, Any]) -> None:
     """Raise for what would change the computation and is not built."""
 
     def refuse(key: str, *plain: Any) -> None:
-        value = fields.get(f"llama.{key}")
+        value = fields.get(f"{family}.{key}")
         if value is not None and value not in plain:
-            raise ConversionError(f"llama.{key} = {value!r} is not supported")
+            raise ConversionError(f"{family}.{key} = {value!r} is not supported")
+
+    family = config["model_type"]
 
     refuse("rope.dimension_count", config["head_dim"])
     refuse("attention.value_length", config["head_dim"])
@@ -145,7 +151,7 @@ def _refuse_variants(fields: dict[str, Any], config: dict[str, Any]) -> None:
     refuse("rope.scaling.type", "none")
     refuse("rope.scaling.factor", 0.0, 1.0)
     refuse("expert_count", 0)
-    window = fields.get("llama.attention.sliding_window") or 0
+    window = fields.get(f"{family}.attention.sliding_window") or 0
     context = size(config, "max_position_embeddings")
     if type(window) is not int or 0 < window < context:
         refuse("attention.sliding_window")
@@ -179,7 +185,9 @@ def _tensor(entry: Entry, config: dict[str, Any], data: np.ndarray) -> SourceTen
         name = f"{_NAMES[generic].replace('{i}', i)}.{suffix}"
     decode: Callable[[np.ndarray], np.ndarray]
     decode = partial(_dequantize, entry.kind, entry.shape)
-    if generic == "blk.{i}.attn_q":
+    if config["model_type"] != "llama":
+        pass  # Files of the other architectures have the rows as the model has them.
+    elif generic == "blk.{i}.attn_q":
         decode = partial(_split_rotary, config["num_attention_heads"], decode)
     elif generic == "blk.{i}.attn_k":
         decode = partial(_split_rotary, config["num_key_value_heads"], decode)
@@ -209,8 +217,8 @@ def _split_rotary(
 ) -> np.ndarray:
     """Rows of q and k as the model has them: i and i + d / 2 rotate together.
 
-    GGUF files of this architecture store each head's rows interleaved, for a rotation
-    that pairs 2 i with 2 i + 1.
+    GGUF files of the architecture `llama` store each head's rows interleaved, for a
+    rotation that pairs 2 i with 2 i + 1.
     """
     stored = decode(raw)
     pairs = stored.reshape(heads, -1, 2, *stored.shape[1:])

@@ -13,6 +13,8 @@ from polarjax.config import ModelConfig
 _FAMILIES = {
     "llama": ("LlamaForCausalLM", llama),
     "opt": ("OPTForCausalLM", opt),
+    "qwen2": ("Qwen2ForCausalLM", llama),
+    "qwen3": ("Qwen3ForCausalLM", llama),
 }
 
 

@@ -1,7 +1,13 @@
-"""LLaMA: RMSNorm, rotary positions, grouped queries, gated MLP."""
+"""LLaMA and its kin: RMSNorm, rotary positions, grouped queries, gated MLP.
+
+Qwen2 and 2.5 have biases of queries, keys and values; Qwen3 normalises queries and
+keys.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 from convert.rules.rule import Rule, flag, number, one_of, size
@@ -29,6 +35,8 @@ RULES = (
         tuple(f"{_ATTENTION}{part}_proj.bias" for part in "qkv"),
         heads=_QKV,
     ),
+    Rule("layers_{i}/attention/q_norm/scale", (f"{_ATTENTION}q_norm.weight",)),
+    Rule("layers_{i}/attention/k_norm/scale", (f"{_ATTENTION}k_norm.weight",)),
     Rule("layers_{i}/attention/out", (f"{_ATTENTION}o_proj.weight",), transpose=True),
     Rule("layers_{i}/attention/out_bias", (f"{_ATTENTION}o_proj.bias",)),
     Rule(
@@ -42,13 +50,13 @@ RULES = (
 
 
 def rules(config: dict[str, Any]) -> tuple[Rule, ...]:
-    """The table; the same for every LLaMA."""
+    """The table; the same for all of them."""
     del config
     return RULES
 
 
 def model_config(config: dict[str, Any]) -> ModelConfig:
-    """Read a LLaMA's config.json, written by transformers 4 or 5.
+    """Read a config.json, written by transformers 4 or 5.
 
     Args:
       config: what the file holds.
@@ -56,33 +64,57 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     Raises:
       ConversionError: naming what is not supported, or missing.
     """
+    family = config["model_type"]
     if flag(config, "mlp_bias", False):
         raise ConversionError(
             "configuration: mlp_bias true is not supported: the gated MLP has no biases"
         )
+    _refuse_windows(config)
     dim, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    bias = flag(config, "attention_bias", False)
+    bias = family != "qwen2" and flag(config, "attention_bias", False)
+    head_dim = 128 if family == "qwen3" else max(dim // heads, 1)
     return ModelConfig(
-        family="llama",
+        family=family,
         vocab_size=size(config, "vocab_size"),
         dim=dim,
         layers=size(config, "num_hidden_layers"),
         heads=heads,
         kv_heads=size(config, "num_key_value_heads", heads),
-        head_dim=size(config, "head_dim", max(dim // heads, 1)),
+        head_dim=size(config, "head_dim", head_dim),
         neurons=size(config, "intermediate_size"),
         context=size(config, "max_position_embeddings", 2048),
         norm="rms",
         norm_eps=number(config, "rms_norm_eps", 1e-6),
-        activation=one_of(config, "hidden_act", ("silu",), "silu"),  # pyright: ignore[reportArgumentType]
+        activation=one_of(config, "hidden_act", ("silu", "relu"), "silu"),  # pyright: ignore[reportArgumentType]
         gated_mlp=True,
         rope=_rope(config),
-        qkv_bias=bias,
+        qkv_bias=bias or family == "qwen2",
         out_bias=bias,
         mlp_bias=False,
         tied_embeddings=flag(config, "tie_word_embeddings", False),
         embed_dim=dim,
+        qk_norm=family == "qwen3",
     )
+
+
+def _refuse_windows(config: dict[str, Any]) -> None:
+    """Raise if some layer sees a window of the text alone."""
+    kinds = config.get("layer_types") or ["full_attention"]
+    if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
+        raise ConversionError(
+            f"configuration: layer_types {kinds!r} are not supported; supported: "
+            "full_attention"
+        )
+    # Qwen names a window that it does not use. Where transformers 4 wrote no types of
+    # layers, those from max_window_layers on have it.
+    if flag(config, "use_sliding_window", False) and not config.get("layer_types"):
+        first = config.get("max_window_layers")
+        layers = size(config, "num_hidden_layers")
+        if type(first) is not int or first < layers:
+            raise ConversionError(
+                "configuration: use_sliding_window true is not supported: layers from "
+                f"max_window_layers {first!r} on would see a window alone"
+            )
 
 
 def _rope(config: dict[str, Any]) -> Rope:
@@ -99,20 +131,61 @@ def _rope(config: dict[str, Any]) -> Rope:
         raise ConversionError("configuration: partial_rotary_factor is not supported")
     divisors = tuple(config.get("rope_divisors", ()))
     kinds = {"rope_type": record.get("rope_type") or record.get("type")}
-    if one_of(kinds, "rope_type", ("default", "llama3"), "default") == "default":
-        return Rope(theta=theta, divisors=divisors)
+    kind = one_of(
+        kinds, "rope_type", ("default", "linear", "llama3", "yarn"), "default"
+    )
+    rope = Rope(theta=theta, kind=kind, divisors=divisors)  # pyright: ignore[reportArgumentType]
+    if kind == "default":
+        return rope
+    rope = dataclasses.replace(rope, factor=number(record, "factor"))
+    if kind == "llama3":
+        return _llama3(rope, record)
+    if kind == "yarn":
+        return _yarn(rope, record, config)
+    return rope
+
+
+def _llama3(rope: Rope, record: dict[str, Any]) -> Rope:
     low, high = number(record, "low_freq_factor"), number(record, "high_freq_factor")
     if low >= high:
         raise ConversionError(
             f"configuration: low_freq_factor {low} must be below "
             f"high_freq_factor {high}"
         )
-    return Rope(
-        theta=theta,
-        kind="llama3",
-        factor=number(record, "factor"),
+    return dataclasses.replace(
+        rope,
         low_freq_factor=low,
         high_freq_factor=high,
         original_context=size(record, "original_max_position_embeddings"),
-        divisors=divisors,
     )
+
+
+def _yarn(rope: Rope, record: dict[str, Any], config: dict[str, Any]) -> Rope:
+    fast, slow = number(record, "beta_fast", 32.0), number(record, "beta_slow", 1.0)
+    if fast <= slow:
+        raise ConversionError(
+            f"configuration: beta_slow {slow} must be below beta_fast {fast}"
+        )
+    context = size(config, "max_position_embeddings", 2048)
+    return dataclasses.replace(
+        rope,
+        original_context=size(record, "original_max_position_embeddings", context),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=flag(record, "truncate", True),
+        scale=_yarn_scale(rope.factor, record),
+    )
+
+
+def _yarn_scale(factor: float, record: dict[str, Any]) -> float:
+    """What queries and keys are multiplied with: sqrt(1 / t) of the paper."""
+    if record.get("attention_factor") is not None:
+        return number(record, "attention_factor")
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    # DeepSeek's: both or neither count.
+    if record.get("mscale") and record.get("mscale_all_dim"):
+        return scale(number(record, "mscale")) / scale(number(record, "mscale_all_dim"))
+    return scale(1.0)

@@ -18,6 +18,7 @@ from pallas_kernels import (
 )
 from polarjax.config import ModelConfig
 from polarjax.model.linear import linear
+from polarjax.model.norms import make_norm
 from polarjax.model.positions import rotate
 from polarjax.policy import SelectionPolicy, groups_read
 
@@ -73,11 +74,13 @@ class Attention(nn.Module):
             self.qkv_bias = self.param("qkv_bias", zeros, (rows,), self.dtype)
         if c.out_bias:
             self.out_bias = self.param("out_bias", zeros, (c.dim,), self.dtype)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (make_norm(c, self.dtype) for _ in "qk")
 
     def project(
         self, u: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """Queries, keys and values, rotated where the model rotates, and scores.
+        """Queries, keys and values, normalised and rotated as the model has it; scores.
 
         Args:
           u: [b, t, m], the layer's normalised input.
@@ -97,6 +100,8 @@ class Attention(nn.Module):
             for part in (y[..., :end_q], y[..., end_q:end_k], y[..., end_k:end_v])
         )
         scores = y[..., end_v:] if self.score_rows else None
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if c.rope:
             q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
         return q, k, v, scores

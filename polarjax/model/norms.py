@@ -1,4 +1,4 @@
-"""The normalisation before attention, before the MLP and before the head."""
+"""The normalisation before attention, MLP and head, and of queries and keys."""
 
 from __future__ import annotations
 

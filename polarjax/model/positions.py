@@ -27,15 +27,36 @@ def frequencies(rope: Rope, head_dim: int) -> jax.Array:
     freq = 1.0 / rope.theta**exponent
     if rope.divisors:
         freq = freq / jnp.asarray(rope.divisors, jnp.float32)
+    if rope.kind == "linear":
+        return freq / rope.factor
     if rope.kind == "llama3":
         # Long wavelengths are stretched, short ones stay, between them a ramp.
         turns = rope.original_context * freq / (2 * math.pi)
         ramp = (turns - rope.low_freq_factor) / (
             rope.high_freq_factor - rope.low_freq_factor
         )
-        ramp = jnp.clip(ramp, 0.0, 1.0)
-        freq = ramp * freq + (1 - ramp) * freq / rope.factor
+        return _mix(freq, freq / rope.factor, ramp)
+    if rope.kind == "yarn":
+        first = _dimension(rope, head_dim, rope.beta_fast)
+        last = _dimension(rope, head_dim, rope.beta_slow)
+        if rope.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        width = last - first or 0.001
+        ramp = 1 - (jnp.arange(head_dim // 2) - first) / width
+        return _mix(freq, freq / rope.factor, ramp)
     return freq
+
+
+def _mix(stay: jax.Array, stretched: jax.Array, ramp: jax.Array) -> jax.Array:
+    ramp = jnp.clip(ramp, 0.0, 1.0)
+    return ramp * stay + (1 - ramp) * stretched
+
+
+def _dimension(rope: Rope, head_dim: int, turns: float) -> float:
+    """The pair of dimensions that turns so often over the original context."""
+    wavelength = rope.original_context / (2 * math.pi * turns)
+    return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
 
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
@@ -50,7 +71,8 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
       Like x.
     """
     angle = positions[..., None, None] * frequencies(rope, x.shape[-1])
-    cos, sin = jnp.cos(angle), jnp.sin(angle)  # [b, t, 1, d / 2]
+    # [b, t, 1, d / 2]
+    cos, sin = rope.scale * jnp.cos(angle), rope.scale * jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

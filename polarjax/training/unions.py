@@ -56,9 +56,10 @@ class UnionRecall:
     ) -> NeuronBudgets:
         """The smallest counts that reach a recall, not by luck.
 
-        Not the mean must reach it but the lower end of its one-sided Student interval
-        over the parts of the text: so much margin as the sample is small. It covers
-        chance, not text of another kind.
+        Not the mean over the parts of the text must reach it but the lower end of the
+        one-sided Student interval for one more part: so much margin as parts differ.
+        With an interval for the mean alone, books-OPT missed 99 % on WikiText-2 by
+        0.2 points for single tokens.
 
         Args:
           recall: of the true union, mean over batches, in each layer.
@@ -78,7 +79,7 @@ class UnionRecall:
             )
         found = self.recall[rule]
         parts = len(found)
-        error = found.std(axis=0, ddof=1) / math.sqrt(parts)
+        error = found.std(axis=0, ddof=1) * math.sqrt(1 + 1 / parts)
         low = found.mean(axis=0) - stats.t.ppf(confidence, parts - 1) * error
         # All neurons always suffice: the recall is 1 there, without a spread.
         needed = self.counts[(low >= recall).argmax(axis=-1)]

@@ -66,10 +66,16 @@ def llama_tensors(config=LLAMA, seed=0) -> Tensors:
             "mlp.down_proj": (m, f),
         }
         shapes |= {f"model.layers.{i}.{n}.weight": s for n, s in layer.items()}
-        if c.get("attention_bias"):
+        kind = c["model_type"]
+        biased = "qkv" if kind == "qwen2" else "qkvo" if c.get("attention_bias") else ""
+        shapes |= {
+            f"model.layers.{i}.self_attn.{n}_proj.bias": (rows,)
+            for n, rows in zip("qkvo", (h * d, k * d, k * d, m), strict=True)
+            if n in biased
+        }
+        if kind == "qwen3":
             shapes |= {
-                f"model.layers.{i}.self_attn.{n}_proj.bias": (rows,)
-                for n, rows in zip("qkvo", (h * d, k * d, k * d, m), strict=True)
+                f"model.layers.{i}.self_attn.{n}_norm.weight": (d,) for n in "qk"
             }
     return _random(shapes, seed)
 
@@ -158,6 +164,7 @@ def expected_llama(config, tensors: Tensors) -> Tensors:
             out[f"layers_{i}/attention/qkv_bias"] = np.concatenate(
                 [t[f"{attention}{n}_proj.bias"] for n in "qkv"]
             )
+        if f"{attention}o_proj.bias" in t:
             out[f"layers_{i}/attention/out_bias"] = t[f"{attention}o_proj.bias"]
     return out
 
@@ -183,6 +190,8 @@ GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -191,7 +200,7 @@ GGUF_NAMES = {
 
 
 def gguf_tensors(config, tensors: Tensors) -> Tensors:
-    """The same tensors by GGUF's names, q and k interleaved."""
+    """The same tensors by GGUF's names; q and k of a LLaMA are interleaved."""
     out = {}
     for name, array in tensors.items():
         stem, _, suffix = name.rpartition(".")
@@ -199,9 +208,10 @@ def gguf_tensors(config, tensors: Tensors) -> Tensors:
         if stem.startswith("model.layers."):
             _, _, i, stem = stem.split(".", 3)
             layer = f"blk.{i}."
-        if stem.endswith("q_proj"):
+        rotated = config["model_type"] == "llama"
+        if stem.endswith("q_proj") and rotated:
             array = interleave(array, config["num_attention_heads"])
-        if stem.endswith("k_proj"):
+        if stem.endswith("k_proj") and rotated:
             array = interleave(array, config["num_key_value_heads"])
         out[f"{layer}{GGUF_NAMES[stem]}.{suffix}"] = array
     return out
@@ -226,7 +236,7 @@ def quantize(array: np.ndarray, kind: str) -> np.ndarray:
 def write_gguf(
     path: Path, config=LLAMA, tensors: Tensors | None = None, kind="F32", fields=()
 ) -> dict[str, np.ndarray]:
-    """A GGUF file of the llama architecture.
+    """A GGUF file of the architecture that the config names.
 
     Args:
       path: of the file.
@@ -240,7 +250,7 @@ def write_gguf(
     """
     if tensors is None:
         tensors = gguf_tensors(config, llama_tensors(config))
-    c, writer = config, gguf.GGUFWriter(path, "llama")
+    c, writer = config, gguf.GGUFWriter(path, config["model_type"])
     writer.add_block_count(c["num_hidden_layers"])
     writer.add_embedding_length(c["hidden_size"])
     writer.add_feed_forward_length(c["intermediate_size"])

@@ -68,9 +68,17 @@ def test_quantisations(kind, tmp_path):
         assert np.ptp(array) > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_equals_the_model_it_was_made_of(kv_heads, tmp_path):
-    config = {**LLAMA, "num_key_value_heads": kv_heads, "attention_bias": True}
+def test_equals_the_model_it_was_made_of(kv_heads, family, tmp_path):
+    config = {
+        **LLAMA,
+        "model_type": family,
+        "architectures": None,
+        "num_key_value_heads": kv_heads,
+        "attention_bias": family == "llama",
+        "head_dim": 8,
+    }
     tensors = llama_tensors(config)
     write_hf(tmp_path / "hf", config, tensors)
     write_gguf(tmp_path / "model.gguf", config, gguf_tensors(config, tensors))
@@ -184,13 +192,15 @@ def test_plain_values_of_the_same_fields_convert(tmp_path):
 
 def test_other_architectures(tmp_path):
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "qwen2")
+    writer = gguf.GGUFWriter(path, "gemma2")
     writer.add_tensor("token_embd.weight", np.ones((4, 4), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConversionError, match=r"'qwen2' is not supported; .*: llama"):
+    with pytest.raises(
+        ConversionError, match=r"'gemma2' is not supported; .*: llama, qwen2, qwen3"
+    ):
         convert(path, tmp_path / "out", progress=False)
 
 

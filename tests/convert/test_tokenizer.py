@@ -40,16 +40,19 @@ def byte_level(parts) -> Tokenizer:
 
 GPT2 = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
 SMOLLM = [pre_tokenizers.Digits(individual_digits=True), *GPT2]
-LLAMA3 = [
-    pre_tokenizers.Split(
-        Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3, QWEN2 = (
+    [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + "|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            behavior="isolated",
         ),
-        behavior="isolated",
-    ),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-]
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    for digits in (r"\p{N}{1,3}", r"\p{N}")
+)
 
 
 def gguf_fields(tokenizer: Tokenizer, pre: str) -> list[tuple]:
@@ -77,7 +80,7 @@ def from_gguf(tmp_path, fields) -> Tokenizer:
     ("pre", "parts"),
     [
         *(("gpt-2", GPT2), ("default", GPT2)),
-        *(("smollm", SMOLLM), ("llama-bpe", LLAMA3)),
+        *(("smollm", SMOLLM), ("llama-bpe", LLAMA3), ("qwen2", QWEN2)),
     ],
 )
 def test_byte_level(pre, parts, tmp_path):
@@ -97,7 +100,7 @@ def test_byte_level(pre, parts, tmp_path):
 def test_digits(tmp_path):
     """What tells the pre-tokenizers apart most."""
     cut = {}
-    for pre in ("gpt-2", "smollm", "llama-bpe"):
+    for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
         tokenizer = from_gguf(tmp_path, gguf_fields(byte_level(GPT2), pre))
         pieces = tokenizer.pre_tokenizer.pre_tokenize_str("12345")
         cut[pre] = [piece for piece, _ in pieces]
@@ -105,7 +108,13 @@ def test_digits(tmp_path):
         "gpt-2": ["12345"],
         "smollm": ["1", "2", "3", "4", "5"],
         "llama-bpe": ["123", "45"],
+        "qwen2": ["1", "2", "3", "4", "5"],
     }
+
+
+def test_qwen_composes_letters(tmp_path):
+    tokenizer = from_gguf(tmp_path, gguf_fields(byte_level(QWEN2), "qwen2"))
+    assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
 
 
 @pytest.mark.parametrize(

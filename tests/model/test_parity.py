@@ -36,6 +36,13 @@ LLAMA3 = {
     # of the ramp.
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+}
 OPT = dict(
     vocab_size=131,
     hidden_size=64,
@@ -58,6 +65,43 @@ MODELS = {
         **dict(vocab_size=97, hidden_size=60, intermediate_size=37),
         **dict(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1),
         rope_parameters={"rope_type": "default", "rope_theta": 123.0},
+    ),
+    "llama-linear-rope": dict(
+        LLAMA,
+        rope_parameters={"rope_type": "linear", "rope_theta": 99.0, "factor": 3.0},
+    ),
+    "llama-yarn-rope": dict(LLAMA, rope_parameters=YARN, num_key_value_heads=2),
+    "llama-relu": dict(LLAMA, hidden_act="relu", num_key_value_heads=2),
+    "qwen2-mha": dict(LLAMA),
+    "qwen2-gqa-tied": dict(LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2-mqa-yarn": dict(
+        LLAMA,
+        num_key_value_heads=1,
+        rope_parameters=dict(YARN, truncate=False, attention_factor=1.3),
+    ),
+    "qwen2-window-of-none": dict(
+        LLAMA, use_sliding_window=True, sliding_window=4, max_window_layers=2
+    ),
+    "qwen2-odd": dict(
+        LLAMA,
+        **dict(vocab_size=97, hidden_size=60, intermediate_size=37),
+        **dict(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1),
+    ),
+    "qwen3-mha": dict(LLAMA, head_dim=16),
+    "qwen3-gqa-tied-bias": dict(
+        LLAMA,
+        **dict(head_dim=24, num_key_value_heads=2, tie_word_embeddings=True),
+        attention_bias=True,
+    ),
+    "qwen3-mqa-yarn": dict(
+        LLAMA,
+        **dict(head_dim=16, num_key_value_heads=1, rms_norm_eps=1e-3),
+        rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=1.2),
+    ),
+    "qwen3-odd": dict(
+        LLAMA,
+        **dict(vocab_size=97, hidden_size=60, intermediate_size=37, head_dim=14),
+        **dict(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1),
     ),
     "opt": dict(OPT),
     "opt-projected": dict(OPT, word_embed_proj_dim=32),
@@ -83,6 +127,8 @@ def make_reference(name: str):
     kind, model = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }[family]
     reference = model(kind(**MODELS[name])).eval()
     generator = torch.Generator().manual_seed(len(name))
@@ -194,8 +240,9 @@ def test_the_models_reach_what_they_are_meant_to(pair):
     their = reference.config
     assert config.tied_embeddings == their.tie_word_embeddings
     assert config.context == their.max_position_embeddings
+    # Qwen2's is no choice.
     assert config.qkv_bias == getattr(
-        their, "attention_bias", getattr(their, "enable_bias", None)
+        their, "attention_bias", getattr(their, "enable_bias", True)
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(params.weights))
     stored = sum(p.numel() for p in reference.parameters())
@@ -204,7 +251,13 @@ def test_the_models_reach_what_they_are_meant_to(pair):
     assert count == stored
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-llama3-rope", "llama-odd", "opt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama-gqa-llama3-rope", "llama-odd", "llama-yarn-rope", "opt"),
+        *("qwen2-window-of-none", "qwen2-mqa-yarn", "qwen3-mqa-yarn"),
+    ],
+)
 def test_configs_of_transformers_4_and_5_agree(name, tmp_path):
     make_reference(name).save_pretrained(tmp_path / "five")
     five = json.loads((tmp_path / "five/config.json").read_text())
@@ -216,7 +269,9 @@ def test_configs_of_transformers_4_and_5_agree(name, tmp_path):
         if four["rope_scaling"]:  # the oldest wrote `type`
             older = {"type" if k == "rope_type" else k: v for k, v in rope.items()}
             variants.append(dict(four, rope_scaling=older))
-        del four["head_dim"]
+        if not name.startswith("qwen3"):
+            four.pop("head_dim", None)
+    four.pop("layer_types", None)
     first = convert(tmp_path / "five", tmp_path / "ours", progress=False)
     reference = read_folder(tmp_path / "ours")
     for i, config in enumerate(variants):

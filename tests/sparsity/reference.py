@@ -92,6 +92,11 @@ class Model:
         c, attention = self.config, self.weights[f"layers_{layer}"]["attention"]
         y = attention["qkv"] @ u + attention.get("qkv_bias", 0)
         q, k, v = np.split(y.reshape(-1, c.head_dim), [c.heads, c.heads + c.kv_heads])
+        if c.qk_norm:
+            q, k = (
+                np.stack([self._norm(head, attention[name]) for head in part])
+                for part, name in ((q, "q_norm"), (k, "k_norm"))
+            )
         if c.rope:
             q, k = (self._rotate(part, len(cache)) for part in (q, k))
         cache.append((k, v))

@@ -21,6 +21,7 @@ MODELS = {
     "gqa": dataclasses.replace(LLAMA, layers=3),
     "mha": dataclasses.replace(MHA, layers=3),
     "opt": dataclasses.replace(OPT, layers=3),
+    "qwen3": dataclasses.replace(LLAMA, layers=3, qk_norm=True, qkv_bias=True),
 }
 LENGTHS = (3, 11, 1, 7)
 DENSITIES = (1.0, 0.5, 0.25, 0.75)
@@ -51,7 +52,7 @@ def compare(
     ("name", "seed", "head_rank"),
     [
         *[("gqa", 2, 0), ("gqa", 3, 4), ("mha", 3, 0), ("mha", 4, 4)],
-        *[("opt", 3, 0), ("opt", 6, 4)],
+        *[("opt", 3, 0), ("opt", 6, 4), ("qwen3", 0, 0), ("qwen3", 0, 4)],
     ],
 )
 def test_polar_equals_masked_dense(name, seed, head_rank):

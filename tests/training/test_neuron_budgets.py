@@ -193,13 +193,14 @@ def recalls(*parts, rule="noisy_or"):
 
 
 def test_the_margin_by_hand():
-    # Means 0.97, 0.992, 1; the standard error of the second is 0.002 / sqrt(2).
+    # Means 0.97, 0.992, 1; the second's deviation is 0.002 sqrt(2), and sqrt(1 + 1 / 2)
+    # as much for one more part.
     found = recalls([0.97, 0.990, 1], [0.97, 0.994, 1])
     assert found.budgets(0.97) == ((4, (300, 128)),)
     assert found.budgets(0.99, 0.5) == ((4, (300, 256)),)
-    # Student's quantile with one degree of freedom: 1 at 75 %.
-    assert found.budgets(0.99, 0.74) == ((4, (300, 256)),)
-    assert found.budgets(0.99, 0.76) == ((4, (300, 300)),)
+    # Student's quantile with one degree of freedom: 1 / sqrt(3) at two thirds.
+    assert found.budgets(0.99, 0.66) == ((4, (300, 256)),)
+    assert found.budgets(0.99, 0.67) == ((4, (300, 300)),)
     assert found.budgets(1.0) == ((4, (300, 300)),)
     for bad in ((0.0, 0.9), (1.1, 0.9), (0.9, 0.4), (0.9, 1.0), (float("nan"), 0.9)):
         with pytest.raises(ValueError, match="recall"):
