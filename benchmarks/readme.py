@@ -252,12 +252,13 @@ def newest(kind: str) -> Path:
 
 def trained() -> list[Path]:
     """The latest record of each run on a recovered adapter, or on books-OPT."""
-    latest = {}
-    for path in sorted((REPOSITORY / "benchmarks" / "results").glob("*-eval-*.json")):
+    latest: dict[str, tuple[str, Path]] = {}
+    for path in (REPOSITORY / "benchmarks" / "results").glob("*-eval-*.json"):
         name = path.stem.split("-eval-")[1]
         if name != "smollm2":
-            latest[name] = path
-    return [latest[name] for name in sorted(latest)]
+            made = json.loads(path.read_text(encoding="utf-8"))["made"]
+            latest[name] = max(latest.get(name, ("", path)), (made["finished"], path))
+    return [latest[name][1] for name in sorted(latest)]
 
 
 def render(readme: str) -> str:

@@ -35,7 +35,7 @@ _SPLIT = (
 _GPT2 = ("default", "gpt-2")
 _SMOLLM = ("smollm",)
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_QWEN = ("qwen2",)
+_QWEN = ("qwen2", "deepseek-r1-qwen")
 
 
 def from_folder(folder: Path) -> tuple[Files, list[str]]:
@@ -139,7 +139,8 @@ def from_gguf(fields: dict[str, Any]) -> tuple[Files, list[str]]:
     if isinstance(template, str):
         files[CHAT_TEMPLATE_FILE] = template
     model = fields.get("tokenizer.ggml.model")
-    pre = fields.get("tokenizer.ggml.pre", "default")
+    qwen = str(fields.get("general.architecture")).startswith("qwen")
+    pre = fields.get("tokenizer.ggml.pre", "qwen2" if qwen else "default")
     unknown = None
     if model is None:
         unknown = "no tokenizer in the file"

@@ -258,7 +258,7 @@ def calibrate(
     if terms is not None:
         trained, contract = _with_contract(trained, corpus, terms, say)
     say("thresholds", 0, 1)
-    thresholds = score_thresholds(trained, corpus.blocks[:_THRESHOLD_BLOCKS])
+    thresholds = score_thresholds(trained, spread(corpus.blocks, _THRESHOLD_BLOCKS))
     config = dataclasses.replace(trained.config, thresholds=thresholds)
     trained = dataclasses.replace(trained, config=config)
     say("thresholds", 1, 1)
@@ -269,6 +269,17 @@ def calibrate(
     return Calibration(trained, recall, quality, contract, made)
 
 
+def spread(blocks: np.ndarray, most: int) -> np.ndarray:
+    """So many blocks from all over the text: neighbours are of one source and author.
+
+    Args:
+      blocks: int32[n, t].
+      most: blocks to take; all, if there are no more.
+    """
+    count = min(most, len(blocks))
+    return blocks[np.linspace(0, len(blocks) - 1, count).astype(int)]
+
+
 def _with_neuron_budgets(
     params: Params, corpus: Corpus
 ) -> tuple[Params, dict[str, Any]]:
@@ -276,13 +287,9 @@ def _with_neuron_budgets(
     held = np.concatenate(list(corpus.held_out.values()))
     sizes = tuple(b for b in (1, 8, 64) if 2 * b <= min(len(held), len(corpus.blocks)))
 
-    def some(blocks: np.ndarray) -> np.ndarray:
-        # From all over the text: what follows one another is of one author.
-        most = min(16 * sizes[-1], len(blocks))
-        return blocks[np.linspace(0, len(blocks) - 1, most).astype(int)]
-
+    most = 16 * sizes[-1]
     budgets, found = neuron_budgets(
-        *(params, some(corpus.blocks), sizes), held_out=some(held)
+        *(params, spread(corpus.blocks, most), sizes), held_out=spread(held, most)
     )
     config = dataclasses.replace(params.config, neuron_budgets=budgets)
     total = config.neurons

@@ -24,13 +24,14 @@ class Rope:
       high_freq_factor: wavelengths below `original_context` / this stay ("llama3").
       original_context: context length in tokens before the extension ("llama3",
         "yarn").
-      beta_fast: dimensions that turn at least so often over it stay ("yarn").
+      divisors: d / 2 numbers that divide the frequencies, as GGUF files store a
+        scaling; empty for none.
+      beta_fast: dimensions that turn at least so often over the original context
+        stay ("yarn").
       beta_slow: those that turn at most so often are stretched ("yarn").
       truncate: whether the ramp between them begins and ends at whole dimensions
         ("yarn").
       scale: of queries and of keys ("yarn").
-      divisors: d / 2 numbers that divide the frequencies, as GGUF files store a
-        scaling; empty for none.
     """
 
     theta: float = 10000.0
@@ -39,11 +40,11 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    divisors: tuple[float, ...] = ()
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
     scale: float = 1.0
-    divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("default", "linear", "llama3", "yarn"):
@@ -58,7 +59,8 @@ class ModelConfig:
     rather than the computation; `architecture` leaves them out.
 
     Attributes:
-      family: the family it was converted from ("llama", "opt", "qwen2", "qwen3").
+      family: the family it was converted from ("llama", "mistral",
+        "opt", "qwen2", "qwen3").
       vocab_size: v.
       dim: m, width of the residual stream.
       layers: number of decoder layers.
@@ -79,6 +81,8 @@ class ModelConfig:
       embed_dim: width of the token embedding where it differs from `dim` (OPT's
         `word_embed_proj_dim`), else `dim`.
       qk_norm: whether each query and key head is normalised before it is rotated.
+      windows: by layer, newest tokens that a token sees, itself included; 0 for all.
+        Empty if every layer sees them all.
       bos_ids: tokens that start a text; for information, the tokenizer adds them.
       eos_ids: tokens that end a text.
       budgets: KV groups that an adapter's policy reads in each layer; empty without
@@ -112,6 +116,7 @@ class ModelConfig:
     tied_embeddings: bool
     embed_dim: int
     qk_norm: bool = False
+    windows: tuple[int, ...] = ()
     bos_ids: tuple[int, ...] = ()
     eos_ids: tuple[int, ...] = ()
     budgets: tuple[int, ...] = ()
@@ -140,6 +145,11 @@ class ModelConfig:
             raise ValueError(
                 f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
             )
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
+            raise ValueError(
+                f"windows must be {self.layers} numbers of 0 or more, "
+                f"got {self.windows}"
+            )
         if self.rope and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim: {self.head_dim}")
 
@@ -147,6 +157,11 @@ class ModelConfig:
     def group(self) -> int:
         """Query heads per KV group, g."""
         return self.heads // self.kv_heads
+
+    def window(self, layer: int) -> int | None:
+        """Newest tokens that a token of the layer sees; None for all."""
+        window = self.windows[layer] if self.windows else 0
+        return window if 0 < window < self.context else None
 
     @property
     def architecture(self) -> ModelConfig:
@@ -201,6 +216,7 @@ class ModelConfig:
             for name in ("bos_ids", "eos_ids", "budgets"):
                 fields[name] = tuple(fields[name])
             # Older checkpoints have none.
+            fields["windows"] = tuple(fields.get("windows", ()))
             fields["thresholds"] = tuple(map(float, fields.get("thresholds", ())))
             found = fields.get("neuron_budgets", ())
             fields["neuron_budgets"] = tuple_neuron_budgets(found)

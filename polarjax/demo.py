@@ -42,36 +42,36 @@ def show(
             "the demo needs 2 new tokens: the first one is dense prefill's"
         )
     console = Console()
-    models = {str(name): load(checkpoint, adapter=name) for name in adapters}
-    first = next(iter(models.values()))
-    runs: dict[str, tuple[Params, SelectionPolicy]] = {
-        "dense": (first, Dense()),
-        **{name: (params, Polar()) for name, params in models.items()},
-    }
-    outputs: dict[str, Output] = {}
-    for name, (params, policy) in runs.items():
+    models = [load(checkpoint, adapter=adapter) for adapter in adapters]
+    names = ["dense", *map(str, adapters)]
+    runs: list[tuple[Params, SelectionPolicy]] = [(models[0], Dense())]
+    runs += [(params, Polar()) for params in models]
+    outputs: list[Output] = []
+    for name, (params, policy) in zip(names, runs, strict=True):
         with console.status(f"{name}: compiling, then continuing four prompts"):
-            outputs[name] = generate(
-                params, list(PROMPTS), policy=policy, max_new_tokens=max_new_tokens
+            outputs.append(
+                generate(
+                    params, list(PROMPTS), policy=policy, max_new_tokens=max_new_tokens
+                )
             )
-    table = Table("prompt", *runs, show_lines=True)
-    texts = (output.texts or [] for output in outputs.values())
+    table = Table("prompt", *names, show_lines=True)
+    texts = (output.texts or [] for output in outputs)
     for row in zip(PROMPTS, *texts, strict=True):
         table.add_row(*map(plain, row))
     console.print(table)
 
     text = Path(__file__).with_name("demo.txt")
-    tokenizer = Tokenizer.require(first.config, "the demo")
+    tokenizer = Tokenizer.require(models[0].config, "the demo")
     tokens = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
     windows = window_items(tokens, 128, 32)
-    found: dict[str, Perplexity] = {}
-    for name, (params, policy) in runs.items():
+    found: list[Perplexity] = []
+    for name, (params, policy) in zip(names, runs, strict=True):
         with console.status(f"{name}: perplexity of a short text"):
-            found |= perplexity(params, windows, {name: policy}, batch=8)
-    table = Table("", *runs)
+            found += perplexity(params, windows, {name: policy}, batch=8).values()
+    table = Table("", *names)
 
     def line(label: str, show: Callable[[Stats], str]) -> None:
-        table.add_row(label, *(show(output.stats) for output in outputs.values()))
+        table.add_row(label, *(show(output.stats) for output in outputs))
 
     line("density, mean over layers", lambda s: f"{np.mean(s.density):.3f}")
     line(
@@ -81,12 +81,12 @@ def show(
     line("KV saved", lambda s: f"{1 - s.kv_bytes / s.kv_bytes_dense:.1%}")
     line("tokens/s, all prompts", lambda s: f"{s.tokens_per_second:,.1f}")
     line("floor / time", lambda s: f"{s.floor_fraction:.2f}")
-    table.add_row("perplexity", *(f"{p.value:.2f}" for p in found.values()))
-    ratios = [p.ratio(found["dense"]) for p in found.values()]
+    table.add_row("perplexity", *(f"{p.value:.2f}" for p in found))
+    ratios = [p.ratio(found[0]) for p in found]
     shown = [f"{ratio:.3f} ({low:.3f} to {high:.3f})" for ratio, low, high in ratios]
     table.add_row("  / dense (95 %)", "1", *shown[1:])
     console.print(table)
-    for name in models:
+    for name in adapters:
         card = read_card(find_adapter(name))
         promise = card.get("contract", {}).get("verdict")
         learned = f"{name}: learned from {card.get('tokens', 0):,} tokens"
@@ -94,7 +94,7 @@ def show(
         console.print(plain(said) + ".", style="dim")
     console.print(
         "The floor is the bytes that must be read by the bandwidth measured here "
-        f"({outputs['dense'].stats.bandwidth / 1e9:,.1f} GB/s). At this size weights, "
+        f"({outputs[0].stats.bandwidth / 1e9:,.1f} GB/s). At this size weights, "
         "not the KV cache, are most of the bytes: sparsity pays with long contexts and "
         "big batches on a GPU.",
         style="dim",

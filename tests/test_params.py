@@ -257,9 +257,9 @@ def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
 
 
 def test_an_unknown_kind_of_rope_is_refused(folder):
-    rope = {**dataclasses.asdict(polarjax.Rope(1e4)), "kind": "yarn"}
+    rope = {**dataclasses.asdict(polarjax.Rope(1e4)), "kind": "dynamic"}
     edit_config(folder, rope=rope)
-    with pytest.raises(ValueError, match="unknown kind of rotary positions: 'yarn'"):
+    with pytest.raises(ValueError, match="unknown kind of rotary positions: 'dynamic'"):
         polarjax.load(folder)
 
 
@@ -356,10 +356,26 @@ def test_optax_updates_params(params):
 def test_config_survives_json():
     rope = polarjax.Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192, (1.0, 2.5))
     config = dataclasses.replace(CONFIG, rope=rope, folder="/here")
-    for one in (config, dataclasses.replace(OPT, folder="/here")):
+    windows = dataclasses.replace(CONFIG, windows=(4, *(0,) * (CONFIG.layers - 1)))
+    windows = dataclasses.replace(windows, folder="/here", qk_norm=True)
+    for one in (config, windows, dataclasses.replace(OPT, folder="/here")):
         again = polarjax.ModelConfig.from_json(one.to_json(), folder="/here")
         assert again == one and hash(again) == hash(one)
     assert "folder" not in json.loads(config.to_json())
+
+
+def test_windows_are_one_for_each_layer():
+    layers = CONFIG.layers
+    config = dataclasses.replace(
+        CONFIG, windows=(4, CONFIG.context, *(0,) * (layers - 2))
+    )
+    assert [config.window(i) for i in range(layers)] == [4, *(None,) * (layers - 1)]
+    for wrong in ((4,), (-1,) * layers):
+        with pytest.raises(ValueError, match=f"windows must be {layers} numbers"):
+            dataclasses.replace(CONFIG, windows=wrong)
+    fields = json.loads(CONFIG.to_json())
+    del fields["windows"], fields["qk_norm"]  # as older checkpoints are
+    assert polarjax.ModelConfig.from_json(json.dumps(fields)) == CONFIG
 
 
 def test_neuron_budgets_survive_json():

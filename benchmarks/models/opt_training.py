@@ -286,7 +286,7 @@ _measure = jax.jit(token_losses, static_argnames=("config", "dtype"))
 
 def evaluate(
     config: ModelConfig, weights: Tree, tokens: np.ndarray, batch: int, dtype: str
-) -> tuple[float, dict[str, list[float]], int]:
+) -> tuple[float, dict[str, list[Any]], int]:
     """Score a text in blocks that do not overlap.
 
     Args:

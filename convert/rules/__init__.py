@@ -12,6 +12,7 @@ from polarjax.config import ModelConfig
 # model_type -> (architecture, module)
 _FAMILIES = {
     "llama": ("LlamaForCausalLM", llama),
+    "mistral": ("MistralForCausalLM", llama),
     "opt": ("OPTForCausalLM", opt),
     "qwen2": ("Qwen2ForCausalLM", llama),
     "qwen3": ("Qwen3ForCausalLM", llama),

@@ -1,7 +1,7 @@
 """LLaMA and its kin: RMSNorm, rotary positions, grouped queries, gated MLP.
 
-Qwen2 and 2.5 have biases of queries, keys and values; Qwen3 normalises queries and
-keys.
+Mistral's layers may see a window of the text alone, and so may Qwen's. Qwen2 and 2.5
+have biases of queries, keys and values; Qwen3 normalises queries and keys.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         raise ConversionError(
             "configuration: mlp_bias true is not supported: the gated MLP has no biases"
         )
-    _refuse_windows(config)
+    layers = size(config, "num_hidden_layers")
     dim, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    bias = family != "qwen2" and flag(config, "attention_bias", False)
+    bias = family in ("llama", "qwen3") and flag(config, "attention_bias", False)
     head_dim = 128 if family == "qwen3" else max(dim // heads, 1)
     return ModelConfig(
         family=family,
         vocab_size=size(config, "vocab_size"),
         dim=dim,
-        layers=size(config, "num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=size(config, "num_key_value_heads", heads),
         head_dim=size(config, "head_dim", head_dim),
@@ -94,41 +94,72 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         tied_embeddings=flag(config, "tie_word_embeddings", False),
         embed_dim=dim,
         qk_norm=family == "qwen3",
+        windows=_windows(config, layers),
     )
 
 
-def _refuse_windows(config: dict[str, Any]) -> None:
-    """Raise if some layer sees a window of the text alone."""
-    kinds = config.get("layer_types") or ["full_attention"]
-    if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
-        raise ConversionError(
-            f"configuration: layer_types {kinds!r} are not supported; supported: "
-            "full_attention"
-        )
-    # Qwen names a window that it does not use. Where transformers 4 wrote no types of
-    # layers, those from max_window_layers on have it.
-    if flag(config, "use_sliding_window", False) and not config.get("layer_types"):
-        first = config.get("max_window_layers")
-        layers = size(config, "num_hidden_layers")
-        if type(first) is not int or first < layers:
+def _windows(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """`ModelConfig.windows`: which layers see the newest tokens alone."""
+    family, width = config["model_type"], config.get("sliding_window")
+    if family == "mistral":
+        sliding = [width is not None] * layers
+    else:  # Qwen names a window also where it does not use it.
+        used = flag(config, "use_sliding_window", False)
+        first = config.get("max_window_layers", layers)
+        if used and (isinstance(first, bool) or not isinstance(first, int)):
             raise ConversionError(
-                "configuration: use_sliding_window true is not supported: layers from "
-                f"max_window_layers {first!r} on would see a window alone"
+                f"configuration: max_window_layers must be an integer, not {first!r}"
             )
+        sliding = [used and i >= first for i in range(layers)]
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        names = {"full_attention": False, "sliding_attention": True}
+        known = isinstance(kinds, list) and len(kinds) == layers
+        if not known or not all(isinstance(x, str) and x in names for x in kinds):
+            raise ConversionError(
+                f"configuration: layer_types must name {layers} layers, each "
+                f"{' or '.join(names)}, not {kinds!r}"
+            )
+        named = [names[kind] for kind in kinds]
+        # Only Qwen's own class goes by them.
+        if named != sliding and not (family in ("qwen2", "qwen3") and used):
+            raise ConversionError(
+                "configuration: layer_types do not agree with the model's sliding "
+                f"window: {kinds!r}"
+            )
+        sliding = named
+    if not any(sliding):
+        return ()
+    return tuple(size(config, "sliding_window") if x else 0 for x in sliding)
 
 
 def _rope(config: dict[str, Any]) -> Rope:
     # transformers 5 keeps the base inside the record, 4 beside it, and the oldest 4
     # call the kind `type`.
-    record = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    records = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    record = records[0] or records[1]
     if not isinstance(record, dict):
         raise ConversionError(
             f"configuration: rope parameters {record!r} are no record"
         )
+    if all(records) and records[0] != records[1]:
+        raise ConversionError(
+            "configuration: rope_parameters and rope_scaling differ: remove the one "
+            "that is wrong"
+        )
+    record = dict(record)
+    if nested := [key for key, value in record.items() if isinstance(value, dict)]:
+        raise ConversionError(
+            f"configuration: rope parameters of their own for {nested[0]!r} are not "
+            "supported"
+        )
     outside = number(config, "rope_theta", 10000.0)
     theta = number(record, "rope_theta", outside)
-    if number(record, "partial_rotary_factor", 1.0) != 1.0:
-        raise ConversionError("configuration: partial_rotary_factor is not supported")
+    for place in (record, config):
+        if number(place, "partial_rotary_factor", 1.0) != 1.0:
+            raise ConversionError(
+                "configuration: partial_rotary_factor is not supported"
+            )
     divisors = tuple(config.get("rope_divisors", ()))
     kinds = {"rope_type": record.get("rope_type") or record.get("type")}
     kind = one_of(
@@ -138,6 +169,13 @@ def _rope(config: dict[str, Any]) -> Rope:
     if kind == "default":
         return rope
     rope = dataclasses.replace(rope, factor=number(record, "factor"))
+    name = "original_max_position_embeddings"
+    before = config.get(name)
+    if before is not None and record.setdefault(name, before) != before:
+        raise ConversionError(
+            f"configuration: {name} is {before!r}, but {record[name]!r} in the rope "
+            "parameters"
+        )
     if kind == "llama3":
         return _llama3(rope, record)
     if kind == "yarn":

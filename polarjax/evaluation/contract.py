@@ -42,8 +42,8 @@ from polarjax.sparsity import Polar
 FARTHEST = 2.0
 """How far the tests go, in nats of divergence, as a multiple of the allowed drop.
 
-Where the model is not at its best perplexity grows by less than the divergence. As the
-sequence ends by itself, to test what may fail risks nothing.
+Perplexity often grows by less than the divergence. As the sequence ends by itself, to
+test what may fail risks nothing.
 """
 
 
@@ -127,7 +127,7 @@ class Contract:
             density = self.chosen.setting.density
             return f"kept within {terms}: KV group density {density:.3f}"
         if not self.tested:
-            why = "the search found no sparse setting within it on calibration text"
+            why = "the search found no sparse setting near it on calibration text"
         else:
             worst = max(d.ratio.high for d in self.tested[0].domains.values())
             why = (
@@ -259,7 +259,8 @@ def choose_sequence(
 
     A few of the path, as each further one before a good one is a further chance to stop
     too early: the sparsest within each of some divergences. These are evenly spread
-    from the least that calibration found, which is the surest to pass, to `FARTHEST`.
+    from the least that calibration found, which is the surest to pass, to `FARTHEST`
+    times the drop.
 
     Args:
       path: from `search_budgets`, densest first.

@@ -76,13 +76,14 @@ def search_budgets(
 ) -> tuple[Setting, ...]:
     """Lower budgets group by group, where a byte saved costs the least divergence.
 
-    All settings are measured by one compiled program: the budgets are its data.
+    All settings are measured by one compiled program: the budgets are its data. MLP
+    neurons are all read: which ones a batch shares depends on its size.
 
     Args:
       params: the model, with routers if the policy is `Polar`.
       windows: int32[n, t], calibration text.
-      limit: divergence from dense, nats a token, at which the path ends. A perplexity
-        grows by about as much on text that the model knows well, elsewhere by less.
+      limit: divergence from dense, nats a token, at which the path ends. On text that
+        the model writes itself the logarithm of the perplexity grows by as much.
       batch: sequences of the decode step whose bytes are to be saved.
       context: tokens in the cache of each of them.
       prompt: tokens of each window that are read dense, as decoding has it, and not
@@ -93,7 +94,7 @@ def search_budgets(
         for which all are.
       step: groups by which a layer is lowered at a time; None for an eighth of them.
       journal: settings found there are not measured again; others are added to it. It
-        must be of this model, these routers and these windows.
+        must be of this model, policy and prompt, these routers and windows.
       progress: called as progress("searching budgets", settings measured, most).
 
     Returns:
@@ -240,7 +241,8 @@ def _evaluator(
         )
     config, k, layers = params.config, params.config.kv_heads, params.config.layers
     # Bound as if every layer but the first were sparse: all routers are there.
-    every = dataclasses.replace(config, budgets=(k, *(1,) * (layers - 1)))
+    lowest = (k, *(1,) * (layers - 1))
+    every = dataclasses.replace(config, budgets=lowest, neuron_budgets=())
     bound = policy.bind(dataclasses.replace(params, config=every), rows)
     # The limits, which are compiled, leave room for every group.
     limits = (None, *(k if k > 1 else None,) * (layers - 1))
@@ -249,7 +251,7 @@ def _evaluator(
     batches = windows[places].reshape(-1, rows, windows.shape[1])
 
     def evaluate(budgets: Budgets) -> np.ndarray:
-        key = f"budgets/{','.join(map(str, budgets))}"
+        key = f"divergence/{','.join(map(str, budgets))}"
         if key not in journal:
             counts = jnp.asarray(np.repeat(np.array(budgets)[:, None], rows, axis=1))
             weights, sparse = bound

@@ -155,12 +155,10 @@ def make_stats(
     for drawn in chunks:
         by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
         reads += by_layer.sum(axis=(0, 2))
-        # Layer 0 is always dense: it counts the steps and the visible rows.
+        # Layer 0 is always dense: it counts the steps.
         live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
-        rows = np.asarray(drawn.kv_rows, np.float64)
-        kv_rows += rows.sum()
-        total = np.maximum(by_layer.sum(axis=1), 1)  # [steps, b]
-        kv_rows_dense += (rows / total).sum() * config.kv_heads * config.layers
+        kv_rows += np.asarray(drawn.kv_rows, np.float64).sum()
+        kv_rows_dense += np.asarray(drawn.kv_rows_dense, np.float64).sum()
         decoded += int(np.asarray(drawn.valid).sum())
     row_bytes = kv_row_bytes(config, params.dtype)
     steps = steps_per_chunk * len(chunks)

@@ -124,7 +124,7 @@ class Attention(nn.Module):
         b, t, _ = u.shape
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         q, k, v, _ = self.project(u, positions)
-        return causal_attention(q, k, v), k, v
+        return causal_attention(q, k, v, self.config.window(self.layer)), k, v
 
     def masked(
         self,
@@ -156,7 +156,7 @@ class Attention(nn.Module):
             if prefix.keys:
                 k = jnp.where(before[..., None], prefix.keys[self.layer], k)
                 v = jnp.where(before[..., None], prefix.values[self.layer], v)
-        o = causal_attention(q, k, v)
+        o = causal_attention(q, k, v, c.window(self.layer))
         norms = head_norms(o, c.kv_heads) if policy.wants_norms else None
 
         def choose(_, scores: jax.Array | None, norms: jax.Array | None) -> jax.Array:
@@ -204,9 +204,11 @@ class Attention(nn.Module):
         k, v = k[:, 0].astype(keys.dtype), v[:, 0].astype(values.dtype)
         # Finished rows may be full: they read and write nothing.
         visible = jnp.where(live, lengths + 1, 0)
-        append = functools.partial(
-            append_and_attend, implementation=self.implementation
-        )
+        options = {
+            "window": c.window(self.layer),
+            "implementation": self.implementation,
+        }
+        append = functools.partial(append_and_attend, **options)
         norms = None
         if policy.wants_norms:
             # Every group is computed once to be measured, before any is chosen.
@@ -216,8 +218,7 @@ class Attention(nn.Module):
         heads, n_active = (None, None) if chosen is None else chosen
         if policy.wants_norms:
             o = select_head_attention(
-                *(q, keys, values, visible, heads, n_active),
-                implementation=self.implementation,
+                q, keys, values, visible, heads, n_active, **options
             )
         else:
             o, keys, values = append(q, k, v, keys, values, visible, heads, n_active)
@@ -226,7 +227,9 @@ class Attention(nn.Module):
         return o, keys, values, scores, jnp.where(live, n_active, 0)
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None
+) -> jax.Array:
     """Each position attends to itself and those before it.
 
     By cuDNN's flash attention on a GPU, in 16 bit and for sizes that it takes: XLA's
@@ -236,6 +239,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
       q: [b, t, h, d].
       k: [b, t, k, d].
       v: [b, t, k, d].
+      window: newest positions attended to, itself included; None for all.
 
     Returns:
       [b, t, h, d].
@@ -244,7 +248,10 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
     flash &= t % 64 == 0 and d % 8 == 0 and d <= 128
     return jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, implementation="cudnn" if flash else "xla"
+        *(q, k, v),
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window and window < t else None,
+        implementation="cudnn" if flash else "xla",
     )
 
 

@@ -128,13 +128,14 @@ def step_cost(params: Params, *, batch: int, context: int) -> StepCost:
         return 0 if up is None else up.nbytes
 
     layers = range(config.layers)
-    group = batch * context * kv_row_bytes(config, params.dtype)
+    token = batch * kv_row_bytes(config, params.dtype)
+    seen = [min(context, config.window(i) or context) for i in layers]
     return StepCost(
         weights=step_weight_bytes(params.weights, config, Dense()),
         routers=tuple(
             attention(bound, i) - attention(params.weights, i) + second(i)
             for i in layers
         ),
-        group=(group,) * config.layers,
+        group=tuple(token * tokens for tokens in seen),
         kv_heads=config.kv_heads,
     )

@@ -69,8 +69,8 @@ def gguf_fields(tokenizer: Tokenizer, pre: str) -> list[tuple]:
     ]
 
 
-def from_gguf(tmp_path, fields) -> Tokenizer:
-    write_gguf(tmp_path / "model.gguf", CONFIG, fields=fields)
+def from_gguf(tmp_path, fields, config=CONFIG) -> Tokenizer:
+    write_gguf(tmp_path / "model.gguf", config, fields=fields)
     out = tmp_path / "out"
     convert(tmp_path / "model.gguf", out, overwrite=True, progress=False)
     return Tokenizer.from_file(str(out / "tokenizer.json"))
@@ -115,6 +115,10 @@ def test_digits(tmp_path):
 def test_qwen_composes_letters(tmp_path):
     tokenizer = from_gguf(tmp_path, gguf_fields(byte_level(QWEN2), "qwen2"))
     assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
+    # Files that do not name the pre-tokenizer are told by their architecture.
+    fields = [f for f in gguf_fields(byte_level(QWEN2), "") if f[0][-4:] != "_pre"]
+    unnamed = from_gguf(tmp_path, fields, {**CONFIG, "model_type": "qwen2"})
+    assert unnamed.to_str() == tokenizer.to_str()
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_a_wrong_router_finds_no_path_either(model):
     contract = keep_promise(bad, path, domains, **options)
     assert not contract.kept
     nothing = keep_promise(bad, path[:1], domains, **options)
-    assert not nothing.tested and "no sparse setting within it" in str(nothing)
+    assert not nothing.tested and "no sparse setting near it" in str(nothing)
     assert nothing.card()["tested"] == []
 
 

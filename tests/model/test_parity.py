@@ -103,6 +103,27 @@ MODELS = {
         **dict(vocab_size=97, hidden_size=60, intermediate_size=37, head_dim=14),
         **dict(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1),
     ),
+    # Shorter than most prompts; all texts cross them.
+    "mistral-window": dict(LLAMA, num_key_value_heads=2, sliding_window=7),
+    "mistral-no-window": dict(LLAMA, sliding_window=None, head_dim=24),
+    "mistral-mqa-tied": dict(
+        LLAMA, num_key_value_heads=1, sliding_window=3, tie_word_embeddings=True
+    ),
+    "mistral-odd": dict(
+        LLAMA,
+        **dict(vocab_size=97, hidden_size=60, intermediate_size=37, sliding_window=30),
+        **dict(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1),
+    ),
+    "qwen2-window": dict(
+        LLAMA,
+        **dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+        num_key_value_heads=2,
+    ),
+    "qwen3-window-types": dict(
+        LLAMA,
+        **dict(head_dim=16, use_sliding_window=True, sliding_window=9),
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "opt": dict(OPT),
     "opt-projected": dict(OPT, word_embed_proj_dim=32),
     "opt-untied": dict(OPT, tie_word_embeddings=False),
@@ -126,6 +147,7 @@ def make_reference(name: str):
     family = name.split("-")[0]
     kind, model = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
         "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -240,9 +262,9 @@ def test_the_models_reach_what_they_are_meant_to(pair):
     their = reference.config
     assert config.tied_embeddings == their.tie_word_embeddings
     assert config.context == their.max_position_embeddings
-    # Qwen2's is no choice.
+    # Qwen2's and Mistral's are no choice.
     assert config.qkv_bias == getattr(
-        their, "attention_bias", getattr(their, "enable_bias", True)
+        their, "attention_bias", getattr(their, "enable_bias", config.family == "qwen2")
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(params.weights))
     stored = sum(p.numel() for p in reference.parameters())
@@ -256,6 +278,7 @@ def test_the_models_reach_what_they_are_meant_to(pair):
     [
         *("llama-gqa-llama3-rope", "llama-odd", "llama-yarn-rope", "opt"),
         *("qwen2-window-of-none", "qwen2-mqa-yarn", "qwen3-mqa-yarn"),
+        *("qwen2-window", "mistral-window", "mistral-no-window"),
     ],
 )
 def test_configs_of_transformers_4_and_5_agree(name, tmp_path):
@@ -269,7 +292,7 @@ def test_configs_of_transformers_4_and_5_agree(name, tmp_path):
         if four["rope_scaling"]:  # the oldest wrote `type`
             older = {"type" if k == "rope_type" else k: v for k, v in rope.items()}
             variants.append(dict(four, rope_scaling=older))
-        if not name.startswith("qwen3"):
+        if name not in ("qwen3-mqa-yarn", "mistral-no-window"):
             four.pop("head_dim", None)
     four.pop("layer_types", None)
     first = convert(tmp_path / "five", tmp_path / "ours", progress=False)

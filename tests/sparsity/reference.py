@@ -100,7 +100,8 @@ class Model:
         if c.rope:
             q, k = (self._rotate(part, len(cache)) for part in (q, k))
         cache.append((k, v))
-        keys, values = (np.stack(part) for part in zip(*cache, strict=True))
+        seen = cache[-(c.window(layer) or 0) :]
+        keys, values = (np.stack(part) for part in zip(*seen, strict=True))
         out = np.zeros_like(q)
         for head in range(c.heads):
             group = head // (c.heads // c.kv_heads)
@@ -197,7 +198,10 @@ def decode(params, prompts, limits, selection=None, stop_ids=()) -> Result:
                 mask = np.isin(np.arange(config.kv_heads), groups)[:, None]
                 heads = np.where(mask, heads, 0)
                 result.reads[layer] += len(groups)
-                result.kv_rows += len(groups) * len(caches[i][layer])
+                seen = min(
+                    len(caches[i][layer]), config.window(layer) or config.context
+                )
+                result.kv_rows += len(groups) * seen
                 used = result.groups_used.setdefault((layer, i), set())
                 used.update(groups.tolist())
                 y = model.after_attention(layer, xs[i], heads)

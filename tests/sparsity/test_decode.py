@@ -21,6 +21,8 @@ MODELS = {
     "gqa": dataclasses.replace(LLAMA, layers=3),
     "mha": dataclasses.replace(MHA, layers=3),
     "opt": dataclasses.replace(OPT, layers=3),
+    # Layer 1 sees it all.
+    "windows": dataclasses.replace(LLAMA, layers=3, windows=(6, 0, 4)),
     "qwen3": dataclasses.replace(LLAMA, layers=3, qk_norm=True, qkv_bias=True),
 }
 LENGTHS = (3, 11, 1, 7)
@@ -53,6 +55,7 @@ def compare(
     [
         *[("gqa", 2, 0), ("gqa", 3, 4), ("mha", 3, 0), ("mha", 4, 4)],
         *[("opt", 3, 0), ("opt", 6, 4), ("qwen3", 0, 0), ("qwen3", 0, 4)],
+        *[("windows", 2, 0), ("windows", 3, 4)],
     ],
 )
 def test_polar_equals_masked_dense(name, seed, head_rank):
@@ -67,9 +70,10 @@ def test_polar_equals_masked_dense(name, seed, head_rank):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="tests/gpu runs the kernel")
-@pytest.mark.parametrize(("name", "seed"), [("gqa", 0), ("opt", 0)])
+@pytest.mark.parametrize(("name", "seed"), [("gqa", 0), ("opt", 0), ("windows", 0)])
 def test_interpreted_triton_equals_masked_dense(name, seed):
-    config = dataclasses.replace(MODELS[name], layers=2)
+    model = MODELS[name]
+    config = dataclasses.replace(model, layers=2, windows=model.windows[-2:])
     compare(config, seed, (1.0, 0.5), 6, implementation="triton_interpret")
 
 
