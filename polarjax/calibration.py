@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from polarjax.evaluation import Mode, Perplexity, Recall, router_recall
-from polarjax.evaluation.contract import FARTHEST, Contract, keep_promise
+from polarjax.evaluation.contract import Contract, keep_promise
 from polarjax.evaluation.measure import Progress
 from polarjax.evaluation.search import search_budgets
 from polarjax.generation import Tokenizer, start_token
@@ -22,7 +22,6 @@ from polarjax.quality import (
     measure_quality,
     measure_recall,
     quality_card,
-    unscored,
     windows,
 )
 from polarjax.sparsity.adapter import as_stored
@@ -314,19 +313,15 @@ def _with_contract(
     The first quarter of each domain's held-out text is for the search, whose settings
     the rest has not seen.
     """
-    search, test = [], {}
+    search, test = {}, {}
     for name, held in corpus.held_out.items():
         cut = max(1, len(held) // 4)
-        search.append(held[:cut])
-        test[name] = windows(held[cut:])
-    length = corpus.blocks.shape[1]
+        search[name], test[name] = windows(held[:cut]), windows(held[cut:])
     path = search_budgets(
-        *(params, np.concatenate(search)),
-        limit=FARTHEST * terms.max_drop,
+        *(params, search),
+        max_drop=terms.max_drop,
         batch=terms.batch,
         context=terms.context,
-        # What a window does not score is its prompt; of it the last token is decoded.
-        prompt=unscored(length) - 1 if terms.mode == "decode" else 0,
         progress=say,
     )
     contract = keep_promise(

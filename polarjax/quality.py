@@ -63,16 +63,11 @@ def measure_quality(
 def windows(blocks: np.ndarray) -> list[Continuation]:
     """Each block as a window, of which the first 64 tokens, or half, are not scored."""
     length = blocks.shape[1]
-    scored = length - unscored(length)
+    scored = length - min(64, length // 2)
     return [
         Continuation(tuple(map(int, block)), scored, f"window {i}")
         for i, block in enumerate(blocks)
     ]
-
-
-def unscored(length: int) -> int:
-    """Tokens at the start of a window that are not scored."""
-    return min(64, length // 2)
 
 
 def cost_card(params: Params, batch: int = 16, context: int = 2048) -> dict[str, Any]:

@@ -39,12 +39,9 @@ from polarjax.params import Params
 from polarjax.policy import Dense
 from polarjax.sparsity import Polar
 
-FARTHEST = 2.0
-"""How far the tests go, in nats of divergence, as a multiple of the allowed drop.
-
-Perplexity often grows by less than the divergence. As the sequence ends by itself, to
-test what may fail risks nothing.
-"""
+# How far the tests go, in calibration drop, as a multiple of the allowed one: a little
+# beyond. As the sequence ends by itself, to test what may fail risks nothing.
+_FARTHEST = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +124,7 @@ class Contract:
             density = self.chosen.setting.density
             return f"kept within {terms}: KV group density {density:.3f}"
         if not self.tested:
-            why = "the search found no sparse setting near it on calibration text"
+            why = "the search found no sparse setting within it on calibration text"
         else:
             worst = max(d.ratio.high for d in self.tested[0].domains.values())
             why = (
@@ -150,7 +147,7 @@ class Contract:
             return {
                 "budgets": list(setting.budgets),
                 "density": setting.density,
-                "calibration_divergence": bounds(setting.divergence),
+                "calibration_drop": bounds(setting.drop),
                 "step_bytes": setting.step_bytes,
                 "saved_bytes": setting.saved_bytes,
             }
@@ -258,9 +255,9 @@ def choose_sequence(
     """The settings to be tested, by what calibration found, and nothing else.
 
     A few of the path, as each further one before a good one is a further chance to stop
-    too early: the sparsest within each of some divergences. These are evenly spread
-    from the least that calibration found, which is the surest to pass, to `FARTHEST`
-    times the drop.
+    too early: the sparsest within each of some drops. These are evenly spread from the
+    least that calibration found, which is the surest to pass (below 0 where the model
+    is better without some groups), to a little more than is allowed.
 
     Args:
       path: from `search_budgets`, densest first.
@@ -279,14 +276,14 @@ def choose_sequence(
             "the path must start dense and read less and less: pass what "
             "search_budgets returned"
         )
-    last = FARTHEST * max_drop
+    last = _FARTHEST * max_drop
     # Dense is not tested: it is dense.
-    sparse = [s for s in path if s.saved_bytes and s.divergence.value <= last]
+    sparse = [s for s in path if s.saved_bytes and s.drop.value <= last]
     chosen = {}
     for most in np.linspace(
-        min((s.divergence.value for s in sparse), default=0), last, tests
+        min((s.drop.value for s in sparse), default=0), last, tests
     ):
-        for setting in [s for s in sparse if s.divergence.value <= most][-1:]:
+        for setting in [s for s in sparse if s.drop.value <= most][-1:]:
             chosen[setting.budgets] = setting
     return tuple(chosen.values())
 

@@ -1,8 +1,4 @@
-"""How far a sparse model's next-token odds are from those of the dense model.
-
-The Kullback-Leibler divergence, of exact distributions: unlike the perplexity of a text
-it cannot improve by chance, or because the model was not at its best on that text.
-"""
+"""How far a sparse model's next-token odds are from those of the dense model."""
 
 from __future__ import annotations
 
@@ -17,11 +13,7 @@ import numpy as np
 from polarjax.config import ModelConfig
 from polarjax.model import Decoder, Gates, Observe, Prefix, run
 from polarjax.params import Params, Tree
-from polarjax.policy import SelectionPolicy
 from polarjax.sparsity.polar import Polar
-
-Bound = tuple[Tree, SelectionPolicy]
-"""A policy's weights and itself, as its `bind` returns them."""
 
 # Positions of which the logits are in memory at once, each 8 bytes a word.
 _POSITIONS = 4096
@@ -78,36 +70,6 @@ def distance(
     Args:
       params: the model with routers and budgets; differentiable in its routers.
       tokens: int32[b, t].
-      starts: see `distances`.
-      gates: see `Decoder.masked`.
-      observe: likewise, of the sparse model.
-      remat: likewise.
-
-    Returns:
-      The divergence, and what `observe` returned, by layer.
-    """
-    bound = Polar().bind(params, len(tokens))
-    total, counted, seen = distances(
-        params, bound, tokens, starts, gates, observe, remat
-    )
-    return total.sum() / counted.sum(), seen
-
-
-def distances(
-    params: Params,
-    bound: Bound,
-    tokens: jax.Array,
-    starts: jax.Array,
-    gates: Gates | None = None,
-    observe: Observe | None = None,
-    remat: bool = False,
-) -> tuple[jax.Array, jax.Array, list[Any]]:
-    """KL divergence of the sparse model from the dense one, by sequence.
-
-    Args:
-      params: the dense model.
-      bound: the sparse one: any policy, bound to a batch of b.
-      tokens: int32[b, t].
       starts: int32[b], tokens that the dense model reads as a prompt; what it leaves
         in the KV cache is what the sparse one sees. They are not counted.
       gates: see `Decoder.masked`.
@@ -115,15 +77,14 @@ def distances(
       remat: likewise.
 
     Returns:
-      float32[b], nats summed over the tokens counted; float32[b], how many these are;
-      and what `observe` returned, by layer.
+      The divergence, and what `observe` returned, by layer.
     """
     config, dtype, (b, t) = params.config, params.dtype, tokens.shape
     dense = Decoder(config.architecture, dtype)
     teacher, keys, values = jax.lax.stop_gradient(
         run(dense, params.weights, "states", tokens)
     )
-    weights, policy = bound
+    weights, policy = Polar().bind(params, b)
     sparse = Decoder(config.architecture, dtype, policy.score_rows)
     args = tokens, jnp.full(b, t), policy, Prefix(starts, keys, values)
     student, _, seen = run(sparse, weights, "masked", *args, gates, observe, remat)
@@ -142,8 +103,8 @@ def distances(
             jax.nn.log_softmax(run(dense, params.weights, "logits", x))
             for x in (right, found)
         )
-        return ((jnp.exp(p) * (p - q)).sum(axis=-1) * counted).sum(axis=-1)
+        return ((jnp.exp(p) * (p - q)).sum(axis=-1) * counted).sum()
 
     counted = (jnp.arange(t) >= starts[:, None]).astype(jnp.float32)
-    total = jax.lax.map(part, tuple(map(chunks, (teacher, student, counted)))).sum(0)
-    return total, counted.sum(axis=-1), seen
+    total = jax.lax.map(part, tuple(map(chunks, (teacher, student, counted)))).sum()
+    return total / counted.sum(), seen

@@ -44,8 +44,8 @@ def sabotaged(params):
     return dataclasses.replace(params, routers=turned)
 
 
-def own_blocks(params, windows, tokens=24, seed=0):
-    """int32[windows, tokens] drawn from the dense model."""
+def own_text(params, windows, tokens=24, prefix=4, seed=0):
+    """Windows drawn from the dense model: no other model predicts them better."""
     out = polarjax.generate(
         *(params, [[i + 1] for i in range(windows)]),
         max_new_tokens=tokens - 1,
@@ -53,12 +53,6 @@ def own_blocks(params, windows, tokens=24, seed=0):
         temperature=1.0,
         seed=[1000 * seed + i for i in range(windows)],
     )
-    return np.array([(i + 1, *new) for i, new in enumerate(out.tokens)], np.int32)
-
-
-def own_text(params, windows, tokens=24, prefix=4, seed=0):
-    """The same as windows: no other model predicts them better."""
     return [
-        Continuation(tuple(map(int, block)), tokens - prefix)
-        for block in own_blocks(params, windows, tokens, seed)
+        Continuation((i + 1, *new), tokens - prefix) for i, new in enumerate(out.tokens)
     ]

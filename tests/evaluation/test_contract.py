@@ -10,17 +10,17 @@ import polarjax
 from polarjax.evaluation import Interval, Perplexity, mean_interval
 from polarjax.evaluation.contract import choose_sequence, keep_promise, run_tests
 from polarjax.evaluation.search import Setting, search_budgets
-from tests.evaluation.planted import IDLE, own_blocks, own_text, planted, sabotaged
+from tests.evaluation.planted import IDLE, own_text, planted, sabotaged
 
 MAX_DROP = 0.01
 
 
-def make_path(losses, k=4):
-    """Settings of these divergences, each reading a group less; dense first."""
+def make_path(drops, k=4):
+    """Settings of these calibration drops, each reading a group less; dense first."""
     found = []
-    for i, loss in enumerate([0.0, *losses]):
-        budgets = (k, *(k - 1,) * i, *(k,) * (len(losses) - i))
-        interval = Interval(loss, loss - 0.001, loss + 0.001)
+    for i, drop in enumerate([0.0, *drops]):
+        budgets = (k, *(k - 1,) * i, *(k,) * (len(drops) - i))
+        interval = Interval(drop, drop - 0.001, drop + 0.001)
         found.append(Setting(budgets, interval, 1000 - 10 * i, 10 * i))
     return tuple(found)
 
@@ -33,19 +33,20 @@ def paired(change, tokens=192):
 
 
 def test_the_sequence_is_fixed_by_calibration():
-    path = make_path(np.round(np.arange(4, 60) * 0.0005 - 1e-6, 7))
+    path = make_path(np.round(np.arange(-3, 30) * 0.0005 - 1e-6, 7))
     sequence = choose_sequence(path, MAX_DROP, 4)
-    # From the least to twice the drop, whatever held-out text says.
-    found = [s.divergence.value for s in sequence]
-    assert found == pytest.approx([0.002, 0.008, 0.014, 0.02], abs=2e-6)
+    # From the least to 1.2 times the drop, whatever held-out text says.
+    drops = [s.drop.value for s in sequence]
+    assert drops == pytest.approx([-0.0015, 0.003, 0.0075, 0.012], abs=2e-6)
     read = [s.step_bytes for s in choose_sequence(path, MAX_DROP)]
     assert len(read) == 8 and read == sorted(read, reverse=True)
     # A coarse path has fewer; what is beyond the drop is left out, and so is dense.
-    coarse = choose_sequence(make_path([0.007, 0.05]), MAX_DROP)
-    assert [s.divergence.value for s in coarse] == [0.007]
+    assert [
+        s.drop.value for s in choose_sequence(make_path([0.007, 0.05]), MAX_DROP)
+    ] == [0.007]
     assert choose_sequence(make_path([0.05]), MAX_DROP) == ()
     # A sparser one may look better: then it stands for the drop.
-    noisy = make_path([0.004, 0.001, 0.03])
+    noisy = make_path([0.004, 0.001, 0.02])
     assert choose_sequence(noisy, MAX_DROP) == (noisy[2],)
     assert choose_sequence(noisy, MAX_DROP, 1) == (noisy[2],)
     with pytest.raises(ValueError, match="start dense and read less and less"):
@@ -168,7 +169,7 @@ def model():
     """A model with idle groups, its path, and text of two domains it has not seen."""
     params = planted()
     path = search_budgets(
-        params, own_blocks(params, 16), limit=0.15, batch=8, context=64
+        params, {"own": own_text(params, 16)}, max_drop=0.1, batch=8, context=64
     )
     domains = {"one": own_text(params, 16, seed=1), "two": own_text(params, 8, seed=2)}
     return params, path, domains
@@ -204,13 +205,12 @@ def test_a_right_router_is_promised_and_a_wrong_one_refused(model):
 def test_a_wrong_router_finds_no_path_either(model):
     params, _, domains = model
     bad = sabotaged(params)
-    blocks = own_blocks(params, 16)
-    path = search_budgets(bad, blocks, limit=0.004, batch=8, context=64)
-    options = {"max_drop": 0.002, "batch": 8, "mode": "mask"}
-    contract = keep_promise(bad, path, domains, **options)
+    options = {"max_drop": 0.002, "batch": 8}
+    path = search_budgets(bad, {"own": own_text(params, 16)}, context=64, **options)
+    contract = keep_promise(bad, path, domains, mode="mask", **options)
     assert not contract.kept
-    nothing = keep_promise(bad, path[:1], domains, **options)
-    assert not nothing.tested and "no sparse setting near it" in str(nothing)
+    nothing = keep_promise(bad, path[:1], domains, mode="mask", **options)
+    assert not nothing.tested and "no sparse setting within it" in str(nothing)
     assert nothing.card()["tested"] == []
 
 

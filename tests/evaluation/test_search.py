@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.evaluation import search
+from polarjax.evaluation import Scorer, search
 from polarjax.evaluation.search import search_budgets, search_path
 from polarjax.sparsity.cost import StepCost, step_cost
-from polarjax.sparsity.distance import distance, divergence
-from tests.evaluation.planted import IDLE, own_blocks, planted, sabotaged
+from tests.evaluation.planted import IDLE, own_text, planted, sabotaged
 from tests.models import LLAMA, OPT, random_params
 
 WINDOWS = 12
+SCORED = [np.full(WINDOWS, 10)]
 
 
 def fake(loss, noise=0.0):
-    """An evaluation whose mean loss is `loss(budgets)`; notes its calls."""
+    """An evaluation whose mean loss per token is `loss(budgets)`; notes its calls."""
     calls = []
 
     def evaluate(budgets):
         calls.append(budgets)
         rng = np.random.default_rng(list(budgets))
-        return loss(budgets) + noise * rng.normal(size=WINDOWS)
+        return 30 + 10 * (loss(budgets) + noise * rng.normal(size=WINDOWS))
 
     return evaluate, calls
 
@@ -34,7 +34,7 @@ def cost_of(k, layers, routers=0, groups=()):
 
 
 def path_of(evaluate, cost, limit=1.0, width=4, step=1):
-    return search_path(evaluate, cost, limit=limit, width=width, step=step)
+    return search_path(evaluate, cost, SCORED, limit=limit, width=width, step=step)
 
 
 def lowered(path):
@@ -59,10 +59,10 @@ def test_additive_losses_are_taken_in_order():
     path = path_of(evaluate, cost_of(2, 6), limit=0.0075)
     assert lowered(path) == [2, 4, 5]  # 1 + 2 + 3 + 4 thousandths would be too much
     # Where costs do not grow, one measurement of the leader suffices.
-    assert len(calls) == 5 + 3
+    assert len(calls) == 1 + 5 + 3 and calls[0] == (2,) * 6
     assert len(set(calls)) == len(calls)
     np.testing.assert_allclose(
-        [s.divergence.value for s in path], [0, 1e-3, 3e-3, 6e-3], atol=1e-12
+        [s.drop.value for s in path], np.expm1([0, 1e-3, 3e-3, 6e-3]), atol=1e-12
     )
     assert path[0].density == 1 and path[-1].density == 9 / 12
     assert [s.saved_bytes for s in path] == [0, 10, 20, 30]
@@ -79,8 +79,26 @@ def test_sets_are_measured_not_layers():
     evaluate, calls = fake(loss)
     path = path_of(evaluate, cost_of(2, 5), limit=0.01)
     assert lowered(path) == [1, 3, 4]  # 2 alone is free, with 1 it is not
-    assert (2, 1, 1, 2, 2) in calls and path[-1].divergence.value < 0.006
+    assert (2, 1, 1, 2, 2) in calls and path[-1].drop.value < 0.006
     assert (2, 2, 1, 1, 2) not in calls  # not measured beside what is not taken
+
+
+def test_the_domain_that_loses_most_counts():
+    """Layer 1 gains on one domain and costs the other; layer 2 costs both a little."""
+
+    def losses(budgets):
+        one, other = (n == 1 for n in budgets[1:])
+        gain = np.array([-0.008] * 5 + [0.004] * 3) * one
+        return np.array([30.0] * 5 + [60.0] * 3) + np.array([10] * 5 + [20] * 3) * (
+            gain + 0.001 * other
+        )
+
+    scored = [np.full(5, 10), np.full(3, 20)]
+    options = {"limit": 1.0, "width": 4, "step": 1}
+    path = search_path(losses, cost_of(2, 3), scored, **options)
+    assert lowered(path) == [2, 1]  # by the mean 1 would be first, it gains
+    drops = [s.drop.value for s in path]
+    np.testing.assert_allclose(drops, np.expm1([0, 0.001, 0.005]), atol=1e-12)
 
 
 def test_the_loss_counts_by_the_byte():
@@ -97,7 +115,7 @@ def test_the_loss_counts_by_the_byte():
 def test_router_rows_are_paid_for():
     evaluate, calls = fake(lambda budgets: 0.0)
     assert len(path_of(evaluate, cost_of(3, 4, routers=25))) == 1
-    assert not calls  # two groups save less than the router reads
+    assert calls == [(3,) * 4]  # two groups save less than the router reads
     # Of three groups two must go before a byte is saved.
     path = path_of(fake(lambda budgets: 0.0)[0], cost_of(3, 2, routers=15))
     assert [s.budgets for s in path] == [(3, 3), (3, 1)]
@@ -124,7 +142,7 @@ def test_a_step_measures_few_candidates(width):
     evaluate, calls = fake(loss, noise=1e-5)
     path = path_of(evaluate, cost_of(2, layers), width=width)
     assert len(path) == layers
-    assert len(calls) <= (layers - 1) + width * (layers - 2)
+    assert len(calls) <= 1 + (layers - 1) + width * (layers - 2)
     read = [s.step_bytes for s in path]
     assert read == sorted(read, reverse=True) and len(set(read)) == len(read)
     for one, next_one in itertools.pairwise(path):
@@ -168,100 +186,112 @@ def test_bytes_are_those_that_generate_counts(config):
 @pytest.fixture(scope="module")
 def model():
     params = planted()
-    return params, own_blocks(params, 12)
+    return params, {"own": own_text(params, 16)}
 
 
-OPTIONS = {"limit": 0.06, "batch": 8, "context": 64, "rows": 8}
+OPTIONS = {"max_drop": 0.03, "batch": 8, "context": 64, "rows": 8}
 
 
 def test_idle_groups_go_first(model):
-    params, blocks = model
-    path = search_budgets(params, blocks, **OPTIONS)
+    params, domains = model
+    path = search_budgets(params, domains, **OPTIONS)
     assert sorted(lowered(path)[:2]) == sorted(IDLE)
-    assert path[0].divergence == (0, 0, 0)
-    assert path[2].divergence.value == pytest.approx(0, abs=1e-6)
-    assert len(path) > 3 and all(s.divergence.value > 1e-4 for s in path[3:])
+    assert path[2].drop.value == pytest.approx(0, abs=1e-6)
+    assert all(s.drop.value > 1e-4 for s in path[3:])
     assert all(s.budgets[0] == LLAMA.kv_heads for s in path)
-    assert path == search_budgets(params, blocks, **OPTIONS)
+    assert path == search_budgets(params, domains, **OPTIONS)
     # A router that picks just those groups finds nothing that is free.
-    wrong = search_budgets(sabotaged(params), blocks, **OPTIONS)
-    assert all(s.divergence.value > 1e-4 for s in wrong[1:])
+    wrong = search_budgets(sabotaged(params), domains, **OPTIONS)
+    assert all(s.drop.value > 1e-4 for s in wrong[1:])
     # An oracle needs no router.
     bare = dataclasses.replace(params, routers={})
-    oracle = search_budgets(bare, blocks, policy=polarjax.Oracle(), **OPTIONS)
+    oracle = search_budgets(bare, domains, policy=polarjax.Oracle(), **OPTIONS)
     assert sorted(lowered(oracle)[:2]) == sorted(IDLE)
 
 
-@pytest.mark.parametrize("prompt", [0, 7])
-def test_one_program_measures_what_polar_does(model, prompt):
-    params, blocks = model
-    journal, before = {}, search._divergences._cache_size()
-    search_budgets(params, blocks, prompt=prompt, journal=journal, **OPTIONS)
+@pytest.mark.parametrize("mode", ["mask", "decode"])
+def test_one_program_scores_what_polar_does(model, mode, monkeypatch):
+    params, domains = model
+    made = []
+
+    class Noted(search._Budgeted):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(search, "_Budgeted", Noted)
+    journal = {}
+    search_budgets(params, domains, mode=mode, journal=journal, **OPTIONS)
+    [scorer] = made
     assert len(journal) > 4
-    assert search._divergences._cache_size() <= before + 1
+    assert len(scorer._programs) == (1 if mode == "mask" else 2)  # one: the prefill
     # The last of the path are far from dense.
-    for key in list(journal)[-2:]:
-        budgets = tuple(map(int, key.removeprefix("divergence/").split(",")))
+    for key in list(journal)[-1 if mode == "decode" else -2 :]:
+        budgets = tuple(map(int, key.removeprefix("budgets/").split(",")))
         config = dataclasses.replace(params.config, budgets=budgets)
-        usual = dataclasses.replace(params, config=config)
-        starts = np.full(1, prompt)
-        for row, found in zip(blocks, journal[key], strict=True):
-            expected = distance(usual, row[None], starts)[0]
-            assert found == pytest.approx(float(expected), rel=1e-4)
-        if not prompt:
-            whole = divergence(usual, blocks)
-            assert np.mean(journal[key]) == pytest.approx(whole, rel=1e-4)
+        usual = Scorer(
+            *(dataclasses.replace(params, config=config), {"": polarjax.Polar()}),
+            mode=mode,
+            batch=8,
+        )
+        batches = usual.plan(domains["own"])
+        usual.compile(batches)
+        for batch in batches:
+            found = usual.score(batch)[""].nll
+            for row, nll in zip(batch.rows, found, strict=True):
+                assert journal[key][row.item] == pytest.approx(nll.sum(), rel=1e-5)
 
 
-def test_recoverys_updates_are_the_sparse_models(model):
-    """They count as soon as a layer is sparse: an idle group is not free any more."""
-    params, blocks = model
-    name = "layers_2"
-    shape = params.weights[name]["mlp"]["down"].shape
-    update = {"b": np.full((shape[0], 1), 0.1), "a": np.full((1, shape[1]), 0.01)}
-    parts = {**params.routers[name], "updates": {"mlp": {"down": update}}}
-    updated = dataclasses.replace(params, routers={**params.routers, name: parts})
-    one, other = ({}, {})
-    search_budgets(params, blocks, journal=one, **OPTIONS)
-    search_budgets(updated, blocks, journal=other, **OPTIONS)
-    idle = "divergence/4,3,4,4"
-    assert max(one[idle]) < 1e-6 < min(other[idle])
+def test_the_drop_is_from_the_original_model(model, monkeypatch):
+    """Recovery's updates are the sparse policy's: they must not move the baseline."""
+    params, domains = model
+    bind = polarjax.Polar.bind
+
+    def updated(self, params, batch):
+        weights, bound = bind(self, params, batch)
+        norm = {"scale": 1.2 * weights["final_norm"]["scale"]}
+        return {**weights, "final_norm": norm}, bound
+
+    usual = search_budgets(params, domains, journal=(one := {}), **OPTIONS)
+    monkeypatch.setattr(polarjax.Polar, "bind", updated)
+    path = search_budgets(params, domains, journal=(other := {}), **OPTIONS)
+    dense = next(iter(one))
+    assert one[dense] == other[dense] and path[0] == usual[0]
+    idle = next(key for key in one if key in other and key != dense)
+    assert one[idle] != pytest.approx(other[idle], rel=1e-4)
 
 
 def test_goes_on_where_it_was_cut_short(model, monkeypatch):
-    params, blocks = model
+    params, domains = model
     journal, said = {}, []
     path = search_budgets(
-        *(params, blocks),
+        *(params, domains),
         journal=journal,
         progress=lambda *args: said.append(args),
         **OPTIONS,
     )
     assert len(said) == len(journal)
     assert said[-1][0] == "searching budgets" and said[-1][1] <= said[-1][2]
-    measured, measure = [], search._divergences
+    scored, score = [], Scorer.score
     monkeypatch.setattr(
-        *(search, "_divergences"),
-        lambda *args, **named: measured.append(1) or measure(*args, **named),
+        Scorer, "score", lambda self, batch: scored.append(1) or score(self, batch)
     )
-    assert search_budgets(params, blocks, journal=journal, **OPTIONS) == path
-    assert not measured
+    assert search_budgets(params, domains, journal=journal, **OPTIONS) == path
+    assert not scored
     part = dict(list(journal.items())[:-3])
-    assert search_budgets(params, blocks, journal=part, **OPTIONS) == path
-    assert part == journal and len(measured) == 3 * 2  # two batches for each
+    assert search_budgets(params, domains, journal=part, **OPTIONS) == path
+    assert part == journal and len(scored) == 3 * 2  # two batches for each
 
 
 def test_errors(model):
-    params, blocks = model
-    for name in ("limit", "width", "rows"):
+    params, domains = model
+    for name in ("max_drop", "width", "rows", "reach"):
         with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
-            search_budgets(params, blocks, **{**OPTIONS, name: 0})
+            search_budgets(params, domains, **{**OPTIONS, name: 0})
     with pytest.raises(ValueError, match="no calibration window"):
-        search_budgets(params, blocks[:0], **OPTIONS)
-    with pytest.raises(ValueError, match="below a window of 24 tokens, got 24"):
-        search_budgets(params, blocks, prompt=24, **OPTIONS)
+        search_budgets(params, {"own": []}, **OPTIONS)
     with pytest.raises(ValueError, match="a search finds it, leave it out"):
-        search_budgets(params, blocks, policy=polarjax.Polar(0.5), **OPTIONS)
+        search_budgets(params, domains, policy=polarjax.Polar(0.5), **OPTIONS)
     with pytest.raises(ValueError, match="no router for layer 1"):
         bare = dataclasses.replace(params, routers={})
-        search_budgets(bare, blocks, **OPTIONS)
+        search_budgets(bare, domains, **OPTIONS)
