@@ -20,7 +20,7 @@ import polarjax
 from polarjax.cache import KVCache
 from polarjax.generation.loop import State, decode_chunk
 from polarjax.generation.requests import make_sampling
-from polarjax.generation.stats import read_bandwidth, step_weight_bytes
+from polarjax.generation.stats import kv_rows, read_bandwidth, step_weight_bytes
 from polarjax.model import weight_shapes
 
 STEPS = 16  # a chunk, as in generate
@@ -161,7 +161,7 @@ def measure(params, case: Case, policy) -> tuple[float, float]:
         )
         jax.block_until_ready(state)
         times.append(time.perf_counter() - begin)
-        rows = float(drawn.kv_rows.sum()) / STEPS
+        rows = kv_rows(drawn, config)[0] / STEPS
     kv_bytes = rows * 2 * config.head_dim * params.dtype.itemsize
     # The first chunk compiled. Its bytes differ little from the last one's.
     milliseconds = statistics.median(times[1:]) / STEPS * 1e3

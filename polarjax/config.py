@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Rope:
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: RopeKind = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -47,7 +48,7 @@ class Rope:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("default", "linear", "llama3", "yarn"):
+        if self.kind not in get_args(RopeKind):
             raise ValueError(f"unknown kind of rotary positions: {self.kind!r}")
 
 

@@ -14,7 +14,7 @@ from polarjax.generation import Output, Stats, Tokenizer, generate
 from polarjax.hub import find_adapter, load
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sparsity import Polar, read_card
+from polarjax.sparsity import Polar, load_adapter, read_card
 
 PROMPTS = (
     "Once upon a time, in a village by the sea,",
@@ -42,9 +42,10 @@ def show(
             "the demo needs 2 new tokens: the first one is dense prefill's"
         )
     console = Console()
-    models = [load(checkpoint, adapter=adapter) for adapter in adapters]
+    dense = load(checkpoint)
+    models = [load_adapter(dense, find_adapter(adapter)) for adapter in adapters]
     names = ["dense", *map(str, adapters)]
-    runs: list[tuple[Params, SelectionPolicy]] = [(models[0], Dense())]
+    runs: list[tuple[Params, SelectionPolicy]] = [(dense, Dense())]
     runs += [(params, Polar()) for params in models]
     outputs: list[Output] = []
     for name, (params, policy) in zip(names, runs, strict=True):
@@ -61,7 +62,7 @@ def show(
     console.print(table)
 
     text = Path(__file__).with_name("demo.txt")
-    tokenizer = Tokenizer.require(models[0].config, "the demo")
+    tokenizer = Tokenizer.require(dense.config, "the demo")
     tokens = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
     windows = window_items(tokens, 128, 32)
     found: list[Perplexity] = []

@@ -57,6 +57,11 @@ _FIELDS = {
 }
 _DIVISORS = "rope_freqs.weight"
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Of the architecture `llama`, tensors with interleaved heads, and how many these are.
+_INTERLEAVED = {
+    "blk.{i}.attn_q": "num_attention_heads",
+    "blk.{i}.attn_k": "num_key_value_heads",
+}
 
 # Control tokens that end a text whatever the metadata say: instruction-tuned files
 # name one end of turn there, and the model may still write its end of text.
@@ -185,12 +190,8 @@ def _tensor(entry: Entry, config: dict[str, Any], data: np.ndarray) -> SourceTen
         name = f"{_NAMES[generic].replace('{i}', i)}.{suffix}"
     decode: Callable[[np.ndarray], np.ndarray]
     decode = partial(_dequantize, entry.kind, entry.shape)
-    if config["model_type"] != "llama":
-        pass  # Files of the other architectures have the rows as the model has them.
-    elif generic == "blk.{i}.attn_q":
-        decode = partial(_split_rotary, config["num_attention_heads"], decode)
-    elif generic == "blk.{i}.attn_k":
-        decode = partial(_split_rotary, config["num_key_value_heads"], decode)
+    if config["model_type"] == "llama" and generic in _INTERLEAVED:
+        decode = partial(_split_rotary, config[_INTERLEAVED[generic]], decode)
     return SourceTensor(
         name=name,
         stored_name=entry.name,

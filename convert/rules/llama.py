@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
 from convert.rules.rule import Rule, flag, number, one_of, size
 from convert.source import ConversionError
-from polarjax.config import ModelConfig, Rope
+from polarjax.config import ModelConfig, Rope, RopeKind
 
 _ATTENTION = "model.layers.{i}.self_attn."
 _MLP = "model.layers.{i}.mlp."
@@ -162,9 +162,7 @@ def _rope(config: dict[str, Any]) -> Rope:
             )
     divisors = tuple(config.get("rope_divisors", ()))
     kinds = {"rope_type": record.get("rope_type") or record.get("type")}
-    kind = one_of(
-        kinds, "rope_type", ("default", "linear", "llama3", "yarn"), "default"
-    )
+    kind = one_of(kinds, "rope_type", get_args(RopeKind), "default")
     rope = Rope(theta=theta, kind=kind, divisors=divisors)  # pyright: ignore[reportArgumentType]
     if kind == "default":
         return rope

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +35,9 @@ Budgets = tuple[int, ...]
 
 Evaluate = Callable[[Budgets], np.ndarray]
 """Budgets -> float64[windows], negative log-likelihood of each window, in nats."""
+
+_Worst = tuple[float, np.ndarray, np.ndarray]
+"""Of the domain that loses most: nats a token, each window's, and tokens of each."""
 
 _LABEL = "sparse"
 
@@ -144,8 +146,7 @@ def search_budgets(
             progress("searching budgets", measured, most)
         return found
 
-    ends = np.cumsum([len(windows) for windows in domains.values()])
-    scored = np.split(np.array([item.scored for item in items]), ends[:-1])
+    scored = [np.array([w.scored for w in windows]) for windows in domains.values()]
     limit = reach * max_drop
     return search_path(counted, cost, scored, limit=limit, width=width, step=step)
 
@@ -186,8 +187,7 @@ def search_path(
     dense_bytes, dense_nll = cost.bytes_read(dense), _finite(evaluate(dense), dense)
     ends = np.cumsum([len(counts) for counts in scored])[:-1]
 
-    def worst(budgets: Budgets) -> tuple[float, np.ndarray, np.ndarray]:
-        """Of the domains, the largest loss a token; its windows' losses and counts."""
+    def worst(budgets: Budgets) -> _Worst:
         more = _finite(evaluate(budgets), budgets) - dense_nll
         found = []
         for part, counts in zip(np.split(more, ends), scored, strict=True):
@@ -203,7 +203,7 @@ def search_path(
     }
     while ranks:
         most = width if len(path) > 1 else len(ranks)
-        fresh: dict[int, tuple[Budgets, Any]] = {}
+        fresh: dict[int, tuple[Budgets, _Worst]] = {}
         while (layer := min(ranks, key=ranks.__getitem__)) not in fresh:
             if len(fresh) == most:
                 layer = min(fresh, key=ranks.__getitem__)

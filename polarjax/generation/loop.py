@@ -45,16 +45,14 @@ class Drawn:
       logprob: float32[b].
       valid: bool[b], whether the token belongs to the output.
       reads: int32[layers, b], KV groups read.
-      kv_rows: float32[b], keys (and as many values) read, over layers and groups.
-      kv_rows_dense: float32[b], what they would have been with every group.
+      visible: int32[b], tokens in the cache of each live request, its newest included.
     """
 
     token: jax.Array
     logprob: jax.Array
     valid: jax.Array
     reads: jax.Array
-    kv_rows: jax.Array
-    kv_rows_dense: jax.Array
+    visible: jax.Array
 
 
 def _advance(
@@ -106,8 +104,7 @@ def prefill(
     live = jnp.ones(lengths.shape, bool)
     state, logprob, valid = _advance(logits, cache, live, remaining, sampling, stop_ids)
     b = lengths.shape[0]
-    none = jnp.zeros(b)
-    nothing = jnp.zeros((config.layers, b), jnp.int32), none, none
+    nothing = jnp.zeros((config.layers, b), jnp.int32), jnp.zeros(b, jnp.int32)
     return state, Drawn(state.token, logprob, valid, *nothing)
 
 
@@ -151,15 +148,11 @@ def decode_chunk(
         logits, cache, reads = run(
             model, weights, "decode", state.token, state.cache, policy, live
         )
-        windows = [config.window(i) or config.context for i in range(config.layers)]
-        visible = jnp.minimum(cache.lengths, jnp.array(windows)[:, None])
-        visible = jnp.where(live, visible, 0).astype(jnp.float32)  # [layers, b]
-        kv_rows = (reads * visible).sum(axis=0)
-        whole = config.kv_heads * visible.sum(axis=0)
+        visible = jnp.where(live, cache.lengths, 0)
         after, logprob, valid = _advance(
             logits, cache, live, state.remaining, sampling, stop_ids
         )
-        return after, Drawn(after.token, logprob, valid, reads, kv_rows, whole)
+        return after, Drawn(after.token, logprob, valid, reads, visible)
 
     state = dataclasses.replace(state, live=state.live & go_on)
     return jax.lax.scan(step, state, length=steps)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polarjax.config import ModelConfig
 from polarjax.generation.loop import Drawn
 from polarjax.params import Params, Tree
 from polarjax.policy import SelectionPolicy
@@ -126,6 +127,24 @@ def _repeat_rate(one: Any, values: jax.Array, repeats: int) -> float:
     return repeats * values.nbytes / min(times)
 
 
+def kv_rows(drawn: Drawn, config: ModelConfig) -> tuple[int, int]:
+    """Keys (and as many values) that a chunk of decode steps had to read.
+
+    Args:
+      drawn: what the steps brought.
+      config: of the model.
+
+    Returns:
+      Over steps, layers, groups and requests: those read, and what they would have
+      been with every group.
+    """
+    windows = [config.window(i) or config.context for i in range(config.layers)]
+    visible = np.asarray(drawn.visible, np.int64)[..., None, :]  # [steps, 1, b]
+    seen = np.minimum(visible, np.array(windows)[:, None])
+    read = (np.asarray(drawn.reads) * seen).sum()
+    return int(read), int(config.kv_heads * seen.sum())
+
+
 def make_stats(
     params: Params,
     weights: Tree,
@@ -151,14 +170,15 @@ def make_stats(
     """
     config = params.config
     reads = np.zeros(config.layers, np.int64)
-    live_steps, kv_rows, kv_rows_dense, decoded = 0, 0.0, 0.0, 0
+    live_steps, kv_read, kv_whole, decoded = 0, 0.0, 0.0, 0
     for drawn in chunks:
         by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
         reads += by_layer.sum(axis=(0, 2))
         # Layer 0 is always dense: it counts the steps.
         live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
-        kv_rows += np.asarray(drawn.kv_rows, np.float64).sum()
-        kv_rows_dense += np.asarray(drawn.kv_rows_dense, np.float64).sum()
+        read, whole = kv_rows(drawn, config)
+        kv_read += read
+        kv_whole += whole
         decoded += int(np.asarray(drawn.valid).sum())
     row_bytes = kv_row_bytes(config, params.dtype)
     steps = steps_per_chunk * len(chunks)
@@ -189,10 +209,10 @@ def make_stats(
         if live_steps
         else (),
         neuron_density=neuron_density,
-        kv_bytes=kv_rows * row_bytes,
-        kv_bytes_dense=kv_rows_dense * row_bytes,
+        kv_bytes=kv_read * row_bytes,
+        kv_bytes_dense=kv_whole * row_bytes,
         weight_bytes=weight_bytes,
         bandwidth=bandwidth,
-        floor_seconds=(steps * weight_bytes + kv_rows * row_bytes) / bandwidth,
+        floor_seconds=(steps * weight_bytes + kv_read * row_bytes) / bandwidth,
         notes=tuple(notes),
     )
