@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from convert.core import DTYPES, convert
-from convert.source import ConversionError
+from convert.export import export
 
 _EXAMPLES = """\
 examples:
@@ -17,6 +17,8 @@ examples:
     python -m convert SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
   full precision, in place of an older conversion:
     python -m convert ~/models/opt-125m checkpoints/opt --dtype float32 --overwrite
+  the way back, with what `polarjax recover` has learned:
+    python -m convert --to-hf checkpoints/smollm2 hf/smollm2 --adapter adapters/mine
 
 Then, in Python: polarjax.load("checkpoints/smollm2")
 """
@@ -33,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Convert an OPT or LLaMA checkpoint into the folder that "
-        "polarjax.load reads. The folder appears whole or not at all; pickles "
+        description="Convert an OPT, LLaMA, Mistral or Qwen checkpoint into the folder "
+        "that polarjax.load reads. The folder appears whole or not at all; pickles "
         "(.bin, .pt) are never read.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,29 +44,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="a Hugging Face folder with safetensors, or a .gguf file",
+        help="a Hugging Face folder with safetensors, or a .gguf file; with --to-hf a "
+        "polarjax checkpoint",
     )
     parser.add_argument("destination", metavar="DST", help="the folder to make")
     parser.add_argument(
         "--dtype",
         choices=tuple(DTYPES),
-        default="bfloat16",
-        help="of the converted weights (default: %(default)s)",
+        help="of the weights that are written (default: bfloat16; with --to-hf that of "
+        "the checkpoint)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
         help="replace DST if it is a polarjax checkpoint",
     )
+    parser.add_argument(
+        "--to-hf",
+        action="store_true",
+        help="write a folder that transformers loads, from a polarjax checkpoint",
+    )
+    parser.add_argument(
+        "--adapter",
+        help="with --to-hf: whose updates the weights take in (folder, or name of one "
+        "that ships)",
+    )
     options = parser.parse_args(arguments)
-    try:
-        config = convert(
-            options.source,
-            options.destination,
-            dtype=options.dtype,
-            overwrite=options.overwrite,
+    if options.adapter and not options.to_hf:
+        parser.error("--adapter goes with --to-hf alone")
+    if options.overwrite and options.to_hf:
+        parser.error(
+            "--overwrite replaces polarjax checkpoints alone, no folder of "
+            "another kind: remove DST yourself"
         )
-    except (ConversionError, OSError) as error:
+    try:
+        if options.to_hf:
+            dtype = options.dtype
+            config = export(
+                *(options.source, options.destination),
+                adapter=options.adapter,
+                dtype=dtype,
+            )
+        else:
+            dtype = options.dtype or "bfloat16"
+            config = convert(
+                *(options.source, options.destination),
+                dtype=dtype,
+                overwrite=options.overwrite,
+            )
+    except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -73,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{options.destination}: {config.family}, {config.layers} layers, "
         f"{config.heads} heads in {config.kv_heads} KV groups, model dim {config.dim}, "
-        f"vocabulary {config.vocab_size}, {options.dtype}"
+        f"vocabulary {config.vocab_size}"
+        + (f", {dtype}" if dtype else "")
     )
     return 0
 

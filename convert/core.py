@@ -259,9 +259,22 @@ def _put(tensor: SourceTensor, place: _Place, weight: np.ndarray) -> None:
     part = weight[place.rows]
     with np.errstate(over="ignore"):
         part[...] = values.T if place.transpose else values
-    if not np.isfinite(part).all():
+    check_range(tensor.stored_name, part)
+
+
+def check_range(name: str, narrowed: np.ndarray) -> None:
+    """Raise if finite numbers are finite no more.
+
+    Args:
+      name: of the tensor.
+      narrowed: in the dtype that is written.
+
+    Raises:
+      ConversionError: naming both.
+    """
+    if not np.isfinite(narrowed).all():
         raise ConversionError(
-            f"{tensor.stored_name} has values beyond the range of {weight.dtype}: "
+            f"{name} has values beyond the range of {narrowed.dtype}: "
             "convert to bfloat16 or float32"
         )
 

@@ -29,13 +29,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.models import opt_folder
 from benchmarks.models.books_text import read_tokens, train_tokenizer
 from benchmarks.models.opt_training import Training, evaluate, imbalance, train
 from convert.core import DTYPES
+from convert.export import check_shards, write
 from polarjax.config import ModelConfig
 from polarjax.model import weight_shapes
-from polarjax.params import check_destination
+from polarjax.params import TOKENIZER_FILE, check_destination
 
 LARGEST = 28_000_000  # parameters
 
@@ -149,7 +149,7 @@ def build(
     console = console or Console(quiet=True)
     # What can be refused is refused before the work.
     check_destination(out, overwrite=False)
-    opt_folder.check_shards(config, dtype, shard_bytes)
+    check_shards(config, dtype, shard_bytes)
     for path in (text, valid):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no text file at {path}")
@@ -189,11 +189,15 @@ def build(
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    opt_folder.write(
-        *(out, config, trained.weights, tokenizer),
+    files = {
+        "training.json": json.dumps(record, indent=2) + "\n",
+        TOKENIZER_FILE: tokenizer.to_str(pretty=True),
+    }
+    write(
+        *(out, config, trained.weights),
         dtype=dtype,
         shard_bytes=shard_bytes,
-        files={"training.json": json.dumps(record, indent=2) + "\n"},
+        files=files,
     )
     return record
 

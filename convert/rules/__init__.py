@@ -61,3 +61,29 @@ def understand(config: dict[str, Any]) -> tuple[ModelConfig, tuple[Rule, ...]]:
         raise
     except ValueError as error:  # ModelConfig's own checks
         raise ConversionError(f"configuration: {error}") from None
+
+
+def describe(config: ModelConfig) -> tuple[dict[str, Any], tuple[Rule, ...]]:
+    """The way back from `understand`: a config.json, and the family's rules.
+
+    Args:
+      config: what the model is.
+
+    Raises:
+      ConversionError: if Hugging Face's classes have no words for it.
+    """
+    architecture, family = _FAMILIES[config.family]
+    ids = {
+        f"{name}_token_id": found[0] if len(found) == 1 else (list(found) or None)
+        for name, found in (("bos", config.bos_ids), ("eos", config.eos_ids))
+    }
+    record = {
+        "architectures": [architecture],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "tie_word_embeddings": config.tied_embeddings,
+        **family.configuration(config),
+        **ids,
+    }
+    return record, family.rules(record)

@@ -225,3 +225,71 @@ def _yarn_scale(factor: float, record: dict[str, Any]) -> float:
     if record.get("mscale") and record.get("mscale_all_dim"):
         return scale(number(record, "mscale")) / scale(number(record, "mscale_all_dim"))
     return scale(1.0)
+
+
+def configuration(config: ModelConfig) -> dict[str, Any]:
+    """What `model_config` has read, in the words of transformers 4, which 5 knows too.
+
+    Args:
+      config: of one of these families.
+
+    Raises:
+      ConversionError: if transformers has no words for it.
+    """
+    record: dict[str, Any] = {
+        "hidden_size": config.dim,
+        "intermediate_size": config.neurons,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": config.activation,
+        "rms_norm_eps": config.norm_eps,
+        **_rope_record(config.rope),
+        **_window_record(config),
+    }
+    if config.family in ("llama", "qwen3"):
+        record["attention_bias"] = config.qkv_bias
+    if config.family == "llama":
+        record["mlp_bias"] = False
+    return record
+
+
+def _rope_record(rope: Rope | None) -> dict[str, Any]:
+    assert rope is not None  # all of them have it
+    if rope.divisors:
+        raise ConversionError(
+            "the model's RoPE is scaled by numbers out of a GGUF file, for which "
+            "transformers has no words: convert the original safetensors"
+        )
+    if rope.kind == "default":
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.kind in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = rope.original_context
+    if rope.kind == "llama3":
+        scaling["low_freq_factor"] = rope.low_freq_factor
+        scaling["high_freq_factor"] = rope.high_freq_factor
+    if rope.kind == "yarn":
+        scaling["beta_fast"], scaling["beta_slow"] = rope.beta_fast, rope.beta_slow
+        scaling["truncate"], scaling["attention_factor"] = rope.truncate, rope.scale
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def _window_record(config: ModelConfig) -> dict[str, Any]:
+    width = max(config.windows, default=0)
+    if config.family == "mistral":
+        return {"sliding_window": width or None}
+    if config.family not in ("qwen2", "qwen3"):
+        return {}
+    if not width:
+        return {"use_sliding_window": False}
+    sliding = [window > 0 for window in config.windows]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": width,
+        "max_window_layers": sliding.index(True),
+        "layer_types": [
+            "sliding_attention" if x else "full_attention" for x in sliding
+        ],
+    }

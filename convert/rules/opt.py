@@ -104,3 +104,22 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         tied_embeddings=flag(config, "tie_word_embeddings", True),
         embed_dim=size(config, "word_embed_proj_dim", dim),
     )
+
+
+def configuration(config: ModelConfig) -> dict[str, Any]:
+    """What `model_config` has read, in the words of transformers.
+
+    Args:
+      config: of an OPT.
+    """
+    return {
+        "hidden_size": config.dim,
+        "word_embed_proj_dim": config.embed_dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "ffn_dim": config.neurons,
+        "activation_function": config.activation,
+        "do_layer_norm_before": True,
+        "enable_bias": config.mlp_bias,
+        "layer_norm_elementwise_affine": True,
+    }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from convert import convert
+from convert.export import export
 from polarjax.model import Decoder
 from polarjax.params import read_folder
 from polarjax.policy import Dense
@@ -254,6 +255,28 @@ def test_greedy_tokens(pair, prompts, outputs):
         theirs.append(out[0, len(prompt) :].tolist())
     assert np.asarray(outputs[2]).tolist() == theirs
     assert len({t for row in theirs for t in row}) > 10, "a degenerate comparison"
+
+
+def test_the_way_back_is_exact(pair, tmp_path):
+    """What transformers loads from an exported folder is what it had saved."""
+    reference, params = pair
+    export(params.config.folder, tmp_path / "hf")
+    back, report = type(reference).from_pretrained(
+        tmp_path / "hf", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values()), report
+    theirs, ours = reference.state_dict(), back.state_dict()
+    assert theirs.keys() <= ours.keys()  # norms that had no parameters have them now
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name]), name
+    tokens = torch.arange(2, 40)[None]
+    with torch.no_grad():  # and so the configuration says the same
+        assert torch.equal(reference(tokens).logits, back(tokens).logits)
+    again = convert(tmp_path / "hf", tmp_path / "ours", dtype="float32", progress=False)
+    kept = {"folder": "", "model_hash": ""}
+    assert dataclasses.replace(again, **kept) == dataclasses.replace(
+        params.config, **kept
+    )
 
 
 def test_the_models_reach_what_they_are_meant_to(pair):
