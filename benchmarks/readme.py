@@ -16,20 +16,30 @@ ADAPTER = Path(polarjax.__file__).parent / "adapters" / "smollm2-135m"
 
 def adapter_table(card: dict) -> str:
     """What the card of an adapter says of its recall and perplexity."""
-    mean = sum(card["recall"]) / len(card["recall"])
-    chance = sum(card["recall_of_chance"]) / len(card["recall_of_chance"])
+    texts = ", ".join(f"{text['name']} {text['weight']:.0%}" for text in card["texts"])
     lines = [
-        f"`polarjax/adapters/{ADAPTER.name}`: {card['tokens']:,} tokens of "
-        f"`{card['text']}`, one pass; {card['budgets'][1]} of {card['kv_heads']} KV "
-        f"groups from layer 1 on. Recall on held-out text, mean over layers: "
-        f"{mean:.3f} (chance {chance:.3f}).",
+        f"`polarjax/adapters/{ADAPTER.name}`: {card['budgets'][1]} of "
+        f"{card['kv_heads']} KV groups from layer 1 on; {card['parameters']:,} numbers "
+        "of routers and low-rank updates, which `polarjax recover` learned in "
+        f"{card['training_seconds']:.0f} s on one {card['made']['device']} from "
+        f"{card['tokens']:,} tokens ({texts}). On held-out text of the same kinds, "
+        "every position masked:",
         "",
-        *_perplexity_lines(
-            (name, p["density"], p["value"], p["ratio_to_dense"])
-            for name, p in card["perplexity"].items()
-        ),
+        "| text | dense perplexity | Oracle / dense | Polar / dense | Random / dense "
+        "| recall (chance) |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += ["", f"Perplexity of {card['perplexity_of']}."]
+    for name, found in card["quality"].items():
+        ratios = [
+            _interval(found[policy]["ratio_to_dense"], 1, ".3f")
+            for policy in ("Oracle", "Polar", "Random")
+        ]
+        recall = card["recall"][name]["mean"]
+        lines.append(
+            f"| {name} | {found['Dense']['perplexity']:.2f} | "
+            + " | ".join(ratios)
+            + f" | {recall['routers']:.3f} ({recall['chance']:.3f}) |"
+        )
     return "\n".join(lines)
 
 
@@ -144,39 +154,6 @@ def eval_table(path: Path) -> str:
         dense = _interval(results["Dense"]["accuracy"], 100, ".1f")
         rows = f"{len(task['ids']):,}"
         lines.append(f"| {name} | {rows} | {dense} | " + " | ".join(cells) + " |")
-    for found in record["perplexity"].values():
-        lines += [
-            "",
-            f"Perplexity of `{found['file']}`, {len(found['scored'])} windows of "
-            f"{found['window']:,} tokens, of which the first {found['prefix']} are "
-            "read dense and not scored:",
-            "",
-            *_perplexity_lines(
-                (
-                    *(name, r["density"], r["perplexity"][0]),
-                    (r["against_dense"] or {"ratio": (1, 1, 1)})["ratio"],
-                )
-                for name, r in found["results"].items()
-            ),
-        ]
-    if found := record["generation"]:
-        lines += [
-            "",
-            f"{found['prompts']} prompts of {found['prompt_tokens']} tokens of that "
-            f"text continued greedily by {found['new_tokens']} tokens, beside dense:",
-            "",
-            "| policy | identical, % | tokens until they differ | KL per token, nats | "
-            "same best token, % |",
-            "|---|---|---|---|---|",
-        ]
-        for name, r in found["results"].items():
-            until = _interval(r["tokens_until_divergence"], 1, ".1f")
-            shares = (
-                _interval(r[key], 100, ".1f") for key in ("identical", "agreement")
-            )
-            identical, agreement = shares
-            kl = _interval(r["kl"], 1, ".3f")
-            lines.append(f"| {name} | {identical} | {until} | {kl} | {agreement} |")
     return "\n".join(lines)
 
 
@@ -236,15 +213,6 @@ def _interval(bounds: list[float], scale: float, form: str) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _perplexity_lines(rows: Iterable[tuple]) -> list[str]:
-    lines = ["| policy | density | perplexity | / dense (95 % interval) |"]
-    lines.append("|---|---|---|---|")
-    for name, density, value, (ratio, low, high) in rows:
-        shown = "1" if name == "Dense" else f"{ratio:.3f} ({low:.3f} to {high:.3f})"
-        lines.append(f"| {name} | {density:.3f} | {value:.2f} | {shown} |")
-    return lines
-
-
 def newest(kind: str) -> Path:
     """The latest result file of a kind; names begin with the date."""
     return max((REPOSITORY / "benchmarks" / "results").glob(f"*-{kind}.json"))
@@ -255,9 +223,8 @@ def trained() -> list[Path]:
     latest: dict[str, tuple[str, Path]] = {}
     for path in (REPOSITORY / "benchmarks" / "results").glob("*-eval-*.json"):
         name = path.stem.split("-eval-")[1]
-        if name != "smollm2":
-            made = json.loads(path.read_text(encoding="utf-8"))["made"]
-            latest[name] = max(latest.get(name, ("", path)), (made["finished"], path))
+        made = json.loads(path.read_text(encoding="utf-8"))["made"]
+        latest[name] = max(latest.get(name, ("", path)), (made["finished"], path))
     return [latest[name][1] for name in sorted(latest)]
 
 
@@ -266,7 +233,7 @@ def render(readme: str) -> str:
     card = json.loads((ADAPTER / "card.json").read_text(encoding="utf-8"))
     tables = {
         "adapter": adapter_table(card),
-        "eval": eval_table(newest("eval-smollm2")),
+        "eval": eval_table(newest("eval-smollm2-shipped-tasks")),
         "trained": trained_table(trained()),
         "kernels": kernels_table(newest("kernels")),
         "decode": decode_table(newest("decode")),

@@ -101,8 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{options.destination}: {config.family}, {config.layers} layers, "
         f"{config.heads} heads in {config.kv_heads} KV groups, model dim {config.dim}, "
-        f"vocabulary {config.vocab_size}"
-        + (f", {dtype}" if dtype else "")
+        f"vocabulary {config.vocab_size}" + (f", {dtype}" if dtype else "")
     )
     return 0
 

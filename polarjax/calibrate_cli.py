@@ -51,7 +51,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         choices=get_args(HeadLoss),
         default="bce",
         help="of head routers: the paper's, or one that weighs a wrong order by the "
-        "norm it loses, which serves fixed budgets best",
+        "norm it loses, which serves fixed budgets best (--fixed)",
     )
     add(
         "--sparse",
@@ -63,9 +63,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add(
         "--head-rank",
         type=int,
-        default=0,
+        default=64,
         help="of a quadratic form in head routers: they find more of the heads, and "
-        "their rows take bytes; 0 for linear ones",
+        "their rows take a few bytes; 0 for linear ones, as the paper has them",
     )
     add(
         "--neuron-rank",
@@ -84,6 +84,12 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "on every text (1%% or 0.01); budgets are then searched layer by layer",
     )
     add("--confidence", type=percentage, default=0.95, help="of the promise")
+    add(
+        "--fixed",
+        action="store_true",
+        help="search budgets that are the same for every token, not means over tokens: "
+        "simpler, and less sparse for the same promise",
+    )
     add("--decode-batch", type=int, default=16, help="batch size of the promise")
     add(
         "--decode-context",
@@ -244,6 +250,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             args.mode,
             args.decode_batch,
             args.decode_context,
+            not args.fixed,
         )
     with counting_bar(console) as bar:
         found = calibrate(

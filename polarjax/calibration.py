@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from polarjax.training import (
 )
 from polarjax.training.loop import digest, with_steps
 from polarjax.training.neuron_budgets import neuron_budgets
-from polarjax.training.thresholds import score_thresholds
+from polarjax.training.thresholds import score_thresholds, sorted_scores
 
 # Of the text learned from, blocks on which thresholds are found.
 _THRESHOLD_BLOCKS = 128
@@ -117,6 +118,8 @@ class Terms:
       mode: how it is measured.
       batch: windows decoded together.
       context: tokens in the cache, for the bytes that budgets save.
+      adaptive: budgets are means over tokens, and each token reads the groups that
+        score above a threshold; needs routers trained by "bce".
     """
 
     max_drop: float
@@ -124,6 +127,7 @@ class Terms:
     mode: Mode = "decode"
     batch: int = 16
     context: int = 2048
+    adaptive: bool = True
 
     def __post_init__(self) -> None:
         if not self.max_drop > 0:
@@ -205,6 +209,11 @@ def calibrate(
       ValueError: if a text is too short, or a setting is out of range.
     """
     say = progress or (lambda *_: None)
+    if terms and terms.adaptive and training.loss != "bce":
+        raise ValueError(
+            f"loss {training.loss!r} gives scores that do not compare between tokens, "
+            "as budgets that are means need: use loss 'bce', or fixed budgets (--fixed)"
+        )
     corpus = texts.read(params, say)
     # Before the training, not after it.
     if terms and any(len(held) < 3 for held in corpus.held_out.values()):
@@ -253,14 +262,16 @@ def calibrate(
         say("neuron budgets", 0, 1)
         trained, made["neurons"] = _with_neuron_budgets(trained, corpus)
         say("neuron budgets", 1, 1)
+    say("thresholds", 0, 1)
+    scores = sorted_scores(trained, spread(corpus.blocks, _THRESHOLD_BLOCKS))
+    say("thresholds", 1, 1)
     contract = None
     if terms is not None:
-        trained, contract = _with_contract(trained, corpus, terms, say)
-    say("thresholds", 0, 1)
-    thresholds = score_thresholds(trained, spread(corpus.blocks, _THRESHOLD_BLOCKS))
-    config = dataclasses.replace(trained.config, thresholds=thresholds)
+        trained, contract = _with_contract(trained, corpus, scores, terms, say)
+    config = trained.config
+    thresholds = score_thresholds(scores, config.budgets, config.kv_heads)
+    config = dataclasses.replace(config, thresholds=thresholds)
     trained = dataclasses.replace(trained, config=config)
-    say("thresholds", 1, 1)
     together = terms.batch if terms else 16
     quality = measure_quality(trained, corpus.held_out, mode, say, together)
     if resume:
@@ -306,7 +317,7 @@ def _with_neuron_budgets(
 
 
 def _with_contract(
-    params: Params, corpus: Corpus, terms: Terms, say: Progress
+    params: Params, corpus: Corpus, scores: np.ndarray, terms: Terms, say: Progress
 ) -> tuple[Params, Contract]:
     """The sparsest budgets that the terms allow.
 
@@ -317,11 +328,16 @@ def _with_contract(
     for name, held in corpus.held_out.items():
         cut = max(1, len(held) // 4)
         search[name], test[name] = windows(held[:cut]), windows(held[cut:])
+    thresholds = None
+    if terms.adaptive:
+        k = params.config.kv_heads
+        thresholds = functools.partial(score_thresholds, scores, kv_heads=k)
     path = search_budgets(
         *(params, search),
         max_drop=terms.max_drop,
         batch=terms.batch,
         context=terms.context,
+        thresholds=thresholds,
         progress=say,
     )
     contract = keep_promise(
@@ -330,9 +346,10 @@ def _with_contract(
         confidence=terms.confidence,
         mode=terms.mode,
         batch=terms.batch,
+        thresholds=thresholds,
         progress=say,
     )
-    budgets = {"budgets": contract.budgets}
+    budgets = {"budgets": contract.budgets, "adaptive": terms.adaptive}
     if contract.budgets is None:  # the promise is then the dense model
         k, layers = params.config.kv_heads, params.config.layers
         budgets = {"budgets": (k,) * layers, "neuron_budgets": ()}

@@ -88,6 +88,8 @@ class ModelConfig:
       eos_ids: tokens that end a text.
       budgets: KV groups that an adapter's policy reads in each layer; empty without
         an adapter.
+      adaptive: whether they are means over tokens: which token reads how many is then
+        decided by the thresholds.
       neuron_budgets: MLP neurons that an adapter's policy reads in each layer, by
         batch size: ((batch, (n of layer 0, n of layer 1, ...)), ...), batch sizes
         ascending; empty for all neurons.
@@ -120,7 +122,8 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     bos_ids: tuple[int, ...] = ()
     eos_ids: tuple[int, ...] = ()
-    budgets: tuple[int, ...] = ()
+    budgets: tuple[float, ...] = ()
+    adaptive: bool = False
     neuron_budgets: tuple[tuple[int, tuple[int, ...]], ...] = ()
     thresholds: tuple[float, ...] = ()
     model_hash: str = ""
@@ -177,6 +180,7 @@ class ModelConfig:
             bos_ids=(),
             eos_ids=(),
             budgets=(),
+            adaptive=False,
             neuron_budgets=(),
             thresholds=(),
             model_hash="",

@@ -38,15 +38,17 @@ def measure_quality(
     progress: Progress | None = None,
     batch: int = 16,
 ) -> dict[str, dict[str, Perplexity]]:
-    """By domain, perplexity of the model's budgets beside dense, oracle and chance."""
+    """By domain, perplexity of the model's budgets beside dense, oracle and chance.
+
+    Budgets that are means over tokens have no oracle: how many groups a token needs is
+    more than its norms tell.
+    """
     say = progress or (lambda *_: None)
-    policies: dict[str, SelectionPolicy] = {
-        "Dense": Dense(),
-        "Oracle": Oracle(),
-        "Polar": Polar(),
-        "Random": Random(),
-    }
-    if params.config.thresholds:
+    policies: dict[str, SelectionPolicy] = {"Dense": Dense()}
+    if not params.config.adaptive:
+        policies["Oracle"] = Oracle()
+    policies |= {"Polar": Polar(), "Random": Random()}
+    if params.config.thresholds and not params.config.adaptive:
         policies["Adaptive"] = Polar(adaptive=True)
     return {
         name: perplexity(

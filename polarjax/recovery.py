@@ -23,7 +23,7 @@ from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.distance import divergence
 from polarjax.training import Recovery, Resume, recover
 from polarjax.training.loop import digest, with_steps
-from polarjax.training.recover import parameters
+from polarjax.training.recover import check_model, parameters
 
 # Of each domain, blocks on which the divergence is watched.
 _WATCHED = 8
@@ -129,6 +129,7 @@ def recover_on_text(
         out of range.
     """
     say = progress or (lambda *_: None)
+    check_model(params)  # before any text is read or written
     corpus = texts.read(params, say)
     recovery = with_steps(recovery, len(corpus.blocks), passes)
     facts = {
@@ -175,7 +176,9 @@ def recover_on_text(
     )
     facts["training_seconds"] = round(time.perf_counter() - begin, 1)
     routers = as_stored(jax.tree.map(jnp.asarray, best.routers))
-    found = dataclasses.replace(params, routers=routers)
+    # Thresholds were of the routers before.
+    config = dataclasses.replace(params.config, thresholds=())
+    found = dataclasses.replace(params, routers=routers, config=config)
     say("divergence on held-out text", 0, 1)
     before, after = (
         {name: divergence(model, held) for name, held in corpus.held_out.items()}

@@ -8,13 +8,14 @@ import pytest
 
 from polarjax import calibration
 from polarjax.calibration import Terms, Texts, calibrate
+from polarjax.sparsity import load_adapter, save_adapter
 from polarjax.training import RouterTraining, Source
 from tests.evaluation.planted import IDLE, planted
 from tests.models import OPT, random_params, write_checkpoint
 
 TEXTS = Texts([Source.parse("self")], tokens=64 * 24, context=24, held_out=48 * 24)
 TRAINING = RouterTraining(density=0.75, steps=200, batch=8)
-TERMS = Terms(0.02, mode="mask", batch=16, context=64)
+TERMS = Terms(0.02, mode="mask", batch=16, context=64, adaptive=False)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,27 @@ def test_a_promise_is_kept_by_routers_that_learned(params):
     card = found.card()
     assert card["contract"]["budgets"] == list(budgets)
     assert card["training"]["steps"] == 200
+
+
+def test_a_promise_of_budgets_that_are_means(params, tmp_path):
+    terms = dataclasses.replace(TERMS, max_drop=0.1, adaptive=True)
+    found = calibrate(params, TEXTS, TRAINING, terms=terms, mode="mask")
+    contract, config = found.contract, found.params.config
+    assert contract is not None and contract.chosen is not None
+    assert config.adaptive and config.budgets == contract.budgets
+    reached = contract.chosen.domains["self"].density
+    assert reached == pytest.approx(contract.chosen.setting.density, abs=0.04)
+    # What was tested is what the adapter decodes.
+    quality = found.perplexity["self"]
+    assert set(quality) == {"Dense", "Polar", "Random"}
+    ratio = quality["Polar"].ratio(quality["Dense"])
+    assert ratio.value < 1.1 < quality["Random"].ratio(quality["Dense"]).value
+    save_adapter(tmp_path / "a", found.params, found.card())
+    loaded = load_adapter(dataclasses.replace(params, routers={}), tmp_path / "a")
+    assert loaded.config == config
+    ranking = dataclasses.replace(TRAINING, loss="ranking")
+    with pytest.raises(ValueError, match="do not compare between tokens"):
+        calibrate(params, TEXTS, ranking, terms=terms)
 
 
 def test_routers_that_are_mixed_up_promise_nothing(params, monkeypatch):

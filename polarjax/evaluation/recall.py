@@ -56,7 +56,8 @@ def router_recall(
 ) -> Recall:
     """Recall of the adapter's budgets on text, beside that of random scores.
 
-    On dense states, of the weights that the sparse policy uses.
+    On dense states, of the weights that the sparse policy uses. A budget that is a mean
+    over tokens counts as the whole number below it.
 
     Args:
       params: the model with routers and budgets.
@@ -77,7 +78,7 @@ def router_recall(
             _recall(
                 *(params.routers, params.weights, jnp.asarray(tokens, jnp.int32), key),
                 config=config.architecture,
-                budgets=config.budgets,
+                budgets=tuple(map(int, config.budgets)),
             )
         )
     found = np.asarray(total, np.float64).mean(axis=0)

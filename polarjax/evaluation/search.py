@@ -4,17 +4,23 @@ What a layer's groups are worth depends on which other layers have lost theirs: 
 single layers do not add up. So every candidate is measured as the whole setting that it
 would make, on the same windows as the dense model.
 
-Several domains count by the one that loses most. A model that is not at its best on a
-text may gain by losing heads there; by the mean over domains a search takes just those
+Two domains count by the one that loses more. A model that is not at its best on a text
+may gain by losing heads there; by the mean over domains a search takes just those
 heads, at the price of the others: on SmolLM2-135M-Instruct it gained 1.4 % on books,
 and lost 0.3 % on manuals and 1.2 % on WikiText-2, which it had not seen. The divergence
 from the dense model is no better guide: of two settings that had moved the next-token
 odds of WikiText-2 alike, one had lost 0.3 %, the other 2.4 %.
+
+From three domains on, what counts is what a further domain may lose: where decoding
+will read text that nobody calibrated on, the worst of a few domains is too good. It is
+bounded by how the known ones differ, and what a domain gained on the path before is no
+credit for what it loses now.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
@@ -24,20 +30,21 @@ from pallas_kernels import Implementation
 from polarjax.evaluation.batches import Continuation, Mode
 from polarjax.evaluation.measure import Journal, Progress
 from polarjax.evaluation.scoring import Scorer
-from polarjax.evaluation.statistics import Interval, mean_interval
+from polarjax.evaluation.statistics import Interval, further_bound, mean_interval
 from polarjax.params import Params
 from polarjax.policy import Dense
 from polarjax.sparsity import HeadBudget, Oracle, Polar, Random
 from polarjax.sparsity.cost import StepCost, step_cost
 
-Budgets = tuple[int, ...]
-"""KV groups that each sequence reads, by layer; layer 0 reads all of them."""
+Budgets = tuple[float, ...]
+"""KV groups that each sequence reads, by layer; layer 0 reads all of them. Means over
+tokens, if they are no whole numbers."""
+
+Thresholds = Callable[[Budgets], tuple[float, ...]]
+"""Budgets -> the router score from which on a group is read, by layer."""
 
 Evaluate = Callable[[Budgets], np.ndarray]
 """Budgets -> float64[windows], negative log-likelihood of each window, in nats."""
-
-_Worst = tuple[float, np.ndarray, np.ndarray]
-"""Of the domain that loses most: nats a token, each window's, and tokens of each."""
 
 _LABEL = "sparse"
 
@@ -53,12 +60,22 @@ class Setting:
         it is too good.
       step_bytes: that one decode step reads, see `StepCost`.
       saved_bytes: of them, against dense.
+      further: perplexity / dense - 1 that a further domain will hardly exceed: the
+        upper end of the prediction interval over the calibration domains, of which
+        each counts from its best setting so far; None for less than three of them.
     """
 
     budgets: Budgets
     drop: Interval
     step_bytes: int
     saved_bytes: int
+    further: float | None = None
+
+    @property
+    def most(self) -> float:
+        """The increase of perplexity that calibration has to reckon with."""
+        value = self.drop.value
+        return value if self.further is None else max(value, self.further)
 
     @property
     def density(self) -> float:
@@ -77,8 +94,9 @@ def search_budgets(
     mode: Mode = "mask",
     rows: int = 16,
     width: int = 4,
-    step: int | None = None,
+    step: float | None = None,
     reach: float = 1.5,
+    thresholds: Thresholds | None = None,
     implementation: Implementation | None = None,
     journal: Journal | None = None,
     progress: Progress | None = None,
@@ -101,40 +119,53 @@ def search_budgets(
       rows: windows computed together.
       width: most candidates that are measured for a step of the path but the first,
         for which all are.
-      step: groups by which a layer is lowered at a time; None for an eighth of them.
+      step: groups by which a layer is lowered at a time; None for an eighth of them,
+        one at the least, or a twelfth with thresholds.
       reach: how far beyond `max_drop` the path goes, as a multiple of it.
+      thresholds: with them budgets are means over tokens, and a token reads the groups
+        that score above the thresholds of a setting: a few tokens can then do without
+        a group in many layers, which costs much less than all tokens in a few.
       implementation: of the kernels; None chooses by device.
       journal: settings found there are not measured again; others are added to it. It
-        must be of this model, these routers and these windows.
+        must be of this model, these routers, thresholds and these windows.
       progress: called as progress("searching budgets", settings measured, most).
 
     Returns:
       The path: all-dense first, each setting within the one before it, up to the last
-      whose calibration drop is at most `reach` x `max_drop`.
+      whose calibration drop, and bound for a further domain, are at most `reach` x
+      `max_drop`.
 
     Raises:
       ValueError: if a number is out of range, there is nothing to score, or the policy
         does not fit the model.
     """
     config, k = params.config, params.config.kv_heads
-    step = max(1, k // 8) if step is None else step
+    if step is None:
+        step = k / 12 if thresholds else max(1, k // 8)
     for name, value in (
         *(("max_drop", max_drop), ("rows", rows), ("width", width)),
         *(("step", step), ("reach", reach)),
     ):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    if not thresholds and step != int(step):
+        raise ValueError(f"step {step}: a part of a group needs thresholds")
+    if thresholds and not isinstance(policy or Polar(), Polar):
+        raise ValueError(
+            "thresholds are of routers' scores: they need the policy Polar"
+        )
     if not domains or not all(domains.values()):
         raise ValueError("there is no calibration window to measure budgets on")
     items = [item for windows in domains.values() for item in windows]
     cost = step_cost(params, batch=batch, context=context)
     evaluate = _evaluator(
         *(params, items, policy or Polar(), mode, min(rows, len(items))),
+        thresholds,
         implementation,
         {} if journal is None else journal,
     )
     # The first step measures every layer, each further one a few.
-    steps = (config.layers - 1) * -(-(k - 1) // step)
+    steps = (config.layers - 1) * math.ceil((k - 1) / step)
     most = 1 + (config.layers - 1) + width * max(0, steps - 1)
     measured = 0
 
@@ -158,7 +189,7 @@ def search_path(
     *,
     limit: float,
     width: int,
-    step: int,
+    step: float,
 ) -> tuple[Setting, ...]:
     """The search itself, on whatever measures budgets.
 
@@ -187,15 +218,15 @@ def search_path(
     dense_bytes, dense_nll = cost.bytes_read(dense), _finite(evaluate(dense), dense)
     ends = np.cumsum([len(counts) for counts in scored])[:-1]
 
-    def worst(budgets: Budgets) -> _Worst:
-        more = _finite(evaluate(budgets), budgets) - dense_nll
-        found = []
-        for part, counts in zip(np.split(more, ends), scored, strict=True):
-            found.append((float(part.sum() / counts.sum()), part / counts, counts))
-        return max(found, key=lambda domain: domain[0])
+    def measured(budgets: Budgets) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Losses in nats a token, by domain, and what each one's windows lose."""
+        more = np.split(_finite(evaluate(budgets), budgets) - dense_nll, ends)
+        pairs = zip(more, scored, strict=True)
+        return np.array([part.sum() / counts.sum() for part, counts in pairs]), more
 
     path = [Setting(dense, Interval(0.0, 0.0, 0.0), dense_bytes, 0)]
     now, now_loss = dense, 0.0
+    losses = best = np.zeros(len(scored))
     ranks: dict[int, tuple[float, float]] = {  # the least first; -inf: never measured
         layer: (-np.inf, -np.inf)
         for layer in range(1, layers)
@@ -203,39 +234,73 @@ def search_path(
     }
     while ranks:
         most = width if len(path) > 1 else len(ranks)
-        fresh: dict[int, tuple[Budgets, _Worst]] = {}
+        fresh: dict[int, tuple[Budgets, np.ndarray, list[np.ndarray]]] = {}
         while (layer := min(ranks, key=ranks.__getitem__)) not in fresh:
             if len(fresh) == most:
                 layer = min(fresh, key=ranks.__getitem__)
                 break
             candidate = _lowered(now, layer, step, cost)
             assert candidate is not None
-            found = worst(candidate)
-            more = found[0] - now_loss
+            found = measured(candidate)
+            further = further_loss(found[0], best)
+            if further is None:
+                more = float(found[0].max()) - now_loss
+            else:  # no gain to harm what was less harmed than the rest
+                mean = float((found[0] - losses).mean())
+                more = max(further - now_loss, mean)
             saved = cost.bytes_read(now) - cost.bytes_read(candidate)
             # Noise makes some losses negative: those bytes are free, none freer by
             # being few.
             ranks[layer] = max(more, 0.0) / saved, more
-            fresh[layer] = candidate, found
-        now, (now_loss, change, counts) = fresh[layer]
-        drop = Interval(*(float(np.expm1(x)) for x in mean_interval(change, counts)))
-        if drop.value > limit:
-            break
+            fresh[layer] = candidate, *found
+        now, losses, windows = fresh[layer]
+        further = further_loss(losses, best)
+        best = np.minimum(best, losses)
+        worst = int(losses.argmax())
+        now_loss = float(losses[worst]) if further is None else further
+        interval = mean_interval(windows[worst] / scored[worst], scored[worst])
+        drop = Interval(*(float(np.expm1(x)) for x in interval))
         read = cost.bytes_read(now)
-        path.append(Setting(now, drop, read, dense_bytes - read))
+        bound = None if further is None else float(np.expm1(further))
+        setting = Setting(now, drop, read, dense_bytes - read, bound)
+        if setting.most > limit:
+            break
+        path.append(setting)
         if not _lowered(now, layer, step, cost):
             del ranks[layer]
     return tuple(path)
 
 
-def _lowered(now: Budgets, layer: int, step: int, cost: StepCost) -> Budgets | None:
+def further_loss(
+    losses: np.ndarray, best: np.ndarray, confidence: float = 0.95
+) -> float | None:
+    """What a further domain will hardly lose more than: see the module.
+
+    Args:
+      losses: float[domains], nats a token against dense.
+      best: float[domains], the least that any setting before had, at most 0.
+      confidence: of the prediction interval, two-sided.
+
+    Returns:
+      Nats a token; None for less than three domains, which do not tell.
+    """
+    if len(losses) < 3:
+        return None
+    return further_bound(losses - np.minimum(best, losses), confidence)
+
+
+def _lowered(now: Budgets, layer: int, step: float, cost: StepCost) -> Budgets | None:
     """Budgets with one layer lower, by as much as saves bytes; None if none does.
 
     A layer's first group may save less than the router rows that it brings.
     """
-    for n in range(now[layer] - step, 1 - step, -step):
-        lower = (*now[:layer], max(1, n), *now[layer + 1 :])
-        if lower != now and cost.bytes_read(lower) < cost.bytes_read(now):
+    n = now[layer]
+    while n > 1:
+        n = max(1, n - step)
+        # Thirds do not add up in binary.
+        n = round(n) if abs(n - round(n)) < 1e-6 else n
+        lower = (*now[:layer], n, *now[layer + 1 :])
+        if cost.bytes_read(lower) < cost.bytes_read(now):
             return lower
     return None
 
@@ -255,6 +320,7 @@ def _evaluator(
     policy: Polar | Oracle | Random,
     mode: Mode,
     rows: int,
+    thresholds: Thresholds | None,
     implementation: Implementation | None,
     journal: Journal,
 ) -> Evaluate:
@@ -270,7 +336,7 @@ def _evaluator(
         batch=rows,
         implementation=implementation,
     )
-    sparse = _Budgeted(params, policy, mode, rows, implementation)
+    sparse = _Budgeted(params, policy, mode, rows, thresholds, implementation)
     batches = sparse.plan(items)
 
     def evaluate(budgets: Budgets) -> np.ndarray:
@@ -301,9 +367,10 @@ class _Budgeted(Scorer):
         policy: Polar | Oracle | Random,
         mode: Mode,
         batch: int,
+        thresholds: Thresholds | None,
         implementation: Implementation | None,
     ) -> None:
-        config = params.config
+        config, self._thresholds = params.config, thresholds
         # Bound as if every layer but the first were sparse: all routers are there.
         lowest = (config.kv_heads, *(1,) * (config.layers - 1))
         every = dataclasses.replace(config, budgets=lowest, neuron_budgets=())
@@ -323,5 +390,11 @@ class _Budgeted(Scorer):
         k = self.params.config.kv_heads
         limits = (None, *(k if k > 1 else None,) * (len(budgets) - 1))
         counts = np.repeat(np.array(budgets, np.int32)[:, None], self.batch, axis=1)
-        budget = HeadBudget(jnp.asarray(counts), limits)
+        passing = None
+        if self._thresholds:
+            # Layers that are not sparse are compiled like the others: all scores pass.
+            found = zip(self._thresholds(budgets), budgets, strict=True)
+            all_pass = float(np.finfo(np.float32).min)
+            passing = jnp.array([x if n < k else all_pass for x, n in found])
+        budget = HeadBudget(jnp.asarray(counts), limits, passing)
         self._bound[_LABEL] = weights, dataclasses.replace(bound, budget=budget)

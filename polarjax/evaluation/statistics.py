@@ -71,6 +71,26 @@ def mean_interval(
     return Interval(mean, float(low), float(high))
 
 
+def further_bound(values: np.ndarray, confidence: float = 1 - _OUTSIDE) -> float:
+    """What one more value of the same kind will hardly exceed.
+
+    The upper end of the two-sided prediction interval for values that are normally
+    distributed: Student's t, with the spread of the new one and of the mean.
+
+    Args:
+      values: float[n].
+      confidence: that the interval covers the further value, both ends together.
+
+    Raises:
+      ValueError: if there are less than two values.
+    """
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"{n} value(s): how much they differ takes two")
+    half = stats.t.ppf((1 + confidence) / 2, n - 1) * np.sqrt(1 + 1 / n)
+    return float(np.mean(values) + half * np.std(values, ddof=1))
+
+
 def share_interval(right: np.ndarray) -> Interval:
     """Share of items that are right, with the Wilson interval.
 

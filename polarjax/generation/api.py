@@ -79,7 +79,8 @@ def generate(
       max_new_tokens: most tokens to add to each prompt. Less are added where the
         model's context ends.
       density: fraction of KV groups to read from layer 1 on, in (0, 1], or one per
-        request; 1.0 is dense. None means the adapter's budgets.
+        request; 1.0 is dense, of the weights that an adapter of `recover` has mended:
+        `policy=Dense()` is the original model. None means the adapter's budgets.
       policy: another selection policy (`Dense()`, `Oracle(0.5)`, ...), not together
         with `density`.
       temperature: 0 for greedy, or one per request.

@@ -65,6 +65,7 @@ def save_adapter(
         "format_version": ADAPTER_FORMAT,
         "model_hash": params.config.model_hash,
         "budgets": list(params.config.budgets),
+        "adaptive": params.config.adaptive,
         "neuron_budgets": params.config.neuron_budgets,
         "thresholds": list(params.config.thresholds),
         "kv_heads": params.config.kv_heads,
@@ -155,6 +156,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     config = dataclasses.replace(
         params.config,
         budgets=tuple(card["budgets"]),
+        adaptive=card.get("adaptive") is True,
         neuron_budgets=card["neuron_budgets"],
         thresholds=card["thresholds"],
     )
@@ -169,7 +171,7 @@ def _check(routers: Tree, weights: Tree, config: ModelConfig) -> None:
         if f"layers_{layer}" not in routers:
             raise ValueError(f"the adapter has no router for layer {layer}")
     k, budgets = config.kv_heads, config.budgets
-    right = all(type(n) is int and 1 <= n <= k for n in budgets)
+    right = all(type(n) in (int, float) and 1 <= n <= k for n in budgets)
     if len(budgets) != config.layers or not right or budgets[0] != k:
         raise ValueError(
             f"the adapter has budgets {budgets}: they must be {config.layers} numbers "
@@ -177,6 +179,16 @@ def _check(routers: Tree, weights: Tree, config: ModelConfig) -> None:
         )
     thresholds = config.thresholds
     finite = len(thresholds) == config.layers and all(map(math.isfinite, thresholds))
+    if config.adaptive and not thresholds:
+        raise ValueError(
+            "the adapter's budgets are means over tokens, which need thresholds: it "
+            "has none"
+        )
+    if not config.adaptive and any(type(n) is not int for n in budgets):
+        raise ValueError(
+            f"the adapter has budgets {budgets}: what is no whole number must be a "
+            'mean over tokens, with "adaptive": true'
+        )
     if thresholds and not finite:
         raise ValueError(
             f"the adapter has thresholds {thresholds}: they must be {config.layers} "

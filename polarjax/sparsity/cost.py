@@ -74,11 +74,11 @@ class StepCost:
     group: tuple[int, ...]
     kv_heads: int
 
-    def bytes_read(self, budgets: Sequence[int]) -> int:
+    def bytes_read(self, budgets: Sequence[float]) -> int:
         """Bytes that one step reads.
 
         Args:
-          budgets: KV groups that each sequence reads, by layer.
+          budgets: KV groups that each sequence reads, by layer; means, if they vary.
 
         Raises:
           ValueError: if there is not one budget per layer, from 1 to k.
@@ -91,7 +91,7 @@ class StepCost:
                 f"from 1 to {k}"
             )
         layers = zip(budgets, self.routers, self.group, strict=True)
-        return self.weights + sum(n * g + (n < k) * r for n, r, g in layers)
+        return self.weights + round(sum(n * g + (n < k) * r for n, r, g in layers))
 
 
 def step_cost(params: Params, *, batch: int, context: int) -> StepCost:

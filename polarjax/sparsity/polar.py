@@ -41,7 +41,8 @@ class Polar:
         (ReLU models whose adapter has neuron routers); None for the adapter's own
         budgets at this batch size, or all where it has none; 1 for all.
       adaptive: let each sequence read, at each step, the groups whose scores pass the
-        adapter's thresholds, instead of a fixed number; without a density.
+        adapter's thresholds, instead of a fixed number; without a density. An adapter
+        whose budgets are means asks for it by itself.
       budget: set by `bind`.
       neuron_budget: neurons that each layer reads, set by `bind`; 0 for all.
       head_routers: the second matrices [k, rank] of layers that have them, set by
@@ -69,12 +70,12 @@ class Polar:
     def bind(self, params: Params, batch: int) -> tuple[Tree, Polar]:
         """Append the router rows; see `SelectionPolicy.bind`."""
         config = params.config
-        if not self.adaptive:
-            budget = make_budget(config, self.density, batch)
-        elif self.density is None:
+        if self.adaptive and self.density is not None:
+            raise ValueError("pass either a density or adaptive=True, not both")
+        if self.adaptive or (self.density is None and config.adaptive):
             budget = adaptive_budget(config, batch)
         else:
-            raise ValueError("pass either a density or adaptive=True, not both")
+            budget = make_budget(config, self.density, batch)
         # A request at density 1 is promised its exact MLP, so the batch's is dense. An
         # adapter may leave all heads to all requests: none has asked for that promise.
         wants_dense = False
@@ -211,8 +212,14 @@ class Random:
 
     def bind(self, params: Params, batch: int) -> tuple[Tree, Random]:
         """Draw; see `SelectionPolicy.bind`."""
-        budget = make_budget(params.config, self.density, batch)
-        ranking = random_ranking(params.config, batch, self.seed)
+        config = params.config
+        if self.density is None and config.adaptive:
+            # As many groups on average: a draw passes with the chance to be read.
+            passing = [1 - n / config.kv_heads for n in config.budgets]
+            budget = adaptive_budget(config, batch, passing)
+        else:
+            budget = make_budget(config, self.density, batch)
+        ranking = random_ranking(config, batch, self.seed)
         return merge_updates(params).weights, Random(budget=budget, ranking=ranking)
 
     def heads(self, layer, scores, norms, implementation=None):

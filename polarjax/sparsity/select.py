@@ -101,8 +101,8 @@ def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget
       batch: number of requests, b.
 
     Raises:
-      ValueError: if a density is outside (0, 1], if there is not one per request, or
-        if there is neither density nor adapter.
+      ValueError: if a density is outside (0, 1], if there is not one per request, if
+        there is neither density nor adapter, or if the adapter's budgets are means.
     """
     k = config.kv_heads
     if density is None:
@@ -110,6 +110,11 @@ def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget
             raise ValueError(
                 "no density given and no adapter loaded that brings its own: pass "
                 "density=, or load with adapter="
+            )
+        if config.adaptive:
+            raise ValueError(
+                f"the adapter's budgets {config.budgets} are means over tokens: pass a "
+                "density to read the same number of groups for each"
             )
         table = np.repeat(np.array(config.budgets, np.int32)[:, None], batch, axis=1)
     else:
@@ -125,7 +130,7 @@ def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget
 
 
 def with_density(params: Params, density: float) -> Params:
-    """The model with uniform budgets in place of its adapter's.
+    """The model with uniform budgets, and no thresholds, in place of its adapter's.
 
     Args:
       params: the model.
@@ -134,29 +139,36 @@ def with_density(params: Params, density: float) -> Params:
     k = params.config.kv_heads
     n = count(check_density(density), k)
     budgets = (k, *(n,) * (params.config.layers - 1))
-    config = dataclasses.replace(params.config, budgets=budgets)
+    config = dataclasses.replace(
+        params.config, budgets=budgets, adaptive=False, thresholds=()
+    )
     return dataclasses.replace(params, config=config)
 
 
-def adaptive_budget(config: ModelConfig, batch: int) -> HeadBudget:
-    """As many groups as score above the adapter's thresholds, at each step.
+def adaptive_budget(
+    config: ModelConfig, batch: int, thresholds: Sequence[float] | None = None
+) -> HeadBudget:
+    """As many groups as score above thresholds, at each step.
 
     Args:
       config: of the model.
       batch: number of requests, b.
+      thresholds: by layer; None for the adapter's, which are of its routers' scores.
 
     Raises:
       ValueError: if the adapter brings no thresholds.
     """
-    if not config.thresholds:
+    thresholds = config.thresholds if thresholds is None else thresholds
+    if not thresholds:
         raise ValueError(
             "an adaptive policy needs the thresholds that `polarjax calibrate` finds: "
             "load the model with an adapter that has them"
         )
-    fixed, k = head_budget(config, None, batch), config.kv_heads
+    k = config.kv_heads
+    counts = np.repeat(np.ceil(config.budgets)[:, None], batch, axis=1)
     with jax.ensure_compile_time_eval():
         return HeadBudget(
-            fixed.counts,
-            tuple(None if limit is None else k for limit in fixed.limits),
-            jnp.asarray(config.thresholds, jnp.float32),
+            jnp.asarray(counts, jnp.int32),
+            tuple(None if n == k else k for n in config.budgets),
+            jnp.asarray(thresholds, jnp.float32),
         )

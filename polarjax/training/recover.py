@@ -141,14 +141,7 @@ def recover(
         out of range.
     """
     config = params.config
-    if not params.routers or not config.budgets:
-        raise ValueError(
-            "recovery needs routers: train them first, or load the model with adapter="
-        )
-    if min(config.budgets) == config.kv_heads:
-        raise ValueError(
-            "the budgets keep every KV group: there is nothing to recover from"
-        )
+    check_model(params)
     check_blocks(blocks, config)
     recovery = with_steps(recovery, len(blocks))
     weights = params.weights if mesh is None else replicate(params.weights, mesh)
@@ -234,6 +227,28 @@ def _update(state: State, grads: Tree, *, recovery: Recovery) -> State:
     return optax.apply_updates(trained, updates), moments  # type: ignore
 
 
+def check_model(params: Params) -> None:
+    """Raise unless there is something to recover from, and routers to do it by.
+
+    Raises:
+      ValueError: saying what to do.
+    """
+    config = params.config
+    if not params.routers or not config.budgets:
+        raise ValueError(
+            "recovery needs routers: train them first, or load the model with adapter="
+        )
+    if config.adaptive:
+        raise ValueError(
+            f"the adapter's budgets {config.budgets} are means over tokens: recovery "
+            "needs whole ones, pass a density (--density)"
+        )
+    if min(config.budgets) == config.kv_heads:
+        raise ValueError(
+            "the budgets keep every KV group: there is nothing to recover from"
+        )
+
+
 def router_losses(
     trained: Tree, config: ModelConfig, starts: jax.Array, loss: HeadLoss
 ) -> Observe:
@@ -248,7 +263,7 @@ def router_losses(
     """
 
     def observe(layer: int, u: jax.Array, o: jax.Array, _: jax.Array) -> jax.Array:
-        k, n = config.kv_heads, config.budgets[layer]
+        k, n = config.kv_heads, int(config.budgets[layer])
         if n == k:
             return jnp.zeros(())
         u, norms = jax.lax.stop_gradient((u, head_norms(o, k)))
@@ -276,7 +291,8 @@ def straight_through(trained: Tree, config: ModelConfig) -> Gates:
     """
 
     def gates(layer: int, u: jax.Array, read: jax.Array) -> jax.Array:
-        hard, k, n = read.astype(jnp.float32), read.shape[-1], config.budgets[layer]
+        hard, k = read.astype(jnp.float32), read.shape[-1]
+        n = int(config.budgets[layer])
         if n == k:
             return hard
         inputs = jax.lax.stop_gradient(u).astype(jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,42 @@ from polarjax.training.collect import observe_heads
 from polarjax.training.losses import router_scores
 
 
-def score_thresholds(params: Params, blocks: np.ndarray) -> tuple[float, ...]:
+def sorted_scores(params: Params, blocks: np.ndarray) -> np.ndarray:
+    """The scores that a text's tokens get: what thresholds are read from.
+
+    Args:
+      params: the model with routers.
+      blocks: int32[n, t] token ids of calibration text. In memory are one block's
+        activations, and 8 bytes for each score.
+
+    Returns:
+      float32[layers - 1, n * t * k], of layer 1 and up, ascending.
+
+    Raises:
+      ValueError: if there is no text or no router.
+    """
+    if not len(blocks):
+        raise ValueError("there is no text to find thresholds on")
+    if not params.routers:
+        raise ValueError("thresholds are of routers: the model has none")
+    merged = merge_updates(params)
+    found = [
+        np.asarray(
+            _scores(
+                *(merged.routers, merged.weights, jnp.asarray(block[None])),
+                config=params.config.architecture,
+            )
+        )
+        for block in blocks
+    ]
+    scores = np.concatenate(found, axis=1).reshape(len(found[0]), -1)
+    scores.sort(axis=1)
+    return scores
+
+
+def score_thresholds(
+    scores: np.ndarray, budgets: Sequence[float], kv_heads: int
+) -> tuple[float, ...]:
     """Per layer, the score that as many groups pass as the budgets keep, on average.
 
     A token whose scores are high reads more groups than its layer's budget, another
@@ -23,36 +59,23 @@ def score_thresholds(params: Params, blocks: np.ndarray) -> tuple[float, ...]:
     token reads less than one group).
 
     Args:
-      params: the model with routers and budgets.
-      blocks: int32[n, t] token ids of calibration text. In memory are one block's
-        activations, and 4 bytes for each score: n * t * k * layers of them.
+      scores: from `sorted_scores`.
+      budgets: KV groups by layer, whole numbers or not.
+      kv_heads: k of the model.
 
     Returns:
       For `ModelConfig.thresholds`; 0 for layers that read every group.
 
     Raises:
-      ValueError: if there is no text or no router.
+      ValueError: if there is not one budget per layer.
     """
-    config = params.config
-    if not len(blocks):
-        raise ValueError("there is no text to find thresholds on")
-    if not params.routers or not config.budgets:
-        raise ValueError("thresholds are of routers: the model has none")
-    merged = merge_updates(params)
-    scores = np.concatenate(
-        [
-            _scores(
-                *(merged.routers, merged.weights, jnp.asarray(block[None])),
-                config=config.architecture,
-            )
-            for block in blocks
-        ],
-        axis=1,
-    )
+    if len(budgets) != len(scores) + 1:
+        raise ValueError(f"{len(budgets)} budgets for {len(scores) + 1} layers")
     found = [0.0]
-    for layer, part in enumerate(scores, 1):
-        kept = config.budgets[layer] / config.kv_heads
-        found.append(float(np.quantile(part, 1 - kept)) if kept < 1 else 0.0)
+    for part, n in zip(scores, budgets[1:], strict=True):
+        # The least score that is read, of those in order.
+        first = min(round((1 - n / kv_heads) * len(part)), len(part) - 1)
+        found.append(float(part[first]) if n < kv_heads else 0.0)
     return tuple(found)
 
 

@@ -229,7 +229,7 @@ def _train_step(
     training: RouterTraining,
 ) -> tuple[tuple[Tree, optax.OptState], Mapping[str, jax.Array]]:
     routers, moments = state
-    n, (b, t) = config.budgets[-1], tokens.shape
+    n, (b, t) = int(config.budgets[-1]), tokens.shape
 
     def learn(layer: int, inputs: jax.Array, norms: jax.Array, after: jax.Array):
         labels = top_labels(norms, n)

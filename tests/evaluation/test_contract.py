@@ -48,6 +48,11 @@ def test_the_sequence_is_fixed_by_calibration():
     # A sparser one may look better: then it stands for the drop.
     noisy = make_path([0.004, 0.001, 0.02])
     assert choose_sequence(noisy, MAX_DROP) == (noisy[2],)
+    bounds = [0.0, 0.002, 0.011, 0.013]
+    several = [
+        dataclasses.replace(s, further=x) for s, x in zip(noisy, bounds, strict=True)
+    ]
+    assert choose_sequence(several, MAX_DROP) == tuple(several[1:3])
     assert choose_sequence(noisy, MAX_DROP, 1) == (noisy[2],)
     with pytest.raises(ValueError, match="start dense and read less and less"):
         choose_sequence(path[::-1], MAX_DROP)
@@ -88,6 +93,24 @@ def test_every_domain_must_pass():
     assert (
         found.domains["news"].tokens == 40 * 192 and found.domains["news"].windows == 40
     )
+
+
+def test_a_further_domain_must_be_likely_to_pass():
+    three = ("novel", "news", "forum")
+    alike = {"novel": 0.002, "news": 0.003, "forum": 0.004}
+    apart = {"novel": 0.0, "news": 0.001, "forum": 0.006}
+    gained = {"novel": -0.01, "news": -0.01, "forum": -0.01}
+    tested = run_on([gained, apart], three, sigma=1e-5)[0]
+    assert [t.passed for t in tested] == [True, False]  # each was at -1 % before
+    assert tested[0].further == pytest.approx(0, abs=1e-4)
+    spread = 4.30265273 * np.std([0.01, 0.011, 0.016], ddof=1) * np.sqrt(4 / 3)
+    assert tested[1].further == pytest.approx(np.expm1(0.037 / 3 + spread), abs=1e-4)
+    assert tested[1].most == tested[1].further
+    assert max(d.ratio.high for d in tested[1].domains.values()) < 1 + MAX_DROP
+    assert [t.passed for t in run_on([alike], three, sigma=1e-5)[0]] == [True]
+    assert [t.passed for t in run_on([apart], three, sigma=1e-5)[0]] == [False]
+    two = run_on([apart], three[::2], sigma=1e-5)[0]
+    assert two[0].passed and two[0].further is None  # too few to tell
 
 
 def test_the_confidence_is_honoured():

@@ -1,15 +1,18 @@
 """The search for budgets: what it measures, in which order, and at what price."""
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
 import pytest
 
 import polarjax
-from polarjax.evaluation import Scorer, search
+from polarjax.evaluation import Scorer, perplexity, search
+from polarjax.evaluation.contract import choose_sequence
 from polarjax.evaluation.search import search_budgets, search_path
 from polarjax.sparsity.cost import StepCost, step_cost
+from polarjax.training.thresholds import score_thresholds, sorted_scores
 from tests.evaluation.planted import IDLE, own_text, planted, sabotaged
 from tests.models import LLAMA, OPT, random_params
 
@@ -23,7 +26,7 @@ def fake(loss, noise=0.0):
 
     def evaluate(budgets):
         calls.append(budgets)
-        rng = np.random.default_rng(list(budgets))
+        rng = np.random.default_rng([round(12 * n) for n in budgets])
         return 30 + 10 * (loss(budgets) + noise * rng.normal(size=WINDOWS))
 
     return evaluate, calls
@@ -99,6 +102,86 @@ def test_the_domain_that_loses_most_counts():
     assert lowered(path) == [2, 1]  # by the mean 1 would be first, it gains
     drops = [s.drop.value for s in path]
     np.testing.assert_allclose(drops, np.expm1([0, 0.001, 0.005]), atol=1e-12)
+
+
+def test_of_three_domains_what_a_further_one_may_lose():
+    """Layer 1 costs one domain alone, layer 2 all of them a little more than that."""
+    gain = np.array([[0.0, 0.0, 0.004], [0.005, 0.005, 0.005], [-0.02, -0.02, -0.02]])
+
+    def losses(budgets):
+        less = np.array([n == 1 for n in budgets[1:]]) @ gain
+        return np.repeat(3.0 + less, 4) * 10
+
+    scored = [np.full(4, 10)] * 3
+    options = {"limit": 1.0, "width": 4, "step": 1}
+    path = search_path(losses, cost_of(2, 4), scored, **options)
+    assert lowered(path) == [3, 2, 1]
+    t = 4.30265273  # of two degrees of freedom, 95 % two-sided
+    spread = t * np.std([0, 0, 0.004], ddof=1) * np.sqrt(4 / 3)
+    # What layer 3 gained is no credit.
+    bounds = np.expm1([0, 0.005, 0.005 + 0.004 / 3 + spread])
+    assert [s.further for s in path[1:]] == pytest.approx(bounds, abs=1e-9)
+    drops = np.expm1([-0.02, -0.015, -0.011])
+    assert [s.drop.value for s in path[1:]] == pytest.approx(drops, abs=1e-9)
+    assert [s.saved_bytes for s in choose_sequence(path, 0.012)] == [10, 20]
+
+
+def test_harm_to_the_unharmed_is_no_gain():
+    """Layer 1 harms one domain, layer 2 the others as much, layer 3 all a little."""
+    harm = np.array([[0.0, 0.0, 0.01], [0.01, 0.01, 0.0], [0.001, 0.001, 0.001]])
+
+    def losses(budgets):
+        less = np.array([n == 1 for n in budgets[1:]]) @ harm
+        return np.repeat(3.0 + less, 4) * 10
+
+    # Layer 1 is free of bytes to read first: it is taken before the others.
+    cost = StepCost(1000, (0,) * 4, (10, 1000, 10, 10), 2)
+    options = {"limit": 1.0, "width": 4, "step": 1}
+    path = search_path(losses, cost, [np.full(4, 10)] * 3, **options)
+    assert lowered(path) == [1, 3, 2]
+
+
+def test_parts_of_a_group_are_spread_over_layers():
+    """The first tokens of a layer to lose a group cost little, the last ones much."""
+
+    def loss(budgets):
+        return float(sum((2 - n) ** 2 for n in budgets)) * 1e-3
+
+    evaluate, _ = fake(loss)
+    path = path_of(evaluate, cost_of(2, 5), step=0.25)
+    by_density = {s.density: s for s in path}
+    assert sorted(by_density[0.8].budgets) == [1.5, 1.5, 1.5, 1.5, 2]
+    whole = path_of(fake(loss)[0], cost_of(2, 5))
+    assert whole[2].density == 0.8
+    assert by_density[0.8].drop.value < whole[2].drop.value / 1.9
+    assert path[-1].budgets == (2, 1, 1, 1, 1)
+    assert all(s.step_bytes + s.saved_bytes == 1100 for s in path)
+
+
+def test_thresholds_make_budgets_means():
+    """Each setting reads, over the text, what its budgets say."""
+    params = random_params(LLAMA, routers=True, scale=0.25)
+    domains, k = {"own": own_text(params, 24)}, LLAMA.kv_heads
+    blocks = np.array([w.tokens for w in domains["own"]])
+    found = functools.partial(
+        score_thresholds, sorted_scores(params, blocks), kv_heads=k
+    )
+    options = {**OPTIONS, "max_drop": 0.1}
+    path = search_budgets(params, domains, thresholds=found, **options)
+    assert len(path) > 2 and any(n != int(n) for s in path for n in s.budgets)
+    config = dataclasses.replace(
+        *(params.config,),
+        budgets=path[-1].budgets,
+        adaptive=True,
+        thresholds=found(path[-1].budgets),
+    )
+    last = dataclasses.replace(params, config=config)
+    policies = {"Polar": polarjax.Polar(), "Dense": polarjax.Dense()}
+    scored = perplexity(last, domains["own"], policies, mode="mask")
+    assert scored["Polar"].density == pytest.approx(path[-1].density, abs=0.02)
+    # The same setting, another way: the search scores what decoding will do.
+    ratio = scored["Polar"].ratio(scored["Dense"]).value
+    assert path[-1].drop.value == pytest.approx(ratio - 1, abs=1e-5)
 
 
 def test_the_loss_counts_by_the_byte():

@@ -274,7 +274,7 @@ def test_routers_that_are_not_finite_are_refused(bare, saved, poison):
     "budgets",
     [
         *(None, 5, "422", [], {}, [4, 2], [4, 2, 3, 3], [4, 2, 5], [4, 0, 3]),
-        *([4, True, 3], [4, 2.0, 3], [4, [2], 3], [2, 2, 3]),
+        *([4, True, 3], [4, 2.5, 3], [4, [2], 3], [2, 2, 3]),
     ],
 )
 def test_budgets_that_do_not_fit_are_refused(bare, saved, budgets):
