@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,13 +31,9 @@ from convert.rules import understand
 from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor
 from polarjax.config import ModelConfig
+from polarjax.folder import check_destination
 from polarjax.model import weight_shapes
-from polarjax.params import (
-    TOKENIZER_FILE,
-    check_destination,
-    check_finite,
-    write_folder,
-)
+from polarjax.params import TOKENIZER_FILE, check_finite, new_checkpoint
 
 DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
@@ -91,13 +90,18 @@ def convert(
     _check_destination(source, destination, overwrite)
     opened = open_source(source)
     config, rules = understand(opened.config)
-    weights, model_hash = _load(opened, config, rules, dtype, progress)
+    plan = _plan(opened, config, rules)
     ids, notes = _token_ids(opened, config)
-    config = dataclasses.replace(config, model_hash=model_hash, **ids)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
     for note in (*opened.notes, *notes):
         print(f"note: {note}", file=sys.stderr)
-    write_folder(destination, config, weights, files=opened.files, overwrite=overwrite)
+    nbytes = (
+        sum(map(math.prod, plan.shapes.values())) * np.dtype(DTYPES[dtype]).itemsize
+    )
+    with new_checkpoint(destination, nbytes, overwrite) as checkpoint:
+        model_hash = _stream(plan, DTYPES[dtype], checkpoint.add, progress)
+        config = dataclasses.replace(config, model_hash=model_hash, **ids)
+        checkpoint.finish(config, opened.files)
     return dataclasses.replace(config, folder=str(destination.absolute()))
 
 
@@ -139,14 +143,24 @@ def _tokenizer_notes(tokenizer: str | None, config: ModelConfig) -> list[str]:
     ]
 
 
-def _load(
-    source: Source,
-    config: ModelConfig,
-    rules: tuple[Rule, ...],
-    dtype: str,
-    progress: bool,
-) -> tuple[dict[str, Any], str]:
-    """Fill the model's weights, and hash the source on the way."""
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What becomes of a source.
+
+    Attributes:
+      tensors: of the source, by stored name: the order that the hash is over.
+      places: by the name of a source tensor.
+      fills: by weight, one number for every entry.
+      shapes: of all weights.
+    """
+
+    tensors: tuple[SourceTensor, ...]
+    places: dict[str, _Place]
+    fills: dict[str, float]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def _plan(source: Source, config: ModelConfig, rules: tuple[Rule, ...]) -> _Plan:
     if config.layers > len(source.tensors):  # before a tree of that many is made
         raise ConversionError(
             f"the configuration asks for {config.layers} layers, but the checkpoint "
@@ -154,23 +168,46 @@ def _load(
         )
     leaves: dict[str, Any] = flatten_dict(weight_shapes(config), sep="/")
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    places, fills = _plan(config, rules, shapes)
+    places, fills = _places(config, rules, shapes)
     source = _with_prefix(source, places)
     _check_coverage(source, places)
-    weights = {name: np.empty(shape, DTYPES[dtype]) for name, shape in shapes.items()}
-    for name, value in fills.items():
-        weights[name][...] = value
+    tensors = sorted(source.tensors.values(), key=lambda tensor: tensor.stored_name)
+    return _Plan(tuple(tensors), places, fills, shapes)
+
+
+def _stream(
+    plan: _Plan, dtype: Any, add: Callable[[str, np.ndarray], None], progress: bool
+) -> str:
+    """Make each weight, hand it over, forget it; and hash the source on the way.
+
+    The order of the hash keeps a layer's tensors together: what waits for its last
+    part is a layer's queries, keys and values at most.
+    """
+    for name, value in plan.fills.items():
+        add(f"weights/{name}", np.full(plan.shapes[name], value, dtype))
     digest = hashlib.sha256()
-    for tensor in _with_progress(source, progress):
-        head = f"{tensor.stored_name}\0{tensor.kind}\0{list(tensor.shape)}\0"
-        digest.update(head.encode())
-        digest.update(tensor.raw.data)
-        if place := places.get(tensor.name):
-            _put(tensor, place, weights[place.target])
-    return unflatten_dict(weights, sep="/"), digest.hexdigest()
+    waiting = Counter(place.target for place in plan.places.values())
+    made: dict[str, np.ndarray] = {}
+    with _progress_bar(plan, progress) as advance:
+        for tensor in plan.tensors:
+            head = f"{tensor.stored_name}\0{tensor.kind}\0{list(tensor.shape)}\0"
+            digest.update(head.encode())
+            place = plan.places.get(tensor.name)
+            if place and place.target not in made:
+                made[place.target] = np.empty(plan.shapes[place.target], dtype)
+            for rows, raw in tensor.blocks():
+                digest.update(raw.data)
+                if place:
+                    _put(tensor, raw, rows, place, made[place.target])
+                advance(tensor, raw.nbytes)
+            if place:
+                waiting[place.target] -= 1
+                if not waiting[place.target]:
+                    add(f"weights/{place.target}", made.pop(place.target))
+    return digest.hexdigest()
 
 
-def _plan(
+def _places(
     config: ModelConfig, rules: tuple[Rule, ...], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, _Place], dict[str, float]]:
     """Write the family's table out for this model."""
@@ -242,7 +279,8 @@ def _check_tied(source: Source, places: dict[str, _Place], head: SourceTensor) -
     name = next(name for name, place in places.items() if place.target == _EMBEDDING)
     embedding = source.tensors[name]
     same = head.kind == embedding.kind and head.shape == embedding.shape
-    if not (same and np.array_equal(head.raw, embedding.raw)):
+    pairs = zip(head.blocks(), embedding.blocks(), strict=True) if same else ()
+    if not (same and all(np.array_equal(one[1], two[1]) for one, two in pairs)):
         raise ConversionError(
             f"the configuration ties the output head to the embedding, but {_HEAD} "
             f"differs from {name}: if the head is its own, set tie_word_embeddings to "
@@ -250,16 +288,24 @@ def _check_tied(source: Source, places: dict[str, _Place], head: SourceTensor) -
         )
 
 
-def _put(tensor: SourceTensor, place: _Place, weight: np.ndarray) -> None:
-    values = tensor.read()
+def _put(
+    tensor: SourceTensor,
+    raw: np.ndarray,
+    rows: slice,
+    place: _Place,
+    weight: np.ndarray,
+) -> None:
+    values = tensor.floats(raw, rows)
     try:
         check_finite(tensor.stored_name, values)
     except ValueError as error:
         raise ConversionError(str(error)) from None
     part = weight[place.rows]
+    part = part[:, rows] if place.transpose else part[rows]
     with np.errstate(over="ignore"):
         part[...] = values.T if place.transpose else values
-    check_range(tensor.stored_name, part)
+    if values.dtype != part.dtype:
+        check_range(tensor.stored_name, part)
 
 
 def check_range(name: str, narrowed: np.ndarray) -> None:
@@ -279,9 +325,11 @@ def check_range(name: str, narrowed: np.ndarray) -> None:
         )
 
 
-def _with_progress(source: Source, shown: bool) -> Iterator[SourceTensor]:
-    """The tensors by stored name, which is the order that the hash is over."""
-    tensors = sorted(source.tensors.values(), key=lambda tensor: tensor.stored_name)
+@contextlib.contextmanager
+def _progress_bar(
+    plan: _Plan, shown: bool
+) -> Iterator[Callable[[SourceTensor, int], None]]:
+    """Yields what to call with a tensor and how many more bytes of it are read."""
     with Progress(
         TextColumn("converting"),
         BarColumn(),
@@ -291,8 +339,7 @@ def _with_progress(source: Source, shown: bool) -> Iterator[SourceTensor]:
         console=Console(stderr=True),
         disable=not (shown and sys.stderr.isatty()),
     ) as bar:
-        task = bar.add_task("", total=sum(tensor.raw.nbytes for tensor in tensors))
-        for tensor in tensors:
-            bar.update(task, description=tensor.stored_name)
-            yield tensor
-            bar.advance(task, tensor.raw.nbytes)
+        task = bar.add_task("", total=sum(tensor.nbytes for tensor in plan.tensors))
+        yield lambda tensor, count: bar.update(
+            task, description=tensor.stored_name, advance=count
+        )

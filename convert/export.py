@@ -21,15 +21,10 @@ from convert.rules import describe
 from convert.rules.rule import Rule
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
+from polarjax.folder import new_folder
 from polarjax.hub import load
 from polarjax.model import weight_shapes
-from polarjax.params import (
-    CHAT_TEMPLATE_FILE,
-    TOKENIZER_FILE,
-    Tree,
-    check_finite,
-    new_folder,
-)
+from polarjax.params import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Tree, check_finite
 from polarjax.sparsity.updates import merge_updates
 
 SHARD_BYTES = 4 << 30

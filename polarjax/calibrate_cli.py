@@ -18,8 +18,9 @@ from polarjax.calibration import Terms, Texts, calibrate
 from polarjax.console import counting_bar, fraction
 from polarjax.evaluation import Mode, Perplexity, Recall
 from polarjax.evaluation.record import environment, now
+from polarjax.folder import check_destination
 from polarjax.hub import load
-from polarjax.params import Params, check_destination
+from polarjax.params import Params
 from polarjax.recovery import recover_on_text
 from polarjax.sharding import make_data_mesh
 from polarjax.sparsity import save_adapter

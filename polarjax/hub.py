@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from polarjax.folder import CARD_FILE
 from polarjax.model import weight_shapes
-from polarjax.params import CARD_FILE, Params, read_folder
+from polarjax.params import Params, read_folder
+from polarjax.sharding import replicate, sharding
 from polarjax.sparsity import load_adapter, read_card
 from polarjax.sparsity.adapter import ROUTERS_FILE
 from polarjax.sparsity.routers import check_routers
 
 
-def load(path: str | Path, *, adapter: str | Path | None = None, dtype=None) -> Params:
+def load(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype=None,
+    mesh: Mesh | None = None,
+) -> Params:
     """Load a converted model.
 
     Args:
@@ -23,15 +34,18 @@ def load(path: str | Path, *, adapter: str | Path | None = None, dtype=None) -> 
       adapter: a folder that `polarjax calibrate` wrote, or the name of an adapter that
         ships with the package ("smollm2-135m"); None for none.
       dtype: of the weights in memory, None for that of the file.
+      mesh: with an axis "tp": each of its devices reads its own rows, as
+        `polarjax.sharding.shard` would cut them, and the model is whole nowhere. None
+        for the default device.
 
     Returns:
-      The model, on the default device.
+      The model, on its devices.
 
     Raises:
       FileNotFoundError: if there is no checkpoint or no such adapter.
       ValueError: if one of them is damaged, or they do not belong together.
     """
-    params = read_folder(path, dtype)
+    params = read_folder(path, dtype, partial(sharding, mesh=mesh) if mesh else None)
     want = weight_shapes(params.config)
     if jax.tree.structure(want) != jax.tree.structure(params.weights):
         raise ValueError(f"{path}: its weights are not those of its config.json")
@@ -44,8 +58,11 @@ def load(path: str | Path, *, adapter: str | Path | None = None, dtype=None) -> 
             )
     if adapter is None:
         check_routers(params.routers, params.weights, params.config)
+    else:
+        params = load_adapter(params, find_adapter(adapter))
+    if mesh is None:
         return params
-    return load_adapter(params, find_adapter(adapter))
+    return dataclasses.replace(params, routers=replicate(params.routers, mesh))
 
 
 def find_adapter(name: str | Path) -> Path:

@@ -1,32 +1,45 @@
-"""A model as one pytree, and the folder it is kept in."""
+"""A model as one pytree, and the folder it is kept in.
+
+Weights and routers lie in safetensors files of some hundred megabytes each: they are
+written while the next ones are made, and every device reads its own rows alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import logging
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from polarjax.config import ModelConfig
+from polarjax.folder import CONFIG_FILE, new_folder
 
 Tree = dict[str, Any]
+Place = Callable[[str, tuple[int, ...]], Sharding]
+"""(path in `Params.weights`, joined by "/", shape) -> the devices it goes to."""
 
-CONFIG_FILE = "config.json"
-CARD_FILE = "card.json"
 CHECKSUMS_FILE = "checksums.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_TENSORS = "tensors-{:05}.safetensors"
 _WEIGHTS, _ROUTERS = "weights", "routers"
+
+# Of arrays in one file. Two such groups are in memory at a time: one is written while
+# the next is filled.
+GROUP_BYTES = 384 << 20
 
 
 @jax.tree_util.register_dataclass
@@ -52,70 +65,101 @@ class Params:
         return self.weights["embed"]["tokens"].dtype
 
 
+class CheckpointWriter:
+    """Arrays on their way into a folder; a thread writes while others are made.
+
+    `new_checkpoint` makes one.
+    """
+
+    def __init__(self, folder: Path, pool: ThreadPoolExecutor):
+        self._folder, self._pool = folder, pool
+        self._group: dict[str, np.ndarray] = {}
+        self._bytes = 0
+        self._writing: Future[str] | None = None
+        self._sums: dict[str, str] = {}
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Take one array, which must not change any more.
+
+        Args:
+          name: "weights/" or "routers/" and its path in the tree.
+          array: outputs first.
+
+        Raises:
+          OSError: if the disk cannot be written.
+        """
+        if self._bytes + array.nbytes > GROUP_BYTES:
+            self._flush()
+        self._group[name] = np.ascontiguousarray(array)
+        self._bytes += array.nbytes
+        if self._bytes > GROUP_BYTES:  # never two of the largest at once
+            self._flush()
+            self._wait()
+
+    def finish(self, config: ModelConfig, files: Mapping[str, str]) -> None:
+        """Write what is left, and that it is a checkpoint.
+
+        Args:
+          config: what the model is.
+          files: further text files by name (tokenizer, chat template).
+
+        Raises:
+          OSError: if the disk cannot be written.
+        """
+        self._flush()
+        self._wait()
+        texts = {**files, CHECKSUMS_FILE: json.dumps(self._sums, indent=2) + "\n"}
+        # Last: a folder without it does not load.
+        texts[CONFIG_FILE] = config.to_json() + "\n"
+        for name, text in texts.items():
+            (self._folder / name).write_text(text, encoding="utf-8")
+
+    def _flush(self) -> None:
+        self._wait()
+        if self._group:
+            path = self._folder / _TENSORS.format(len(self._sums) + 1)
+            self._writing = self._pool.submit(_write_group, path, self._group)
+            self._sums[path.name] = ""
+            self._group, self._bytes = {}, 0
+
+    def _wait(self) -> None:
+        if self._writing:
+            *_, file = self._sums
+            self._sums[file] = self._writing.result()
+            self._writing = None
+
+
+def _write_group(path: Path, group: dict[str, np.ndarray]) -> str:
+    try:
+        save_file(group, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    return _checksum(path)
+
+
 @contextlib.contextmanager
-def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder that appears whole or not at all.
-
-    Yields a temporary folder beside `path` and renames it on success. On any error,
-    and for the leftovers of an earlier process that was killed, it is deleted.
-
-    Args:
-      path: where the folder shall be.
-      overwrite: replace what is there, if it is polarjax's own.
-
-    Raises:
-      FileExistsError: if `path` exists and is not to be overwritten.
-    """
-    path = Path(path)
-    check_destination(path, overwrite)
-    partial = path.with_name(path.name + ".partial")
-    _remove(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _remove(path)
-        partial.rename(path)
-    except BaseException:
-        _remove(partial)
-        raise
-
-
-def check_destination(path: str | Path, overwrite: bool) -> None:
-    """Raise unless a checkpoint or adapter may be written to a place.
+def new_checkpoint(
+    path: str | Path, nbytes: int, overwrite: bool = False
+) -> Iterator[CheckpointWriter]:
+    """A checkpoint folder that appears whole or not at all.
 
     Args:
-      path: the folder to make.
-      overwrite: whether an older checkpoint or adapter there may be replaced.
+      path: the folder.
+      nbytes: of all arrays that will be written.
+      overwrite: replace what is there.
 
     Raises:
-      FileExistsError: if there is one and it may not, or if there is something else.
+      FileExistsError: see `new_folder`.
+      OSError: if the disk is too small.
     """
-    path = Path(path)
-    if not path.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{path} exists: choose another place, or overwrite it (--overwrite)"
-        )
-    empty = path.is_dir() and not any(path.iterdir())
-    if not empty and not any(map(_has_format, (path / CONFIG_FILE, path / CARD_FILE))):
-        raise FileExistsError(
-            f"{path} is no polarjax checkpoint or adapter: it will not be overwritten"
-        )
-
-
-def _has_format(file: Path) -> bool:
-    try:
-        return "format_version" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with new_folder(path, overwrite) as partial, ThreadPoolExecutor(1) as pool:
+        free = shutil.disk_usage(partial).free
+        if free < nbytes:
+            raise OSError(
+                f"no space for {path}: it needs {nbytes / 1e6:,.1f} MB "
+                f"and {free / 1e6:,.1f} MB are free"
+            )
+        yield CheckpointWriter(partial, pool)
 
 
 def write_folder(
@@ -140,34 +184,13 @@ def write_folder(
       FileExistsError: if `path` exists and is not to be overwritten.
       OSError: if the disk is too small or cannot be written.
     """
-    parts = {_WEIGHTS: weights, **({_ROUTERS: routers} if routers else {})}
-    with new_folder(path, overwrite) as partial:
-        # Compression may save some of it, but orbax's own failure on a full disk is
-        # pages of traces from its threads: ask first.
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
-        free = shutil.disk_usage(partial).free
-        if free < needed:
-            raise OSError(
-                f"no space for {path}: it needs {needed / 1e6:,.1f} MB "
-                f"and {free / 1e6:,.1f} MB are free"
-            )
-        for name, tree in parts.items():
-            try:  # around it all: its threads' errors come when it closes
-                with _quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-                    checkpointer.save((partial / name).absolute(), tree)
-            except Exception as error:  # of many types
-                raise OSError(f"cannot write {path}: {_first_line(error)}") from None
-        for name, text in (files or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        sums = {
-            file.relative_to(partial).as_posix(): _checksum(file)
-            for name in parts
-            for file in sorted((partial / name).rglob("*"))
-            if file.is_file()
-        }
-        (partial / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n")
-        # Last: a folder without it does not load.
-        (partial / CONFIG_FILE).write_text(config.to_json() + "\n", encoding="utf-8")
+    trees = {_WEIGHTS: weights, _ROUTERS: routers or {}}
+    leaves: dict[str, Any] = flatten_dict(trees, sep="/")
+    nbytes = sum(leaf.nbytes for leaf in leaves.values())
+    with new_checkpoint(path, nbytes, overwrite) as checkpoint:
+        for name, leaf in leaves.items():
+            checkpoint.add(name, np.asarray(leaf))
+        checkpoint.finish(config, files or {})
 
 
 def save(params: Params, path: str | Path, *, overwrite: bool = False) -> None:
@@ -193,13 +216,15 @@ def save(params: Params, path: str | Path, *, overwrite: bool = False) -> None:
     )
 
 
-def read_folder(path: str | Path, dtype=None) -> Params:
-    """Read a checkpoint folder onto the default device.
+def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Params:
+    """Read a checkpoint folder, each device its own rows.
 
     Args:
       path: what `save` or `python -m convert` wrote.
       dtype: of the weights in memory, or None for that of the file. Routers stay
         float32.
+      place: where each weight goes; None for the default device. Routers go there in
+        any case.
 
     Raises:
       FileNotFoundError: if there is no such folder, or no checkpoint in it.
@@ -213,35 +238,58 @@ def read_folder(path: str | Path, dtype=None) -> Params:
             f"{path} has no {CONFIG_FILE}: not a polarjax checkpoint, or one whose "
             f"writing was interrupted. Make one with `python -m convert SRC {path}`"
         )
-    if not (path / _WEIGHTS).is_dir():
+    if not (path / _TENSORS.format(1)).exists():
         raise FileNotFoundError(
-            f"{path} holds no polarjax weights. If it is a Hugging Face folder, "
-            f"convert it first: `python -m convert {path} DST`"
+            f"{path} holds no polarjax weights. If it is a Hugging Face folder, or one "
+            f"of an older polarjax, convert it first: `python -m convert SRC DST`"
         )
     text = (path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
     config = ModelConfig.from_json(text, folder=str(path.absolute()))
-    _check_files(path)
-    weights = _restore(path / _WEIGHTS, dtype)
-    routers = _restore(path / _ROUTERS) if (path / _ROUTERS).is_dir() else {}
+    default = SingleDeviceSharding(jax.devices()[0])
+    found: dict[str, dict[str, jax.Array]] = {_WEIGHTS: {}, _ROUTERS: {}}
+    for file in _checked_files(path):
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():
+                part, _, leaf = name.partition("/")
+                if part not in found:
+                    raise ValueError(f"{file} is damaged: it holds {name!r}")
+                rows = tensors.get_slice(name)
+                if part == _WEIGHTS:
+                    where = place(leaf, tuple(rows.get_shape())) if place else default
+                    found[part][leaf] = _read(rows, where, dtype)
+                else:
+                    found[part][leaf] = _read(rows, default)
+    weights, routers = (unflatten_dict(leaves, sep="/") for leaves in found.values())
     return Params(weights, routers, config)
 
 
-def _check_files(path: Path) -> None:
-    """Raise unless weights and routers are byte for byte what was written.
+def _read(rows: Any, where: Sharding, dtype=None) -> jax.Array:
+    def part(index: Any) -> np.ndarray:
+        array = rows[index]
+        return array if dtype is None else array.astype(dtype)
 
-    The weights' own format notices some damage, and no changed bit of an array.
+    return jax.make_array_from_callback(tuple(rows.get_shape()), where, part)
+
+
+def _checked_files(path: Path) -> list[Path]:
+    """The files of arrays, byte for byte what was written.
+
+    Raises:
+      ValueError: naming the one that is not.
     """
     try:
-        sums = dict(json.loads((path / CHECKSUMS_FILE).read_text(encoding="utf-8")))
+        text = (path / CHECKSUMS_FILE).read_text(encoding="utf-8")
+        sums = {str(name): value for name, value in dict(json.loads(text)).items()}
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path / CHECKSUMS_FILE} is missing or damaged: convert the model again"
         ) from error
     for name, checksum in sums.items():
-        if not (path / name).is_file():
+        if Path(name).name != name or not (path / name).is_file():
             raise ValueError(f"{path} is damaged: {name} is missing")
         if _checksum(path / name) != checksum:
             raise ValueError(f"{path} is damaged: {name} is not what was written")
+    return [path / name for name in sums]
 
 
 def _checksum(file: Path) -> str:
@@ -251,40 +299,6 @@ def _checksum(file: Path) -> str:
         while block := stream.read(2**22):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
-
-
-def _restore(path: Path, dtype=None) -> Tree:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def abstract(leaf) -> jax.ShapeDtypeStruct:
-        kind = dtype if dtype is not None else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
-
-    with _quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(path.absolute()).item_metadata
-            if stored is None:
-                raise ValueError("its metadata are missing")
-            target = jax.tree.map(abstract, stored.tree)
-            return checkpointer.restore(path.absolute(), target)
-        except Exception as error:  # orbax and tensorstore raise many types
-            raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Errors reach the caller as exceptions; keep their traces off the terminal."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def check_finite(name: str, array) -> None:

@@ -55,6 +55,11 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
+def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """`partition` on its mesh; arguments as there."""
+    return NamedSharding(mesh, partition(path, shape, mesh))
+
+
 def shard(params: Params, mesh: Mesh) -> Params:
     """Place a model on a mesh.
 
@@ -68,9 +73,7 @@ def shard(params: Params, mesh: Mesh) -> Params:
 
     def place(path, leaf: jax.Array) -> jax.Array:
         name = "/".join(str(key.key) for key in path)
-        return jax.device_put(
-            leaf, NamedSharding(mesh, partition(name, leaf.shape, mesh))
-        )
+        return jax.device_put(leaf, sharding(name, leaf.shape, mesh))
 
     weights = jax.tree_util.tree_map_with_path(place, params.weights)
     routers = replicate(params.routers, mesh)

@@ -48,6 +48,7 @@ FLOORS = {
     """,
     1: """
         polarjax.config
+        polarjax.folder
         polarjax.params
         polarjax.cache
         polarjax.policy
@@ -146,7 +147,10 @@ FLOORS = {
 }
 ORDER = [name for floor in sorted(FLOORS) for name in FLOORS[floor].split()]
 # The conversion knows nothing of decoding. The way back reads adapters.
-CONVERT_NEEDS = ("convert", "polarjax.config", "polarjax.params", "polarjax.model")
+CONVERT_NEEDS = (
+    *("convert", "polarjax.config", "polarjax.folder", "polarjax.params"),
+    "polarjax.model",
+)
 EXPORT_NEEDS = (*CONVERT_NEEDS, "polarjax.hub", "polarjax.sparsity.updates")
 PACKAGES = ("pallas_kernels", "polarjax", "convert")
 RUN_TIME = {

@@ -12,7 +12,8 @@ import pytest
 
 import polarjax
 from polarjax import params as params_module
-from polarjax.params import check_finite, new_folder, write_folder
+from polarjax.folder import new_folder
+from polarjax.params import check_finite, write_folder
 from tests.models import LLAMA, OPT, random_params, write_checkpoint
 
 CONFIG = dataclasses.replace(
@@ -123,7 +124,7 @@ def test_an_interrupted_save_leaves_nothing(params, tmp_path, monkeypatch, when,
         raise error
 
     target, name = {
-        "weights": (params_module, "_quiet_orbax"),
+        "weights": (params_module, "save_file"),
         "config": (polarjax.ModelConfig, "to_json"),
     }[when]
     monkeypatch.setattr(target, name, interrupt)
@@ -147,8 +148,8 @@ def test_an_interrupted_overwrite_leaves_what_was_there(params, folder, monkeypa
 
 def test_leftovers_of_a_killed_process_do_not_load_and_do_not_matter(params, tmp_path):
     partial = tmp_path / "model.partial"
-    (partial / "weights").mkdir(parents=True)
-    (partial / "weights" / "half").write_text("half")
+    (partial / "folder").mkdir(parents=True)
+    (partial / "folder" / "half").write_text("half")
     with pytest.raises(FileNotFoundError, match=r"no config\.json: not a polarjax"):
         polarjax.load(partial)
     polarjax.save(params, tmp_path / "model")
@@ -185,26 +186,53 @@ def test_only_polarjaxs_own_or_nothing_is_overwritten(tmp_path):
     assert (tmp_path / "empty" / "inside").read_text() == "new"
 
 
+def test_one_of_two_writers_is_told(params, tmp_path):
+    with new_folder(tmp_path / "model") as partial:
+        (partial / "inside").write_text("ours")
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="another process is writing"):
+                polarjax.save(params, tmp_path / "model", overwrite=overwrite)
+    assert (tmp_path / "model" / "inside").read_text() == "ours"
+    # One that looked before the other had finished, and comes to its turn after it.
+    with pytest.raises(FileExistsError, match="model exists"):
+        polarjax.save(params, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_link_is_not_followed(params, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one").write_text("a photo")
+    (tmp_path / "model.partial").symlink_to(tmp_path / "photos")
+    with pytest.raises(OSError):
+        polarjax.save(params, tmp_path / "model")
+    assert (tmp_path / "photos" / "one").exists()
+
+
 # Damage.
 
 
-@pytest.mark.parametrize("part", ["weights", "routers"])
-def test_every_damaged_array_file_is_noticed(written, tmp_path, part):
-    names = [p.relative_to(written) for p in files_below(written / part)]
+def test_every_damaged_array_file_is_noticed(params, tmp_path, monkeypatch):
+    monkeypatch.setattr(params_module, "GROUP_BYTES", 20_000)
+    polarjax.save(params, tmp_path / "model")
+    assert_equal_trees(polarjax.load(tmp_path / "model").weights, params.weights)
+    names = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
     assert len(names) > 5
     rng = np.random.default_rng(0)
     damaged = 0
     for name in names:
-        data = (written / name).read_bytes()
+        data = (tmp_path / "model" / name).read_bytes()
         bad = bytearray(data)
         bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
         for content in (bytes(bad), data[: len(data) // 2], b"", None):
-            folder = shutil.copytree(written, tmp_path / str(damaged))
+            folder = shutil.copytree(tmp_path / "model", tmp_path / str(damaged))
             if content is None:
                 (folder / name).unlink()
             else:
                 (folder / name).write_bytes(content)
-            with pytest.raises(ValueError, match=r"is damaged: .* is (missing|not wh)"):
+            with pytest.raises(
+                (ValueError, FileNotFoundError),
+                match=r"is damaged: .* is (missing|not wh)|holds no polarjax weights",
+            ):
                 polarjax.load(folder)
             damaged += 1
 
@@ -269,7 +297,7 @@ def test_places_without_a_checkpoint_say_so(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="no checkpoint folder at"):
         polarjax.load(folder / "config.json")
     # A Hugging Face folder has a config.json too.
-    shutil.rmtree(folder / "weights")
+    (folder / "tensors-00001.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="convert it first: `python -m convert"):
         polarjax.load(folder)
     (folder / "config.json").unlink()

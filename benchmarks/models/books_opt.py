@@ -34,8 +34,9 @@ from benchmarks.models.opt_training import Training, evaluate, imbalance, train
 from convert.core import DTYPES
 from convert.export import check_shards, write
 from polarjax.config import ModelConfig
+from polarjax.folder import check_destination
 from polarjax.model import weight_shapes
-from polarjax.params import TOKENIZER_FILE, check_destination
+from polarjax.params import TOKENIZER_FILE
 
 LARGEST = 28_000_000  # parameters
 

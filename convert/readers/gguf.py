@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from gguf.quants import dequantize
 
 from convert.readers.gguf_header import MAGIC, Entry, read_header
 from convert.rules.rule import size
-from convert.source import ConversionError, Source, SourceTensor
+from convert.source import ConversionError, Decode, Source, SourceTensor
 from convert.tokenizer import from_gguf
 
 __all__ = ["MAGIC", "read"]
@@ -97,9 +96,9 @@ def read(path: Path) -> Source:
                 f"{path}: {entry.name} has type {entry.kind.name}, which is not "
                 f"supported; supported: {', '.join(sorted(_KINDS))}"
             )
-    config = _config(fields, entries, data)
+    config = _config(fields, entries, path)
     files, notes = from_gguf(fields)
-    tensors = [_tensor(entry, config, data) for entry in entries]
+    tensors = [_tensor(entry, config, path) for entry in entries]
     return Source(
         config=config,
         tensors={tensor.name: tensor for tensor in tensors},
@@ -110,9 +109,7 @@ def read(path: Path) -> Source:
     )
 
 
-def _config(
-    fields: dict[str, Any], entries: list[Entry], data: np.ndarray
-) -> dict[str, Any]:
+def _config(fields: dict[str, Any], entries: list[Entry], path: Path) -> dict[str, Any]:
     """The metadata as a config.json, in transformers 4's words."""
     family = fields["general.architecture"]
     config: dict[str, Any] = {"model_type": family}
@@ -136,7 +133,7 @@ def _config(
     _refuse_variants(fields, config)
     for entry in entries:
         if entry.name == _DIVISORS:
-            config["rope_divisors"] = _divisors(entry, config, data)
+            config["rope_divisors"] = _divisors(_tensor(entry, config, path), config)
     return config
 
 
@@ -166,10 +163,8 @@ def _refuse_variants(fields: dict[str, Any], config: dict[str, Any]) -> None:
         refuse(key, 0.0, 1.0)
 
 
-def _divisors(
-    entry: Entry, config: dict[str, Any], data: np.ndarray
-) -> tuple[float, ...]:
-    values = _dequantize(entry.kind, entry.shape, _raw(entry, data)).ravel()
+def _divisors(tensor: SourceTensor, config: dict[str, Any]) -> tuple[float, ...]:
+    values = tensor.read().ravel()
     if values.size != config["head_dim"] // 2:
         raise ConversionError(
             f"{_DIVISORS} has {values.size} numbers; a head of {config['head_dim']} "
@@ -180,7 +175,7 @@ def _divisors(
     return tuple(values.tolist())
 
 
-def _tensor(entry: Entry, config: dict[str, Any], data: np.ndarray) -> SourceTensor:
+def _tensor(entry: Entry, config: dict[str, Any], path: Path) -> SourceTensor:
     layer = re.match(r"blk\.(\d+)\.", entry.name)
     i = layer.group(1) if layer else ""
     stem, _, suffix = entry.name.rpartition(".")
@@ -188,42 +183,40 @@ def _tensor(entry: Entry, config: dict[str, Any], data: np.ndarray) -> SourceTen
     name = entry.name
     if generic in _NAMES:
         name = f"{_NAMES[generic].replace('{i}', i)}.{suffix}"
-    decode: Callable[[np.ndarray], np.ndarray]
-    decode = partial(_dequantize, entry.kind, entry.shape)
+    decode, unit = partial(_dequantize, entry.kind), 1
     if config["model_type"] == "llama" and generic in _INTERLEAVED:
-        decode = partial(_split_rotary, config[_INTERLEAVED[generic]], decode)
+        unit = max(entry.shape[0] // config[_INTERLEAVED[generic]], 1)  # of one head
+        decode = partial(_split_rotary, unit, decode)
     return SourceTensor(
         name=name,
         stored_name=entry.name,
         kind=entry.kind.name,
         shape=entry.shape,
-        raw=_raw(entry, data),
+        path=path,
+        begin=entry.begin,
+        nbytes=entry.nbytes,
         decode=decode,
+        unit=unit,
     )
 
 
-def _raw(entry: Entry, data: np.ndarray) -> np.ndarray:
-    return data[entry.begin : entry.begin + entry.nbytes]
-
-
 def _dequantize(
-    kind: GGMLQuantizationType, shape: tuple[int, ...], raw: np.ndarray
+    kind: GGMLQuantizationType, raw: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-    rows = np.asarray(raw).reshape(*shape[:-1], -1)
-    return dequantize(rows, kind).reshape(shape)
+    return dequantize(raw.reshape(*shape[:-1], -1), kind).reshape(shape)
 
 
 def _split_rotary(
-    heads: int, decode: Callable[[np.ndarray], np.ndarray], raw: np.ndarray
+    head_rows: int, decode: Decode, raw: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
     """Rows of q and k as the model has them: i and i + d / 2 rotate together.
 
     GGUF files of the architecture `llama` store each head's rows interleaved, for a
     rotation that pairs 2 i with 2 i + 1.
     """
-    stored = decode(raw)
-    pairs = stored.reshape(heads, -1, 2, *stored.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(stored.shape)
+    stored = decode(raw, shape)
+    pairs = stored.reshape(-1, head_rows // 2, 2, *shape[1:])
+    return pairs.swapaxes(1, 2).reshape(shape)
 
 
 def _ids(fields: dict[str, Any], *names: str) -> tuple[int, ...]:

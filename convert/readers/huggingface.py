@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,9 @@ def _open(path: Path) -> Iterable[SourceTensor]:
         raise ConversionError(
             f"{path} is not a whole safetensors file: {error}"
         ) from None
-    data = np.memmap(path, mode="r")
-    start = 8 + int(data[:8].view("<u8")[0])
-    header = json.loads(data[8:start].tobytes())
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     for name, entry in header.items():
         kind, shape = entry["dtype"], tuple(entry["shape"])
@@ -144,16 +144,12 @@ def _open(path: Path) -> Iterable[SourceTensor]:
             stored_name=name,
             kind=kind,
             shape=shape,
-            raw=data[start + begin : start + end],
-            decode=_decoder(kind, shape),
+            path=path,
+            begin=8 + size + begin,
+            nbytes=end - begin,
+            decode=partial(_decode, _FLOATS[kind]),
         )
 
 
-def _decoder(kind: str, shape: tuple[int, ...]):
-    dtype = np.dtype(_FLOATS[kind])
-
-    def decode(raw: np.ndarray) -> np.ndarray:
-        assert raw.size == math.prod(shape) * dtype.itemsize
-        return raw.view(dtype).reshape(shape)
-
-    return decode
+def _decode(dtype: Any, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return raw.view(dtype).reshape(shape)

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from polarjax.config import ModelConfig, tuple_neuron_budgets
-from polarjax.params import CARD_FILE, Params, Tree, check_finite, new_folder
+from polarjax.folder import CARD_FILE, new_folder
+from polarjax.params import Params, Tree, check_finite
 from polarjax.sparsity.neurons import check_neuron_budgets
 from polarjax.sparsity.routers import check_routers
 

@@ -46,6 +46,11 @@ Tensors = dict[str, np.ndarray]
 
 def llama_tensors(config=LLAMA, seed=0) -> Tensors:
     """Random tensors of a LLaMA by Hugging Face's names, float32."""
+    return _random(llama_shapes(config), seed)
+
+
+def llama_shapes(config=LLAMA) -> dict[str, tuple[int, ...]]:
+    """What these tensors are."""
     c = config
     m, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
     h, k = c["num_attention_heads"], c["num_key_value_heads"]
@@ -77,7 +82,7 @@ def llama_tensors(config=LLAMA, seed=0) -> Tensors:
             shapes |= {
                 f"model.layers.{i}.self_attn.{n}_norm.weight": (d,) for n in "qk"
             }
-    return _random(shapes, seed)
+    return shapes
 
 
 def opt_tensors(config=OPT, seed=0) -> Tensors:

@@ -2,8 +2,14 @@
 
 import dataclasses
 import json
+import math
+import shutil
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -16,6 +22,7 @@ from tests.convert.checkpoints import (
     OPT,
     as_dtype,
     expected_llama,
+    llama_shapes,
     llama_tensors,
     opt_tensors,
     write_hf,
@@ -213,25 +220,67 @@ def test_end_tokens_beyond_the_vocabulary_are_named(tmp_path, capsys):
 
 
 def test_memory(tmp_path, monkeypatch):
-    """The target's weights and little more, whatever the number of tensors."""
-    config = {**LLAMA, "hidden_size": 128, "intermediate_size": 256}
-    config |= {"num_hidden_layers": 12, "vocab_size": 512}
+    """Two groups and the tensor at hand, not the model."""
+    config = {**LLAMA, "hidden_size": 128, "intermediate_size": 512}
+    config |= {"num_hidden_layers": 8, "vocab_size": 512}
     tensors = llama_tensors(config)
     write_hf(tmp_path / "hf", config, tensors)
     target = sum(array.size for array in tensors.values()) * 2
     largest = max(array.nbytes for array in tensors.values())
     del tensors
-    convert(tmp_path / "hf", tmp_path / "warm", progress=False)
-    peak = 0
+    group, peaks = 200_000, {}
+    for name, limit in {"warm": 10**9, "whole": 10**9, "streamed": group}.items():
+        monkeypatch.setattr("polarjax.params.GROUP_BYTES", limit)
+        tracemalloc.start()
+        try:
+            convert(tmp_path / "hf", tmp_path / name, progress=False)
+            peaks[name] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    saved = peaks["whole"] - peaks["streamed"]
+    assert target - 2 * group - 3 * largest < saved, (target, largest, peaks)
+    one, many = (read_folder(tmp_path / name) for name in ("whole", "streamed"))
+    jax.tree.map(np.testing.assert_array_equal, one.weights, many.weights)
+    assert len(list((tmp_path / "streamed").glob("*.safetensors"))) > 10
 
-    def write(*_, **__):
-        nonlocal peak
-        peak = tracemalloc.get_traced_memory()[1]
 
-    monkeypatch.setattr("convert.core.write_folder", write)
-    tracemalloc.start()
-    try:
-        convert(tmp_path / "hf", tmp_path / "out", progress=False)
-    finally:
-        tracemalloc.stop()
-    assert target <= peak < target + 3 * largest, (target, largest, peak)
+PEAK = """
+import sys
+from convert import convert
+
+convert(sys.argv[1], sys.argv[2], progress=False)
+status = open("/proc/self/status").read()
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_memory_of_20_gb(tmp_path):
+    """A model of holes: as large as a real one, and nearly no disk."""
+    config = {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+    config |= {"num_hidden_layers": 20, "vocab_size": 65536}
+    if shutil.disk_usage(tmp_path).free < 15e9:
+        pytest.skip("needs 15 GB of disk")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in llama_shapes(config).items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "hf/model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert end > 20e9
+    largest = 2 * 65536 * 4096
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "hf", tmp_path / "out"],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 1.2e9 + largest
+    assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) > end / 2

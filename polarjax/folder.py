@@ -1,0 +1,105 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+CONFIG_FILE = "config.json"
+CARD_FILE = "card.json"
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that appears whole or not at all.
+
+    Yields a temporary folder beside `path` and renames it on success. On any error,
+    and for the leftovers of an earlier process that was killed, it is deleted.
+
+    Args:
+      path: where the folder shall be.
+      overwrite: replace what is there, if it is polarjax's own.
+
+    Raises:
+      FileExistsError: if `path` exists and is not to be overwritten, or another
+        process is writing it.
+    """
+    path = Path(path)
+    check_destination(path, overwrite)
+    partial = path.with_name(path.name + ".partial")
+    with _ours_alone(partial, path):
+        check_destination(path, overwrite)  # it may have been made just before
+        try:
+            yield partial
+            _remove(path)
+            partial.rename(path)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+@contextlib.contextmanager
+def _ours_alone(partial: Path, path: Path) -> Iterator[None]:
+    """An empty folder that no other process writes; the lock dies with its process."""
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Else it was renamed or deleted before it was locked.
+            free = os.path.samestat(os.stat(partial), os.fstat(handle))
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        if not free:
+            raise FileExistsError(
+                f"another process is writing {path}: let it finish, or choose another "
+                "place"
+            )
+        for leftover in partial.iterdir():
+            _remove(leftover)
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_destination(path: str | Path, overwrite: bool) -> None:
+    """Raise unless a checkpoint or adapter may be written to a place.
+
+    Args:
+      path: the folder to make.
+      overwrite: whether an older checkpoint or adapter there may be replaced.
+
+    Raises:
+      FileExistsError: if there is one and it may not, or if there is something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{path} exists: choose another place, or overwrite it (--overwrite)"
+        )
+    empty = path.is_dir() and not any(path.iterdir())
+    if not empty and not any(map(_has_format, (path / CONFIG_FILE, path / CARD_FILE))):
+        raise FileExistsError(
+            f"{path} is no polarjax checkpoint or adapter: it will not be overwritten"
+        )
+
+
+def _has_format(file: Path) -> bool:
+    try:
+        return "format_version" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
