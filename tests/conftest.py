@@ -1,11 +1,16 @@
 """Fixtures that several folders share."""
 
 import gc
+import importlib.util
 import os
 from pathlib import Path
 
-# Before jax starts: tests of sharding need several devices.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Before jax starts: tests of sharding need several devices. Without a GPU most of the
+# time goes into compiling tiny programs; a third of that is LLVM making them fast.
+FLAGS = "--xla_force_host_platform_device_count=8"
+if importlib.util.find_spec("jax_cuda13_plugin") is None:
+    FLAGS += " --xla_backend_optimization_level=0"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 import jax
 import pytest
