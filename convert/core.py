@@ -24,7 +24,7 @@ from rich.progress import (
 from tokenizers import Tokenizer
 
 from convert.readers import open_source
-from convert.rules import understand
+from convert.rules import understand, unread
 from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor
 from polarjax.config import ModelConfig
@@ -95,7 +95,7 @@ def convert(
     ids, notes = _token_ids(opened, config)
     config = dataclasses.replace(config, model_hash=model_hash, **ids)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
-    for note in (*opened.notes, *notes):
+    for note in (*opened.notes, *unread(opened.config), *notes):
         print(f"note: {note}", file=sys.stderr)
     write_folder(destination, config, weights, files=opened.files, overwrite=overwrite)
     return dataclasses.replace(config, folder=str(destination.absolute()))

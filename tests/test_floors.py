@@ -86,6 +86,7 @@ FLOORS = {
         convert.files
         convert.tokenizer
         convert.rules.rule
+        convert.rules.fields
         convert.readers.gguf_header
         convert.readers.gguf
         convert.readers.huggingface

@@ -18,6 +18,31 @@ _ATTENTION = "model.layers.{i}.self_attn."
 _MLP = "model.layers.{i}.mlp."
 _QKV = ("heads", "kv_heads", "kv_heads")
 
+# Of config.json, by model_type: those that are read below.
+_SHARED = frozenset(
+    """
+    attention_bias head_dim hidden_act hidden_size intermediate_size layer_types
+    max_position_embeddings mlp_bias num_attention_heads num_hidden_layers
+    num_key_value_heads original_max_position_embeddings partial_rotary_factor
+    rms_norm_eps rope_divisors rope_parameters rope_scaling rope_theta
+    tie_word_embeddings vocab_size
+    """.split()
+)
+_QWEN = _SHARED | {"max_window_layers", "sliding_window", "use_sliding_window"}
+FIELDS = {
+    "llama": _SHARED,
+    "mistral": _SHARED | {"sliding_window"},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
+}
+ROPE_FIELDS = frozenset(
+    """
+    attention_factor beta_fast beta_slow factor high_freq_factor low_freq_factor
+    mscale mscale_all_dim original_max_position_embeddings partial_rotary_factor
+    rope_theta rope_type truncate type
+    """.split()
+)
+
 RULES = (
     Rule("embed/tokens", ("model.embed_tokens.weight",)),
     Rule("embed/head", ("lm_head.weight",)),

@@ -14,6 +14,18 @@ _LAYER = "model.decoder.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
 _QKV = ("heads", "kv_heads", "kv_heads")
 
+# Of config.json, by model_type: those that are read below.
+FIELDS = {
+    "opt": frozenset(
+        """
+        _remove_final_layer_norm activation_function do_layer_norm_before enable_bias
+        ffn_dim hidden_size layer_norm_elementwise_affine max_position_embeddings
+        num_attention_heads num_hidden_layers tie_word_embeddings vocab_size
+        word_embed_proj_dim
+        """.split()
+    )
+}
+
 RULES = (
     Rule("embed/tokens", (f"{_DECODER}embed_tokens.weight",)),
     Rule("embed/head", ("lm_head.weight",)),
