@@ -357,14 +357,15 @@ def test_config_survives_json():
     rope = polarjax.Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192, (1.0, 2.5))
     config = dataclasses.replace(CONFIG, rope=rope, folder="/here")
     windows = dataclasses.replace(CONFIG, windows=(4, *(0,) * (CONFIG.layers - 1)))
-    windows = dataclasses.replace(windows, folder="/here", qk_norm=True)
+    rotary = (False, *(True,) * (CONFIG.layers - 1))
+    windows = dataclasses.replace(windows, folder="/here", qk_norm=True, rotary=rotary)
     for one in (config, windows, dataclasses.replace(OPT, folder="/here")):
         again = polarjax.ModelConfig.from_json(one.to_json(), folder="/here")
         assert again == one and hash(again) == hash(one)
     assert "folder" not in json.loads(config.to_json())
 
 
-def test_windows_are_one_for_each_layer():
+def test_windows_and_rotary_positions_are_by_layer():
     layers = CONFIG.layers
     config = dataclasses.replace(
         CONFIG, windows=(4, CONFIG.context, *(0,) * (layers - 2))
@@ -373,8 +374,15 @@ def test_windows_are_one_for_each_layer():
     for wrong in ((4,), (-1,) * layers):
         with pytest.raises(ValueError, match=f"windows must be {layers} numbers"):
             dataclasses.replace(CONFIG, windows=wrong)
+    config = dataclasses.replace(CONFIG, rotary=(True,) * (layers - 1) + (False,))
+    ropes = [config.rope_of(i) for i in range(layers)]
+    assert ropes == [CONFIG.rope] * (layers - 1) + [None]
+    for wrong in ({"rotary": (True,)}, {"rotary": (True,) * layers, "rope": None}):
+        with pytest.raises(ValueError, match=f"rotary must be {layers} flags beside"):
+            dataclasses.replace(CONFIG, **wrong)
     fields = json.loads(CONFIG.to_json())
-    del fields["windows"], fields["qk_norm"]  # as older checkpoints are
+    # As older checkpoints are.
+    del fields["windows"], fields["qk_norm"], fields["rotary"]
     assert polarjax.ModelConfig.from_json(json.dumps(fields)) == CONFIG
 
 

@@ -18,6 +18,7 @@ _FAMILIES = {
     "opt": ("OPTForCausalLM", opt),
     "qwen2": ("Qwen2ForCausalLM", llama),
     "qwen3": ("Qwen3ForCausalLM", llama),
+    "smollm3": ("SmolLM3ForCausalLM", llama),
 }
 
 

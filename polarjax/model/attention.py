@@ -102,8 +102,8 @@ class Attention(nn.Module):
         scores = y[..., end_v:] if self.score_rows else None
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if c.rope:
-            q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
+        if rope := c.rope_of(self.layer):
+            q, k = rotate(q, positions, rope), rotate(k, positions, rope)
         return q, k, v, scores
 
     def output(self, o: jax.Array) -> jax.Array:

@@ -86,7 +86,9 @@ def test_a_plain_file_has_nothing_to_say(tmp_path, capsys):
     assert "not read" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "OPT"])
+@pytest.mark.parametrize(
+    "name", ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "OPT"]
+)
 def test_every_field_of_transformers_own_classes_is_known(name):
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{name}Config")().to_dict()

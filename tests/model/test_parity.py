@@ -44,6 +44,11 @@ YARN = {
     "original_max_position_embeddings": 32,
     "beta_fast": 8.0,
 }
+SMOLLM3 = dict(
+    LLAMA,
+    **dict(num_hidden_layers=4, num_key_value_heads=2, pad_token_id=None),
+    tie_word_embeddings=True,
+)
 OPT = dict(
     vocab_size=131,
     hidden_size=64,
@@ -125,6 +130,27 @@ MODELS = {
         **dict(head_dim=16, use_sliding_window=True, sliding_window=9),
         layer_types=["sliding_attention", "full_attention"],
     ),
+    "smollm3-gqa-tied": dict(SMOLLM3),
+    "smollm3-mha-bias": dict(
+        SMOLLM3,
+        **dict(num_key_value_heads=4, attention_bias=True, tie_word_embeddings=False),
+        no_rope_layers=[0, 1, 0, 1],
+    ),
+    "smollm3-mqa-yarn": dict(
+        SMOLLM3,
+        **dict(num_key_value_heads=1, no_rope_layer_interval=2, rope_parameters=YARN),
+    ),
+    # The layers without positions see a window alone.
+    "smollm3-window": dict(
+        SMOLLM3,
+        **dict(use_sliding_window=True, sliding_window=6, no_rope_layer_interval=2),
+    ),
+    "smollm3-odd": dict(
+        SMOLLM3,
+        **dict(vocab_size=97, hidden_size=60, intermediate_size=37, head_dim=14),
+        **dict(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1),
+        **dict(no_rope_layers=[1, 1], rms_norm_eps=1e-3),
+    ),
     "opt": dict(OPT),
     "opt-projected": dict(OPT, word_embed_proj_dim=32),
     "opt-untied": dict(OPT, tie_word_embeddings=False),
@@ -152,6 +178,7 @@ def make_reference(name: str):
         "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
     }[family]
     reference = model(kind(**MODELS[name])).eval()
     generator = torch.Generator().manual_seed(len(name))
