@@ -87,6 +87,9 @@ class ModelConfig:
       rotary: by layer, whether queries and keys are rotated (not in NoPE layers, which
         know the order of tokens by the causal mask alone). Empty if they are in every
         layer, or positions are learned.
+      norm_after: whether each half of a layer is normalised after it has been added to
+        the residual stream (OPT-350M), not before it reads that.
+      final_norm: whether the last layer's output is normalised before the output head.
       bos_ids: tokens that start a text; for information, the tokenizer adds them.
       eos_ids: tokens that end a text.
       budgets: KV groups that an adapter's policy reads in each layer; empty without
@@ -124,6 +127,8 @@ class ModelConfig:
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
     rotary: tuple[bool, ...] = ()
+    norm_after: bool = False
+    final_norm: bool = True
     bos_ids: tuple[int, ...] = ()
     eos_ids: tuple[int, ...] = ()
     budgets: tuple[float, ...] = ()

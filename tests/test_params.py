@@ -13,7 +13,7 @@ import pytest
 import polarjax
 from polarjax import params as params_module
 from polarjax.params import check_finite, new_folder, write_folder
-from tests.models import LLAMA, OPT, random_params, write_checkpoint
+from tests.models import LLAMA, OPT, OPT_AFTER, random_params, write_checkpoint
 
 CONFIG = dataclasses.replace(
     LLAMA, layers=2, budgets=(4, 2), eos_ids=(256,), bos_ids=(1,), model_hash="abc"
@@ -359,7 +359,8 @@ def test_config_survives_json():
     windows = dataclasses.replace(CONFIG, windows=(4, *(0,) * (CONFIG.layers - 1)))
     rotary = (False, *(True,) * (CONFIG.layers - 1))
     windows = dataclasses.replace(windows, folder="/here", qk_norm=True, rotary=rotary)
-    for one in (config, windows, dataclasses.replace(OPT, folder="/here")):
+    after = dataclasses.replace(OPT_AFTER, folder="/here")
+    for one in (config, windows, after, dataclasses.replace(OPT, folder="/here")):
         again = polarjax.ModelConfig.from_json(one.to_json(), folder="/here")
         assert again == one and hash(again) == hash(one)
     assert "folder" not in json.loads(config.to_json())
@@ -381,8 +382,8 @@ def test_windows_and_rotary_positions_are_by_layer():
         with pytest.raises(ValueError, match=f"rotary must be {layers} flags beside"):
             dataclasses.replace(CONFIG, **wrong)
     fields = json.loads(CONFIG.to_json())
-    # As older checkpoints are.
-    del fields["windows"], fields["qk_norm"], fields["rotary"]
+    for name in ("windows", "qk_norm", "rotary", "norm_after", "final_norm"):
+        del fields[name]  # as older checkpoints are
     assert polarjax.ModelConfig.from_json(json.dumps(fields)) == CONFIG
 
 

@@ -123,8 +123,12 @@ def test_llama_configurations(changes, match, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"do_layer_norm_before": False}, "OPT-350M"),
-        ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        (
+            {"do_layer_norm_before": False},
+            r"has a tensor model.decoder.final_layer_norm",
+        ),
+        ({"_remove_final_layer_norm": True}, r"tensor model.decoder.final_layer_norm"),
+        ({"_remove_final_layer_norm": 1}, "must be true or false, not 1"),
         ({"activation_function": "tanh"}, "'tanh' .* supported: relu, gelu"),
         ({"num_attention_heads": 5}, "32 is not a multiple of num_attention_heads 5"),
         ({"word_embed_proj_dim": 32}, "embed_tokens.weight has shape"),
