@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Convert an OPT, LLaMA, Mistral or Qwen checkpoint into the folder "
-        "that polarjax.load reads. The folder appears whole or not at all; pickles "
-        "(.bin, .pt) are never read.",
+        description="Convert an OPT, LLaMA, Mistral, Qwen or SmolLM checkpoint into "
+        "the folder that polarjax.load reads. The folder appears whole or not at all; "
+        "pickles (.bin, .pt) are never read.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -27,7 +27,7 @@ from rich.progress import (
 from tokenizers import Tokenizer
 
 from convert.readers import open_source
-from convert.rules import understand
+from convert.rules import understand, unread
 from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor
 from polarjax.config import ModelConfig
@@ -93,7 +93,7 @@ def convert(
     plan = _plan(opened, config, rules)
     ids, notes = _token_ids(opened, config)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
-    for note in (*opened.notes, *notes):
+    for note in (*opened.notes, *unread(opened.config), *notes):
         print(f"note: {note}", file=sys.stderr)
     nbytes = (
         sum(map(math.prod, plan.shapes.values())) * np.dtype(DTYPES[dtype]).itemsize

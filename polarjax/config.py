@@ -61,7 +61,7 @@ class ModelConfig:
 
     Attributes:
       family: the family it was converted from ("llama", "mistral",
-        "opt", "qwen2", "qwen3").
+        "opt", "qwen2", "qwen3", "smollm3").
       vocab_size: v.
       dim: m, width of the residual stream.
       layers: number of decoder layers.
@@ -84,6 +84,12 @@ class ModelConfig:
       qk_norm: whether each query and key head is normalised before it is rotated.
       windows: by layer, newest tokens that a token sees, itself included; 0 for all.
         Empty if every layer sees them all.
+      rotary: by layer, whether queries and keys are rotated (not in NoPE layers, which
+        know the order of tokens by the causal mask alone). Empty if they are in every
+        layer, or positions are learned.
+      norm_after: whether each half of a layer is normalised after it has been added to
+        the residual stream (OPT-350M), not before it reads that.
+      final_norm: whether the last layer's output is normalised before the output head.
       bos_ids: tokens that start a text; for information, the tokenizer adds them.
       eos_ids: tokens that end a text.
       budgets: KV groups that an adapter's policy reads in each layer; empty without
@@ -120,6 +126,9 @@ class ModelConfig:
     embed_dim: int
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
+    rotary: tuple[bool, ...] = ()
+    norm_after: bool = False
+    final_norm: bool = True
     bos_ids: tuple[int, ...] = ()
     eos_ids: tuple[int, ...] = ()
     budgets: tuple[float, ...] = ()
@@ -154,6 +163,10 @@ class ModelConfig:
                 f"windows must be {self.layers} numbers of 0 or more, "
                 f"got {self.windows}"
             )
+        if self.rotary and (len(self.rotary) != self.layers or not self.rope):
+            raise ValueError(
+                f"rotary must be {self.layers} flags beside rope, got {self.rotary}"
+            )
         if self.rope and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim: {self.head_dim}")
 
@@ -166,6 +179,10 @@ class ModelConfig:
         """Newest tokens that a token of the layer sees; None for all."""
         window = self.windows[layer] if self.windows else 0
         return window if 0 < window < self.context else None
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """The layer's rotary positions, if it has them."""
+        return self.rope if not self.rotary or self.rotary[layer] else None
 
     @property
     def architecture(self) -> ModelConfig:
@@ -221,7 +238,8 @@ class ModelConfig:
             for name in ("bos_ids", "eos_ids", "budgets"):
                 fields[name] = tuple(fields[name])
             # Older checkpoints have none.
-            fields["windows"] = tuple(fields.get("windows", ()))
+            for name in ("windows", "rotary"):
+                fields[name] = tuple(fields.get(name, ()))
             fields["thresholds"] = tuple(map(float, fields.get("thresholds", ())))
             found = fields.get("neuron_budgets", ())
             fields["neuron_budgets"] = tuple_neuron_budgets(found)

@@ -42,6 +42,8 @@ OPT = dataclasses.replace(
     out_bias=True,
     mlp_bias=True,
 )
+# As OPT-350M is.
+OPT_AFTER = dataclasses.replace(OPT, norm_after=True, final_norm=False, embed_dim=24)
 
 
 def random_params(

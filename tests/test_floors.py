@@ -87,6 +87,7 @@ FLOORS = {
         convert.files
         convert.tokenizer
         convert.rules.rule
+        convert.rules.fields
         convert.readers.gguf_header
         convert.readers.gguf
         convert.readers.huggingface

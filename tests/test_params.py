@@ -14,7 +14,7 @@ import polarjax
 from polarjax import params as params_module
 from polarjax.folder import new_folder
 from polarjax.params import check_finite, write_folder
-from tests.models import LLAMA, OPT, random_params, write_checkpoint
+from tests.models import LLAMA, OPT, OPT_AFTER, random_params, write_checkpoint
 
 CONFIG = dataclasses.replace(
     LLAMA, layers=2, budgets=(4, 2), eos_ids=(256,), bos_ids=(1,), model_hash="abc"
@@ -385,14 +385,16 @@ def test_config_survives_json():
     rope = polarjax.Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192, (1.0, 2.5))
     config = dataclasses.replace(CONFIG, rope=rope, folder="/here")
     windows = dataclasses.replace(CONFIG, windows=(4, *(0,) * (CONFIG.layers - 1)))
-    windows = dataclasses.replace(windows, folder="/here", qk_norm=True)
-    for one in (config, windows, dataclasses.replace(OPT, folder="/here")):
+    rotary = (False, *(True,) * (CONFIG.layers - 1))
+    windows = dataclasses.replace(windows, folder="/here", qk_norm=True, rotary=rotary)
+    after = dataclasses.replace(OPT_AFTER, folder="/here")
+    for one in (config, windows, after, dataclasses.replace(OPT, folder="/here")):
         again = polarjax.ModelConfig.from_json(one.to_json(), folder="/here")
         assert again == one and hash(again) == hash(one)
     assert "folder" not in json.loads(config.to_json())
 
 
-def test_windows_are_one_for_each_layer():
+def test_windows_and_rotary_positions_are_by_layer():
     layers = CONFIG.layers
     config = dataclasses.replace(
         CONFIG, windows=(4, CONFIG.context, *(0,) * (layers - 2))
@@ -401,8 +403,15 @@ def test_windows_are_one_for_each_layer():
     for wrong in ((4,), (-1,) * layers):
         with pytest.raises(ValueError, match=f"windows must be {layers} numbers"):
             dataclasses.replace(CONFIG, windows=wrong)
+    config = dataclasses.replace(CONFIG, rotary=(True,) * (layers - 1) + (False,))
+    ropes = [config.rope_of(i) for i in range(layers)]
+    assert ropes == [CONFIG.rope] * (layers - 1) + [None]
+    for wrong in ({"rotary": (True,)}, {"rotary": (True,) * layers, "rope": None}):
+        with pytest.raises(ValueError, match=f"rotary must be {layers} flags beside"):
+            dataclasses.replace(CONFIG, **wrong)
     fields = json.loads(CONFIG.to_json())
-    del fields["windows"], fields["qk_norm"]  # as older checkpoints are
+    for name in ("windows", "qk_norm", "rotary", "norm_after", "final_norm"):
+        del fields[name]  # as older checkpoints are
     assert polarjax.ModelConfig.from_json(json.dumps(fields)) == CONFIG
 
 

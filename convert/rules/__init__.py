@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from convert.rules import llama, opt
+from convert.rules.fields import unread_fields
 from convert.rules.rule import Rule
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
@@ -16,6 +18,7 @@ _FAMILIES = {
     "opt": ("OPTForCausalLM", opt),
     "qwen2": ("Qwen2ForCausalLM", llama),
     "qwen3": ("Qwen3ForCausalLM", llama),
+    "smollm3": ("SmolLM3ForCausalLM", llama),
 }
 
 
@@ -55,12 +58,38 @@ def understand(config: dict[str, Any]) -> tuple[ModelConfig, tuple[Rule, ...]]:
             f"the checkpoint is quantised ({method}): convert the original one, or a "
             "GGUF file"
         )
+    unread(config)
     try:
         return family.model_config(config), family.rules(config)
     except ConversionError:
         raise
     except ValueError as error:  # ModelConfig's own checks
         raise ConversionError(f"configuration: {error}") from None
+
+
+def unread(config: dict[str, Any]) -> list[str]:
+    """What to tell of fields that have a value, and that nobody reads.
+
+    Args:
+      config: of a family that `understand` knows.
+
+    Returns:
+      At most one line.
+
+    Raises:
+      ConversionError: naming a field that asks for what is not computed here.
+    """
+    family = _FAMILIES[config["model_type"]][1]
+    names = unread_fields(config, family.FIELDS[config["model_type"]])
+    for name in ("rope_parameters", "rope_scaling"):
+        record = config.get(name)
+        if isinstance(record, dict):
+            found = unread_fields(record, llama.ROPE_FIELDS)
+            names += [f"{name}.{field}" for field in found]
+    if not names:
+        return []
+    listed = textwrap.shorten(", ".join(names), 500, placeholder=" ...")
+    return [f"configuration fields that were not read: {listed}"]
 
 
 def describe(config: ModelConfig) -> tuple[dict[str, Any], tuple[Rule, ...]]:

@@ -1,7 +1,8 @@
 """LLaMA and its kin: RMSNorm, rotary positions, grouped queries, gated MLP.
 
 Mistral's layers may see a window of the text alone, and so may Qwen's. Qwen2 and 2.5
-have biases of queries, keys and values; Qwen3 normalises queries and keys.
+have biases of queries, keys and values; Qwen3 normalises queries and keys; some layers
+of SmolLM3 have no positions (NoPE, arXiv 2305.19466).
 """
 
 from __future__ import annotations
@@ -17,6 +18,36 @@ from polarjax.config import ModelConfig, Rope, RopeKind
 _ATTENTION = "model.layers.{i}.self_attn."
 _MLP = "model.layers.{i}.mlp."
 _QKV = ("heads", "kv_heads", "kv_heads")
+
+# Of config.json, by model_type: those that are read below.
+_SHARED = frozenset(
+    """
+    attention_bias head_dim hidden_act hidden_size intermediate_size layer_types
+    max_position_embeddings mlp_bias num_attention_heads num_hidden_layers
+    num_key_value_heads original_max_position_embeddings partial_rotary_factor
+    rms_norm_eps rope_divisors rope_parameters rope_scaling rope_theta
+    tie_word_embeddings vocab_size
+    """.split()
+)
+_SLIDING = _SHARED | {"max_window_layers", "sliding_window", "use_sliding_window"}
+FIELDS = {
+    "llama": _SHARED,
+    "mistral": _SHARED | {"sliding_window"},
+    "qwen2": _SLIDING,
+    "qwen3": _SLIDING,
+    "smollm3": _SLIDING | {"no_rope_layers", "no_rope_layer_interval"},
+}
+ROPE_FIELDS = frozenset(
+    """
+    attention_factor beta_fast beta_slow factor high_freq_factor low_freq_factor
+    mscale mscale_all_dim original_max_position_embeddings partial_rotary_factor
+    rope_theta rope_type truncate type
+    """.split()
+)
+
+# Where attention_bias and use_sliding_window mean something.
+_BIASED = ("llama", "qwen3", "smollm3")
+_MAY_SLIDE = ("qwen2", "qwen3", "smollm3")
 
 RULES = (
     Rule("embed/tokens", ("model.embed_tokens.weight",)),
@@ -71,7 +102,8 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         )
     layers = size(config, "num_hidden_layers")
     dim, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    bias = family in ("llama", "qwen3") and flag(config, "attention_bias", False)
+    rotary = _rotary(config, layers)
+    bias = family in _BIASED and flag(config, "attention_bias", False)
     head_dim = 128 if family == "qwen3" else max(dim // heads, 1)
     return ModelConfig(
         family=family,
@@ -91,21 +123,47 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
         mlp_bias=False,
-        tied_embeddings=flag(config, "tie_word_embeddings", False),
+        tied_embeddings=flag(config, "tie_word_embeddings", family == "smollm3"),
         embed_dim=dim,
         qk_norm=family == "qwen3",
-        windows=_windows(config, layers),
+        windows=_windows(config, layers, rotary),
+        rotary=rotary,
     )
 
 
-def _windows(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+def _rotary(config: dict[str, Any], layers: int) -> tuple[bool, ...]:
+    """`ModelConfig.rotary`: which layers of SmolLM3 rotate."""
+    if config["model_type"] != "smollm3":
+        return ()
+    given = config.get("no_rope_layers")  # in spite of its name, 1 is for RoPE
+    if given is None:
+        interval = size(config, "no_rope_layer_interval", 4)
+        given = [(i + 1) % interval != 0 for i in range(layers)]
+    known = isinstance(given, list) and all(type(x) in (int, bool) for x in given)
+    if not known or len(given) < layers or not {*given} <= {0, 1}:
+        raise ConversionError(
+            f"configuration: no_rope_layers must be {layers} numbers, each 1 for "
+            f"rotary positions or 0 for none, not {given!r}"
+        )
+    rotary = tuple(map(bool, given[:layers]))
+    return () if all(rotary) else rotary
+
+
+def _windows(
+    config: dict[str, Any], layers: int, rotary: tuple[bool, ...]
+) -> tuple[int, ...]:
     """`ModelConfig.windows`: which layers see the newest tokens alone."""
-    family, width = config["model_type"], config.get("sliding_window")
+    family = config["model_type"]
+    used = family in _MAY_SLIDE and flag(config, "use_sliding_window", False)
     if family == "mistral":
+        # Null is for none; without the field transformers takes 4096.
+        width = config.get("sliding_window", 4096)
+        config = {**config, "sliding_window": width}
         sliding = [width is not None] * layers
+    elif family == "smollm3":
+        sliding = [used and not rotates for rotates in rotary or (True,) * layers]
     else:  # Qwen names a window also where it does not use it.
-        used = flag(config, "use_sliding_window", False)
-        first = config.get("max_window_layers", layers)
+        first = config.get("max_window_layers", 28)
         if used and (isinstance(first, bool) or not isinstance(first, int)):
             raise ConversionError(
                 f"configuration: max_window_layers must be an integer, not {first!r}"
@@ -121,8 +179,8 @@ def _windows(config: dict[str, Any], layers: int) -> tuple[int, ...]:
                 f"{' or '.join(names)}, not {kinds!r}"
             )
         named = [names[kind] for kind in kinds]
-        # Only Qwen's own class goes by them.
-        if named != sliding and not (family in ("qwen2", "qwen3") and used):
+        # Mistral's class does not go by them, nor LLaMA's.
+        if named != sliding and not used:
             raise ConversionError(
                 "configuration: layer_types do not agree with the model's sliding "
                 f"window: {kinds!r}"
@@ -153,7 +211,8 @@ def _rope(config: dict[str, Any]) -> Rope:
             f"configuration: rope parameters of their own for {nested[0]!r} are not "
             "supported"
         )
-    outside = number(config, "rope_theta", 10000.0)
+    base = 2e6 if config["model_type"] == "smollm3" else 10000.0
+    outside = number(config, "rope_theta", base)
     theta = number(record, "rope_theta", outside)
     for place in (record, config):
         if number(place, "partial_rotary_factor", 1.0) != 1.0:
@@ -248,10 +307,14 @@ def configuration(config: ModelConfig) -> dict[str, Any]:
         **_rope_record(config.rope),
         **_window_record(config),
     }
-    if config.family in ("llama", "qwen3"):
+    if config.family in _BIASED:
         record["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
+    if config.family in ("llama", "smollm3"):
         record["mlp_bias"] = False
+    if config.family == "smollm3":
+        rotates = config.rotary or (True,) * config.layers
+        record["no_rope_layers"] = list(map(int, rotates))
+        record["pad_token_id"] = None  # the class's own may be beyond the vocabulary
     return record
 
 
@@ -280,16 +343,18 @@ def _window_record(config: ModelConfig) -> dict[str, Any]:
     width = max(config.windows, default=0)
     if config.family == "mistral":
         return {"sliding_window": width or None}
-    if config.family not in ("qwen2", "qwen3"):
+    if config.family not in _MAY_SLIDE:
         return {}
     if not width:
         return {"use_sliding_window": False}
     sliding = [window > 0 for window in config.windows]
-    return {
+    record: dict[str, Any] = {
         "use_sliding_window": True,
         "sliding_window": width,
-        "max_window_layers": sliding.index(True),
         "layer_types": [
             "sliding_attention" if x else "full_attention" for x in sliding
         ],
     }
+    if config.family != "smollm3":
+        record["max_window_layers"] = sliding.index(True)
+    return record

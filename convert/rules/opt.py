@@ -1,4 +1,7 @@
-"""OPT: LayerNorm, learned positions, multi-head attention, plain MLP, biases."""
+"""OPT: LayerNorm, learned positions, multi-head attention, plain MLP, biases.
+
+That of 350M normalises after each half of a layer, and has no final norm.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,18 @@ _DECODER = "model.decoder."
 _LAYER = "model.decoder.layers.{i}."
 _ATTENTION = _LAYER + "self_attn."
 _QKV = ("heads", "kv_heads", "kv_heads")
+
+# Of config.json, by model_type: those that are read below.
+FIELDS = {
+    "opt": frozenset(
+        """
+        _remove_final_layer_norm activation_function do_layer_norm_before enable_bias
+        ffn_dim hidden_size layer_norm_elementwise_affine max_position_embeddings
+        num_attention_heads num_hidden_layers tie_word_embeddings vocab_size
+        word_embed_proj_dim
+        """.split()
+    )
+}
 
 RULES = (
     Rule("embed/tokens", (f"{_DECODER}embed_tokens.weight",)),
@@ -67,15 +82,8 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     Raises:
       ConversionError: naming what is not supported, or missing.
     """
-    if not flag(config, "do_layer_norm_before", True):
-        raise ConversionError(
-            "configuration: do_layer_norm_before false (OPT-350M) is not supported: "
-            "that model normalises after each half-layer and has no final norm"
-        )
-    if flag(config, "_remove_final_layer_norm", False):
-        raise ConversionError(
-            "configuration: _remove_final_layer_norm true is not supported"
-        )
+    before = flag(config, "do_layer_norm_before", True)
+    removed = flag(config, "_remove_final_layer_norm", False)
     dim, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     if dim % heads:
         raise ConversionError(
@@ -103,6 +111,8 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         mlp_bias=bias,
         tied_embeddings=flag(config, "tie_word_embeddings", True),
         embed_dim=size(config, "word_embed_proj_dim", dim),
+        norm_after=not before,
+        final_norm=before and not removed,
     )
 
 
@@ -111,7 +121,14 @@ def configuration(config: ModelConfig) -> dict[str, Any]:
 
     Args:
       config: of an OPT.
+
+    Raises:
+      ConversionError: if transformers has no words for it.
     """
+    if config.norm_after and config.final_norm:
+        raise ConversionError(
+            "transformers has no OPT with norms after each half-layer and a final one"
+        )
     return {
         "hidden_size": config.dim,
         "word_embed_proj_dim": config.embed_dim,
@@ -119,7 +136,8 @@ def configuration(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "ffn_dim": config.neurons,
         "activation_function": config.activation,
-        "do_layer_norm_before": True,
+        "do_layer_norm_before": not config.norm_after,
+        "_remove_final_layer_norm": not (config.final_norm or config.norm_after),
         "enable_bias": config.mlp_bias,
         "layer_norm_elementwise_affine": True,
     }

@@ -41,7 +41,7 @@ class Prefix:
 
 
 Gates = Callable[[int, jax.Array, jax.Array], jax.Array]
-"""(layer, normalised input [b, t, m], groups read bool[b, t, k]) -> [b, t, k]."""
+"""(layer, attention's input [b, t, m], groups read bool[b, t, k]) -> [b, t, k]."""
 
 
 class Attention(nn.Module):
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         """Queries, keys and values, normalised and rotated as the model has it; scores.
 
         Args:
-          u: [b, t, m], the layer's normalised input.
+          u: [b, t, m], the layer's input as attention reads it.
           positions: int32[b, t].
 
         Returns:
@@ -102,8 +102,8 @@ class Attention(nn.Module):
         scores = y[..., end_v:] if self.score_rows else None
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if c.rope:
-            q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
+        if rope := c.rope_of(self.layer):
+            q, k = rotate(q, positions, rope), rotate(k, positions, rope)
         return q, k, v, scores
 
     def output(self, o: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         """Causal attention of whole sequences; padding at the end is never seen.
 
         Args:
-          u: [b, t, m], the layer's normalised input.
+          u: [b, t, m], the layer's input as attention reads it.
 
         Returns:
           Head outputs [b, t, h, d], keys and values [b, t, k, d].
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         What decoding computes, every position at once and nothing saved.
 
         Args:
-          u: [b, t, m], the layer's normalised input.
+          u: [b, t, m], the layer's input as attention reads it.
           policy: bound to the weights.
           prefix: positions that are read dense, as a prompt is.
           gates: what each group's output counts; None for 1 where it is read, else 0.
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         The keys and values of all heads are written, whatever is read.
 
         Args:
-          u: [b, m], the layer's normalised input.
+          u: [b, m], the layer's input as attention reads it.
           keys: [b, k, s, d], this layer's cache.
           values: [b, k, s, d].
           lengths: int32[b], tokens in the cache before this one.

@@ -22,7 +22,8 @@ from polarjax.policy import SelectionPolicy
 
 Observe = Callable[[int, jax.Array, jax.Array, jax.Array], Any]
 """(layer, attention's input [b, t, m], head outputs [b, t, h, d], MLP's input
-[b, t, m]) -> anything. Both inputs are what a norm puts out."""
+[b, t, m]) -> anything. Both inputs are what a norm puts out, that of layer 0 in a model
+of `norm_after` apart."""
 
 
 class Embed(nn.Module):
@@ -57,14 +58,17 @@ class Embed(nn.Module):
         return x
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Normalised hidden states [..., m] to float32[..., v]."""
+        """Final hidden states [..., m] to float32[..., v]."""
         if self.config.embed_dim != self.config.dim:
             x = linear(x, self.project_out).astype(x.dtype)
         return linear(x, self.tokens if self.config.tied_embeddings else self.head)
 
 
 class Layer(nn.Module):
-    """Norm, attention, norm, MLP; each half added to the residual stream."""
+    """Attention, then MLP, each added to the residual stream.
+
+    What they read is normalised (pre-norm), or their sums are (post-norm).
+    """
 
     config: ModelConfig
     layer: int
@@ -81,13 +85,21 @@ class Layer(nn.Module):
         self.mlp_norm = make_norm(c, self.dtype)
         self.mlp = MLP(c, self.dtype, self.implementation)
 
+    def before(self, norm: nn.Module, x: jax.Array) -> jax.Array:
+        """What a half of the layer reads of the residual stream."""
+        return x if self.config.norm_after else norm(x)
+
+    def after(self, norm: nn.Module, x: jax.Array) -> jax.Array:
+        """The residual stream once a half has been added."""
+        return norm(x) if self.config.norm_after else x
+
     def prefill(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """[b, t, m] to the same; also keys, values, and what `Observe` is shown."""
-        u = self.attention_norm(x)
+        u = self.before(self.attention_norm, x)
         o, k, v = self.attention.prefill(u)
-        y = x + self.attention.output(o)
-        z = self.mlp_norm(y)
-        return y + self.mlp(z), k, v, u, o, z
+        y = self.after(self.attention_norm, x + self.attention.output(o))
+        z = self.before(self.mlp_norm, y)
+        return self.after(self.mlp_norm, y + self.mlp(z)), k, v, u, o, z
 
     def masked(
         self,
@@ -101,7 +113,7 @@ class Layer(nn.Module):
 
         And what `Observe` is shown, head outputs before they are masked.
         """
-        u = self.attention_norm(x)
+        u = self.before(self.attention_norm, x)
         kept, o, scores, read = self.attention.masked(u, policy, prefix, gates)
 
         def choose(_, scores: jax.Array | None, live: jax.Array) -> jax.Array | None:
@@ -109,9 +121,9 @@ class Layer(nn.Module):
 
         t = jnp.arange(x.shape[1])
         neurons = jax.vmap(choose, (0, 1, 1))(t, scores, live)
-        y = x + self.attention.output(kept)
-        z = self.mlp_norm(y)
-        return y + self.mlp(z, neurons), read, u, o, z
+        y = self.after(self.attention_norm, x + self.attention.output(kept))
+        z = self.before(self.mlp_norm, y)
+        return self.after(self.mlp_norm, y + self.mlp(z, neurons)), read, u, o, z
 
     def decode(
         self,
@@ -123,15 +135,17 @@ class Layer(nn.Module):
         policy: SelectionPolicy,
     ) -> tuple[jax.Array, ...]:
         """[b, m] to the same; also the new keys and values, and KV groups read."""
-        u = self.attention_norm(x)
+        u = self.before(self.attention_norm, x)
         o, keys, values, scores, reads = self.attention.decode(
             u, keys, values, lengths, live, policy
         )
         neurons = policy.neurons(
             self.layer, scores, live, gathering(self.implementation)
         )
-        y = x + self.attention.output(o)
-        return y + self.mlp(self.mlp_norm(y), neurons), keys, values, reads
+        y = self.after(self.attention_norm, x + self.attention.output(o))
+        z = self.before(self.mlp_norm, y)
+        x = self.after(self.mlp_norm, y + self.mlp(z, neurons))
+        return x, keys, values, reads
 
 
 class Decoder(nn.Module):
@@ -156,7 +170,8 @@ class Decoder(nn.Module):
             Layer(c, i, self.dtype, rows, self.implementation)
             for i, rows in enumerate(self.score_rows or (0,) * c.layers)
         ]
-        self.final_norm = make_norm(c, self.dtype)
+        if c.final_norm:
+            self.final_norm = make_norm(c, self.dtype)
 
     def _forward(self, tokens: jax.Array, observe: Observe | None):
         b, t = tokens.shape
@@ -275,7 +290,7 @@ class Decoder(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The last layer's output [..., m] to float32[..., v]."""
-        return self.embed.logits(self.final_norm(x))
+        return self.embed.logits(self.final_norm(x) if self.config.final_norm else x)
 
     def decode(
         self,

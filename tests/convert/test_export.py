@@ -16,7 +16,7 @@ from convert.source import ConversionError
 from polarjax.config import Rope
 from polarjax.sparsity import save_adapter
 from polarjax.sparsity.updates import init_updates, merge_updates
-from tests.models import LLAMA, random_params, write_checkpoint
+from tests.models import LLAMA, OPT, random_params, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,11 @@ def test_what_an_adapter_has_mended_can_leave(params, tmp_path):
 def test_what_has_no_words_is_refused(params, tmp_path, capsys):
     config = dataclasses.replace(params.config, rope=Rope(divisors=(1.0,) * 4))
     with pytest.raises(ConversionError, match="out of a GGUF file"):
+        write(tmp_path / "hf", config, params.weights, dtype="float32")
+    config = dataclasses.replace(OPT, norm_after=True)
+    with pytest.raises(
+        ConversionError, match="norms after each half-layer and a final"
+    ):
         write(tmp_path / "hf", config, params.weights, dtype="float32")
     large = jax.tree.map(lambda x: x * 1e6, params.weights)
     with pytest.raises(ConversionError, match="beyond the range of float16"):

@@ -71,6 +71,12 @@ def refused(source, folder, match, error=ConversionError, **options):
           "max_window_layers": "1"}, "max_window_layers must be an integer"),
         ({"model_type": "qwen3", "architectures": None, "head_dim": 8},
          "no tensor model.layers.0.self_attn.q_norm.weight"),
+        ({"model_type": "smollm3", "architectures": None, "no_rope_layers": [1]},
+         "no_rope_layers must be 2 numbers, each 1 for"),
+        ({"model_type": "smollm3", "architectures": None, "no_rope_layers": [0, 2]},
+         "no_rope_layers must be 2 numbers"),
+        ({"model_type": "smollm3", "architectures": None, "no_rope_layer_interval": 0},
+         "no_rope_layer_interval must be between"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"rope_scaling": {**LLAMA3, "factor": None}}, "has no factor"),
@@ -117,8 +123,12 @@ def test_llama_configurations(changes, match, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"do_layer_norm_before": False}, "OPT-350M"),
-        ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        (
+            {"do_layer_norm_before": False},
+            r"has a tensor model.decoder.final_layer_norm",
+        ),
+        ({"_remove_final_layer_norm": True}, r"tensor model.decoder.final_layer_norm"),
+        ({"_remove_final_layer_norm": 1}, "must be true or false, not 1"),
         ({"activation_function": "tanh"}, "'tanh' .* supported: relu, gelu"),
         ({"num_attention_heads": 5}, "32 is not a multiple of num_attention_heads 5"),
         ({"word_embed_proj_dim": 32}, "embed_tokens.weight has shape"),

@@ -9,7 +9,7 @@ import pytest
 import polarjax
 from polarjax.evaluation import Continuation, Scorer, measure
 from polarjax.evaluation.batches import make_batches
-from tests.models import LLAMA, OPT, random_params
+from tests.models import LLAMA, OPT, OPT_AFTER, random_params
 
 POLICIES = {
     "Dense": polarjax.Dense(),
@@ -25,6 +25,7 @@ NEURONS = {"Neurons": polarjax.Polar(0.5, neuron_density=0.3)}
 SMALL = {
     "llama": dataclasses.replace(LLAMA, layers=3),
     "opt": dataclasses.replace(OPT, layers=3),
+    "opt-norm-after": dataclasses.replace(OPT_AFTER, layers=3),
 }
 
 
@@ -62,7 +63,9 @@ def largest_difference(one, other):
 def test_kernel_equals_mask(name):
     config = SMALL[name]
     params = random_params(config, routers=True, neuron_rank=4, head_rank=3)
-    policies = POLICIES | (NEURONS if name == "opt" else {})
+    policies = POLICIES | (NEURONS if config.family == "opt" else {})
+    if config.norm_after:  # the modes differ from OPT's in the layer alone
+        policies = {"Polar": POLICIES["Polar"], **NEURONS}
     items = make_items(config)
     kernel, mask, decode = (
         per_token(params, items, policies, mode)

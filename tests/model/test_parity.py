@@ -44,6 +44,11 @@ YARN = {
     "original_max_position_embeddings": 32,
     "beta_fast": 8.0,
 }
+SMOLLM3 = dict(
+    LLAMA,
+    **dict(num_hidden_layers=4, num_key_value_heads=2, pad_token_id=None),
+    tie_word_embeddings=True,
+)
 OPT = dict(
     vocab_size=131,
     hidden_size=64,
@@ -114,6 +119,7 @@ MODELS = {
         LLAMA,
         **dict(vocab_size=97, hidden_size=60, intermediate_size=37, sliding_window=30),
         **dict(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1),
+        rope_parameters=LLAMA3,
     ),
     "qwen2-window": dict(
         LLAMA,
@@ -125,6 +131,27 @@ MODELS = {
         **dict(head_dim=16, use_sliding_window=True, sliding_window=9),
         layer_types=["sliding_attention", "full_attention"],
     ),
+    "smollm3-gqa-tied": dict(SMOLLM3),
+    "smollm3-mha-bias": dict(
+        SMOLLM3,
+        **dict(num_key_value_heads=4, attention_bias=True, tie_word_embeddings=False),
+        no_rope_layers=[0, 1, 0, 1],
+    ),
+    "smollm3-mqa-yarn": dict(
+        SMOLLM3,
+        **dict(num_key_value_heads=1, no_rope_layer_interval=2, rope_parameters=YARN),
+    ),
+    # The layers without positions see a window alone.
+    "smollm3-window": dict(
+        SMOLLM3,
+        **dict(use_sliding_window=True, sliding_window=6, no_rope_layer_interval=2),
+    ),
+    "smollm3-odd": dict(
+        SMOLLM3,
+        **dict(vocab_size=97, hidden_size=60, intermediate_size=37, head_dim=14),
+        **dict(num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=1),
+        **dict(no_rope_layers=[1, 1], rms_norm_eps=1e-3),
+    ),
     "opt": dict(OPT),
     "opt-projected": dict(OPT, word_embed_proj_dim=32),
     "opt-untied": dict(OPT, tie_word_embeddings=False),
@@ -133,6 +160,16 @@ MODELS = {
     ),
     "opt-plain": dict(OPT, enable_bias=False, layer_norm_elementwise_affine=False),
     "opt-gelu": dict(OPT, activation_function="gelu"),
+    # As OPT-350M is: norms after, none at the end, a narrower embedding.
+    "opt-norm-after-projected": dict(
+        OPT, do_layer_norm_before=False, word_embed_proj_dim=32
+    ),
+    "opt-norm-after-no-bias": dict(
+        OPT,
+        **dict(do_layer_norm_before=False, layer_norm_elementwise_affine=False),
+        **dict(tie_word_embeddings=False, enable_bias=False),
+    ),
+    "opt-no-final-norm": dict(OPT, _remove_final_layer_norm=True),
     "opt-odd": dict(
         OPT,
         **dict(vocab_size=97, hidden_size=42, ffn_dim=29, word_embed_proj_dim=42),
@@ -140,7 +177,7 @@ MODELS = {
     ),
 }
 LENGTHS = (5, 1, 23, 12)
-NEW = 32
+NEW = 48
 
 
 def make_reference(name: str):
@@ -152,6 +189,7 @@ def make_reference(name: str):
         "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
     }[family]
     reference = model(kind(**MODELS[name])).eval()
     generator = torch.Generator().manual_seed(len(name))
@@ -211,7 +249,12 @@ def relative(ours, theirs) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-@partial(jax.jit, static_argnums=0)
+# Compiling is most of this module's time, and takes half of it unoptimised.
+FAST = {"xla_backend_optimization_level": 0}
+ON_CPU = jax.default_backend() == "cpu"
+
+
+@partial(jax.jit, static_argnums=0, compiler_options=FAST if ON_CPU else None)
 def run(model, weights, tokens, other, lengths):
     """All logits; those after the prompts, padded otherwise; the next tokens."""
 
@@ -292,7 +335,7 @@ def test_the_models_reach_what_they_are_meant_to(pair):
     count = sum(leaf.size for leaf in jax.tree.leaves(params.weights))
     stored = sum(p.numel() for p in reference.parameters())
     if config.family == "opt" and not their.layer_norm_elementwise_affine:
-        stored += config.dim * 2 * (2 * config.layers + 1)
+        stored += config.dim * 2 * (2 * config.layers + config.final_norm)
     assert count == stored
 
 
@@ -301,7 +344,7 @@ def test_the_models_reach_what_they_are_meant_to(pair):
     [
         *("llama-gqa-llama3-rope", "llama-odd", "llama-yarn-rope", "opt"),
         *("qwen2-window-of-none", "qwen2-mqa-yarn", "qwen3-mqa-yarn"),
-        *("qwen2-window", "mistral-window", "mistral-no-window"),
+        *("qwen2-window", "mistral-window", "mistral-no-window", "smollm3-window"),
     ],
 )
 def test_configs_of_transformers_4_and_5_agree(name, tmp_path):
@@ -317,7 +360,8 @@ def test_configs_of_transformers_4_and_5_agree(name, tmp_path):
             variants.append(dict(four, rope_scaling=older))
         if name not in ("qwen3-mqa-yarn", "mistral-no-window"):
             four.pop("head_dim", None)
-    four.pop("layer_types", None)
+    for name in ("layer_types", "no_rope_layers"):  # those that others imply
+        four.pop(name, None)
     first = convert(tmp_path / "five", tmp_path / "ours", progress=False)
     reference = read_folder(tmp_path / "ours")
     for i, config in enumerate(variants):

@@ -79,12 +79,15 @@ class Model:
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         table = self.weights["embed"]
-        x = self._norm(x, self.weights["final_norm"])
+        if "final_norm" in self.weights:
+            x = self._norm(x, self.weights["final_norm"])
         if "project_out" in table:
             x = table["project_out"] @ x
         return table["tokens" if self.config.tied_embeddings else "head"] @ x
 
     def layer_input(self, layer: int, x: np.ndarray) -> np.ndarray:
+        if self.config.norm_after:
+            return x
         return self._norm(x, self.weights[f"layers_{layer}"]["attention_norm"])
 
     def head_outputs(self, layer, u, cache) -> np.ndarray:
@@ -111,18 +114,21 @@ class Model:
         return out
 
     def after_attention(self, layer, x, heads) -> np.ndarray:
-        attention = self.weights[f"layers_{layer}"]["attention"]
-        return x + heads.reshape(-1) @ attention["out"] + attention.get("out_bias", 0)
+        weights = self.weights[f"layers_{layer}"]
+        out, bias = weights["attention"]["out"], weights["attention"].get("out_bias", 0)
+        y = x + heads.reshape(-1) @ out + bias
+        return self._norm(y, weights["attention_norm"]) if self.config.norm_after else y
 
     def after_mlp(self, layer, y, neurons=None) -> np.ndarray:
         weights = self.weights[f"layers_{layer}"]
         mlp, act = weights["mlp"], _ACTIVATIONS[self.config.activation]
-        z = self._norm(y, weights["mlp_norm"])
+        z = y if self.config.norm_after else self._norm(y, weights["mlp_norm"])
         up = mlp["up"] @ z + mlp.get("up_bias", 0)
         hidden = act(mlp["gate"] @ z) * up if "gate" in mlp else act(up)
         if neurons is not None:
             hidden = np.where(np.isin(np.arange(len(hidden)), neurons), hidden, 0)
-        return y + hidden @ mlp["down"] + mlp.get("down_bias", 0)
+        y = y + hidden @ mlp["down"] + mlp.get("down_bias", 0)
+        return self._norm(y, weights["mlp_norm"]) if self.config.norm_after else y
 
     def head_scores(self, layer, u) -> np.ndarray:
         router = self.routers[f"layers_{layer}"]["heads"]

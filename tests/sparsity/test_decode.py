@@ -8,7 +8,7 @@ import pytest
 
 import polarjax
 from polarjax.sparsity.polar import random_ranking
-from tests.models import LLAMA, MHA, OPT, random_params
+from tests.models import LLAMA, MHA, OPT, OPT_AFTER, random_params
 from tests.sparsity.reference import (
     Selection,
     assert_same,
@@ -21,6 +21,7 @@ MODELS = {
     "gqa": dataclasses.replace(LLAMA, layers=3),
     "mha": dataclasses.replace(MHA, layers=3),
     "opt": dataclasses.replace(OPT, layers=3),
+    "opt-norm-after": dataclasses.replace(OPT_AFTER, layers=3),
     # Layer 1 sees it all.
     "windows": dataclasses.replace(LLAMA, layers=3, windows=(6, 0, 4)),
     "qwen3": dataclasses.replace(LLAMA, layers=3, qk_norm=True, qkv_bias=True),
@@ -55,7 +56,7 @@ def compare(
     [
         *[("gqa", 2, 0), ("gqa", 3, 4), ("mha", 3, 0), ("mha", 4, 4)],
         *[("opt", 3, 0), ("opt", 6, 4), ("qwen3", 0, 0), ("qwen3", 0, 4)],
-        *[("windows", 2, 0), ("windows", 3, 4)],
+        *[("windows", 2, 0), ("windows", 3, 4), ("opt-norm-after", 3, 0)],
     ],
 )
 def test_polar_equals_masked_dense(name, seed, head_rank):
