@@ -94,6 +94,7 @@ FLOORS = {
         convert.rules.opt
         convert.rules
         convert.core
+        convert.verify
         convert
         polarjax.training.text
         polarjax.training.self_text
@@ -239,6 +240,8 @@ def test_run_time_dependencies(name):
         allowed |= {"datasets"}
     if name == "polarjax.hub":
         allowed |= {"huggingface_hub"}
+    if name == "convert.verify":
+        allowed |= {"torch", "transformers"}
     imported = imports(name, MODULES[name])
     assert {i.split(".")[0] for i in imported} <= allowed
     for module in imported:
