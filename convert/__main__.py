@@ -15,8 +15,10 @@ from convert.verify import TOLERANCE, read_prompts, verify
 
 _EXAMPLES = """\
 examples:
-  a folder from the Hugging Face hub (config.json, *.safetensors, tokenizer.json):
+  a folder of Hugging Face's kind (config.json, *.safetensors, tokenizer.json):
     python -m convert ~/models/Llama-3.2-1B checkpoints/llama-1b
+  from the hub itself, through its cache (pip install huggingface_hub):
+    python -m convert HuggingFaceTB/SmolLM2-360M checkpoints/smollm2-360m
   a GGUF file; its quantised weights become bfloat16:
     python -m convert SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
   full precision, in place of an older conversion:
@@ -25,6 +27,8 @@ examples:
     python -m convert --to-hf checkpoints/smollm2 hf/smollm2 --adapter adapters/mine
   is it the same model? converts if DST is not there, and compares with transformers:
     python -m convert ~/models/Llama-3.2-1B checkpoints/llama-1b --verify
+  the same with texts of your own, one a line; the exit status is for scripts:
+    python -m convert SRC DST --verify --prompts texts.txt && echo the same
 
 Then, in Python: polarjax.load("checkpoints/smollm2")
 """
@@ -51,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="a Hugging Face folder with safetensors, or a .gguf file; with --to-hf a "
+        help="a Hugging Face folder with safetensors, a .gguf file, or an id of the "
+        "hub: org/name, org/name@revision or org/name/file.gguf; with --to-hf a "
         "polarjax checkpoint",
     )
     parser.add_argument("destination", metavar="DST", help="the folder to make")
@@ -81,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="run prompts through transformers and through DST, which is made first if "
         "it is not there, both in float32 and with the weights rounded as in DST. The "
-        f"exit status is 0 if the logits agree to a relative error of {TOLERANCE:g} and "
-        "all most probable tokens are the same, else 1. Needs torch, transformers and "
-        "memory for the model in float32",
+        f"exit status is 0 if the logits agree to a relative error of {TOLERANCE:g} "
+        "and all most probable tokens are the same, else 1. Needs torch, transformers "
+        "and memory for the model in float32",
     )
     parser.add_argument(
         "--prompts",

@@ -13,6 +13,7 @@ import numpy as np
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from convert.hub import locate
 from convert.readers import open_source
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
@@ -94,7 +95,8 @@ def verify(
     No code of the checkpoint is run, and nothing is unpickled.
 
     Args:
-      source: what was converted: a Hugging Face folder, or a GGUF file.
+      source: what was converted: a Hugging Face folder, a GGUF file, or an id of the
+        hub.
       checkpoint: what `convert` made of it.
       prompts: texts; None for a few built-in ones, or random ids where the checkpoint
         has no tokenizer.
@@ -109,7 +111,7 @@ def verify(
       ValueError: if it is damaged.
     """
     torch, transformers = _libraries()
-    source = Path(source)
+    source = locate(source)
     open_source(source)  # its words for what is none, and for pickles
     params = read_folder(checkpoint)
     tokens = _encode(prompts, params.config)

@@ -51,6 +51,7 @@ FLOORS = {
         polarjax.params
         polarjax.cache
         polarjax.policy
+        polarjax.repository
     """,
     2: """
         polarjax.sharding
@@ -93,6 +94,7 @@ FLOORS = {
         convert.rules.llama
         convert.rules.opt
         convert.rules
+        convert.hub
         convert.core
         convert.verify
         convert
@@ -147,7 +149,10 @@ FLOORS = {
 }
 ORDER = [name for floor in sorted(FLOORS) for name in FLOORS[floor].split()]
 # The conversion knows nothing of decoding. The way back reads adapters.
-CONVERT_NEEDS = ("convert", "polarjax.config", "polarjax.params", "polarjax.model")
+CONVERT_NEEDS = (
+    *("convert", "polarjax.config", "polarjax.params", "polarjax.repository"),
+    "polarjax.model",
+)
 EXPORT_NEEDS = (*CONVERT_NEEDS, "polarjax.hub", "polarjax.sparsity.updates")
 PACKAGES = ("pallas_kernels", "polarjax", "convert")
 RUN_TIME = {
@@ -238,8 +243,8 @@ def test_run_time_dependencies(name):
         allowed |= {"matplotlib"}
     if name == "polarjax.training.text":
         allowed |= {"datasets"}
-    if name == "polarjax.hub":
-        allowed |= {"huggingface_hub"}
+    if name in ("polarjax.hub", "polarjax.repository"):
+        allowed |= {"huggingface_hub", "convert"}
     if name == "convert.verify":
         allowed |= {"torch", "transformers"}
     imported = imports(name, MODULES[name])

@@ -170,7 +170,7 @@ def test_a_reference_that_transformers_refuses(checkpoint, tmp_path):
     config = json.loads((source / "config.json").read_text())
     config["model_type"] = "unheard-of"
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConversionError, match="transformers cannot load .*/hf: "):
+    with pytest.raises(ConversionError, match=r"transformers cannot load .*/hf: "):
         verify(source, checkpoint)
 
 
