@@ -63,29 +63,35 @@ def cache(library, tmp_path):
 
 @pytest.fixture
 def online(library, cache, monkeypatch):
-    """A hub: folders by name, and what was asked of it."""
+    """A hub: folders, or errors, by name, and which files were asked for."""
     remote, asked = {}, []
+
+    def files(name):
+        paths = (p for p in remote[name].rglob("*") if p.is_file())
+        return sorted(p.relative_to(remote[name]).as_posix() for p in paths)
 
     class Api:
         def model_info(self, name, *, revision, timeout):
             assert timeout <= 10
-            if name not in remote:
+            found = remote.get(name, "RepositoryNotFoundError")
+            if isinstance(found, str):
                 response = SimpleNamespace(headers={}, request=None, status_code=404)
-                error = library.errors.RepositoryNotFoundError
-                raise error("404 Client Error", response=response)
-            paths = [p for p in remote[name].rglob("*") if p.is_file()]
-            names = [p.relative_to(remote[name]).as_posix() for p in paths]
-            files = [SimpleNamespace(rfilename=file) for file in names]
-            return SimpleNamespace(sha="b" * 40, siblings=files)
+                raise getattr(library.errors, found)("404 Error", response=response)
+            siblings = [SimpleNamespace(rfilename=file) for file in files(name)]
+            return SimpleNamespace(sha="b" * 40, siblings=siblings)
 
-    def snapshot_download(name, *, allow_patterns, ignore_patterns, **_):
-        files = [
-            s.rfilename
-            for s in Api().model_info(name, revision=None, timeout=0).siblings
-        ]
-        wanted = library.utils.filter_repo_objects(
-            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-        )
+    def snapshot_download(
+        name, *, revision, allow_patterns, ignore_patterns, local_files_only
+    ):
+        if local_files_only:
+            raise library.errors.LocalEntryNotFoundError("not in the cache")
+        if revision == "full-disk":
+            raise OSError("No space left on device")
+        patterns = {
+            "allow_patterns": allow_patterns,
+            "ignore_patterns": ignore_patterns,
+        }
+        wanted = library.utils.filter_repo_objects(files(name), **patterns)
         asked.append(sorted(wanted))
         return str(cache.add(name, remote[name], "b" * 40, only=asked[-1]))
 
@@ -239,6 +245,23 @@ def test_neither_here_nor_there(name, words, cache):
     assert str(caught.value).startswith(f"no checkpoint folder at {name}; ")
     assert "\n" not in str(caught.value)
     assert caught.match(words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("me/none", "the Hugging Face hub has no repository me/none, or it is private"),
+        ("me/gated", "me/gated is gated: ask for access at https://hugg"),
+        ("me/tiny@v3", "me/tiny has no revision v3"),
+        ("me/full@full-disk", "No space left on device"),
+    ],
+)
+def test_what_the_hub_answers(name, words, online, tmp_path):
+    online.remote |= {"me/gated": "GatedRepoError", "me/tiny": "RevisionNotFoundError"}
+    online.remote["me/full"] = write_hf(tmp_path / "full")
+    with pytest.raises(FileNotFoundError) as caught:
+        hub.load(name)
+    assert str(caught.value).startswith(f"no checkpoint folder at {name}; {words}")
 
 
 def test_without_the_library(monkeypatch, tmp_path):
