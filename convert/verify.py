@@ -180,8 +180,8 @@ def _encode(prompts: Sequence[str] | None, config: ModelConfig) -> list[list[int
 
 def _libraries() -> tuple[Any, Any]:
     try:
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConversionError(
             "a comparison needs torch and transformers (pip install torch transformers)"
