@@ -26,6 +26,7 @@ from rich.progress import (
 )
 from tokenizers import Tokenizer
 
+from convert.hub import locate
 from convert.readers import open_source
 from convert.rules import understand, unread
 from convert.rules.rule import Rule
@@ -70,7 +71,8 @@ def convert(
     The folder appears whole or not at all. Nothing is ever unpickled.
 
     Args:
-      source: a Hugging Face folder with safetensors, or a GGUF file.
+      source: a Hugging Face folder with safetensors, a GGUF file, or an id of the hub
+        (see `convert.hub.locate`).
       destination: the folder to make.
       dtype: of the weights: "bfloat16", "float16" or "float32".
       overwrite: replace a checkpoint that is at `destination`.
@@ -82,11 +84,15 @@ def convert(
     Raises:
       ConversionError: if the source is damaged or not supported.
       FileExistsError: if the destination exists.
+      FileNotFoundError: if an id is none, or cannot be had.
       OSError: if the disk is too small or cannot be written.
     """
     if dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    source, destination = Path(source), Path(os.path.abspath(destination))
+    destination = Path(os.path.abspath(destination))
+    if not Path(source).exists():  # a download may lie ahead
+        check_destination(destination, overwrite)
+    source = locate(source)
     _check_destination(source, destination, overwrite)
     opened = open_source(source)
     config, rules = understand(opened.config)

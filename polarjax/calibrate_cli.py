@@ -108,7 +108,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "polarjax recover checkpoints/smollm2-135m --adapter adapters/mine --text "
         "books.txt self --tokens 10000000 --rank 8 --out adapters/recovered",
     ).add_argument
-    add("--adapter", required=True, help="folder of routers, or the name of one")
+    add("--adapter", required=True, help="folder of routers, name of one, or id")
     _add_texts(add, tokens=10_000_000)
     add("--density", type=fraction, help="instead of the adapter's budgets")
     add("--rank", type=rank, default=8, help="of the updates, or 'full'")

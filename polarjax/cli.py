@@ -42,21 +42,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="polarjax",
         description="Batched decoding made cheaper by contextual sparsity. Make a "
-        "checkpoint first: `python -m convert SRC DST`.",
+        "checkpoint first: `python -m convert SRC DST`. Where a name is no path here, "
+        "it is an id of the Hugging Face hub: org/name, org/name@revision or "
+        "org/name/file.gguf (pip install huggingface_hub); such a model is converted "
+        "on its first use.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, run, text, epilog, checkpoint=True):
         new = commands.add_parser(
             name,
-            help=text,
+            help=text.replace("%", "%%"),  # argparse formats it
             description=text,
             epilog="example: " + epilog,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         new.set_defaults(run=run)
         if checkpoint:
-            new.add_argument("checkpoint", help="folder that convert wrote")
+            new.add_argument(
+                "checkpoint", help="folder that convert wrote, or id of the hub"
+            )
         return new
 
     add = command(
@@ -65,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "smollm2-135m --density 2/3",
     ).add_argument
     add("prompts", nargs="+", help="texts to continue")
-    add("--adapter", help="folder of routers, or the name of one that ships")
+    add("--adapter", help="folder of routers, name of one that ships, or id")
     add("--density", type=fraction, help="fraction of KV groups to read, in (0, 1]")
     add("--policy", choices=["dense", *POLICIES], help="instead of the default")
     add("--max-new-tokens", type=int, default=64, help="most tokens to add")
@@ -90,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter",
         nargs="+",
         required=True,
-        help="folders of routers, or names of those that ship",
+        help="folders of routers, names of those that ship, or ids of the hub",
     )
     add("--max-new-tokens", type=int, default=32, help="tokens per prompt")
     return parser

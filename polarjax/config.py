@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any, Literal, get_args
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 

@@ -41,7 +41,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     ).add_argument
     add("--tasks", nargs="+", default=[], help="JSONL files of rows to get right")
     add("--limit", type=int, help="most rows of each task; default all")
-    add("--adapter", help="folder of routers, or the name of one that ships")
+    add("--adapter", help="folder of routers, name of one that ships, or id")
     _add_policies(add)
     _add_scoring(add)
     add("--text", help="UTF-8 text file, .gz too: perplexity, recall, generation")
@@ -90,7 +90,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     ).add_argument
     add("--tasks", required=True, help="names, groups, tags or patterns, with commas")
     add("--include-path", help="folder with YAML files of more tasks")
-    add("--adapter", help="folder of routers, or the name of one that ships")
+    add("--adapter", help="folder of routers, name of one that ships, or id")
     _add_policies(add)
     _add_scoring(add)
     add("--num-fewshot", type=int, help="examples before each question")

@@ -1,4 +1,4 @@
-"""`polarjax.load`: a checkpoint folder, with an adapter if wanted."""
+"""`polarjax.load`: a checkpoint, with an adapter if wanted, from here or the hub."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from polarjax.folder import CARD_FILE
+from polarjax.config import FORMAT_VERSION
+from polarjax.folder import CARD_FILE, CONFIG_FILE
 from polarjax.model import weight_shapes
-from polarjax.params import Params, read_folder
+from polarjax.params import CHECKSUMS_FILE, TENSORS, Params, read_folder
+from polarjax.repository import Repository
 from polarjax.sharding import replicate, sharding
 from polarjax.sparsity import load_adapter, read_card
 from polarjax.sparsity.adapter import ROUTERS_FILE
@@ -27,13 +29,20 @@ def load(
     dtype=None,
     mesh: Mesh | None = None,
 ) -> Params:
-    """Load a converted model.
+    """Load a model.
+
+    A name that is no path here is an id of the Hugging Face hub: "org/name", or
+    "org/name/file.gguf", each optionally with "@revision". Such a model is downloaded
+    into the hub's own cache and converted, once for each commit, below
+    `assets/polarjax` beside it (`HF_ASSETS_CACHE`).
 
     Args:
-      path: a folder that `python -m convert` or `polarjax.save` wrote.
-      adapter: a folder that `polarjax calibrate` wrote, or the name of an adapter that
-        ships with the package ("smollm2-135m"); None for none.
-      dtype: of the weights in memory, None for that of the file.
+      path: a folder that `python -m convert` or `polarjax.save` wrote, or an id; a
+        `Path` is never an id.
+      adapter: a folder that `polarjax calibrate` wrote, the name of an adapter that
+        ships with the package ("smollm2-135m"), or an id; None for none.
+      dtype: of the weights in memory, None for that of the file; what is converted on
+        the way becomes bfloat16 then.
       mesh: with an axis "tp": each of its devices reads its own rows, as
         `polarjax.sharding.shard` would cut them, and the model is whole nowhere. None
         for the default device.
@@ -43,9 +52,11 @@ def load(
 
     Raises:
       FileNotFoundError: if there is no checkpoint or no such adapter.
-      ValueError: if one of them is damaged, or they do not belong together.
+      ValueError: if one of them is damaged, cannot be converted, or they do not belong
+        together.
     """
-    params = read_folder(path, dtype, partial(sharding, mesh=mesh) if mesh else None)
+    place = partial(sharding, mesh=mesh) if mesh else None
+    params = read_folder(find_checkpoint(path, dtype), dtype, place)
     want = weight_shapes(params.config)
     if jax.tree.structure(want) != jax.tree.structure(params.weights):
         raise ValueError(f"{path}: its weights are not those of its config.json")
@@ -65,8 +76,26 @@ def load(
     return dataclasses.replace(params, routers=replicate(params.routers, mesh))
 
 
+def find_checkpoint(path: str | Path, dtype=None) -> Path:
+    """Folder of a checkpoint: a path wins over an id of the hub; see `load`."""
+    if isinstance(path, Path) or Path(path).exists():
+        return Path(path)
+    repository = Repository.parse(path, f"no checkpoint folder at {path}")
+    if CHECKSUMS_FILE in repository.files():
+        return repository.download("*.json", "*.jinja", TENSORS.format("*"))
+    from convert import convert  # which imports this package
+    from convert.hub import download
+
+    kind = "bfloat16" if dtype is None else str(jnp.dtype(dtype))
+    name = Path(repository.file).stem or Path(repository.name).name
+    folder = repository.assets() / f"{kind}-{FORMAT_VERSION}" / name
+    if not (folder / CONFIG_FILE).exists():
+        convert(download(repository), folder, dtype=kind)
+    return folder
+
+
 def find_adapter(name: str | Path) -> Path:
-    """Folder of an adapter: a path wins over one that ships with the package."""
+    """Folder of an adapter: a path wins over one that ships, and that over the hub."""
     path = Path(name)
     if path.exists():
         return path
@@ -74,10 +103,13 @@ def find_adapter(name: str | Path) -> Path:
     if (shipped / name).is_dir():
         return shipped / name
     names = sorted(p.name for p in shipped.glob("*") if p.is_dir())
-    raise FileNotFoundError(
+    missing = (
         f"no adapter at {name}, and the package ships none of that name: it has "
         f"{', '.join(names) or 'none'}"
     )
+    if isinstance(name, Path):
+        raise FileNotFoundError(missing)
+    return Repository.parse(name, missing).download(CARD_FILE, ROUTERS_FILE)
 
 
 def push_adapter(path: str | Path, repository: str) -> str:

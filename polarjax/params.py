@@ -34,7 +34,7 @@ Place = Callable[[str, tuple[int, ...]], Sharding]
 CHECKSUMS_FILE = "checksums.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-_TENSORS = "tensors-{:05}.safetensors"
+TENSORS = "tensors-{}.safetensors"
 _WEIGHTS, _ROUTERS = "weights", "routers"
 
 # Of arrays in one file. Two such groups are in memory at a time: one is written while
@@ -117,7 +117,7 @@ class CheckpointWriter:
     def _flush(self) -> None:
         self._wait()
         if self._group:
-            path = self._folder / _TENSORS.format(len(self._sums) + 1)
+            path = self._folder / TENSORS.format(f"{len(self._sums) + 1:05}")
             self._writing = self._pool.submit(_write_group, path, self._group)
             self._sums[path.name] = ""
             self._group, self._bytes = {}, 0
@@ -238,7 +238,7 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
             f"{path} has no {CONFIG_FILE}: not a polarjax checkpoint, or one whose "
             f"writing was interrupted. Make one with `python -m convert SRC {path}`"
         )
-    if not (path / _TENSORS.format(1)).exists():
+    if not (path / TENSORS.format("00001")).exists():
         raise FileNotFoundError(
             f"{path} holds no polarjax weights. If it is a Hugging Face folder, or one "
             f"of an older polarjax, convert it first: `python -m convert SRC DST`"

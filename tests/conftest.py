@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 # Before jax starts: tests of sharding need several devices. Without a GPU most of the
-# time goes into compiling tiny programs; a third of that is LLVM making them fast.
-FLAGS = "--xla_force_host_platform_device_count=8"
-if importlib.util.find_spec("jax_cuda13_plugin") is None:
-    FLAGS += " --xla_backend_optimization_level=0"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+# time goes into compiling tiny programs, a third of it into LLVM's optimisations.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0"
+    * (importlib.util.find_spec("jax_cuda13_plugin") is None),
+)
 
 import jax
 import pytest

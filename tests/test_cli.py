@@ -157,6 +157,9 @@ def test_help_teaches(capsys):
             capsys.readouterr().out.split()
         )
     with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0 and "org/name@revision" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "x", "y", "--density", "half"])
     assert stop.value.code == 2
     assert "no number such as 0.5 or 2/3" in capsys.readouterr().err

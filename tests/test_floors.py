@@ -52,6 +52,7 @@ FLOORS = {
         polarjax.params
         polarjax.cache
         polarjax.policy
+        polarjax.repository
     """,
     2: """
         polarjax.sharding
@@ -95,7 +96,9 @@ FLOORS = {
         convert.rules.llama
         convert.rules.opt
         convert.rules
+        convert.hub
         convert.core
+        convert.verify
         convert
         polarjax.training.text
         polarjax.training.self_text
@@ -150,7 +153,7 @@ ORDER = [name for floor in sorted(FLOORS) for name in FLOORS[floor].split()]
 # The conversion knows nothing of decoding. The way back reads adapters.
 CONVERT_NEEDS = (
     *("convert", "polarjax.config", "polarjax.folder", "polarjax.params"),
-    "polarjax.model",
+    *("polarjax.model", "polarjax.repository"),
 )
 EXPORT_NEEDS = (*CONVERT_NEEDS, "polarjax.hub", "polarjax.sparsity.updates")
 PACKAGES = ("pallas_kernels", "polarjax", "convert")
@@ -242,8 +245,10 @@ def test_run_time_dependencies(name):
         allowed |= {"matplotlib"}
     if name == "polarjax.training.text":
         allowed |= {"datasets"}
-    if name == "polarjax.hub":
-        allowed |= {"huggingface_hub"}
+    if name in ("polarjax.hub", "polarjax.repository"):
+        allowed |= {"huggingface_hub", "convert"}
+    if name == "convert.verify":
+        allowed |= {"torch", "transformers"}
     imported = imports(name, MODULES[name])
     assert {i.split(".")[0] for i in imported} <= allowed
     for module in imported:

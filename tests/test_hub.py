@@ -1,13 +1,277 @@
-"""Adapters that leave for the hub."""
+"""Models and adapters from the hub and its cache, and adapters that leave for it."""
 
 import dataclasses
 import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
+import polarjax
+from convert import ConversionError, convert
+from convert.__main__ import main
 from polarjax import hub
+from polarjax.config import FORMAT_VERSION
 from polarjax.sparsity import save_adapter
-from tests.models import LLAMA, random_params
+from tests.convert.checkpoints import OPT, opt_tensors, write_gguf, write_hf
+from tests.models import LLAMA, random_params, write_checkpoint
+
+
+class Cache:
+    """A folder laid out as `huggingface_hub` lays out its cache."""
+
+    def __init__(self, root: Path):
+        self.hub, self.assets = root / "hub", root / "assets"
+
+    def add(self, name: str, folder: Path, commit="a" * 40, ref="main", only=None):
+        """A snapshot of a folder's files, or of some: links to blobs."""
+        home = self.hub / f"models--{name.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True, exist_ok=True)
+        (home / "refs" / ref).write_text(commit)
+        snapshot = home / "snapshots" / commit
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            at = file.relative_to(folder).as_posix()
+            if (only is not None and at not in only) or (snapshot / at).exists():
+                continue
+            blob = home / "blobs" / f"{commit[:8]}-{at.replace('/', '-')}"
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, blob)
+            (snapshot / at).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / at).symlink_to(blob)
+        return snapshot
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    library = pytest.importorskip("huggingface_hub")
+    constants = pytest.importorskip("huggingface_hub.constants")
+    for name, place in (("HF_HUB_CACHE", "hub"), ("HF_ASSETS_CACHE", "assets")):
+        monkeypatch.setattr(constants, name, str(tmp_path / "home" / place))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return library
+
+
+@pytest.fixture
+def cache(library, tmp_path):
+    """Of a machine without a network."""
+    return Cache(tmp_path / "home")
+
+
+@pytest.fixture
+def online(library, cache, monkeypatch):
+    """A hub: folders, or errors, by name, and which files were asked for."""
+    remote, asked = {}, []
+
+    def files(name):
+        paths = (p for p in remote[name].rglob("*") if p.is_file())
+        return sorted(p.relative_to(remote[name]).as_posix() for p in paths)
+
+    class Api:
+        def model_info(self, name, *, revision, timeout):
+            assert timeout <= 10
+            found = remote.get(name, "RepositoryNotFoundError")
+            if isinstance(found, str):
+                response = SimpleNamespace(headers={}, request=None, status_code=404)
+                raise getattr(library.errors, found)("404 Error", response=response)
+            siblings = [SimpleNamespace(rfilename=file) for file in files(name)]
+            return SimpleNamespace(sha="b" * 40, siblings=siblings)
+
+    def snapshot_download(
+        name, *, revision, allow_patterns, ignore_patterns, local_files_only
+    ):
+        if local_files_only:
+            raise library.errors.LocalEntryNotFoundError("not in the cache")
+        if revision == "full-disk":
+            raise OSError("No space left on device")
+        patterns = {
+            "allow_patterns": allow_patterns,
+            "ignore_patterns": ignore_patterns,
+        }
+        wanted = library.utils.filter_repo_objects(files(name), **patterns)
+        asked.append(sorted(wanted))
+        return str(cache.add(name, remote[name], "b" * 40, only=asked[-1]))
+
+    monkeypatch.setattr(library, "HfApi", Api)
+    monkeypatch.setattr(library, "snapshot_download", snapshot_download)
+    return SimpleNamespace(remote=remote, asked=asked)
+
+
+def assert_same(ours, theirs):
+    assert ours.config.architecture == theirs.config.architecture
+    assert ours.config.model_hash == theirs.config.model_hash
+    jax.tree.map(np.testing.assert_array_equal, ours.weights, theirs.weights)
+    jax.tree.map(np.testing.assert_array_equal, ours.routers, theirs.routers)
+
+
+def test_a_model_is_converted_once_for_each_commit(cache, tmp_path, monkeypatch):
+    source = write_hf(tmp_path / "tiny")
+    snapshot = cache.add("me/tiny", source)
+    convert(source, tmp_path / "out", progress=False)
+    params = hub.load("me/tiny")
+    assert_same(params, polarjax.load(tmp_path / "out"))
+    folder = cache.assets / "polarjax" / "me--tiny" / ("a" * 40)
+    assert Path(params.config.folder) == folder / f"bfloat16-{FORMAT_VERSION}" / "tiny"
+    stamp = (folder / "bfloat16-1/tiny/config.json").stat().st_mtime_ns
+    # Again, and the weights are needed no more.
+    (snapshot / "model.safetensors").unlink()
+    assert_same(hub.load("me/tiny@main"), params)
+    assert (folder / "bfloat16-1/tiny/config.json").stat().st_mtime_ns == stamp
+    with pytest.raises(ConversionError, match=r"model\.safetensors"):
+        hub.load("me/tiny", dtype="float32")  # not out of bfloat16
+    write_hf(tmp_path / "tiny", OPT, opt_tensors())
+    cache.add("me/tiny", source, commit="c" * 40, ref="v2")
+    assert hub.load("me/tiny@v2").config.family == "opt"
+    assert hub.load("me/tiny", dtype="bfloat16").config.family == "llama"
+    exact = hub.load("me/tiny@" + "c" * 40, dtype="float32")
+    assert str(exact.dtype) == "float32" and exact.config.family == "opt"
+
+
+def test_a_path_wins(cache, tmp_path):
+    write_checkpoint(tmp_path / "me/tiny", random_params(LLAMA))
+    cache.add("me/tiny", write_hf(tmp_path / "hf"))
+    assert hub.load("me/tiny").config.dim == LLAMA.dim
+    assert hub.load("me/tiny@main").config.dim != LLAMA.dim
+    cache.add("you/tiny", tmp_path / "hf")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint folder at you/tiny$"):
+        hub.load(Path("you/tiny"))
+    (tmp_path / "you").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"you is a folder here: .*tiny@main"):
+        hub.load("you/tiny")
+
+
+def test_a_checkpoint_of_ours_is_loaded_as_it_is(cache, tmp_path):
+    params = random_params(LLAMA, routers=True)
+    mine = write_checkpoint(tmp_path / "mine", params)
+    snapshot = cache.add("me/mine", tmp_path / "mine")
+    found = hub.load("me/mine")
+    assert_same(found, mine)
+    assert Path(found.config.folder) == snapshot and not cache.assets.exists()
+    with pytest.raises(ConversionError, match="me/mine is a polarjax checkpoint"):
+        convert("me/mine", tmp_path / "out")
+
+
+def test_gguf(cache, tmp_path):
+    (tmp_path / "files/q4").mkdir(parents=True)
+    write_gguf(tmp_path / "files/q4/tiny.Q4_0.gguf", kind="Q4_0")
+    cache.add("me/tiny-GGUF", tmp_path / "files")
+    params = hub.load("me/tiny-GGUF/q4/tiny.Q4_0.gguf")
+    convert(tmp_path / "files/q4/tiny.Q4_0.gguf", tmp_path / "out", progress=False)
+    assert_same(params, polarjax.load(tmp_path / "out"))
+    assert Path(params.config.folder).name == "tiny.Q4_0"
+    with pytest.raises(ConversionError, match="name one, such as me/tiny-GGUF/q4/tiny"):
+        hub.load("me/tiny-GGUF")
+    with pytest.raises(ConversionError, match=r"has no x.gguf; it has q4/tiny.Q4_0"):
+        hub.load("me/tiny-GGUF/x.gguf@main")
+
+
+def test_adapters(cache, online, tmp_path):
+    config = dataclasses.replace(LLAMA, budgets=(4, 2, 2, 2), model_hash="abc")
+    params = random_params(LLAMA, routers=True)
+    params = dataclasses.replace(params, config=config)
+    save_adapter(tmp_path / "files", params)
+    (tmp_path / "files/README.md").write_text("mine")
+    bare = dataclasses.replace(params, routers={})
+    write_checkpoint(tmp_path / "model", bare)
+    online.remote["me/adapter"] = tmp_path / "files"
+    found = hub.load(tmp_path / "model", adapter="me/adapter")
+    assert online.asked == [["card.json", "routers.safetensors"]]
+    assert found.config.budgets == config.budgets
+    assert found.routers.keys() == params.routers.keys()
+    with pytest.raises(
+        FileNotFoundError, match=r"it has smollm2.* no repository me/no"
+    ):
+        hub.find_adapter("me/no")
+
+
+def test_downloads_what_conversion_reads(online, tmp_path):
+    source = write_hf(tmp_path / "tiny")
+    useless = "pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors"
+    for name in (*useless, "README.md", "model.pt", "weights/x.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (source / name).write_text("{}")
+    online.remote["me/tiny"] = source
+    assert main(["me/tiny", str(tmp_path / "out")]) == 0
+    assert polarjax.load(tmp_path / "out").config.family == "llama"
+    assert online.asked[0] == ["config.json"]
+    assert online.asked[1:] == [
+        [
+            *("chat_template.jinja", "config.json", "model.safetensors"),
+            "tokenizer_config.json",
+        ]
+    ]
+    # A destination that is taken is refused before anything is asked.
+    assert main(["me/tiny", str(tmp_path / "out")]) == 1
+    assert len(online.asked) == 2
+
+
+def test_refusals_come_before_the_download(online, tmp_path, capsys):
+    source = write_hf(tmp_path / "other")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles/pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "pickles/config.json").write_text("{}")
+    online.remote |= {"me/other": source, "me/pickles": tmp_path / "pickles"}
+    for name, words in (
+        ("me/other", "the architecture MambaForCausalLM is not supported"),
+        ("me/pickles", "me/pickles/pytorch_model.bin is a pickle"),
+        ("me/none", "no such file or folder: me/none; the Hugging Face hub has no"),
+    ):
+        assert main([name, str(tmp_path / "out")]) == 1
+        assert f"error: {words}" in capsys.readouterr().err
+    assert online.asked == [["config.json"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere", "nor is it an id of the Hugging Face hub"),
+        ("a/b/c", "nor is it an id of the Hugging Face hub"),
+        ("/a/b", "nor is it an id of the Hugging Face hub"),
+        ("a--b/c", "nor is it an id of the Hugging Face hub: Cannot have --"),
+        ("me/none", "hub cannot be reached: .*offline mode is enabled"),
+    ],
+)
+def test_neither_here_nor_there(name, words, cache):
+    with pytest.raises(FileNotFoundError) as caught:
+        hub.load(name)
+    assert str(caught.value).startswith(f"no checkpoint folder at {name}; ")
+    assert "\n" not in str(caught.value)
+    assert caught.match(words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("me/none", "the Hugging Face hub has no repository me/none, or it is private"),
+        ("me/gated", "me/gated is gated: ask for access at https://hugg"),
+        ("me/tiny@v3", "me/tiny has no revision v3"),
+        ("me/full@full-disk", "No space left on device"),
+    ],
+)
+def test_what_the_hub_answers(name, words, online, tmp_path):
+    online.remote |= {"me/gated": "GatedRepoError", "me/tiny": "RevisionNotFoundError"}
+    online.remote["me/full"] = write_hf(tmp_path / "full")
+    with pytest.raises(FileNotFoundError) as caught:
+        hub.load(name)
+    assert str(caught.value).startswith(f"no checkpoint folder at {name}; {words}")
+
+
+def test_without_the_library(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"me/tiny; .*pip install huggingface_hub"
+    ):
+        hub.load("me/tiny")
 
 
 def test_push_uploads_the_adapter_and_nothing_else(tmp_path, monkeypatch):

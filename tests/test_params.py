@@ -247,7 +247,7 @@ def test_damaged_checksums_are_refused(folder, content):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "3", "{}", '{"format_version": 1}', "\0\0"]
+    "text", ["", "{", "[]", "null", "3", "{}", '{"format_version": 2}', "\0\0"]
 )
 def test_a_garbled_config_is_refused(folder, text):
     (folder / "config.json").write_text(text)
@@ -258,7 +258,7 @@ def test_a_garbled_config_is_refused(folder, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "checkpoint format 2, .* reads 1: convert .* again"),
+        ({"format_version": 1}, "checkpoint format 1, .* reads 2: convert .* again"),
         ({"format_version": None}, "checkpoint format None"),
         ({"unheard_of": 1}, "not a polarjax config.*unheard_of"),
         ({"rope": 5}, "not a polarjax config"),

@@ -249,12 +249,7 @@ def relative(ours, theirs) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-# Compiling is most of this module's time, and takes half of it unoptimised.
-FAST = {"xla_backend_optimization_level": 0}
-ON_CPU = jax.default_backend() == "cpu"
-
-
-@partial(jax.jit, static_argnums=0, compiler_options=FAST if ON_CPU else None)
+@partial(jax.jit, static_argnums=0)
 def run(model, weights, tokens, other, lengths):
     """All logits; those after the prompts, padded otherwise; the next tokens."""
 

@@ -1,0 +1,70 @@
+"""What can be converted out of a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from convert.files import read_json
+from convert.readers import PICKLES
+from convert.readers.huggingface import pickle_refusal
+from convert.rules import understand
+from convert.source import ConversionError
+from polarjax.folder import CONFIG_FILE
+from polarjax.params import CHECKSUMS_FILE
+from polarjax.repository import Repository
+
+_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model")
+# Other formats are in folders; Mistral's own holds the same weights again.
+_OTHERS = ("*/*", "consolidated*")
+
+
+def locate(source: str | Path) -> Path:
+    """Folder or file of a source: a path wins over an id of the hub.
+
+    Args:
+      source: a path, or "org/name" or "org/name/file.gguf", which may end in
+        "@revision"; a `Path` is never an id.
+
+    Raises:
+      ConversionError: see `download`.
+      FileNotFoundError: if a str is neither, or the repository cannot be had.
+    """
+    if isinstance(source, Path) or Path(source).exists():
+        return Path(source)
+    return download(Repository.parse(source, f"no such file or folder: {source}"))
+
+
+def download(repository: Repository) -> Path:
+    """Bring a checkpoint into the hub's cache; what cannot be converted stays there.
+
+    Args:
+      repository: with safetensors, or that names a GGUF file.
+
+    Returns:
+      The folder, or the file.
+
+    Raises:
+      ConversionError: if there is nothing to convert, or the architecture is not
+        supported.
+      FileNotFoundError: if the repository cannot be had.
+    """
+    name, files = repository.name, repository.files()
+    ggufs = [file for file in files if file.endswith(".gguf")]
+    if repository.file:
+        if repository.file not in ggufs:
+            raise ConversionError(
+                f"{name} has no {repository.file}; it has {', '.join(ggufs) or 'none'}"
+            )
+        return repository.download(repository.file) / repository.file
+    if CHECKSUMS_FILE in files:
+        raise ConversionError(f"{name} is a polarjax checkpoint already: load it")
+    if not any(file.endswith(".safetensors") and "/" not in file for file in files):
+        if ggufs:
+            raise ConversionError(
+                f"{name} has GGUF files alone: name one, such as {name}/{ggufs[0]}"
+            )
+        if pickles := [file for file in files if file.endswith(PICKLES)]:
+            raise ConversionError(pickle_refusal(Path(name) / pickles[0]))
+    if CONFIG_FILE in files:  # refuse before the download
+        understand(read_json(repository.download(CONFIG_FILE) / CONFIG_FILE))
+    return repository.download(*_FILES, ignore=_OTHERS)

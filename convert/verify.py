@@ -1,0 +1,265 @@
+"""Is a converted model the same one? Its logits beside those of `transformers`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from convert.hub import locate
+from convert.readers import open_source
+from convert.source import ConversionError
+from polarjax.config import ModelConfig
+from polarjax.model import Decoder
+from polarjax.params import TOKENIZER_FILE, Params, read_folder
+
+TOLERANCE = 1e-4
+PROMPTS = (
+    "Once upon a time",
+    "The capital of France is",
+    "1, 2, 3, 4, 5,",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n",
+    "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist",
+    "It was the best of times, it was the worst of times, it was the age of wisdom, "
+    "it was the age of foolishness, it was the epoch of belief, it was the epoch of "
+    "incredulity, it was the season of Light, it was the season of Darkness, it was "
+    "the spring of hope, it was the winter of despair, we had everything before us,",
+)
+_RANDOM = (1, 7, 23, 80)  # lengths of prompts for models without a tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A converted model beside its source, both computed in float32.
+
+    Attributes:
+      dtype: of the checkpoint; the reference's weights were rounded to it.
+      prompts: how many.
+      tokens: in all of them.
+      relative_error: of the logits, Frobenius norm over a prompt's positions; the
+        largest of all prompts.
+      absolute_error: the largest of any logit.
+      agreement: fraction of positions at which both put the same token first; ties to
+        within the tolerance count.
+      perplexities: of the prompts, transformers' and ours; NaN if no prompt has two
+        tokens.
+      uncrossed: a sliding window, in tokens, that no prompt is longer than; 0 if there
+        is none.
+    """
+
+    dtype: str
+    prompts: int
+    tokens: int
+    relative_error: float
+    absolute_error: float
+    agreement: float
+    perplexities: tuple[float, float]
+    uncrossed: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether it is the same model."""
+        return self.relative_error <= TOLERANCE and self.agreement == 1
+
+    def table(self) -> Table:
+        """For people."""
+        agreed = round(self.agreement * self.tokens)
+        title = f"{self.prompts} prompts, {self.tokens} tokens, {self.dtype} weights"
+        table = Table("", "transformers", "polarjax", title=title)
+        table.add_row(
+            "perplexity of the prompts", *(f"{p:.5g}" for p in self.perplexities)
+        )
+        for name, value in (
+            ("largest relative logit error", f"{self.relative_error:.2e}"),
+            ("largest absolute logit error", f"{self.absolute_error:.2e}"),
+            ("top-1 agreement", f"{agreed} of {self.tokens} tokens"),
+        ):
+            table.add_row(name, "", value)
+        return table
+
+
+def verify(
+    source: str | Path, checkpoint: str | Path, prompts: Sequence[str] | None = None
+) -> Comparison:
+    """Run prompts through `transformers` and through polarjax.
+
+    Rounding the weights to bfloat16 or float16 is no error of the conversion: the
+    reference's are rounded to the checkpoint's dtype too, and both compute in float32.
+    No code of the checkpoint is run, and nothing is unpickled.
+
+    Args:
+      source: what was converted: a Hugging Face folder, a GGUF file, or an id of the
+        hub.
+      checkpoint: what `convert` made of it.
+      prompts: texts; None for a few built-in ones, or random ids where the checkpoint
+        has no tokenizer.
+
+    Returns:
+      How far the two are apart.
+
+    Raises:
+      ConversionError: if torch or transformers are missing, transformers cannot load
+        the source, or a prompt is empty or too long.
+      FileNotFoundError: if there is no checkpoint.
+      ValueError: if it is damaged.
+    """
+    torch, transformers = _libraries()
+    source = locate(source)
+    open_source(source)  # its words for what is none, and for pickles
+    params = read_folder(checkpoint)
+    tokens = _encode(prompts, params.config)
+    dtype = str(params.weights["embed"]["tokens"].dtype)
+    model = _reference(torch, transformers, source)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows != params.config.vocab_size:
+        raise ConversionError(
+            f"{source} has a vocabulary of {rows}, {checkpoint} one of "
+            f"{params.config.vocab_size}: it was made of another model"
+        )
+    with torch.inference_mode():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
+        theirs = [model(torch.tensor([ids])).logits[0].numpy() for ids in tokens]
+    del model  # before there are our weights in float32 too
+    return _compare(params.config, dtype, tokens, theirs, _logits(params, tokens))
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt a line; empty lines are left out.
+
+    Raises:
+      ConversionError: if there are none, or the file is not UTF-8.
+      OSError: if there is no such file.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is not UTF-8 text: {error}") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ConversionError(f"{path} holds no prompts: write one a line")
+    return prompts
+
+
+def _encode(prompts: Sequence[str] | None, config: ModelConfig) -> list[list[int]]:
+    path = Path(config.folder) / TOKENIZER_FILE
+    if not path.exists():
+        if prompts is not None:
+            raise ConversionError(
+                f"{config.folder} has no tokenizer for prompts: without any, random "
+                "token ids are compared"
+            )
+        rng = np.random.default_rng(0)
+        lengths = [min(n, config.context) for n in _RANDOM]
+        return [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokens = [tokenizer.encode(text).ids for text in prompts or PROMPTS]
+    if prompts is None:
+        tokens = [ids[: config.context] for ids in tokens]
+    for i, ids in enumerate(tokens, 1):
+        if not 1 <= len(ids) <= config.context:
+            raise ConversionError(
+                f"prompt {i} has {len(ids)} tokens; it may have 1 to {config.context}"
+            )
+        if max(ids) >= config.vocab_size:
+            raise ConversionError(
+                f"prompt {i} has token {max(ids)}, but the vocabulary is "
+                f"{config.vocab_size}"
+            )
+    return tokens
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConversionError(
+            "a comparison needs torch and transformers (pip install torch transformers)"
+        ) from None
+    return torch, transformers
+
+
+def _reference(torch: Any, transformers: Any, source: Path) -> Any:
+    """The source as a model of `transformers`, float32."""
+    folder, options = source, {}
+    if source.is_file():
+        folder, options = source.parent, {"gguf_file": source.name}
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            **options,
+        ).eval()
+    except Exception as error:  # of many types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConversionError(f"transformers cannot load {source}: {reason}") from error
+
+
+def _logits(params: Params, tokens: list[list[int]]) -> list[np.ndarray]:
+    """The same by polarjax. One program serves all prompts, padded to the longest."""
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params.weights)
+    model = Decoder(params.config.architecture)
+    run = jax.jit(lambda weights, row: model.apply({"params": weights}, row)[0][0])
+    padded = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
+    for row, ids in zip(padded, tokens, strict=True):
+        row[: len(ids)] = ids
+    with jax.default_matmul_precision("highest"):  # a GPU's own is TF32
+        return [
+            np.asarray(run(weights, row[None])[: len(ids)])
+            for row, ids in zip(padded, tokens, strict=True)
+        ]
+
+
+def _compare(
+    config: ModelConfig,
+    dtype: str,
+    tokens: list[list[int]],
+    theirs: list[np.ndarray],
+    ours: list[np.ndarray],
+) -> Comparison:
+    relative, absolute, agreed = [], [], []
+    for their, our in zip(theirs, ours, strict=True):
+        error = our - their
+        relative.append(np.linalg.norm(error) / np.linalg.norm(their))
+        absolute.append(np.abs(error).max())
+        first = np.take_along_axis(their, our.argmax(-1)[:, None], -1)[:, 0]
+        slack = TOLERANCE * np.sqrt((their**2).mean(-1))
+        agreed.append(first >= their.max(-1) - slack)
+    longest = max(map(len, tokens))
+    window = max(config.window(layer) or 0 for layer in range(config.layers))
+    return Comparison(
+        dtype=dtype,
+        prompts=len(tokens),
+        tokens=sum(map(len, tokens)),
+        # numpy's maximum, unlike Python's, lets no NaN pass.
+        relative_error=float(np.max(relative)),
+        absolute_error=float(np.max(absolute)),
+        agreement=float(np.concatenate(agreed).mean()),
+        perplexities=(_perplexity(theirs, tokens), _perplexity(ours, tokens)),
+        uncrossed=window if longest <= window else 0,
+    )
+
+
+def _perplexity(logits: list[np.ndarray], tokens: list[list[int]]) -> float:
+    """Perplexity: exp of the mean negative log-probability of tokens but the first."""
+    found = []
+    for rows, ids in zip(logits, tokens, strict=True):
+        rows = rows[:-1].astype(np.float64)
+        target = np.take_along_axis(rows, np.array(ids[1:], int)[:, None], -1)[:, 0]
+        with np.errstate(invalid="ignore"):  # NaN is for the error to show
+            found.append(np.logaddexp.reduce(rows, axis=-1) - target)
+    found = np.concatenate(found)
+    return float(np.exp(found.mean())) if found.size else float("nan")
