@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from convert.core import DTYPES, check_range
@@ -21,7 +20,7 @@ from convert.rules import describe
 from convert.rules.rule import Rule
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
-from polarjax.folder import new_folder
+from polarjax.folder import new_folder, write_tensors
 from polarjax.hub import load
 from polarjax.model import weight_shapes
 from polarjax.params import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Tree, check_finite
@@ -195,7 +194,7 @@ def write(
         for i, group in enumerate(groups, 1):
             file = f"model-{i:05}-of-{len(groups):05}.safetensors"
             part = {name: tensors[name] for name in group}
-            save_file(part, folder / file, metadata={"format": "pt"})
+            write_tensors(folder / file, part, metadata={"format": "pt"})
             places |= dict.fromkeys(group, file)
         contents["model.safetensors.index.json"] = {
             "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},

@@ -7,8 +7,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "card.json"
@@ -65,6 +69,29 @@ def _ours_alone(partial: Path, path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a safetensors file into a folder of ours.
+
+    Args:
+      path: of the file.
+      tensors: by name, contiguous.
+      metadata: words for the header.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    # For its owner alone, as temporary files are; it shall be as open as the folder.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def check_destination(path: str | Path, overwrite: bool) -> None:

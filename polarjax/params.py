@@ -21,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 
 from polarjax.config import ModelConfig
-from polarjax.folder import CONFIG_FILE, new_folder
+from polarjax.folder import CONFIG_FILE, new_folder, write_tensors
 
 Tree = dict[str, Any]
 Place = Callable[[str, tuple[int, ...]], Sharding]
@@ -130,10 +129,7 @@ class CheckpointWriter:
 
 
 def _write_group(path: Path, group: dict[str, np.ndarray]) -> str:
-    try:
-        save_file(group, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
+    write_tensors(path, group)
     return _checksum(path)
 
 

@@ -115,12 +115,13 @@ def test_a_model_is_converted_once_for_each_commit(cache, tmp_path, monkeypatch)
     params = hub.load("me/tiny")
     assert_same(params, polarjax.load(tmp_path / "out"))
     folder = cache.assets / "polarjax" / "me--tiny" / ("a" * 40)
-    assert Path(params.config.folder) == folder / f"bfloat16-{FORMAT_VERSION}" / "tiny"
-    stamp = (folder / "bfloat16-1/tiny/config.json").stat().st_mtime_ns
+    folder = folder / f"bfloat16-{FORMAT_VERSION}" / "tiny"
+    assert Path(params.config.folder) == folder
+    stamp = (folder / "config.json").stat().st_mtime_ns
     # Again, and the weights are needed no more.
     (snapshot / "model.safetensors").unlink()
     assert_same(hub.load("me/tiny@main"), params)
-    assert (folder / "bfloat16-1/tiny/config.json").stat().st_mtime_ns == stamp
+    assert (folder / "config.json").stat().st_mtime_ns == stamp
     with pytest.raises(ConversionError, match=r"model\.safetensors"):
         hub.load("me/tiny", dtype="float32")  # not out of bfloat16
     write_hf(tmp_path / "tiny", OPT, opt_tensors())

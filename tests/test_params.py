@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -124,7 +125,7 @@ def test_an_interrupted_save_leaves_nothing(params, tmp_path, monkeypatch, when,
         raise error
 
     target, name = {
-        "weights": (params_module, "save_file"),
+        "weights": (params_module, "write_tensors"),
         "config": (polarjax.ModelConfig, "to_json"),
     }[when]
     monkeypatch.setattr(target, name, interrupt)
@@ -197,6 +198,16 @@ def test_one_of_two_writers_is_told(params, tmp_path):
     with pytest.raises(FileExistsError, match="model exists"):
         polarjax.save(params, tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_whoever_sees_the_folder_may_read_it(params, tmp_path):
+    before = os.umask(0o022)
+    try:
+        polarjax.save(params, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in files_below(tmp_path / "model")}
+    assert modes == {0o644}
 
 
 def test_a_link_is_not_followed(params, tmp_path):

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from polarjax.config import ModelConfig, tuple_neuron_budgets
-from polarjax.folder import CARD_FILE, new_folder
+from polarjax.folder import CARD_FILE, new_folder, write_tensors
 from polarjax.params import Params, Tree, check_finite
 from polarjax.sparsity.neurons import check_neuron_budgets
 from polarjax.sparsity.routers import check_routers
@@ -72,7 +72,7 @@ def save_adapter(
         "kv_heads": params.config.kv_heads,
     }
     with new_folder(path, overwrite) as partial:
-        save_file(tensors, partial / ROUTERS_FILE)
+        write_tensors(partial / ROUTERS_FILE, tensors)
         text = json.dumps({**(card or {}), **facts}, indent=2)
         (partial / CARD_FILE).write_text(text + "\n", encoding="utf-8")
 
