@@ -10,6 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,9 @@ def _plan(source: Source, config: ModelConfig, rules: tuple[Rule, ...]) -> _Plan
     return _Plan(tuple(tensors), places, fills, shapes)
 
 
+_Block = tuple[SourceTensor, slice, np.ndarray]  # rows of a tensor, as stored
+
+
 def _stream(
     plan: _Plan, dtype: Any, add: Callable[[str, np.ndarray], None], progress: bool
 ) -> str:
@@ -192,25 +196,41 @@ def _stream(
     for name, value in plan.fills.items():
         add(f"weights/{name}", np.full(plan.shapes[name], value, dtype))
     digest = hashlib.sha256()
-    waiting = Counter(place.target for place in plan.places.values())
+    waiting: Counter[str] = Counter()  # bytes that a weight still lacks
+    for tensor in plan.tensors:
+        if place := plan.places.get(tensor.name):
+            waiting[place.target] += tensor.nbytes
     made: dict[str, np.ndarray] = {}
     with _progress_bar(plan, progress) as advance:
-        for tensor in plan.tensors:
-            head = f"{tensor.stored_name}\0{tensor.kind}\0{list(tensor.shape)}\0"
-            digest.update(head.encode())
-            place = plan.places.get(tensor.name)
-            if place and place.target not in made:
-                made[place.target] = np.empty(plan.shapes[place.target], dtype)
-            for rows, raw in tensor.blocks():
-                digest.update(raw.data)
-                if place:
-                    _put(tensor, raw, rows, place, made[place.target])
-                advance(tensor, raw.nbytes)
-            if place:
-                waiting[place.target] -= 1
-                if not waiting[place.target]:
-                    add(f"weights/{place.target}", made.pop(place.target))
+        for tensor, rows, raw in _ahead(_hashed_blocks(plan, digest)):
+            if place := plan.places.get(tensor.name):
+                name = place.target
+                if name not in made:
+                    made[name] = np.empty(plan.shapes[name], dtype)
+                _put(tensor, raw, rows, place, made[name])
+                waiting[name] -= raw.nbytes
+                if not waiting[name]:
+                    add(f"weights/{name}", made.pop(name))
+            advance(tensor, raw.nbytes)
     return digest.hexdigest()
+
+
+def _hashed_blocks(plan: _Plan, digest: Any) -> Iterator[_Block]:
+    for tensor in plan.tensors:
+        head = f"{tensor.stored_name}\0{tensor.kind}\0{list(tensor.shape)}\0"
+        digest.update(head.encode())
+        for rows, raw in tensor.blocks():
+            digest.update(raw.data)
+            yield tensor, rows, raw
+
+
+def _ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:
+    """The same; a thread reads and hashes one while the one before is converted."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, blocks, None)
+        while block := coming.result():
+            coming = pool.submit(next, blocks, None)
+            yield block
 
 
 def _places(
