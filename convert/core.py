@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from convert.readers import open_source
 from convert.rules import understand
 from convert.rules.rule import Rule
-from convert.source import ConversionError, Source, SourceTensor
+from convert.source import ConversionError, Source, SourceTensor, naming
 from polarjax.config import ModelConfig
 from polarjax.model import weight_shapes
 from polarjax.params import (
@@ -90,8 +90,9 @@ def convert(
     source, destination = Path(source), Path(os.path.abspath(destination))
     _check_destination(source, destination, overwrite)
     opened = open_source(source)
-    config, rules = understand(opened.config)
-    weights, model_hash = _load(opened, config, rules, dtype, progress)
+    with naming(source):
+        config, rules = understand(opened.config)
+        weights, model_hash = _load(opened, config, rules, dtype, progress)
     ids, notes = _token_ids(opened, config)
     config = dataclasses.replace(config, model_hash=model_hash, **ids)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)

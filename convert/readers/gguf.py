@@ -85,7 +85,7 @@ def read(path: Path) -> Source:
     architecture = fields.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise ConversionError(
-            f"{path}: the GGUF architecture {architecture!r} is not supported; "
+            f"{path}: general.architecture {architecture!r} is not supported; "
             f"supported: {', '.join(_ARCHITECTURES)}"
         )
     if fields.get("split.count", 1) != 1:

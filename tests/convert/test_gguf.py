@@ -317,6 +317,7 @@ def test_the_hash_is_the_file_s(tmp_path):
         ([("add_sliding_window", 16), ("add_sliding_window_pattern", [True, False])],
          "a Mistral has its window in every layer"),
         ([("add_uint16", "split.count", 3)], "is one part of 3"),
+        ([("add_uint64", "general.alignment", 2**40)], "alignment 10.* up to 65536"),
         ([("add_float32", "tokenizer.ggml.eos_token_id", 2.5)],
          "eos_token_id.* must be token ids"),
     ],
