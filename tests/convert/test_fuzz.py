@@ -1,0 +1,505 @@
+"""Damaged files by the hundred: refused with the place named, or the same model.
+
+Each file is read as a conversion reads it: opened, understood, every tensor decoded.
+What comes out other than it went in must be refused by `convert` as a whole. Numbers
+and Python's objects are counted against the limit by tracemalloc, for each file; what
+libraries allocate besides shows in the process's peak, for all of them.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from convert import ConversionError, convert
+from convert.readers import open_source
+from convert.rules import understand
+from convert.source import naming
+from polarjax.params import read_folder
+from tests.convert.checkpoints import (
+    LLAMA,
+    gguf_tensors,
+    llama_tensors,
+    write_gguf,
+    write_hf,
+    write_sharded,
+)
+
+MEMORY = 512 << 20  # bytes
+SECONDS = 5  # for one file
+EDGES = (0, 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
+# Fields of the configuration in a GGUF file without a check: nothing tells that they
+# were damaged, for every value makes a valid file.
+FREE = ("rope", "norm_eps", "context", "bos_ids", "eos_ids", "windows")
+# A refusal names a byte, a tensor, a key, a field or the header.
+NAMED = re.compile(
+    r"byte|header|char|version|tensor|key |tokenizer|token id|configuration|_config|"
+    r"architecture|shard|"
+    r"(blk|model|llama|qwen3|general|output|token_embd|lm_head|split)[.\w]+"
+)
+Mutation = Callable[[random.Random, bytes], bytes]
+
+
+class Damage:
+    """Ways to damage a file.
+
+    Args:
+      whole: the file.
+      header: bytes of it that say what the others are. Only there are bytes changed:
+        weights have no checksum.
+      numbers: where lengths, counts and offsets of 64 bits are.
+    """
+
+    def __init__(self, whole: bytes, header: int, numbers: list[int]):
+        self.whole, self.header, self.numbers = whole, header, numbers
+        self.ways: list[Mutation] = [
+            *(self.flip_one, self.flip_several, self.replace, self.truncate),
+            *(self.insert, self.delete, self.duplicate, self.overwrite, self.edge),
+        ]
+
+    def cases(self, count: int) -> Iterator[tuple[str, bytes]]:
+        """So many damaged files, each with the way it was damaged."""
+        rng = random.Random(0)
+        for i in range(count):
+            way = self.ways[i % len(self.ways)]
+            yield way.__name__, way(rng, self.whole)
+
+    def every_byte(self) -> Iterator[tuple[str, bytes]]:
+        """A bit of each byte of the header; every bit position occurs."""
+        for at in range(self.header):
+            flipped = bytes([self.whole[at] ^ 1 << at % 8])
+            yield "flip", self.whole[:at] + flipped + self.whole[at + 1 :]
+
+    def flip_one(self, rng, content, count=1):
+        changed = bytearray(content)
+        for _ in range(count):
+            changed[rng.randrange(self.header)] ^= 1 << rng.randrange(8)
+        return bytes(changed)
+
+    def flip_several(self, rng, content):
+        return self.flip_one(rng, content, rng.randint(2, 8))
+
+    def replace(self, rng, content):
+        at = rng.randrange(self.header)
+        part = rng.choice([b"\xff", b"\0", b"\xc3(", rng.randbytes(rng.randint(1, 9))])
+        return content[:at] + part + content[at + len(part) :]
+
+    def truncate(self, rng, content):
+        return content[: self.somewhere(rng, content)]
+
+    def insert(self, rng, content):
+        at = self.somewhere(rng, content)
+        part = rng.choice([bytes(rng.randint(1, 64)), rng.randbytes(rng.randint(1, 9))])
+        return content[:at] + part + content[at:]
+
+    def delete(self, rng, content):
+        at = self.somewhere(rng, content)
+        return content[:at] + content[at + rng.randint(1, 40) :]
+
+    def duplicate(self, rng, content):
+        at = self.somewhere(rng, content)
+        end = at + rng.choice([1, 8, 32, 500, 5000])
+        return content[:end] + content[at:end] + content[end:]
+
+    def overwrite(self, rng, content):
+        size = rng.randint(2, min(60, self.header // 2))
+        source, target = (rng.randrange(self.header - size) for _ in range(2))
+        part = content[source : source + size]
+        return content[:target] + part + content[target + size :]
+
+    def edge(self, rng, content):
+        at = rng.choice(self.numbers)
+        return content[:at] + struct.pack("<Q", rng.choice(EDGES)) + content[at + 8 :]
+
+    def somewhere(self, rng, content):
+        """As often in the header as in the weights."""
+        return rng.randrange(rng.choice([self.header, len(content)]))
+
+
+class SafetensorsDamage(Damage):
+    """And in the header's JSON, with its length set right."""
+
+    def __init__(self, whole: bytes):
+        self.text = whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]]
+        super().__init__(whole, 8 + len(self.text), [0])
+        self.ways += [self.dtype, self.name, self.number, self.swap, self.overlap]
+        self.ways += [self.repeat, self.utf8, self.number, self.name]
+
+    def with_header(self, text: bytes) -> bytes:
+        return struct.pack("<Q", len(text)) + text + self.whole[self.header :]
+
+    def entry(self, rng) -> tuple[dict, str]:
+        entries = json.loads(self.text)
+        return entries, rng.choice([name for name in entries if name[0] != "_"])
+
+    def dtype(self, rng, content):
+        entries, name = self.entry(rng)
+        kinds = ["F64", "F16", "BF16", "F8_E4M3", "I32", "U8", "F128", "", None, 7, []]
+        entries[name]["dtype"] = rng.choice(kinds)
+        return self.with_header(json.dumps(entries).encode())
+
+    def name(self, rng, content):
+        entries, name = self.entry(rng)
+        edits = [("0", "1"), ("weight", "bias"), ("model", "\0"), ("model", "\n" * 9)]
+        edits += [("model", "\ud800"), ("o", ""), ("norm", "norm" * 2000), ("l", "ä")]
+        part, other = rng.choice(edits)
+        changed = name.replace(part, other)
+        records = [
+            json.dumps(changed if n == name else n) + ":" + json.dumps(entry)
+            for n, entry in entries.items()
+        ]
+        return self.with_header(f"{{{','.join(records)}}}".encode())
+
+    def number(self, rng, content):
+        places = [match.span() for match in re.finditer(rb"\d+(?=[,\]])", self.text)]
+        begin, end = rng.choice(places)
+        values = [*map(str, EDGES), "-1", "1.5", "1e3", "00", "NaN", "9" * 5000]
+        values += ["[1]", "true", "null", '"1"', ",".join(["2"] * 9999), "[" * 9999]
+        values += ["1," * 9 + "null"]
+        text = self.text[:begin] + rng.choice(values).encode() + self.text[end:]
+        return self.with_header(text)
+
+    def swap(self, rng, content):
+        """Offsets of two tensors; of one size they would make another valid file."""
+        entries, first = self.entry(rng)
+        size = np.prod(entries[first]["shape"])
+        others = [n for n in entries if n[0] != "_"]
+        others = [n for n in others if np.prod(entries[n]["shape"]) != size]
+        second = rng.choice(others)
+        a, b = entries[first], entries[second]
+        a["data_offsets"], b["data_offsets"] = b["data_offsets"], a["data_offsets"]
+        return self.with_header(json.dumps(entries).encode())
+
+    def overlap(self, rng, content):
+        """One tensor where another is, of its size or not."""
+        entries, first = self.entry(rng)
+        others = [n for n in entries if n not in (first, "__metadata__")]
+        second = rng.choice(others)
+        entries[first]["data_offsets"] = entries[second]["data_offsets"]
+        return self.with_header(json.dumps(entries).encode())
+
+    def repeat(self, rng, content):
+        """A key, with the same entry or with another shape of the same size."""
+        entries, name = self.entry(rng)
+        shape = entries[name]["shape"]
+        entry = entries[name] | {"shape": rng.choice([shape, shape[::-1], [1, *shape]])}
+        again = f",{json.dumps(name)}:{json.dumps(entry)}}}"
+        return self.with_header(self.text.rstrip()[:-1] + again.encode())
+
+    def utf8(self, rng, content):
+        at = rng.randrange(len(self.text))
+        part = rng.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x80"])
+        return self.with_header(self.text[:at] + part + self.text[at:])
+
+
+class GgufDamage(Damage):
+    """And in the lists of metadata and tensors, wherever the `gguf` package has them.
+
+    Lengths of keys and texts, counts of lists, dimensions and offsets.
+    """
+
+    def __init__(self, whole: bytes, path: Path):
+        reader = gguf.GGUFReader(path)
+        numbers, types, texts = [8, 16], [4], []
+        self.sizes = {}  # of tensors, by the place of their offset
+        fields = [f for name, f in reader.fields.items() if name[:5] != "GGUF."]
+        for field in [*fields, *(tensor.field for tensor in reader.tensors)]:
+            at = field.offset
+            for part in field.parts:
+                where = {8: numbers, 4: types}.get(part.itemsize, texts)
+                where += range(at, at + part.nbytes, part.itemsize)
+                at += part.nbytes
+        for tensor in reader.tensors:
+            at = tensor.field.offset + sum(p.nbytes for p in tensor.field.parts[:-1])
+            self.sizes[at] = tensor.n_bytes
+        self.types, self.texts = types, texts
+        super().__init__(whole, reader.data_offset, numbers)
+        self.ways += [self.edge, self.kind, self.text, self.swap, self.shift]
+
+    def kind(self, rng, content):
+        """Types of values, lists and tensors; ranks and numbers of 32 bits too."""
+        at = rng.choice(self.types)
+        value = rng.choice([*range(42), *EDGES[:4]])
+        return content[:at] + struct.pack("<I", value) + content[at + 4 :]
+
+    def text(self, rng, content):
+        at = rng.choice(self.texts)
+        return content[:at] + rng.randbytes(1) + content[at + 1 :]
+
+    def shift(self, rng, content):
+        """A tensor begins elsewhere, where there may be enough bytes for it."""
+        at = rng.choice(list(self.sizes))
+        begin = struct.unpack("<Q", content[at : at + 8])[0]
+        begin = max(0, begin + rng.choice([-32, 32, 1, 1024, -1024, -begin]))
+        return content[:at] + struct.pack("<Q", begin) + content[at + 8 :]
+
+    def swap(self, rng, content):
+        """Two numbers; offsets of tensors of one size would make a valid file."""
+        first, second = sorted(rng.sample(self.numbers, 2))
+        if self.sizes.get(first, -1) == self.sizes.get(second, -2):
+            return self.edge(rng, content)
+        a, b = content[first : first + 8], content[second : second + 8]
+        middle = content[first + 8 : second]
+        return content[:first] + b + middle + a + content[second + 8 :]
+
+
+@dataclasses.dataclass
+class Model:
+    """What a conversion reads."""
+
+    config: object
+    tensors: dict[str, np.ndarray]
+
+    def same(self, other: "Model") -> bool:
+        if self.config != other.config or self.tensors.keys() != other.tensors.keys():
+            return False
+        return all(
+            np.array_equal(array, other.tensors[name], equal_nan=True)
+            for name, array in self.tensors.items()
+        )
+
+
+def read(source: Path) -> Model:
+    opened = open_source(source)
+    with naming(source):
+        config, _ = understand(opened.config)
+    tensors = {}
+    for name, tensor in opened.tensors.items():
+        try:
+            tensors[name] = tensor.read().copy()
+        except ValueError:  # of no shape that goes with the configuration: for `sweep`
+            tensors[name] = np.empty(0)
+    return Model(config, tensors)
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Raise for what hangs, even within a loop, or takes much memory."""
+
+    def ring(*_):
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < MEMORY / 8, f"{peak} bytes"  # for a file of 100 kB
+
+
+@pytest.fixture
+def measured():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * 1024 < MEMORY
+
+
+def refusal(error: ConversionError, source: Path) -> None:
+    text = str(error)
+    assert str(source) in text and "\n" not in text and len(text) < 1000
+    assert NAMED.search(text.replace(str(source), "")), text
+
+
+def sweep(path: Path, cases, free=()) -> dict[str, int]:
+    """Damage the file; how often each way was refused."""
+    whole, out = path.read_bytes(), path.parent.with_name("out")
+    source = path if path.suffix == ".gguf" else path.parent
+    reference = read(source)
+    convert(source, out, dtype="float32", progress=False)
+    weights = read_folder(out).weights
+    shutil.rmtree(out)
+    rng = random.Random(0)
+    refused: dict[str, int] = {}
+    for i, (way, content) in enumerate(cases):
+        path.write_bytes(content)
+        try:
+            with limits():
+                found = read(source)
+        except ConversionError as error:
+            refusal(error, source)
+            refused[way] = refused.get(way, 0) + 1
+            continue
+        except BaseException as error:
+            error.add_note(f"{way}, number {i}")
+            raise
+        if path.suffix != ".gguf":  # nothing passes that the reference implementation
+            with safe_open(path, framework="numpy"):  # would not take
+                pass
+        kept = {name: getattr(reference.config, name) for name in free}
+        found.config = dataclasses.replace(found.config, **kept)
+        same = found.same(reference)
+        if same and rng.random() > 0.05:
+            continue
+        try:
+            convert(source, out, dtype="float32", overwrite=True, progress=False)
+        except ConversionError as error:
+            refusal(error, source)
+            assert not same and not out.exists(), (way, i, error)
+            refused[way] = refused.get(way, 0) + 1
+            continue
+        assert same, (way, i)
+        jax.tree.map(np.testing.assert_array_equal, read_folder(out).weights, weights)
+        shutil.rmtree(out)
+    path.write_bytes(whole)
+    assert read(source).same(reference)
+    return refused
+
+
+COUNTS = [200, pytest.param(2000, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_safetensors(count, tmp_path, measured):
+    path = write_hf(tmp_path / "hf") / "model.safetensors"
+    damage = SafetensorsDamage(path.read_bytes())
+    refused = sweep(path, damage.cases(count))
+    assert refused.keys() == {way.__name__ for way in damage.ways}
+    assert sum(refused.values()) > 0.8 * count
+
+
+def gguf_file(folder: Path, family: str) -> Path:
+    """With a tokenizer; qwen3's with scaled positions, windows and quantised."""
+    config, kinds = {**LLAMA, "model_type": family, "head_dim": 8}, ["F32"]
+    tokens = [f"t{i}" for i in range(LLAMA["vocab_size"])]
+    fields = [
+        ("add_tokenizer_model", "gpt2"),
+        ("add_tokenizer_pre", "smollm"),
+        ("add_token_list", tokens),
+        ("add_token_types", [1] * len(tokens)),
+        ("add_eos_token_id", 2),
+        ("add_chat_template", "{{ messages }}"),
+        ("add_key_length", 8),
+        ("add_value_length", 8),
+    ]
+    if family == "qwen3":
+        kinds = ["Q8_0", "F32", "Q5_0"]
+        fields += [
+            ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
+            ("add_rope_scaling_factor", 4.0),
+            ("add_sliding_window", 16),
+            ("add_sliding_window_pattern", [False, True]),
+        ]
+    (folder / "gguf").mkdir()
+    path = folder / "gguf/model.gguf"
+    tensors = gguf_tensors(config, llama_tensors(config))
+    write_gguf(path, config, tensors, kinds, fields)
+    return path
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_gguf(count, tmp_path, measured):
+    for family in ("llama", "qwen3"):
+        (tmp_path / family).mkdir()
+        path = gguf_file(tmp_path / family, family)
+        damage = GgufDamage(path.read_bytes(), path)
+        refused = sweep(path, damage.cases(count // 2), FREE)
+        assert refused.keys() == {way.__name__ for way in damage.ways}
+        assert sum(refused.values()) > 0.5 * count / 2
+
+
+@pytest.mark.slow
+def test_every_byte_of_a_header(tmp_path, measured):
+    path = write_hf(tmp_path / "hf") / "model.safetensors"
+    damage = SafetensorsDamage(path.read_bytes())
+    assert sweep(path, damage.every_byte())["flip"] > 1000
+    path = gguf_file(tmp_path, "qwen3")
+    damage = GgufDamage(path.read_bytes(), path)
+    assert sweep(path, damage.every_byte(), FREE)["flip"] > 1000
+
+
+def json_values(rng: random.Random):
+    """What does not belong into a configuration."""
+    numbers = [*EDGES, -1, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**400]
+    others = [None, True, "", "x", "\ud800", "\n", [], {}, [[]], {"a": None}, [1, "b"]]
+    return rng.choice([*numbers, *others, 2**24, 4096, [2**63] * 50])
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_json(count, tmp_path, measured):
+    """Fields of the configuration and of the index; or bytes of their files."""
+    folder = write_sharded(tmp_path / "hf", LLAMA, llama_tensors())
+    scaling = {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32.0}
+    also = {"rope_scaling": scaling, "layer_types": ["full_attention"] * 2}
+    also |= {"head_dim": 8, "attention_bias": False, "quantization_config": None}
+    names = ("config.json", "model.safetensors.index.json", "generation_config.json")
+    config, index = json.dumps({**LLAMA, **also}), (folder / names[1]).read_text()
+    texts = dict(zip(names, (config, index, '{"eos_token_id": [1, 2]}'), strict=True))
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    reference, rng, refused = read(folder), random.Random(0), 0
+    for i in range(count):
+        name = rng.choice(names)
+        text = texts[name].encode()
+        if rng.random() < 0.5:
+            record = json.loads(text)
+            records = [v for v in record.values() if isinstance(v, dict)]
+            inner = rng.choice([record, *records])
+            inner[rng.choice([*inner, "extra"])] = json_values(rng)
+            changed = json.dumps(record).encode()
+        else:
+            damage = Damage(text, len(text), [0])
+            changed = rng.choice(damage.ways)(rng, text)
+        (folder / name).write_bytes(changed)
+        try:
+            with limits():
+                found = read(folder)
+        except ConversionError as error:
+            refusal(error, folder)
+            refused += 1
+        except BaseException as error:
+            error.add_note(f"number {i}: {changed[:300]}")
+            raise
+        else:
+            tensors = dataclasses.replace(found, config=reference.config)
+            assert tensors.same(reference)
+        (folder / name).write_bytes(text)
+    assert refused > 0.3 * count
+
+
+def test_sizes_that_nobody_has(tmp_path, measured):
+    """Refused before anything of the size is allocated or looped over."""
+    huge = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 2**24)
+    deep = {"num_hidden_layers": 2**24, "model_type": "mistral", "sliding_window": 8}
+    for i, changes in enumerate((huge, {**deep, "architectures": None})):
+        folder = write_hf(tmp_path / str(i), {**LLAMA, **changes}, llama_tensors())
+        with limits(), pytest.raises(ConversionError, match=r"asks for|between 1 and"):
+            convert(folder, tmp_path / "out", progress=False)
+
+
+def test_files_that_are_mostly_holes(tmp_path, measured):
+    """Gigabytes of zeros would make as many empty texts."""
+    folder = write_hf(tmp_path / "hf")
+    texts = struct.pack("<Q1sIIQ", 1, b"a", 9, 8, 2**28)
+    start = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + texts
+    header = struct.pack("<Q", 2**32 - 8) + b"{"
+    for path, content, match in (
+        (tmp_path / "model.gguf", start, "bytes at byte .* are too many"),
+        (folder / "model.safetensors", header, "its header 4294967288"),
+        (folder / "config.json", b"{", "has 4294967296 bytes"),
+    ):
+        path.write_bytes(content)
+        os.truncate(path, 2**32)
+        source = path if path.suffix == ".gguf" else folder
+        with limits(), pytest.raises(ConversionError, match=match):
+            open_source(source)
