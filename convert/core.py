@@ -31,7 +31,7 @@ from convert.hub import locate
 from convert.readers import open_source
 from convert.rules import understand, unread
 from convert.rules.rule import Rule
-from convert.source import ConversionError, Source, SourceTensor
+from convert.source import ConversionError, Source, SourceTensor, naming
 from polarjax.config import ModelConfig
 from polarjax.folder import check_destination
 from polarjax.model import weight_shapes
@@ -96,8 +96,9 @@ def convert(
     source = locate(source)
     _check_destination(source, destination, overwrite)
     opened = open_source(source)
-    config, rules = understand(opened.config)
-    plan = _plan(opened, config, rules)
+    with naming(source):
+        config, rules = understand(opened.config)
+        plan = _plan(opened, config, rules)
     ids, notes = _token_ids(opened, config)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
     for note in (*opened.notes, *unread(opened.config), *notes):
@@ -105,7 +106,7 @@ def convert(
     nbytes = (
         sum(map(math.prod, plan.shapes.values())) * np.dtype(DTYPES[dtype]).itemsize
     )
-    with new_checkpoint(destination, nbytes, overwrite) as checkpoint:
+    with naming(source), new_checkpoint(destination, nbytes, overwrite) as checkpoint:
         model_hash = _stream(plan, DTYPES[dtype], checkpoint.add, progress)
         config = dataclasses.replace(config, model_hash=model_hash, **ids)
         checkpoint.finish(config, opened.files)

@@ -3,18 +3,83 @@
 from __future__ import annotations
 
 import json
+import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from convert.source import ConversionError
+
+# The largest tokenizer.json is about half of it.
+LARGEST_TEXT = 64 << 20  # bytes
+
+
+def check_file(path: Path, largest: int | None = None) -> int:
+    """Raise unless there is a file; a pipe would be waited for.
+
+    Args:
+      path: of the file; a link to one will do.
+      largest: bytes that it may have; None for any.
+
+    Returns:
+      Its bytes.
+
+    Raises:
+      ConversionError: if it is something else, cannot be read or is larger.
+    """
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # ValueError for a name that cannot be
+        raise ConversionError(f"{path} cannot be read: {error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ConversionError(f"{path} is not a file")
+    if largest is not None and found.st_size > largest:
+        raise ConversionError(
+            f"{path} has {found.st_size} bytes: more than {largest} are damage"
+        )
+    return found.st_size
+
+
+def parse_json(text: str, what: str) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice, and no half of a character.
+
+    Readers do not agree on which one of two counts; halves cannot be written again.
+
+    Args:
+      text: JSON.
+      what: it is, for messages.
+
+    Raises:
+      ConversionError: if it is something else.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ConversionError(f"{what} has the key {twice!r} twice")
+        return record
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()
+    except ConversionError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{what} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{what} must hold a JSON object")
+    return content
 
 
 def read_text(path: Path) -> str:
     """A text file, its line ends as they are.
 
     Raises:
-      ConversionError: if it is not UTF-8.
+      ConversionError: if it is not UTF-8, or larger than any such file.
     """
+    check_file(path, LARGEST_TEXT)
     try:
         return path.read_bytes().decode()
     except ValueError as error:
@@ -27,15 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ConversionError: if it does not.
     """
-    try:
-        content = json.loads(read_text(path))
-    except ConversionError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold a JSON object")
-    return content
+    return parse_json(read_text(path), str(path))
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:

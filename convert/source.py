@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,39 @@ import numpy as np
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be converted; the message is one clear sentence."""
+    """A checkpoint that cannot be converted; the message is one clear sentence.
+
+    Of whatever a file put into it: one line, and not longer than a reader bears.
+    """
+
+    def __init__(self, message: str):
+        line = "".join(
+            c if c.isprintable() else ascii(c)[1:-1] for c in _cut(message, 2000)
+        )
+        super().__init__(_cut(line, 900))
+
+
+def _cut(text: str, length: int) -> str:
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put a checkpoint's name before the errors that do not tell it.
+
+    Args:
+      path: of the checkpoint.
+
+    Raises:
+      ConversionError: as raised within, with `path` in the message.
+    """
+    try:
+        yield
+    except ConversionError as error:
+        if str(path) in str(error):
+            raise
+        raise ConversionError(f"{path}: {error}") from None
 
 
 Decode = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]

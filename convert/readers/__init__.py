@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from convert.files import check_file
 from convert.readers import gguf, huggingface
-from convert.source import ConversionError, Source
+from convert.source import ConversionError, Source, naming
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -19,12 +20,18 @@ def open_source(path: Path) -> Source:
     Raises:
       ConversionError: if it is neither, or damaged, or not supported.
     """
+    with naming(path):
+        return _open_source(path)
+
+
+def _open_source(path: Path) -> Source:
     if path.is_dir():
         return huggingface.read(path)
     if not path.exists():
         raise ConversionError(f"no such file or folder: {path}")
     if path.suffix.lower() in PICKLES:
         raise ConversionError(huggingface.pickle_refusal(path))
+    check_file(path)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == gguf.MAGIC:

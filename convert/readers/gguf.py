@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from convert.readers.gguf_header import MAGIC, Entry, read_header
-from convert.rules.rule import size
+from convert.rules.rule import number, size
 from convert.source import ConversionError, Decode, Source, SourceTensor
 from convert.tokenizer import from_gguf
 
@@ -54,6 +55,7 @@ _FIELDS = {
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
+_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "vocab_size")
 _DIVISORS = "rope_freqs.weight"
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Of the architecture `llama`, tensors with interleaved heads, and how many these are.
@@ -82,7 +84,7 @@ def read(path: Path) -> Source:
     architecture = fields.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise ConversionError(
-            f"{path}: the GGUF architecture {architecture!r} is not supported; "
+            f"{path}: general.architecture {architecture!r} is not supported; "
             f"supported: {', '.join(_ARCHITECTURES)}"
         )
     if fields.get("split.count", 1) != 1:
@@ -98,7 +100,8 @@ def read(path: Path) -> Source:
             )
     config = _config(fields, entries, path)
     files, notes = from_gguf(fields)
-    tensors = [_tensor(entry, config, path) for entry in entries]
+    interleaved = _INTERLEAVED if architecture == "llama" else {}
+    tensors = [_tensor(entry, config, interleaved, path) for entry in entries]
     return Source(
         config=config,
         tensors={tensor.name: tensor for tensor in tensors},
@@ -114,53 +117,134 @@ def _config(fields: dict[str, Any], entries: list[Entry], path: Path) -> dict[st
     family = fields["general.architecture"]
     config: dict[str, Any] = {"model_type": family}
     for key, name in _FIELDS.items():
-        value = fields.get(f"{family}.{key}")
-        if isinstance(value, list):
-            raise ConversionError(
-                f"{family}.{key} differs from layer to layer: not supported"
-            )
-        config[name] = value
+        key = f"{family}.{key}"
+        if isinstance(fields.get(key), list):
+            raise ConversionError(f"{key} differs from layer to layer: not supported")
+        if key in fields or name not in _OPTIONAL:
+            read = number if name in ("rms_norm_eps", "rope_theta") else size
+            config[name] = read(fields, key)
     shapes = {entry.name: entry.shape for entry in entries}
     config["tie_word_embeddings"] = "output.weight" not in shapes
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    if config["vocab_size"] is None:
-        config["vocab_size"] = shapes.get("token_embd.weight", (None,))[0]
-    heads = size(config, "num_attention_heads")
-    config["head_dim"] = size(
-        config, "head_dim", max(size(config, "hidden_size") // heads, 1)
-    )
-    config["num_key_value_heads"] = size(config, "num_key_value_heads", heads)
+    if "vocab_size" not in config and "token_embd.weight" in shapes:
+        config["vocab_size"] = shapes["token_embd.weight"][0]
+    heads = config["num_attention_heads"]
+    config.setdefault("head_dim", max(config["hidden_size"] // heads, 1))
+    config.setdefault("num_key_value_heads", heads)
     _refuse_variants(fields, config)
+    config["rope_scaling"] = _rope_scaling(fields, config)
+    config |= _windows(fields, config)
     for entry in entries:
         if entry.name == _DIVISORS:
-            config["rope_divisors"] = _divisors(_tensor(entry, config, path), config)
+            config["rope_divisors"] = _divisors(
+                _tensor(entry, config, {}, path), config
+            )
     return config
+
+
+def _refuse(fields: dict[str, Any], key: str, *plain: Any, why: str = "") -> None:
+    """Raise unless the metadata lack the key or have a value without effect."""
+    if key in fields and fields[key] not in plain:
+        raise ConversionError(f"{key} = {fields[key]!r} is not supported{why}")
 
 
 def _refuse_variants(fields: dict[str, Any], config: dict[str, Any]) -> None:
     """Raise for what would change the computation and is not built."""
-
-    def refuse(key: str, *plain: Any) -> None:
-        value = fields.get(f"{family}.{key}")
-        if value is not None and value not in plain:
-            raise ConversionError(f"{family}.{key} = {value!r} is not supported")
-
     family = config["model_type"]
+    for key, *plain in (
+        ("rope.dimension_count", config["head_dim"]),
+        ("attention.value_length", config["head_dim"]),
+        ("expert_count", 0),
+        ("attention.causal", True),
+        *((f"attention.{name}", 0.0) for name in ("clamp_kqv", "max_alibi_bias")),
+        *((f"{name}_logit_softcapping", 0.0) for name in ("attn", "final")),
+        *((f"{name}_scale", 0.0, 1.0) for name in ("logit", "embedding", "residual")),
+        ("attention.scale", 0.0, float(np.float32(config["head_dim"] ** -0.5))),
+    ):
+        _refuse(fields, f"{family}.{key}", *plain)
 
-    refuse("rope.dimension_count", config["head_dim"])
-    refuse("attention.value_length", config["head_dim"])
-    refuse("rope.scale_linear", 0.0, 1.0)
-    refuse("rope.scaling.type", "none")
-    refuse("rope.scaling.factor", 0.0, 1.0)
-    refuse("expert_count", 0)
-    window = fields.get(f"{family}.attention.sliding_window") or 0
-    context = size(config, "max_position_embeddings")
-    if type(window) is not int or 0 < window < context:
-        refuse("attention.sliding_window")
-    for key in ("attention.clamp_kqv", "attention.max_alibi_bias"):
-        refuse(key, 0.0)
-    for key in ("logit_scale", "embedding_scale", "residual_scale", "attention.scale"):
-        refuse(key, 0.0, 1.0)
+
+def _rope_scaling(
+    fields: dict[str, Any], config: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Interpolated positions as `rope_scaling` of config.json.
+
+    The keys mean what llama.cpp makes of them: a factor without a type is linear,
+    and YaRN multiplies queries and keys with `attn_factor` times 0.1 ln(factor) + 1,
+    where transformers' `attention_factor` is the whole product.
+    """
+    scaling = f"{config['model_type']}.rope.scaling."
+
+    kind = fields.get(f"{scaling}type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        _refuse(fields, f"{scaling}type", why="; supported: none, linear, yarn")
+    _refuse(fields, f"{scaling}alpha", 0.0, 1.0)
+    _refuse(fields, f"{scaling}yarn_log_multiplier", 0.0)
+    # Below 0 stands for the default.
+    yarn = kind == "yarn"
+    _refuse(fields, f"{scaling}yarn_ext_factor", -1.0, 1.0 if yarn else 0.0)
+    key = f"{scaling}factor"
+    if key not in fields:  # its old name
+        key = f"{config['model_type']}.rope.scale_linear"
+    factor = 1.0 if fields.get(key) == 0 else number(fields, key, 1.0)
+    if not yarn:
+        for name in ("attn_factor", "yarn_attn_factor"):
+            _refuse(fields, f"{scaling}{name}", 1.0)
+        if kind == "none" or factor == 1.0:
+            return None
+        return {"rope_type": "linear", "factor": factor}
+    magnitude = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    # Converters write transformers' number here, and llama.cpp does not read it: no
+    # matter where they agree.
+    key = f"{scaling}yarn_attn_factor"
+    if not math.isclose(number(fields, key, magnitude), magnitude, rel_tol=1e-6):
+        why = f": YaRN of this factor multiplies with {magnitude:.6g}"
+        _refuse(fields, key, why=why)
+    context, key = config["max_position_embeddings"], "original_context_length"
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": fields.get(f"{scaling}{key}") or context,
+        "beta_fast": number(fields, f"{scaling}yarn_beta_fast", 32.0),
+        "beta_slow": number(fields, f"{scaling}yarn_beta_slow", 1.0),
+        "attention_factor": magnitude * number(fields, f"{scaling}attn_factor", 1.0),
+    }
+
+
+def _windows(fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Sliding windows in config.json's words; none that the context does not cross.
+
+    A Mistral's file says llama, and all its layers have the window.
+    """
+    family, context = config["model_type"], config["max_position_embeddings"]
+    key = f"{family}.attention.sliding_window"
+    width, pattern = fields.get(key, 0), fields.get(f"{key}_pattern")
+    if type(width) is not int or width < 0:
+        raise ConversionError(f"{key} must be a number of tokens, not {width!r}")
+    if not 0 < width < context:
+        return {}
+    layers = config["num_hidden_layers"]
+    if pattern is not None and not (
+        isinstance(pattern, list)
+        and len(pattern) == layers
+        and all(type(slides) is bool for slides in pattern)
+    ):
+        why = f": it must say true or false for each of {layers} layers"
+        _refuse(fields, f"{key}_pattern", why=why)
+    if family == "llama":
+        if pattern is not None and not all(pattern):
+            why = ": a Mistral has its window in every layer"
+            _refuse(fields, f"{key}_pattern", why=why)
+        return {"model_type": "mistral", "sliding_window": width}
+    if pattern is None:
+        why = f": {key}_pattern must say which layers have the window"
+        _refuse(fields, key, why=why)
+    kinds = ("full_attention", "sliding_attention")
+    return {
+        "use_sliding_window": True,
+        "sliding_window": width,
+        "layer_types": [kinds[slides] for slides in pattern or ()],
+    }
 
 
 def _divisors(tensor: SourceTensor, config: dict[str, Any]) -> tuple[float, ...]:
@@ -175,7 +259,9 @@ def _divisors(tensor: SourceTensor, config: dict[str, Any]) -> tuple[float, ...]
     return tuple(values.tolist())
 
 
-def _tensor(entry: Entry, config: dict[str, Any], path: Path) -> SourceTensor:
+def _tensor(
+    entry: Entry, config: dict[str, Any], interleaved: dict[str, str], path: Path
+) -> SourceTensor:
     layer = re.match(r"blk\.(\d+)\.", entry.name)
     i = layer.group(1) if layer else ""
     stem, _, suffix = entry.name.rpartition(".")
@@ -184,8 +270,8 @@ def _tensor(entry: Entry, config: dict[str, Any], path: Path) -> SourceTensor:
     if generic in _NAMES:
         name = f"{_NAMES[generic].replace('{i}', i)}.{suffix}"
     decode, unit = partial(_dequantize, entry.kind), 1
-    if config["model_type"] == "llama" and generic in _INTERLEAVED:
-        unit = max(entry.shape[0] // config[_INTERLEAVED[generic]], 1)  # of one head
+    if generic in interleaved:
+        unit = max(entry.shape[0] // config[interleaved[generic]], 1)  # of one head
         decode = partial(_split_rotary, unit, decode)
     return SourceTensor(
         name=name,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
+import struct
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -10,9 +12,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from convert.files import read_json, read_json_if_there
+from convert.files import check_file, parse_json, read_json, read_json_if_there
 from convert.source import ConversionError, Source, SourceTensor
 from convert.tokenizer import from_folder
 
@@ -26,6 +27,9 @@ _FLOATS = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+# 100,000 tensors take about 12 MB.
+_LARGEST_HEADER = 16 << 20  # bytes
+_LARGEST_RANK = 8
 
 
 def read(folder: Path) -> Source:
@@ -98,11 +102,16 @@ def _sharded(folder: Path) -> dict[str, SourceTensor]:
     if not isinstance(index, dict) or not index:
         raise ConversionError(f"{folder / _INDEX} has no weight_map")
     tensors: dict[str, SourceTensor] = {}
-    for shard in sorted({str(shard) for shard in index.values()}):
-        # An index is data: it must not lead out of the folder.
-        if Path(shard).name != shard:
-            raise ConversionError(f"{folder / _INDEX} names {shard!r}, not a file name")
-        if not (folder / shard).exists():
+    for name, shard in index.items():
+        # An index is data: it must not lead out of the folder. Links do, in Hugging
+        # Face's cache, but those a user made, or their client.
+        plain = isinstance(shard, str) and Path(shard).name == shard
+        if not plain or shard in ("", ".."):
+            raise ConversionError(
+                f"{folder / _INDEX} places {name} in {shard!r}, not a file name"
+            )
+    for shard in sorted(set(index.values())):
+        if not os.path.exists(folder / shard):  # of names too long, too
             raise ConversionError(f"the shard {folder / shard} is missing")
         for tensor in _open(folder / shard):
             listed = index.get(tensor.name)
@@ -119,36 +128,74 @@ def _sharded(folder: Path) -> dict[str, SourceTensor]:
 
 
 def _open(path: Path) -> Iterable[SourceTensor]:
-    try:
-        # The reference implementation checks the header: sizes, gaps, overlaps.
-        with safe_open(path, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ConversionError(
-            f"{path} is not a whole safetensors file: {error}"
-        ) from None
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+    size, start, header = _header(path)
+    room = size - start
     header.pop("__metadata__", None)
-    for name, entry in header.items():
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
         kind, shape = entry["dtype"], tuple(entry["shape"])
+        begin, after = entry["data_offsets"]
         if kind not in _FLOATS:
             raise ConversionError(
                 f"{name} in {path} is {kind}, not a float: quantised checkpoints are "
                 "converted from their original or from GGUF"
             )
-        begin, end = entry["data_offsets"]
+        nbytes = math.prod(shape) * np.dtype(_FLOATS[kind]).itemsize
+        # Without gaps and overlaps, as the format is defined.
+        if begin != end or after - begin != nbytes or after > room:
+            raise ConversionError(
+                f"{name} in {path} takes {nbytes} bytes of {kind} from byte {end} of "
+                f"{room} on, but its data_offsets are {[begin, after]}: the file "
+                "is truncated or damaged"
+            )
+        end = after
         yield SourceTensor(
             name=name,
             stored_name=name,
             kind=kind,
             shape=shape,
             path=path,
-            begin=8 + size + begin,
-            nbytes=end - begin,
+            begin=start + begin,
+            nbytes=nbytes,
             decode=partial(_decode, _FLOATS[kind]),
         )
+    if end != room:
+        raise ConversionError(
+            f"{path} is damaged: bytes from {end} of {room} on belong to no tensor"
+        )
+
+
+def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
+    """Size of a safetensors file, where its tensors begin, what it says of them."""
+    size = check_file(path)
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+            raise ConversionError(
+                f"{path} is not a whole safetensors file: it has {size} bytes, its "
+                f"header {length} (from 2 to {_LARGEST_HEADER} are possible)"
+            )
+        text = file.read(length)
+    what = f"the header of {path}"
+    try:
+        header = parse_json(text.decode(), what)
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{what} is not UTF-8 text: {error}") from None
+    return size, 8 + length, header
+
+
+def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """The data_offsets of an entry whose fields have the types that they must."""
+    match entry:
+        case {"dtype": str(), "shape": list(shape), "data_offsets": [begin, end]}:
+            numbers = [*shape[:_LARGEST_RANK], begin, end]
+            whole = all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+            if whole and len(shape) <= _LARGEST_RANK:
+                return begin, end
+    raise ConversionError(
+        f"{name} in {path} needs a dtype, a shape and two data_offsets, not {entry!r}"
+    )
 
 
 def _decode(dtype: Any, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -55,8 +55,8 @@ def understand(config: dict[str, Any]) -> tuple[ModelConfig, tuple[Rule, ...]]:
         if isinstance(quantization, dict):
             method = quantization.get("quant_method", "?")
         raise ConversionError(
-            f"the checkpoint is quantised ({method}): convert the original one, or a "
-            "GGUF file"
+            f"quantization_config: the checkpoint is quantised ({method}): convert the "
+            "original one, or a GGUF file"
         )
     unread(config)
     try:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any, get_args
 
-from convert.rules.rule import Rule, flag, number, one_of, size
+from convert.rules.rule import LARGEST_DEPTH, Rule, flag, number, one_of, size
 from convert.source import ConversionError
 from polarjax.config import ModelConfig, Rope, RopeKind
 
@@ -100,7 +100,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         raise ConversionError(
             "configuration: mlp_bias true is not supported: the gated MLP has no biases"
         )
-    layers = size(config, "num_hidden_layers")
+    layers = size(config, "num_hidden_layers", largest=LARGEST_DEPTH)
     dim, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     rotary = _rotary(config, layers)
     bias = family in _BIASED and flag(config, "attention_bias", False)

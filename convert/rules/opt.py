@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from convert.rules.rule import Rule, flag, one_of, size
+from convert.rules.rule import LARGEST_DEPTH, Rule, flag, one_of, size
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
 
@@ -95,7 +95,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         family="opt",
         vocab_size=size(config, "vocab_size"),
         dim=dim,
-        layers=size(config, "num_hidden_layers"),
+        layers=size(config, "num_hidden_layers", largest=LARGEST_DEPTH),
         heads=heads,
         kv_heads=heads,
         head_dim=dim // heads,

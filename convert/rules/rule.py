@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from typing import Any
 
 from convert.source import ConversionError
@@ -34,15 +34,22 @@ class Rule:
 
 # Sizes beyond this are damage, and arithmetic on them may take forever.
 _LARGEST = 2**24
+LARGEST_DEPTH = 2**12  # layers
 
 
-def size(config: dict[str, Any], name: str, default: int | None = None) -> int:
+def size(
+    config: dict[str, Any],
+    name: str,
+    default: int | None = None,
+    largest: int = _LARGEST,
+) -> int:
     """A positive integer of config.json.
 
     Args:
       config: what the file holds.
       name: of the field.
       default: for a file without it, or with null; None if there must be one.
+      largest: that is taken for more than damage.
 
     Raises:
       ConversionError: if it is missing or is no such number.
@@ -56,9 +63,9 @@ def size(config: dict[str, Any], name: str, default: int | None = None) -> int:
         raise ConversionError(
             f"configuration: {name} must be an integer, not {value!r}"
         )
-    if not 1 <= value <= _LARGEST:
+    if not 1 <= value <= largest:
         raise ConversionError(
-            f"configuration: {name} must be between 1 and {_LARGEST}, not {value}"
+            f"configuration: {name} must be between 1 and {largest}, not {value}"
         )
     return value
 
@@ -72,8 +79,10 @@ def number(config: dict[str, Any], name: str, default: float | None = None) -> f
         raise ConversionError(f"the configuration has no {name}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConversionError(f"configuration: {name} must be a number, not {value!r}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ConversionError(f"configuration: {name} must be positive, not {value}")
+    if not 0 < value <= sys.float_info.max:  # an integer may be larger
+        raise ConversionError(
+            f"configuration: {name} must be positive and finite, not {value}"
+        )
     return float(value)
 
 

@@ -1,5 +1,6 @@
 """Tiny checkpoints with random weights, written without torch or transformers."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -223,16 +224,17 @@ def gguf_tensors(config, tensors: Tensors) -> Tensors:
 
 
 def quantize(array: np.ndarray, kind: str) -> np.ndarray:
-    """Bytes of one tensor; K-quants, which the package cannot write, are random."""
+    """Bytes of one tensor; those that the package cannot write are random."""
     quantization = GGMLQuantizationType[kind]
-    if not kind.endswith("_K"):
+    if not kind.endswith("_K") and not kind.startswith("IQ"):
         return gguf.quants.quantize(array, quantization)
     block, nbytes = gguf.GGML_QUANT_SIZES[quantization]
     rng = np.random.default_rng(array.size)
     blocks = rng.integers(0, 256, (array.size // block, nbytes), dtype=np.uint8)
     # Where each kind keeps its float16 scales; elsewhere any byte is a value.
     at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2)}
-    for begin in at.get(kind, (208,)):
+    at |= {"Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
+    for begin in at[kind]:
         scale = rng.uniform(0.01, 0.02, (len(blocks), 1)).astype(np.float16)
         blocks[:, begin : begin + 2] = scale.view(np.uint8)
     return blocks.reshape(array.shape[0], -1)
@@ -247,7 +249,7 @@ def write_gguf(
       path: of the file.
       config: as config.json has it.
       tensors: by GGUF's names; None for those of `llama_tensors`.
-      kind: of every matrix; vectors are float32.
+      kind: of every matrix, or several that take turns; vectors are float32.
       fields: (method of `gguf.GGUFWriter`, arguments) for more metadata.
 
     Returns:
@@ -268,8 +270,9 @@ def write_gguf(
     for method, *arguments in fields:
         getattr(writer, method)(*arguments)
     stored = {}
+    kinds = itertools.cycle([kind] if isinstance(kind, str) else kind)
     for name, array in tensors.items():
-        used = GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        used = GGMLQuantizationType[next(kinds) if array.ndim == 2 else "F32"]
         raw = quantize(array, used.name)
         writer.add_tensor(name, raw, raw_dtype=used)
         stored[name] = gguf.quants.dequantize(raw, used).reshape(array.shape)

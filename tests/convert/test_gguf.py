@@ -3,12 +3,16 @@
 import dataclasses
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+import polarjax
 from convert import ConversionError, convert
 from convert.readers import gguf as reader
+from polarjax.model.positions import rotate
 from polarjax.params import read_folder
 from tests.convert.checkpoints import (
     LLAMA,
@@ -22,6 +26,14 @@ from tests.convert.checkpoints import (
 
 # K-quants come in rows of 256.
 WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+KINDS = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
+YARN = [
+    ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
+    ("add_rope_scaling_factor", 4.0),
+]
 PARTS = {"q": "num_attention_heads", "k": "num_key_value_heads"}
 
 
@@ -43,29 +55,57 @@ def as_hf(config, stored) -> dict[str, np.ndarray]:
     for theirs, ours in zip(llama_tensors(config), names, strict=True):
         array = stored[ours]
         for part, heads in PARTS.items():
-            if f".{part}_proj." in theirs:
+            if f".{part}_proj." in theirs and config["model_type"] == "llama":
                 array = deinterleave(array, config[heads])
         out[theirs] = array
     return out
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
-        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    ],
-)
-def test_quantisations(kind, tmp_path):
-    config = WIDE if kind.endswith("_K") else LLAMA
-    stored = write_gguf(tmp_path / "model.gguf", config, kind=kind)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_quantisations(family, tmp_path):
+    """Every kind in one file, each in another place of each architecture."""
+    config = {**WIDE, "model_type": family, "num_hidden_layers": 2}
+    shift = ["llama", "qwen2", "qwen3"].index(family)
+    kinds = [*KINDS[shift:], *KINDS[:shift]]
+    tensors = gguf_tensors(config, llama_tensors(config))
+    stored = write_gguf(tmp_path / "model.gguf", config, tensors, kind=kinds)
+    assert sum(array.ndim == 2 for array in tensors.values()) >= len(KINDS)
     convert(tmp_path / "model.gguf", tmp_path / "out", dtype="float32", progress=False)
     expected = expected_llama(config, as_hf(config, stored))
     ours = weights(tmp_path / "out")
-    assert ours.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
         assert np.ptp(array) > 0
+    assert {name for name in ours if "norm" not in name} <= expected.keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_equals_what_transformers_loads(family, tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = {**WIDE, "model_type": family, "num_hidden_layers": 2}
+    fields = [("add_rope_dimension_count", 64), ("add_name", "tiny")]
+    if family == "qwen3":  # its head_dim, which transformers does not read
+        config |= {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+        fields = [("add_key_length", 128), ("add_value_length", 128)]
+    path = tmp_path / "model.gguf"
+    tensors = gguf_tensors(config, llama_tensors(config))
+    write_gguf(path, config, tensors, kind=KINDS, fields=fields)
+    made = convert(path, tmp_path / "out", dtype="float32", progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype="float32"
+    )
+    state = {name: array.numpy() for name, array in theirs.state_dict().items()}
+    ours, expected = weights(tmp_path / "out"), expected_llama(config, state)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    params = read_folder(tmp_path / "out")
+    tokens = np.random.default_rng(0).integers(0, made.vocab_size, (2, 9))
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(tokens)).logits.numpy()
+    found = polarjax.logits(params, tokens.tolist(), [9, 9])
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -108,6 +148,105 @@ def test_divisors_of_the_rotary_frequencies(tmp_path):
         write_gguf(path, tensors={**tensors, "rope_freqs.weight": wrong})
         with pytest.raises(ConversionError, match=r"rope_freqs.weight (has 3|must be)"):
             convert(path, tmp_path / "other", progress=False)
+
+
+def rotation(fields: dict, theta: float, context: int) -> np.ndarray:
+    """How llama.cpp turns and stretches each pair of a head of 8, at 64 positions.
+
+    After its `rope_yarn`, from the metadata as its loader takes them.
+    """
+    f = {name.removeprefix("rope."): value for name, value in fields.items()}
+    kind = f.get("scaling.type", "linear")
+    factor = f.get("scaling.factor", f.get("scale_linear", 0.0)) or 1.0
+    stretch = 1 / factor if kind != "none" else 1.0
+    plain = np.arange(64)[:, None] * theta ** (-np.arange(0, 8, 2) / 8)
+    angle, magnitude = plain * stretch, f.get("scaling.attn_factor", 1.0)
+    if kind == "yarn":
+        original = f.get("scaling.original_context_length", context)
+
+        def pair(turns):
+            return 8 * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(theta))
+
+        low = max(0, np.floor(pair(f.get("scaling.yarn_beta_fast", 32.0))))
+        high = min(7, np.ceil(pair(f.get("scaling.yarn_beta_slow", 1.0))))
+        ramp = 1 - np.clip((np.arange(4) - low) / max(0.001, high - low), 0, 1)
+        angle = angle * (1 - ramp) + plain * ramp
+        magnitude = magnitude * (1 + 0.1 * np.log(factor))
+    return magnitude * np.exp(1j * angle)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, "linear"),
+        ({"rope.scaling.factor": 2.5}, "linear"),
+        ({"rope.scale_linear": 2.0}, "linear"),
+        ({"rope.scaling.factor": 2.0, "rope.scale_linear": 8.0}, "linear"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, "default"),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, "default"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+          "rope.scaling.original_context_length": 4096}, "yarn"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0}, "yarn"),
+        ({"rope.scaling.type": "yarn"}, "yarn"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+          "rope.scaling.attn_factor": 0.75, "rope.scaling.yarn_ext_factor": 1.0,
+          "rope.scaling.yarn_attn_factor": 0.1 * np.log(4.0) + 1,
+          "rope.scaling.yarn_beta_fast": 4.0, "rope.scaling.yarn_beta_slow": 0.5,
+          "rope.scaling.original_context_length": 512}, "yarn"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rope_scaling(fields, kind, tmp_path):
+    path, family = tmp_path / "model.gguf", "qwen2"
+    config = {**LLAMA, "model_type": family, "num_hidden_layers": 1}
+    methods = {str: "add_string", int: "add_uint32"}
+    write_gguf(
+        *(path, config),
+        fields=[
+            (methods.get(type(value), "add_float32"), f"{family}.{key}", value)
+            for key, value in fields.items()
+        ],
+    )
+    rope = convert(path, tmp_path / "out", progress=False).rope
+    assert rope is not None and rope.kind == kind
+    expected = rotation(fields, LLAMA["rope_theta"], LLAMA["max_position_embeddings"])
+    # One in the first of each pair shows the cosine there, the sine in the second.
+    ones = jnp.concatenate([jnp.ones((1, 64, 1, 4)), jnp.zeros((1, 64, 1, 4))], -1)
+    turned = np.asarray(rotate(ones, jnp.arange(64)[None], rope))[0, :, 0]
+    found = turned[:, :4] + 1j * turned[:, 4:]
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def test_windows(tmp_path):
+    """Mistral's in every layer; Qwen's where the pattern has it."""
+    pattern = [False, True]
+    qwen = {
+        "use_sliding_window": True,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }
+    for family, theirs, also in (("llama", "mistral", {}), ("qwen3", "qwen3", qwen)):
+        config = {**LLAMA, "model_type": family, "architectures": None, "head_dim": 8}
+        tensors = llama_tensors(config)
+        fields = [("add_sliding_window", 16)]
+        if also:
+            fields.append(("add_sliding_window_pattern", pattern))
+        path = tmp_path / f"{family}.gguf"
+        write_gguf(path, config, gguf_tensors(config, tensors), fields=fields)
+        config |= {"model_type": theirs, "sliding_window": 16, **also}
+        hf = write_hf(tmp_path / theirs, config, tensors)
+        made = [
+            convert(source, tmp_path / f"{family}{i}", dtype="float32", progress=False)
+            for i, source in enumerate((path, hf))
+        ]
+        assert made[0].windows == made[1].windows == ((0, 16) if also else (16, 16))
+        eps = made[1].norm_eps
+        same = dataclasses.replace(made[0].architecture, norm_eps=eps)
+        assert same == made[1].architecture
+        first, second = (weights(tmp_path / f"{family}{i}") for i in range(2))
+        jax.tree.map(np.testing.assert_array_equal, first, second)
+    write_gguf(path, {**config, "model_type": "qwen3"}, fields=fields[:1])
+    with pytest.raises(ConversionError, match=r"sliding_window = 16 .*_pattern must"):
+        convert(path, tmp_path / "other", progress=False)
 
 
 def test_head_dim_of_the_metadata(tmp_path):
@@ -157,16 +296,28 @@ def test_the_hash_is_the_file_s(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ([("add_rope_scaling_type", gguf.RopeScalingType.LINEAR)],
-         "llama.rope.scaling.type = 'linear' is not supported"),
-        ([("add_rope_scaling_type", gguf.RopeScalingType.YARN)], "'yarn'"),
-        ([("add_float32", "llama.rope.scaling.factor", 4.0)],
-         "llama.rope.scaling.factor = 4.0"),
+        ([("add_rope_scaling_type", gguf.RopeScalingType.LONGROPE)],
+         "llama.rope.scaling.type = 'longrope' is not .*: none, linear, yarn"),
+        ([("add_rope_scaling_factor", -4.0)], "scaling.factor must be pos.*-4.0"),
+        ([("add_float32", "llama.rope.scale_linear", -4.0)], "rope.scale_linear must"),
+        ([("add_rope_scaling_attn_factors", 0.8)], "llama.rope.scaling.attn_factor ="),
+        ([*YARN, ("add_rope_scaling_yarn_attn_factor", 1.0)],
+         "yarn_attn_factor = 1.0 is .* this factor multiplies with 1.13863"),
+        ([*YARN, ("add_rope_scaling_yarn_ext_factor", 0.5)], "yarn_ext_factor = 0.5"),
+        ([*YARN, ("add_rope_scaling_yarn_log_mul", 0.1)], "yarn_log_multiplier = 0.1"),
+        ([*YARN, ("add_rope_scaling_yarn_beta_fast", 0.0)], "beta_fast must be posit"),
+        ([*YARN, ("add_string", "llama.rope.scaling.attn_factor", "1")], "a number"),
+        ([("add_float32", "llama.attention.scale", 1.0)], "attention.scale = 1.0"),
         ([("add_rope_dimension_count", 4)], "llama.rope.dimension_count = 4"),
         ([("add_value_length", 4)], "attention.value_length = 4"),
         ([("add_expert_count", 8)], "llama.expert_count = 8"),
-        ([("add_sliding_window", 16)], "sliding_window = 16"),
+        ([("add_int32", "llama.attention.sliding_window", -1)], "a number of tokens"),
+        ([("add_sliding_window", 16), ("add_sliding_window_pattern", 2)],
+         "window_pattern = 2 is not .* true or false for each of 2 layers"),
+        ([("add_sliding_window", 16), ("add_sliding_window_pattern", [True, False])],
+         "a Mistral has its window in every layer"),
         ([("add_uint16", "split.count", 3)], "is one part of 3"),
+        ([("add_uint64", "general.alignment", 2**40)], "alignment 10.* up to 65536"),
         ([("add_float32", "tokenizer.ggml.eos_token_id", 2.5)],
          "eos_token_id.* must be token ids"),
     ],
@@ -182,6 +333,9 @@ def test_variants_that_are_not_built(fields, match, tmp_path):
 def test_plain_values_of_the_same_fields_convert(tmp_path):
     fields = [
         ("add_rope_scaling_type", gguf.RopeScalingType.NONE),
+        ("add_rope_scaling_factor", 4.0),  # of no type
+        ("add_rope_scaling_finetuned", True),
+        ("add_float32", "llama.attention.scale", 8**-0.5),
         ("add_rope_dimension_count", 8),
         ("add_expert_count", 0),
         ("add_sliding_window", LLAMA["max_position_embeddings"]),

@@ -1,6 +1,7 @@
 """What is not supported is refused in one sentence that names it, leaving nothing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +91,15 @@ def refused(source, folder, match, error=ConversionError, **options):
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
          "original_max_position_embeddings is 16, but 8192"),
         ({"rope_theta": -1.0}, "rope_theta must be positive"),
+        ({"rope_theta": 10**400}, "rope_theta must be positive and finite"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"hidden_size": 32.0}, "hidden_size must be an integer, not 32.0"),
         ({"hidden_size": 10**12}, "hidden_size must be between 1 and"),
-        ({"num_hidden_layers": 10**7}, "10000000 layers, but .* only 21 tensors"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers must be between 1 and 4096"),
+        ({"num_hidden_layers": 4096}, "4096 layers, but .* only 21 tensors"),
+        ({"vocab_size": 2**24, "hidden_size": 2**24}, "but the configuration asks for"),
         ({"hidden_size": 2**24, "head_dim": 2**24, "intermediate_size": 2**24,
           "num_attention_heads": 2**24, "num_key_value_heads": 2**24},
          "but the configuration asks for"),
@@ -236,8 +240,20 @@ def test_shards(tmp_path):
     refused(folder, tmp_path, f"{first} holds {name}, which .* places in {second}")
     with_index({**index, "model.extra": first})
     refused(folder, tmp_path, f"places model.extra in {first}: it is not there")
-    with_index({**index, name: "../elsewhere.safetensors"})
-    refused(folder, tmp_path, "'../elsewhere.safetensors', not a file name")
+    away = folder.rename(tmp_path / "elsewhere") / first
+    folder.mkdir()
+    for entry in sorted(away.parent.iterdir()):
+        entry.rename(folder / entry.name)
+    shutil.copy(folder / first, away)
+    for shard in ("../elsewhere/" + first, str(away), "..", ".", "", f"./{first}"):
+        with_index({**index, name: shard})
+        refused(folder, tmp_path, f"places {name} in {shard!r}, not a file name")
+    for shard in (None, 3, True, [first], {first: first}):
+        with_index({**index, name: shard})
+        refused(folder, tmp_path, rf"places {name} in .*, not a file name")
+    for shard in ("x" * 300, "a\0b"):
+        with_index({n: shard for n, old in index.items() if old == first})
+        refused(folder, tmp_path, r"the shard .* is missing")
     with_index({})
     refused(folder, tmp_path, "no weight_map")
     with_index(index)

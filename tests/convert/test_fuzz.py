@@ -1,0 +1,301 @@
+"""Damaged files by the hundred: refused with the place named, or the same model.
+
+Each file is read as a conversion reads it: opened, understood, every tensor decoded.
+What comes out other than it went in must be refused by `convert` as a whole. Numbers
+and Python's objects are counted against the limit by tracemalloc, for each file; what
+libraries allocate besides shows in the process's peak, for all of them.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from convert import ConversionError, convert
+from convert.readers import open_source
+from convert.rules import understand
+from convert.source import naming
+from polarjax.params import read_folder
+from tests.convert.checkpoints import (
+    LLAMA,
+    gguf_tensors,
+    llama_tensors,
+    write_gguf,
+    write_hf,
+    write_sharded,
+)
+from tests.convert.damage import EDGES, Damage, GgufDamage, SafetensorsDamage
+
+MEMORY = 512 << 20  # bytes
+SECONDS = 5  # for one file
+# Fields of the configuration in a GGUF file without a check: nothing tells that they
+# were damaged, for every value makes a valid file.
+FREE = ("rope", "norm_eps", "context", "bos_ids", "eos_ids", "windows")
+# A refusal names a byte, a tensor, a key, a field or the header.
+NAMED = re.compile(
+    r"byte|header|char|version|tensor|key |tokenizer|token id|configuration|_config|"
+    r"architecture|shard|"
+    r"(blk|model|llama|qwen3|general|output|token_embd|lm_head|split)[.\w]+"
+)
+
+
+@dataclasses.dataclass
+class Model:
+    """What a conversion reads."""
+
+    config: object
+    tensors: dict[str, np.ndarray]
+
+    def same(self, other: "Model") -> bool:
+        if self.config != other.config or self.tensors.keys() != other.tensors.keys():
+            return False
+        return all(
+            np.array_equal(array, other.tensors[name], equal_nan=True)
+            for name, array in self.tensors.items()
+        )
+
+
+def read(source: Path) -> Model:
+    opened = open_source(source)
+    with naming(source):
+        config, _ = understand(opened.config)
+    tensors = {}
+    for name, tensor in opened.tensors.items():
+        try:
+            tensors[name] = tensor.read().copy()
+        except ValueError:  # of no shape that goes with the configuration: for `sweep`
+            tensors[name] = np.empty(0)
+    return Model(config, tensors)
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Raise for what hangs, even within a loop, or takes much memory."""
+
+    def ring(*_):
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < MEMORY / 8, f"{peak} bytes"  # for a file of 100 kB
+
+
+@pytest.fixture
+def measured():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * 1024 < MEMORY
+
+
+def refusal(error: ConversionError, source: Path) -> None:
+    text = str(error)
+    assert str(source) in text and "\n" not in text and len(text) < 1000
+    assert NAMED.search(text.replace(str(source), "")), text
+
+
+def sweep(path: Path, cases, free=()) -> dict[str, int]:
+    """Damage the file; how often each way was refused."""
+    whole, out = path.read_bytes(), path.parent.with_name("out")
+    source = path if path.suffix == ".gguf" else path.parent
+    reference = read(source)
+    convert(source, out, dtype="float32", progress=False)
+    weights = read_folder(out).weights
+    shutil.rmtree(out)
+    rng = random.Random(0)
+    refused: dict[str, int] = {}
+    for i, (way, content) in enumerate(cases):
+        path.write_bytes(content)
+        try:
+            with limits():
+                found = read(source)
+        except ConversionError as error:
+            refusal(error, source)
+            refused[way] = refused.get(way, 0) + 1
+            continue
+        except BaseException as error:
+            error.add_note(f"{way}, number {i}")
+            raise
+        if path.suffix != ".gguf":  # nothing passes that the reference implementation
+            with safe_open(path, framework="numpy"):  # would not take
+                pass
+        kept = {name: getattr(reference.config, name) for name in free}
+        found.config = dataclasses.replace(found.config, **kept)
+        same = found.same(reference)
+        if same and rng.random() > 0.05:
+            continue
+        try:
+            convert(source, out, dtype="float32", overwrite=True, progress=False)
+        except ConversionError as error:
+            refusal(error, source)
+            assert not same and not out.exists(), (way, i, error)
+            refused[way] = refused.get(way, 0) + 1
+            continue
+        assert same, (way, i)
+        jax.tree.map(np.testing.assert_array_equal, read_folder(out).weights, weights)
+        shutil.rmtree(out)
+    path.write_bytes(whole)
+    assert read(source).same(reference)
+    return refused
+
+
+COUNTS = [200, pytest.param(2000, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_safetensors(count, tmp_path, measured):
+    path = write_hf(tmp_path / "hf") / "model.safetensors"
+    damage = SafetensorsDamage(path.read_bytes())
+    refused = sweep(path, damage.cases(count))
+    assert refused.keys() == {way.__name__ for way in damage.ways}
+    assert sum(refused.values()) > 0.8 * count
+
+
+def gguf_file(folder: Path, family: str) -> Path:
+    """With a tokenizer; qwen3's with scaled positions, windows and quantised."""
+    config, kinds = {**LLAMA, "model_type": family, "head_dim": 8}, ["F32"]
+    tokens = [f"t{i}" for i in range(LLAMA["vocab_size"])]
+    fields = [
+        ("add_tokenizer_model", "gpt2"),
+        ("add_tokenizer_pre", "smollm"),
+        ("add_token_list", tokens),
+        ("add_token_types", [1] * len(tokens)),
+        ("add_eos_token_id", 2),
+        ("add_chat_template", "{{ messages }}"),
+        ("add_key_length", 8),
+        ("add_value_length", 8),
+    ]
+    if family == "qwen3":
+        kinds = ["Q8_0", "F32", "Q5_0"]
+        fields += [
+            ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
+            ("add_rope_scaling_factor", 4.0),
+            ("add_sliding_window", 16),
+            ("add_sliding_window_pattern", [False, True]),
+        ]
+    (folder / "gguf").mkdir()
+    path = folder / "gguf/model.gguf"
+    tensors = gguf_tensors(config, llama_tensors(config))
+    write_gguf(path, config, tensors, kinds, fields)
+    return path
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_gguf(count, tmp_path, measured):
+    for family in ("llama", "qwen3"):
+        (tmp_path / family).mkdir()
+        path = gguf_file(tmp_path / family, family)
+        damage = GgufDamage(path.read_bytes(), path)
+        refused = sweep(path, damage.cases(count // 2), FREE)
+        assert refused.keys() == {way.__name__ for way in damage.ways}
+        assert sum(refused.values()) > 0.5 * count / 2
+
+
+@pytest.mark.slow
+def test_every_byte_of_a_header(tmp_path, measured):
+    path = write_hf(tmp_path / "hf") / "model.safetensors"
+    damage = SafetensorsDamage(path.read_bytes())
+    assert sweep(path, damage.every_byte())["flip"] > 1000
+    path = gguf_file(tmp_path, "qwen3")
+    damage = GgufDamage(path.read_bytes(), path)
+    assert sweep(path, damage.every_byte(), FREE)["flip"] > 1000
+
+
+def json_values(rng: random.Random):
+    """What does not belong into a configuration."""
+    numbers = [*EDGES, -1, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**400]
+    others = [None, True, "", "x", "\ud800", "\n", [], {}, [[]], {"a": None}, [1, "b"]]
+    return rng.choice([*numbers, *others, 2**24, 4096, [2**63] * 50])
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_json(count, tmp_path, measured):
+    """Fields of the configuration and of the index; or bytes of their files."""
+    folder = write_sharded(tmp_path / "hf", LLAMA, llama_tensors())
+    scaling = {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32.0}
+    also = {"rope_scaling": scaling, "layer_types": ["full_attention"] * 2}
+    also |= {"head_dim": 8, "attention_bias": False, "quantization_config": None}
+    names = ("config.json", "model.safetensors.index.json", "generation_config.json")
+    config, index = json.dumps({**LLAMA, **also}), (folder / names[1]).read_text()
+    texts = dict(zip(names, (config, index, '{"eos_token_id": [1, 2]}'), strict=True))
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    reference, rng, refused = read(folder), random.Random(0), 0
+    for i in range(count):
+        name = rng.choice(names)
+        text = texts[name].encode()
+        if rng.random() < 0.5:
+            record = json.loads(text)
+            records = [v for v in record.values() if isinstance(v, dict)]
+            inner = rng.choice([record, *records])
+            inner[rng.choice([*inner, "extra"])] = json_values(rng)
+            changed = json.dumps(record).encode()
+        else:
+            damage = Damage(text, len(text), [0])
+            changed = rng.choice(damage.ways)(rng, text)
+        (folder / name).write_bytes(changed)
+        try:
+            with limits():
+                found = read(folder)
+        except ConversionError as error:
+            refusal(error, folder)
+            refused += 1
+        except BaseException as error:
+            error.add_note(f"number {i}: {changed[:300]}")
+            raise
+        else:
+            tensors = dataclasses.replace(found, config=reference.config)
+            assert tensors.same(reference)
+        (folder / name).write_bytes(text)
+    assert refused > 0.3 * count
+
+
+def test_sizes_that_nobody_has(tmp_path, measured):
+    """Refused before anything of the size is allocated or looped over."""
+    huge = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 2**24)
+    deep = {"num_hidden_layers": 2**24, "model_type": "mistral", "sliding_window": 8}
+    for i, changes in enumerate((huge, {**deep, "architectures": None})):
+        folder = write_hf(tmp_path / str(i), {**LLAMA, **changes}, llama_tensors())
+        with limits(), pytest.raises(ConversionError, match=r"asks for|between 1 and"):
+            convert(folder, tmp_path / "out", progress=False)
+
+
+def test_files_that_are_mostly_holes(tmp_path, measured):
+    """Gigabytes of zeros would make as many empty texts."""
+    folder = write_hf(tmp_path / "hf")
+    texts = struct.pack("<Q1sIIQ", 1, b"a", 9, 8, 2**28)
+    start = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + texts
+    header = struct.pack("<Q", 2**32 - 8) + b"{"
+    for path, content, match in (
+        (tmp_path / "model.gguf", start, "bytes at byte .* are too many"),
+        (folder / "model.safetensors", header, "its header 4294967288"),
+        (folder / "config.json", b"{", "has 4294967296 bytes"),
+    ):
+        path.write_bytes(content)
+        os.truncate(path, 2**32)
+        source = path if path.suffix == ".gguf" else folder
+        with limits(), pytest.raises(ConversionError, match=match):
+            open_source(source)
