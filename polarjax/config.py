@@ -235,13 +235,16 @@ class ModelConfig:
             if fields["rope"] is not None:
                 rope = fields["rope"]
                 fields["rope"] = Rope(**{**rope, "divisors": tuple(rope["divisors"])})
-            for name in ("bos_ids", "eos_ids", "budgets"):
-                fields[name] = tuple(fields[name])
-            # Older checkpoints have none.
-            for name in ("windows", "rotary"):
-                fields[name] = tuple(fields.get(name, ()))
-            fields["thresholds"] = tuple(map(float, fields.get("thresholds", ())))
-            found = fields.get("neuron_budgets", ())
+            tuples = (
+                "windows",
+                "rotary",
+                "bos_ids",
+                "eos_ids",
+                "budgets",
+                "thresholds",
+            )
+            fields |= {name: tuple(fields[name]) for name in tuples}
+            found = fields["neuron_budgets"]
             fields["neuron_budgets"] = tuple_neuron_budgets(found)
             return cls(**fields, folder=folder)
         except (KeyError, TypeError) as error:
