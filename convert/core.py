@@ -28,6 +28,7 @@ from rich.progress import (
 from tokenizers import Tokenizer
 
 from convert.hub import locate
+from convert.places import Place, find_places
 from convert.readers import open_source
 from convert.rules import understand, unread
 from convert.rules.rule import Rule
@@ -47,16 +48,6 @@ DTYPES = {
 # frequencies, and GGUF's divisors are in the configuration by now.
 _BUFFERS = ("rotary_emb.inv_freq", "rope_freqs.weight")
 _EMBEDDING, _HEAD = "embed/tokens", "lm_head.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a source tensor goes: these rows of that weight."""
-
-    target: str
-    rows: slice
-    transpose: bool
-    shape: tuple[int, ...]  # that the source must have
 
 
 def convert(
@@ -163,7 +154,7 @@ class _Plan:
     """
 
     tensors: tuple[SourceTensor, ...]
-    places: dict[str, _Place]
+    places: dict[str, Place]
     fills: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
 
@@ -176,7 +167,7 @@ def _plan(source: Source, config: ModelConfig, rules: tuple[Rule, ...]) -> _Plan
         )
     leaves: dict[str, Any] = flatten_dict(weight_shapes(config), sep="/")
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    places, fills = _places(config, rules, shapes)
+    places, fills = find_places(config, rules, shapes)
     source = _with_prefix(source, places)
     _check_coverage(source, places)
     tensors = sorted(source.tensors.values(), key=lambda tensor: tensor.stored_name)
@@ -234,39 +225,7 @@ def _ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:
             yield block
 
 
-def _places(
-    config: ModelConfig, rules: tuple[Rule, ...], shapes: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, _Place], dict[str, float]]:
-    """Write the family's table out for this model."""
-    places: dict[str, _Place] = {}
-    fills: dict[str, float] = {}
-    for rule in rules:
-        for i in range(config.layers) if "{i}" in rule.target else (0,):
-            target = rule.target.replace("{i}", str(i))
-            if target not in shapes:
-                continue
-            if rule.fill is not None:
-                fills[target] = rule.fill
-                continue
-            counts = [getattr(config, name) * config.head_dim for name in rule.heads]
-            counts = counts or shapes[target][:1]
-            begin = 0
-            for name, rows in zip(rule.sources, counts, strict=True):
-                shape = (rows, *shapes[target][1:])
-                places[name.replace("{i}", str(i))] = _Place(
-                    target,
-                    slice(begin, begin + rows),
-                    rule.transpose,
-                    shape[::-1] if rule.transpose else shape,
-                )
-                begin += rows
-    unset = shapes.keys() - {place.target for place in places.values()} - fills.keys()
-    if unset:
-        raise ConversionError(f"no rule sets {', '.join(sorted(unset))}")
-    return places, fills
-
-
-def _with_prefix(source: Source, places: dict[str, _Place]) -> Source:
+def _with_prefix(source: Source, places: dict[str, Place]) -> Source:
     """Old checkpoints are of the model inside, whose tensors lack the prefix."""
     named = {}
     for name, tensor in source.tensors.items():
@@ -275,7 +234,7 @@ def _with_prefix(source: Source, places: dict[str, _Place]) -> Source:
     return dataclasses.replace(source, tensors=named)
 
 
-def _check_coverage(source: Source, places: dict[str, _Place]) -> None:
+def _check_coverage(source: Source, places: dict[str, Place]) -> None:
     """Every tensor has a place, every place a tensor, and the shapes agree."""
     for name, place in places.items():
         tensor = source.tensors.get(name)
@@ -301,7 +260,7 @@ def _check_coverage(source: Source, places: dict[str, _Place]) -> None:
         )
 
 
-def _check_tied(source: Source, places: dict[str, _Place], head: SourceTensor) -> None:
+def _check_tied(source: Source, places: dict[str, Place], head: SourceTensor) -> None:
     """A tied model's file may hold the head too, as a copy."""
     name = next(name for name, place in places.items() if place.target == _EMBEDDING)
     embedding = source.tensors[name]
@@ -319,7 +278,7 @@ def _put(
     tensor: SourceTensor,
     raw: np.ndarray,
     rows: slice,
-    place: _Place,
+    place: Place,
     weight: np.ndarray,
 ) -> None:
     values = tensor.floats(raw, rows)

@@ -6,18 +6,18 @@ Names, layout and configuration come from the rules that conversion goes by.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from tokenizers import Tokenizer
 
 from convert.core import DTYPES, check_range
+from convert.places import Place, find_places
 from convert.rules import describe
-from convert.rules.rule import Rule
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
 from polarjax.folder import new_folder, write_tensors
@@ -76,79 +76,44 @@ def export(
     return params.config
 
 
-def to_tensors(config: ModelConfig, weights: Tree) -> dict[str, np.ndarray]:
-    """Weights by Hugging Face's names, outputs first.
+def _places(config: ModelConfig) -> dict[str, Place]:
+    """What Hugging Face's tensors are of our weights, by their names."""
+    _, rules = describe(config)
+    leaves: dict[str, Any] = flatten_dict(weight_shapes(config), sep="/")
+    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    return find_places(config, rules, shapes)[0]
+
+
+def shards(config: ModelConfig, dtype: str, limit: int) -> list[dict[str, Place]]:
+    """Deal the tensors out to files.
 
     Args:
       config: of the model.
-      weights: numpy arrays, as in `polarjax.Params`.
-
-    Returns:
-      Contiguous arrays of the weights' dtypes.
-
-    Raises:
-      ValueError: if there is no rule for a weight.
-    """
-    leaves: dict[str, Any] = flatten_dict(weights, sep="/")
-    tensors: dict[str, np.ndarray] = {}
-    for rule in describe(config)[1]:
-        for i in range(config.layers) if "{i}" in rule.target else (0,):
-            leaf = leaves.pop(rule.target.replace("{i}", str(i)), None)
-            if leaf is not None:
-                tensors |= _sources(rule, i, leaf, config)
-    if leaves:
-        raise ValueError(f"no rule names {', '.join(sorted(leaves))}")
-    return tensors
-
-
-def _sources(
-    rule: Rule, layer: int, leaf: np.ndarray, config: ModelConfig
-) -> dict[str, np.ndarray]:
-    heads = [getattr(config, name) for name in rule.heads]
-    ends = np.cumsum(heads[:-1], dtype=int) * config.head_dim
-    found = {}
-    for name, part in zip(rule.sources, np.split(leaf, ends), strict=True):
-        part = part.T if rule.transpose else part
-        found[name.replace("{i}", str(layer))] = np.ascontiguousarray(part)
-    return found
-
-
-def shards(tensors: Mapping[str, np.ndarray], limit: int) -> list[list[str]]:
-    """Group tensors, in order, into files.
-
-    Args:
-      tensors: by name.
+      dtype: of the tensors: "bfloat16", "float16" or "float32".
       limit: most bytes of a file.
 
     Returns:
-      The names in each file.
+      What is in each file, by Hugging Face's name.
 
     Raises:
+      ConversionError: if transformers has no words for the model.
       ValueError: if a tensor alone is larger.
     """
-    groups: list[list[str]] = []
+    groups: list[dict[str, Place]] = []
     room = 0
-    for name, tensor in tensors.items():
-        size = tensor.nbytes + _HEADER
+    for name, place in _places(config).items():
+        size = math.prod(place.shape) * np.dtype(DTYPES[dtype]).itemsize + _HEADER
         if size > limit:
             raise ValueError(
-                f"{name} takes {size:,} bytes in {tensor.dtype}, but a shard may have "
+                f"{name} takes {size:,} bytes in {dtype}, but a shard may have "
                 f"{limit:,}: raise the limit, or take a smaller dtype"
             )
         if size > room:
-            groups.append([])
+            groups.append({})
             room = limit
-        groups[-1].append(name)
+        groups[-1][name] = place
         room -= size
     return groups
-
-
-def check_shards(config: ModelConfig, dtype: str, limit: int) -> None:
-    """Raise ValueError unless the model can be written so; arguments as `write`."""
-    empty = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, DTYPES[dtype]), weight_shapes(config)
-    )
-    shards(to_tensors(config, empty), limit)
 
 
 def write(
@@ -176,33 +141,44 @@ def write(
       FileExistsError: if there is something at `path`.
       ValueError: if a weight holds NaN, or is too large for a shard.
     """
-    tensors = to_tensors(config, jax.tree.map(np.asarray, weights))
-    for name, tensor in tensors.items():
-        check_finite(name, tensor)
-        with np.errstate(over="ignore"):
-            tensors[name] = tensor.astype(DTYPES[dtype])
-        check_range(name, tensors[name])
     files = dict(files or {})
-    groups = shards(tensors, shard_bytes)
+    groups = shards(config, dtype, shard_bytes)
     contents = {"config.json": {**describe(config)[0], "torch_dtype": dtype}}
     if TOKENIZER_FILE in files:
         contents["tokenizer_config.json"] = _tokenizer_config(
             Tokenizer.from_str(files[TOKENIZER_FILE]), config
         )
-    places: dict[str, str] = {}
+    leaves: dict[str, Any] = flatten_dict(weights, sep="/")
+    index: dict[str, str] = {}
+    total = 0
     with new_folder(path) as folder:
         for i, group in enumerate(groups, 1):
             file = f"model-{i:05}-of-{len(groups):05}.safetensors"
-            part = {name: tensors[name] for name in group}
+            part = {
+                name: _tensor(name, place, leaves, DTYPES[dtype])
+                for name, place in group.items()
+            }
             write_tensors(folder / file, part, metadata={"format": "pt"})
-            places |= dict.fromkeys(group, file)
+            index |= dict.fromkeys(part, file)
+            total += sum(tensor.nbytes for tensor in part.values())
         contents["model.safetensors.index.json"] = {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": places,
+            "metadata": {"total_size": total},
+            "weight_map": index,
         }
         files |= {name: json.dumps(c, indent=2) + "\n" for name, c in contents.items()}
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def _tensor(
+    name: str, place: Place, weights: Mapping[str, Any], dtype: Any
+) -> np.ndarray:
+    values = np.asarray(weights[place.target])[place.rows]
+    check_finite(name, values)
+    with np.errstate(over="ignore"):
+        narrowed = np.ascontiguousarray(values.T if place.transpose else values, dtype)
+    check_range(name, narrowed)
+    return narrowed
 
 
 def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

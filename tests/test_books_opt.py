@@ -13,7 +13,7 @@ import polarjax
 from benchmarks.models import books_opt, books_text, opt_training
 from benchmarks.models.opt_training import Training, train
 from convert import convert
-from convert.export import check_shards
+from convert.export import shards
 from polarjax.generation import Tokenizer
 from polarjax.model import Decoder, run
 
@@ -255,9 +255,9 @@ def test_batches_are_blocks_of_the_text_in_another_order_each_epoch():
 def test_the_model_itself_is_small_enough():
     config = books_opt.make_config()
     assert 26e6 < books_opt.parameters(config) < books_opt.LARGEST
-    check_shards(config, "bfloat16", 15 * 2**20)
+    shards(config, "bfloat16", 15 * 2**20)
     with pytest.raises(ValueError, match=r"embed_tokens.*float32.*15,728,640"):
-        check_shards(config, "float32", 15 * 2**20)
+        shards(config, "float32", 15 * 2**20)
     with pytest.raises(ValueError, match=r"parameters are more than 28,000,000"):
         books_opt.make_config(layers=8)
 

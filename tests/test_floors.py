@@ -97,6 +97,7 @@ FLOORS = {
         convert.rules.opt
         convert.rules
         convert.hub
+        convert.places
         convert.core
         convert.verify
         convert

@@ -32,7 +32,7 @@ from rich.progress import (
 from benchmarks.models.books_text import read_tokens, train_tokenizer
 from benchmarks.models.opt_training import Training, evaluate, imbalance, train
 from convert.core import DTYPES
-from convert.export import check_shards, write
+from convert.export import shards, write
 from polarjax.config import ModelConfig
 from polarjax.folder import check_destination
 from polarjax.model import weight_shapes
@@ -150,7 +150,7 @@ def build(
     console = console or Console(quiet=True)
     # What can be refused is refused before the work.
     check_destination(out, overwrite=False)
-    check_shards(config, dtype, shard_bytes)
+    shards(config, dtype, shard_bytes)
     for path in (text, valid):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no text file at {path}")
