@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -53,13 +54,7 @@ def _ours_alone(partial: Path, path: Path) -> Iterator[None]:
     partial.mkdir(parents=True, exist_ok=True)
     handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Else it was renamed or deleted before it was locked.
-            free = os.path.samestat(os.stat(partial), os.fstat(handle))
-        except (BlockingIOError, FileNotFoundError):
-            free = False
-        if not free:
+        if not _locked(handle) or not _is(partial, handle):
             raise FileExistsError(
                 f"another process is writing {path}: let it finish, or choose another "
                 "place"
@@ -69,6 +64,26 @@ def _ours_alone(partial: Path, path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # Some networks' file systems have no locks: two writers are not told there.
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    return True
+
+
+def _is(path: Path, handle: int) -> bool:
+    """Whether it has not been renamed or deleted before it was locked."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def write_tensors(
