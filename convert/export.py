@@ -22,7 +22,7 @@ from convert.source import ConversionError
 from polarjax.config import ModelConfig
 from polarjax.folder import new_folder, write_tensors
 from polarjax.hub import load
-from polarjax.model import weight_shapes
+from polarjax.model import check_weights
 from polarjax.params import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Tree, check_finite
 from polarjax.sparsity.updates import merge_updates
 
@@ -76,14 +76,6 @@ def export(
     return params.config
 
 
-def _places(config: ModelConfig) -> dict[str, Place]:
-    """What Hugging Face's tensors are of our weights, by their names."""
-    _, rules = describe(config)
-    leaves: dict[str, Any] = flatten_dict(weight_shapes(config), sep="/")
-    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    return find_places(config, rules, shapes)[0]
-
-
 def shards(config: ModelConfig, dtype: str, limit: int) -> list[dict[str, Place]]:
     """Deal the tensors out to files.
 
@@ -101,7 +93,8 @@ def shards(config: ModelConfig, dtype: str, limit: int) -> list[dict[str, Place]
     """
     groups: list[dict[str, Place]] = []
     room = 0
-    for name, place in _places(config).items():
+    _, rules = describe(config)
+    for name, place in find_places(config, rules)[0].items():
         size = math.prod(place.shape) * np.dtype(DTYPES[dtype]).itemsize + _HEADER
         if size > limit:
             raise ValueError(
@@ -139,7 +132,7 @@ def write(
       ConversionError: if transformers has no words for the model, or a weight is beyond
         the dtype's range.
       FileExistsError: if there is something at `path`.
-      ValueError: if a weight holds NaN, or is too large for a shard.
+      ValueError: if a weight holds NaN, is too large for a shard, or not of this model.
     """
     files = dict(files or {})
     groups = shards(config, dtype, shard_bytes)
@@ -148,6 +141,7 @@ def write(
         contents["tokenizer_config.json"] = _tokenizer_config(
             Tokenizer.from_str(files[TOKENIZER_FILE]), config
         )
+    check_weights(weights, config)
     leaves: dict[str, Any] = flatten_dict(weights, sep="/")
     index: dict[str, str] = {}
     total = 0

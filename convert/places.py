@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
+
+from flax.traverse_util import flatten_dict
 
 from convert.rules.rule import Rule
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
+from polarjax.model import weight_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,23 +32,23 @@ class Place:
 
 
 def find_places(
-    config: ModelConfig,
-    rules: Iterable[Rule],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[dict[str, Place], dict[str, float]]:
+    config: ModelConfig, rules: Iterable[Rule]
+) -> tuple[dict[str, Place], dict[str, float], dict[str, tuple[int, ...]]]:
     """Where each tensor goes, or comes from.
 
     Args:
       config: of the model.
       rules: of its family.
-      shapes: of its weights.
 
     Returns:
-      The places by Hugging Face's name, and what fills the weights that have none.
+      The places by Hugging Face's name, what fills the weights that have none, and the
+      shapes of all weights.
 
     Raises:
       ConversionError: if there is no rule for a weight.
     """
+    leaves: dict[str, Any] = flatten_dict(weight_shapes(config), sep="/")
+    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     found: dict[str, Place] = {}
     fills: dict[str, float] = {}
     for rule in rules:
@@ -70,4 +74,4 @@ def find_places(
     unset = shapes.keys() - {place.target for place in found.values()} - fills.keys()
     if unset:
         raise ConversionError(f"no rule sets {', '.join(sorted(unset))}")
-    return found, fills
+    return found, fills, shapes

@@ -56,8 +56,8 @@ class Rope:
 class ModelConfig:
     """Shape and kind of a decoder-only model.
 
-    Letters are the README's glossary. The last six fields describe the checkpoint
-    rather than the computation; `architecture` leaves them out.
+    Letters are the README's glossary. The fields from `bos_ids` on describe the
+    checkpoint rather than the computation; `architecture` leaves them out.
 
     Attributes:
       family: the family it was converted from ("llama", "mistral",
@@ -224,12 +224,14 @@ class ModelConfig:
         try:
             fields: dict[str, Any] = json.loads(text)
             version = fields.pop("format_version")
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise ValueError(f"not a polarjax config.json: {error}") from error
+        except RecursionError:
+            raise ValueError("not a polarjax config.json: it is too deep") from None
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"checkpoint format {version!r}, but this polarjax reads "
-                f"{FORMAT_VERSION}: convert the model again"
+                f"{FORMAT_VERSION}: convert the original model again"
             )
         try:
             if fields["rope"] is not None:

@@ -36,16 +36,28 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     check_destination(path, overwrite)
-    partial = path.with_name(path.name + ".partial")
+    partial, replaced = neighbours(path)
     with _ours_alone(partial, path):
-        check_destination(path, overwrite)  # it may have been made just before
         try:
+            check_destination(path, overwrite)  # it may have been made just before
             yield partial
-            _remove(path)
+            if (
+                path.exists()
+            ):  # aside first: a process that is killed here loses nothing
+                _remove(replaced)
+                path.rename(replaced)
             partial.rename(path)
+            _remove(replaced)
         except BaseException:
             _remove(partial)
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
             raise
+
+
+def neighbours(path: Path) -> tuple[Path, Path]:
+    """Where `new_folder` builds the folder, and where it puts the one it replaces."""
+    return Path(f"{path}.partial"), Path(f"{path}.replaced")
 
 
 @contextlib.contextmanager

@@ -7,13 +7,12 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from polarjax.config import FORMAT_VERSION
 from polarjax.folder import CARD_FILE, CONFIG_FILE
-from polarjax.model import weight_shapes
+from polarjax.model import check_weights
 from polarjax.params import CHECKSUMS_FILE, TENSORS, Params, read_folder
 from polarjax.repository import Repository
 from polarjax.sharding import replicate, sharding
@@ -57,16 +56,10 @@ def load(
     """
     place = partial(sharding, mesh=mesh) if mesh else None
     params = read_folder(find_checkpoint(path, dtype), dtype, place)
-    want = weight_shapes(params.config)
-    if jax.tree.structure(want) != jax.tree.structure(params.weights):
-        raise ValueError(f"{path}: its weights are not those of its config.json")
-    pairs = jax.tree.leaves_with_path(want), jax.tree.leaves(params.weights)
-    for (where, shape), leaf in zip(*pairs, strict=True):
-        if shape.shape != leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"{path}: {jax.tree_util.keystr(where)} is {leaf.dtype}"
-                f"{list(leaf.shape)}, its config.json needs {list(shape.shape)}"
-            )
+    try:
+        check_weights(params.weights, params.config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if adapter is None:
         check_routers(params.routers, params.weights, params.config)
     else:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding, SingleDeviceSharding
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from polarjax.config import ModelConfig
 from polarjax.folder import CONFIG_FILE, new_folder, write_tensors
@@ -234,28 +234,38 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
             f"{path} has no {CONFIG_FILE}: not a polarjax checkpoint, or one whose "
             f"writing was interrupted. Make one with `python -m convert SRC {path}`"
         )
-    if not (path / TENSORS.format("00001")).exists():
-        raise FileNotFoundError(
-            f"{path} holds no polarjax weights. If it is a Hugging Face folder, or one "
-            f"of an older polarjax, convert it first: `python -m convert SRC DST`"
-        )
     text = (path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
-    config = ModelConfig.from_json(text, folder=str(path.absolute()))
+    try:
+        config = ModelConfig.from_json(text, folder=str(path.absolute()))
+    except ValueError:
+        if (path / CHECKSUMS_FILE).exists():
+            raise
+        raise FileNotFoundError(
+            f"{path} is no polarjax checkpoint. If it is a Hugging Face folder, "
+            f"convert it first: `python -m convert {path} DST`"
+        ) from None
     default = SingleDeviceSharding(jax.devices()[0])
     found: dict[str, dict[str, jax.Array]] = {_WEIGHTS: {}, _ROUTERS: {}}
     for file in _checked_files(path):
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():
-                part, _, leaf = name.partition("/")
-                if part not in found:
-                    raise ValueError(f"{file} is damaged: it holds {name!r}")
-                rows = tensors.get_slice(name)
-                if part == _WEIGHTS:
-                    where = place(leaf, tuple(rows.get_shape())) if place else default
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():
+                    part, _, leaf = name.partition("/")
+                    if part not in found or leaf in found[part]:
+                        raise ValueError(f"{file} is damaged: it holds {name!r}")
+                    rows = tensors.get_slice(name)
+                    if part == _ROUTERS:
+                        found[part][leaf] = _read(rows, default)
+                        continue
+                    shape = tuple(rows.get_shape())
+                    where = place(leaf, shape) if place else default
                     found[part][leaf] = _read(rows, where, dtype)
-                else:
-                    found[part][leaf] = _read(rows, default)
-    weights, routers = (unflatten_dict(leaves, sep="/") for leaves in found.values())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+    try:
+        weights, routers = (unflatten_dict(tree, sep="/") for tree in found.values())
+    except TypeError:  # a name that continues another
+        raise ValueError(f"{path} is damaged: its tensors make no tree") from None
     return Params(weights, routers, config)
 
 
@@ -267,8 +277,10 @@ def _read(rows: Any, where: Sharding, dtype=None) -> jax.Array:
     return jax.make_array_from_callback(tuple(rows.get_shape()), where, part)
 
 
-def _checked_files(path: Path) -> list[Path]:
-    """The files of arrays, byte for byte what was written.
+def _checked_files(path: Path) -> Iterator[Path]:
+    """The files of arrays, each byte for byte what was written.
+
+    One after the other: what was read for its checksum is then still in memory.
 
     Raises:
       ValueError: naming the one that is not.
@@ -276,16 +288,20 @@ def _checked_files(path: Path) -> list[Path]:
     try:
         text = (path / CHECKSUMS_FILE).read_text(encoding="utf-8")
         sums = {str(name): value for name, value in dict(json.loads(text)).items()}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path / CHECKSUMS_FILE} is missing or damaged: convert the model again"
         ) from error
-    for name, checksum in sums.items():
-        if Path(name).name != name or not (path / name).is_file():
+    if not sums:
+        raise ValueError(f"{path} is damaged: {CHECKSUMS_FILE} names no files")
+    for i, (name, checksum) in enumerate(sums.items(), 1):
+        if name != TENSORS.format(f"{i:05}"):
+            raise ValueError(f"{path} is damaged: {CHECKSUMS_FILE} names {name[:99]!r}")
+        if not (path / name).is_file():
             raise ValueError(f"{path} is damaged: {name} is missing")
         if _checksum(path / name) != checksum:
             raise ValueError(f"{path} is damaged: {name} is not what was written")
-    return [path / name for name in sums]
+        yield path / name
 
 
 def _checksum(file: Path) -> str:

@@ -46,7 +46,15 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
       shape: of the weight. An axis that the mesh does not divide is not cut: each
         device then has all of it.
       mesh: with an axis "tp".
+
+    Raises:
+      ValueError: if it has none.
     """
+    if "tp" not in mesh.shape:
+        raise ValueError(
+            f"the mesh has the axes {', '.join(mesh.axis_names)}, but weights are cut "
+            'along "tp": make one with polarjax.sharding.make_mesh()'
+        )
     spec = next(spec for rule, spec in RULES if re.search(rule, path))
     parts = (
         name if name is None or size % mesh.shape[name] == 0 else None

@@ -1,17 +1,21 @@
 """Params: one pytree, and the folder it is kept in."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import save_file
 
 import polarjax
+from polarjax import folder as folder_module
 from polarjax import params as params_module
 from polarjax.folder import new_folder
 from polarjax.params import check_finite, write_folder
@@ -194,9 +198,25 @@ def test_one_of_two_writers_is_told(params, tmp_path):
             with pytest.raises(FileExistsError, match="another process is writing"):
                 polarjax.save(params, tmp_path / "model", overwrite=overwrite)
     assert (tmp_path / "model" / "inside").read_text() == "ours"
-    # One that looked before the other had finished, and comes to its turn after it.
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_was_made_meanwhile_stays(tmp_path, monkeypatch):
+    """A writer that looked before another one finished, and whose turn is after it."""
+
+    @contextlib.contextmanager
+    def late(partial, path):
+        with ours_alone(partial, path):
+            path.mkdir()
+            (path / "inside").write_text("theirs")
+            yield
+
+    ours_alone = folder_module._ours_alone
+    monkeypatch.setattr(folder_module, "_ours_alone", late)
     with pytest.raises(FileExistsError, match="model exists"):
-        polarjax.save(params, tmp_path / "model")
+        with new_folder(tmp_path / "model"):
+            pass
+    assert (tmp_path / "model" / "inside").read_text() == "theirs"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -240,10 +260,7 @@ def test_every_damaged_array_file_is_noticed(params, tmp_path, monkeypatch):
                 (folder / name).unlink()
             else:
                 (folder / name).write_bytes(content)
-            with pytest.raises(
-                (ValueError, FileNotFoundError),
-                match=r"is damaged: .* is (missing|not wh)|holds no polarjax weights",
-            ):
+            with pytest.raises(ValueError, match=r"is damaged: .* is (missing|not wh)"):
                 polarjax.load(folder)
             damaged += 1
 
@@ -255,6 +272,67 @@ def test_damaged_checksums_are_refused(folder, content):
         (folder / "checksums.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"checksums\.json is missing or|is damaged"):
         polarjax.load(folder)
+
+
+def with_file(folder, tensors):
+    """Add a file of tensors, with a right checksum."""
+    sums = json.loads((folder / "checksums.json").read_text())
+    file = folder / f"tensors-{len(sums) + 1:05}.safetensors"
+    save_file(tensors, file)
+    sums[file.name] = f"{zlib.crc32(file.read_bytes()):08x}"
+    (folder / "checksums.json").write_text(json.dumps(sums))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("weights/final_norm/scale", (48,), "it holds 'weights/final_norm/scale'"),
+        ("elsewhere/final_norm/scale", (48,), "it holds 'elsewhere/final_norm/scale'"),
+        ("weights/final_norm/scale/more", (48,), "its tensors make no tree"),
+        ("weights/final_norm/more", (48,), "its weights are not those of its config"),
+        ("weights/final_norm/none", (0,), "is damaged|are not those of its config"),
+    ],
+)
+def test_tensors_that_do_not_belong_are_refused(folder, name, shape, message):
+    with_file(folder, {name: np.ones(shape, np.float32)})
+    with pytest.raises(ValueError, match=message):
+        polarjax.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "../x", "x" * 300, "tensors-00002"])
+def test_checksums_of_other_files_are_refused(folder, name):
+    (folder / "checksums.json").write_text(json.dumps({name: "00000000"}))
+    with pytest.raises(ValueError, match=r"checksums\.json names"):
+        polarjax.load(folder)
+
+
+def test_files_that_are_no_safetensors_are_refused(folder):
+    (folder / "tensors-00001.safetensors").write_bytes(b"junk")
+    sums = {"tensors-00001.safetensors": f"{zlib.crc32(b'junk'):08x}"}
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(ValueError, match=r"tensors-00001\.safetensors is damaged"):
+        polarjax.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "checksums.json"])
+def test_json_without_end_is_refused(folder, name):
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json|checksums\.json"):
+        polarjax.load(folder)
+
+
+def test_layers_are_counted_before_they_are_made(folder):
+    edit_config(folder, layers=10**9)
+    with pytest.raises(ValueError, match="its weights are not those of its config"):
+        polarjax.load(folder)
+
+
+def test_weights_of_two_dtypes_are_refused(params, tmp_path):
+    mixed = jax.tree.map(lambda x: x, params.weights)
+    mixed["final_norm"]["scale"] = mixed["final_norm"]["scale"].astype(jnp.float16)
+    write_folder(tmp_path / "model", CONFIG, mixed)
+    with pytest.raises(ValueError, match=r"is float\d\d, but others are float\d\d"):
+        polarjax.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +386,8 @@ def test_places_without_a_checkpoint_say_so(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="no checkpoint folder at"):
         polarjax.load(folder / "config.json")
     # A Hugging Face folder has a config.json too.
-    (folder / "tensors-00001.safetensors").unlink()
+    (folder / "checksums.json").unlink()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(FileNotFoundError, match="convert it first: `python -m convert"):
         polarjax.load(folder)
     (folder / "config.json").unlink()

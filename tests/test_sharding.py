@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from safetensors import safe_open
 
 import polarjax
-from polarjax.sharding import make_mesh, partition, shard
+from polarjax.sharding import make_data_mesh, make_mesh, partition, shard
 from tests.models import LLAMA, MHA, OPT, random_params, write_checkpoint
 
 PROMPTS = [[1, 2, 3], [7] * 20, [5, 6]]
@@ -98,3 +98,10 @@ def test_too_many_devices():
     count = len(jax.devices())
     with pytest.raises(ValueError, match=f"there are {count} devices"):
         make_mesh(count + 1)
+
+
+def test_meshes_without_the_axis(tmp_path):
+    params = random_params(dataclasses.replace(LLAMA, layers=1))
+    write_checkpoint(tmp_path / "model", params)
+    with pytest.raises(ValueError, match=r'has the axes dp, but .* along "tp"'):
+        polarjax.load(tmp_path / "model", mesh=make_data_mesh())

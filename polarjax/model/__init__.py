@@ -1,6 +1,14 @@
 """Dense model code: it reads like the papers and knows no routers."""
 
 from polarjax.model.attention import Gates, Prefix
-from polarjax.model.decoder import Decoder, Observe, run, weight_shapes
+from polarjax.model.decoder import Decoder, Observe, check_weights, run, weight_shapes
 
-__all__ = ["Decoder", "Gates", "Observe", "Prefix", "run", "weight_shapes"]
+__all__ = [
+    "Decoder",
+    "Gates",
+    "Observe",
+    "Prefix",
+    "check_weights",
+    "run",
+    "weight_shapes",
+]

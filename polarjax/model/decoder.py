@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -344,8 +345,46 @@ def weight_shapes(config: ModelConfig, dtype=jnp.float32) -> Tree:
       config: of the model.
       dtype: of the weights.
     """
+    # Layers differ in no shape, and to trace thousands takes a minute.
+    one = dataclasses.replace(
+        config.architecture,
+        layers=1,
+        windows=config.windows[:1],
+        rotary=config.rotary[:1],
+    )
 
     def init(tokens: jax.Array) -> Any:  # the key made inside: no device is touched
-        return Decoder(config, dtype).init(jax.random.key(0), tokens)
+        return Decoder(one, dtype).init(jax.random.key(0), tokens)
 
-    return jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+    layer = shapes.pop("layers_0")
+    for i in range(config.layers):
+        shapes[f"layers_{i}"] = jax.tree.map(lambda leaf: leaf, layer)
+    return shapes
+
+
+def check_weights(weights: Tree, config: ModelConfig) -> None:
+    """Raise unless a model of this configuration has these weights.
+
+    Args:
+      weights: nested dict of arrays.
+      config: of the model.
+
+    Raises:
+      ValueError: naming the first that differs, or is of another dtype.
+    """
+    if config.layers > len(weights):  # before a tree of that many is made
+        raise ValueError("its weights are not those of its config.json")
+    want, dtype = weight_shapes(config), None
+    if jax.tree.structure(want) != jax.tree.structure(weights):
+        raise ValueError("its weights are not those of its config.json")
+    pairs = jax.tree.leaves_with_path(want), jax.tree.leaves(weights)
+    for (where, shape), leaf in zip(*pairs, strict=True):
+        name, dtype = jax.tree_util.keystr(where), dtype or leaf.dtype
+        if shape.shape != leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} is {leaf.dtype}{list(leaf.shape)}, its config.json needs "
+                f"{list(shape.shape)}"
+            )
+        if leaf.dtype != dtype:
+            raise ValueError(f"{name} is {leaf.dtype}, but others are {dtype}")

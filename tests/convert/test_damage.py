@@ -219,50 +219,37 @@ from convert import convert
 
 params.GROUP_BYTES = 1_000_000
 source, out = map(Path, sys.argv[1:])
-partial = out.with_name("out.partial")
+partial, replaced = (out.with_name(f"out.{end}") for end in ("partial", "replaced"))
 
 def start():
     child = os.fork()
     if not child:
-        convert(source, out, progress=False)
+        convert(source, out, progress=False, overwrite=out.exists())
         os._exit(0)
     return child
 
-def until_written(moment, child):
-    # As a part of the time from the first file on, which is the interesting one.
-    while not any(partial.glob("tensors*")) and not out.exists():
-        time.sleep(0.001)
-    time.sleep(moment)
-
 begun = time.monotonic()
-child = start()
-until_written(0, child)
-before = time.monotonic() - begun
-os.waitpid(child, 0)
-writing = time.monotonic() - begun - before
-shutil.rmtree(out)
+os.waitpid(start(), 0)
+whole = time.monotonic() - begun
 rng = random.Random(0)
 for i in range(20):  # each over what the one before has left
+    if i % 3 and out.exists():
+        shutil.rmtree(out)
     child = start()
-    if i % 4:
-        until_written(1.1 * writing * rng.random(), child)
-    else:
-        time.sleep(before * rng.random())
+    time.sleep(1.05 * whole * (i + rng.random()) / 20)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     if out.exists():
         print("whole")
-        params._checked_files(out)
-        assert not partial.exists()
-        shutil.rmtree(out)
+        list(params._checked_files(out))
     elif partial.exists():
         print("partial")
         if (partial / "config.json").exists():  # just before it is renamed
-            params._checked_files(partial)
+            list(params._checked_files(partial))
     else:
         print("nothing")
 os.waitpid(start(), 0)
-assert not partial.exists()
+assert not partial.exists() and not replaced.exists()
 """
 
 
