@@ -11,7 +11,7 @@ from rich.console import Console
 
 from convert.core import DTYPES, convert
 from convert.export import export
-from convert.verify import TOLERANCE, read_prompts, verify
+from convert.verify import TOLERANCE, libraries, read_prompts, verify
 
 _EXAMPLES = """\
 examples:
@@ -87,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="run prompts through transformers and through DST, which is made first if "
         "it is not there, both in float32 and with the weights rounded as in DST. The "
         f"exit status is 0 if the logits agree to a relative error of {TOLERANCE:g} "
-        "and all most probable tokens are the same, else 1. Needs torch, transformers "
-        "and memory for the model in float32",
+        "and all most probable tokens, the configuration and the tokenizer are the "
+        "same, else 1. Needs torch, transformers and memory for the model in float32",
     )
     parser.add_argument(
         "--prompts",
@@ -98,9 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _check(parser, options)
     try:
+        prompts = read_prompts(options.prompts) if options.prompts else None
+        if options.verify:
+            libraries()  # before a conversion that may take long
         if not (options.verify and _there(options)):
             _convert(options)
-        return _verify(options) if options.verify else 0
+        return _verify(options, prompts) if options.verify else 0
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
@@ -147,8 +150,7 @@ def _convert(options: argparse.Namespace) -> None:
     )
 
 
-def _verify(options: argparse.Namespace) -> int:
-    prompts = read_prompts(options.prompts) if options.prompts else None
+def _verify(options: argparse.Namespace, prompts: list[str] | None) -> int:
     found = verify(options.source, options.destination, prompts)
     console = Console()
     console.print(found.table())

@@ -88,7 +88,7 @@ def convert(
     with naming(source):
         config, rules = understand(opened.config)
         plan = _plan(opened, config, rules)
-    ids, notes = _token_ids(opened, config)
+    ids, notes = token_ids(opened, config)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
     for note in (*opened.notes, *unread(opened.config), *notes):
         print(f"note: {note}", file=sys.stderr)
@@ -115,7 +115,16 @@ def _check_destination(source: Path, destination: Path, overwrite: bool) -> None
     check_destination(destination, overwrite)
 
 
-def _token_ids(source: Source, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+def token_ids(source: Source, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """The ids that start and end a text, but for those beyond the vocabulary.
+
+    Args:
+      source: the opened checkpoint.
+      config: what the model is.
+
+    Returns:
+      `bos_ids` and `eos_ids` by name, and notes for the user.
+    """
     kept: dict[str, Any] = {}
     notes = []
     for name in ("bos_ids", "eos_ids"):

@@ -61,6 +61,10 @@ def export(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if Path(destination).exists():
+        raise FileExistsError(
+            f"{destination} exists: choose another place, or remove it yourself"
+        )
     params = load(source, adapter=adapter)
     describe(params.config)  # before the work
     files = {}

@@ -10,8 +10,11 @@ from typing import Any
 
 from convert.source import ConversionError
 
-# The largest tokenizer.json is about half of it.
+# The largest tokenizer.json is about half of it. Python's objects take up to thirty
+# times the bytes of their JSON, so what becomes such is kept smaller.
 LARGEST_TEXT = 64 << 20  # bytes
+LARGEST_TABLE = 12 << 20  # of 100,000 tensors, or 400,000 tokens
+LARGEST_CONFIG = 3 << 20
 
 
 def check_file(path: Path, largest: int | None = None) -> int:
@@ -73,28 +76,36 @@ def parse_json(text: str, what: str) -> dict[str, Any]:
     return content
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     """A text file, its line ends as they are.
 
+    Args:
+      path: of the file.
+      largest: bytes that it may have.
+
     Raises:
-      ConversionError: if it is not UTF-8, or larger than any such file.
+      ConversionError: if it is not UTF-8, or larger.
     """
-    check_file(path, LARGEST_TEXT)
+    check_file(path, largest)
     try:
         return path.read_bytes().decode()
     except ValueError as error:
         raise ConversionError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     """A file that holds a JSON object.
 
+    Args:
+      path: of the file.
+      largest: bytes that it may have.
+
     Raises:
-      ConversionError: if it does not.
+      ConversionError: if it does not, or is larger.
     """
-    return parse_json(read_text(path), str(path))
+    return parse_json(read_text(path, largest), str(path))
 
 
-def read_json_if_there(path: Path) -> dict[str, Any]:
+def read_json_if_there(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     """As `read_json`; empty if there is no such file."""
-    return read_json(path) if path.exists() else {}
+    return read_json(path, largest) if path.exists() else {}

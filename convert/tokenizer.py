@@ -16,7 +16,7 @@ from tokenizers import (
     processors,
 )
 
-from convert.files import read_json_if_there, read_text
+from convert.files import LARGEST_TABLE, read_json_if_there, read_text
 from convert.source import ConversionError
 from polarjax.params import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 
@@ -76,7 +76,7 @@ def from_folder(folder: Path) -> tuple[Files, list[str]]:
 
 def _from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> str:
     """GPT-2's own pair of files, as OPT has them."""
-    ids = read_json_if_there(folder / "vocab.json")
+    ids = read_json_if_there(folder / "vocab.json", LARGEST_TABLE)
     # Beyond the vocabulary, and of tokenizers older than tokenizer.json.
     ids |= read_json_if_there(folder / "added_tokens.json")
     lines = read_text(folder / "merges.txt").split("\n")

@@ -10,15 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from convert.core import token_ids
+from convert.files import read_text
 from convert.hub import locate
 from convert.readers import open_source
-from convert.source import ConversionError
+from convert.rules import understand
+from convert.source import ConversionError, Source, naming
 from polarjax.config import ModelConfig
 from polarjax.model import Decoder
 from polarjax.params import TOKENIZER_FILE, Params, read_folder
+from polarjax.repository import first_line
 
 TOLERANCE = 1e-4
 PROMPTS = (
@@ -90,6 +95,8 @@ def verify(
 ) -> Comparison:
     """Run prompts through `transformers` and through polarjax.
 
+    First of all the configurations must be the same, the ids that start and end a
+    text, and the tokenizers: prompts would show only some of what differs there.
     Rounding the weights to bfloat16 or float16 is no error of the conversion: the
     reference's are rounded to the checkpoint's dtype too, and both compute in float32.
     No code of the checkpoint is run, and nothing is unpickled.
@@ -106,23 +113,19 @@ def verify(
 
     Raises:
       ConversionError: if torch or transformers are missing, transformers cannot load
-        the source, or a prompt is empty or too long.
+        the source; if configuration or tokenizer differ, naming what does; or if a
+        prompt is empty or too long, or none has two tokens.
       FileNotFoundError: if there is no checkpoint.
       ValueError: if it is damaged.
     """
-    torch, transformers = _libraries()
+    torch, transformers = libraries()
     source = locate(source)
-    open_source(source)  # its words for what is none, and for pickles
+    opened = open_source(source)
     params = read_folder(checkpoint)
+    _check_same(source, opened, params.config)
     tokens = _encode(prompts, params.config)
-    dtype = str(params.weights["embed"]["tokens"].dtype)
+    dtype = str(params.dtype)
     model = _reference(torch, transformers, source)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows != params.config.vocab_size:
-        raise ConversionError(
-            f"{source} has a vocabulary of {rows}, {checkpoint} one of "
-            f"{params.config.vocab_size}: it was made of another model"
-        )
     with torch.inference_mode():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, dtype)))
@@ -148,6 +151,40 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
+def _check_same(source: Path, opened: Source, config: ModelConfig) -> None:
+    """Raise unless all but the tensors is what conversion makes of the source."""
+    with naming(source):
+        right, _ = understand(opened.config)
+    ids, _ = token_ids(opened, right)
+    ours = dataclasses.replace(
+        config.architecture, bos_ids=config.bos_ids, eos_ids=config.eos_ids
+    )
+    theirs = dataclasses.replace(right.architecture, **ids)
+    ours, theirs = (
+        flatten_dict(dataclasses.asdict(c), sep=".") for c in (ours, theirs)
+    )
+    different = f"{config.folder} is not the same model as {source}"
+    for name in theirs | ours:
+        our, their = ours.get(name), theirs.get(name)
+        if our != their:
+            raise ConversionError(f"{different}: {name} is {our!r}, not {their!r}")
+    path = Path(config.folder) / TOKENIZER_FILE
+    stored = read_text(path) if path.exists() else None
+    if not _same_tokenizer(stored, opened.files.get(TOKENIZER_FILE)):
+        raise ConversionError(f"{different}: its {TOKENIZER_FILE} is another")
+
+
+def _same_tokenizer(stored: str | None, right: str | None) -> bool:
+    if stored == right or stored is None or right is None:
+        return stored == right
+    # Of a GGUF file it is rebuilt, and versions of the package write it differently.
+    try:
+        stored, right = (Tokenizer.from_str(t).to_str() for t in (stored, right))
+    except Exception:  # the package raises bare ones, here for the stored one
+        return False
+    return stored == right
+
+
 def _encode(prompts: Sequence[str] | None, config: ModelConfig) -> list[list[int]]:
     path = Path(config.folder) / TOKENIZER_FILE
     if not path.exists():
@@ -162,7 +199,8 @@ def _encode(prompts: Sequence[str] | None, config: ModelConfig) -> list[list[int
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokens = [tokenizer.encode(text).ids for text in prompts or PROMPTS]
+    texts = PROMPTS if prompts is None else prompts
+    tokens = [tokenizer.encode(text).ids for text in texts]
     if prompts is None:
         tokens = [ids[: config.context] for ids in tokens]
     for i, ids in enumerate(tokens, 1):
@@ -175,10 +213,20 @@ def _encode(prompts: Sequence[str] | None, config: ModelConfig) -> list[list[int
                 f"prompt {i} has token {max(ids)}, but the vocabulary is "
                 f"{config.vocab_size}"
             )
+    if max(map(len, tokens), default=0) < min(2, config.context):
+        raise ConversionError(
+            "no prompt has two tokens: attention would not be compared; give a longer "
+            "one"
+        )
     return tokens
 
 
-def _libraries() -> tuple[Any, Any]:
+def libraries() -> tuple[Any, Any]:
+    """The packages torch and transformers, which a comparison needs.
+
+    Raises:
+      ConversionError: if they are missing.
+    """
     try:
         import torch  # pyright: ignore[reportMissingImports]
         import transformers  # pyright: ignore[reportMissingImports]
@@ -204,8 +252,9 @@ def _reference(torch: Any, transformers: Any, source: Path) -> Any:
             **options,
         ).eval()
     except Exception as error:  # of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(f"transformers cannot load {source}: {reason}") from error
+        raise ConversionError(
+            f"transformers cannot load {source}: {first_line(error)}"
+        ) from error
 
 
 def _logits(params: Params, tokens: list[list[int]]) -> list[np.ndarray]:

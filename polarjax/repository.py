@@ -104,7 +104,7 @@ class Repository:
                 )
             )
         except Exception as error:  # of many types
-            reason = self._reason(self._info) if offline else _first_line(error)
+            reason = self._reason(self._info) if offline else first_line(error)
             raise FileNotFoundError(f"{self.missing}; {reason}") from None
 
     def assets(self) -> Path:
@@ -148,10 +148,10 @@ class Repository:
         if isinstance(error, errors.RevisionNotFoundError):
             return f"{self.name} has no revision {self.revision}"
         if isinstance(error, errors.HFValidationError):
-            return f"nor is it an id of the Hugging Face hub: {_first_line(error)}"
+            return f"nor is it an id of the Hugging Face hub: {first_line(error)}"
         return (
             f"nor is all of {self.name} in the Hugging Face hub's cache, and the hub "
-            f"cannot be reached: {_first_line(error)}"
+            f"cannot be reached: {first_line(error)}"
         )
 
 
@@ -162,5 +162,6 @@ def _library() -> Any:
     return huggingface_hub
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What it says, for a message of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

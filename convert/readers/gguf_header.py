@@ -23,6 +23,9 @@ MAGIC = b"GGUF"
 # The metadata of the largest vocabularies, and the list of tensors, take half of it.
 _LARGEST_HEADER = 32 << 20  # bytes
 _LARGEST_COUNT = 2**16  # of tensors
+# In arrays, scores and types of a million tokens: as Python's they take twenty times
+# the bytes that they have in the file.
+_LARGEST_NUMBERS = 2**21
 _LARGEST_ALIGNMENT = 2**16  # bytes
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
@@ -56,6 +59,7 @@ class _Cursor:
     def __init__(self, data: np.ndarray, path: Path):
         # Slices of a memory map take twenty times as long as those of a view.
         self.data, self.path, self.at = data.data, path, 0
+        self.numbers = 0  # of arrays, so far
 
     def fail(self, what: str) -> ConversionError:
         return ConversionError(f"{self.path} is truncated or damaged: {what}")
@@ -95,6 +99,9 @@ class _Cursor:
             self.check(8 * count)  # and more: each begins with its length
             return [self.string() for _ in range(count)]
         if kind in _SCALARS:
+            self.numbers += count
+            if self.numbers > _LARGEST_NUMBERS:
+                raise self.fail(f"{count} numbers at byte {self.at} are too many")
             dtype = np.dtype(_SCALARS[kind])
             return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
         raise self.fail(f"array type {kind} at byte {self.at - 12}")

@@ -13,7 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.files import check_file, parse_json, read_json, read_json_if_there
+from convert.files import (
+    LARGEST_TABLE,
+    check_file,
+    parse_json,
+    read_json,
+    read_json_if_there,
+)
 from convert.source import ConversionError, Source, SourceTensor
 from convert.tokenizer import from_folder
 
@@ -98,7 +104,7 @@ def _tensors(folder: Path) -> dict[str, SourceTensor]:
 
 
 def _sharded(folder: Path) -> dict[str, SourceTensor]:
-    index = read_json(folder / _INDEX).get("weight_map")
+    index = read_json(folder / _INDEX, LARGEST_TABLE).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise ConversionError(f"{folder / _INDEX} has no weight_map")
     tensors: dict[str, SourceTensor] = {}

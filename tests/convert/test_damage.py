@@ -98,6 +98,23 @@ def test_absurd_counts_in_gguf(count, tmp_path, tokenizer_fields):
         assert convert_bytes(path, content, tmp_path / "out") is None, at
 
 
+def test_arrays_that_would_fill_the_memory(tmp_path):
+    """Numbers of a million tokens twice, and one more."""
+    path = tmp_path / "model.gguf"
+    counts = {b"a": 2**20, b"b": 2**20, b"c": 1}
+    for keys in (b"ab", b"abc"):
+        arrays = [
+            struct.pack("<QBIIQ", 1, key, 9, 0, counts[bytes([key])])
+            + bytes(counts[bytes([key])])
+            for key in keys
+        ]
+        head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(arrays))
+        data = np.frombuffer((head + b"".join(arrays)).ljust(2**22, b"\0"), np.uint8)
+        match = "1 numbers at byte .* are too many" if len(keys) > 2 else "no tensor"
+        with pytest.raises(ConversionError, match=match):
+            read_header(data, path)
+
+
 def test_absurd_sizes_in_safetensors(tmp_path):
     path = write_hf(tmp_path / "hf") / "model.safetensors"
     whole = path.read_bytes()

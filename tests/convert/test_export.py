@@ -85,7 +85,12 @@ def test_what_has_no_words_is_refused(params, tmp_path, capsys):
     assert "no checkpoint folder at" in capsys.readouterr().err
     (tmp_path / "there").mkdir()
     (tmp_path / "there/file").write_text("mine")
-    assert main(["--to-hf", params.config.folder, str(tmp_path / "there")]) == 1
+    capsys.readouterr()
+    # Before the checkpoint is looked at, and not with words for another command.
+    for source in (params.config.folder, str(tmp_path / "none")):
+        assert main(["--to-hf", source, str(tmp_path / "there")]) == 1
+        error = capsys.readouterr().err
+        assert "there exists: choose another" in error and "overwrite" not in error
     assert (tmp_path / "there/file").read_text() == "mine"
     assert not (tmp_path / "hf").exists()
     for wrong in (["--adapter", "x"], ["--to-hf", "--overwrite"]):

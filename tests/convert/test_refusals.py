@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from convert import ConversionError, convert
 from convert.__main__ import main
+from convert.files import LARGEST_CONFIG, LARGEST_TABLE, LARGEST_TEXT
 from polarjax.params import read_folder
 from tests.convert.checkpoints import (
     LLAMA,
@@ -267,6 +268,27 @@ def test_json_that_is_none(name, text, tmp_path):
     write_hf(tmp_path / "hf")
     (tmp_path / "hf" / name).write_bytes(text.encode("latin-1"))
     refused(tmp_path / "hf", tmp_path, f"{name} (is not|must hold)")
+
+
+@pytest.mark.parametrize(
+    ("name", "largest"),
+    [
+        ("config.json", LARGEST_CONFIG),
+        ("generation_config.json", LARGEST_CONFIG),
+        ("tokenizer_config.json", LARGEST_CONFIG),
+        ("model.safetensors.index.json", LARGEST_TABLE),
+        ("tokenizer.json", LARGEST_TEXT),
+    ],
+)
+def test_texts_that_would_fill_the_memory(name, largest, tmp_path):
+    folder = write_sharded(tmp_path / "hf", LLAMA, llama_tensors())
+    path = folder / name
+    text = path.read_text() if path.exists() else "{}"
+    if name != "tokenizer.json":
+        path.write_text(text.ljust(largest))
+        convert(folder, tmp_path / "right", progress=False)
+    path.write_text(text.ljust(largest + 1))
+    refused(folder, tmp_path, f"{name} has {largest + 1} bytes: more than {largest}")
 
 
 def test_destinations(tmp_path):

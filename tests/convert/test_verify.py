@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -118,8 +119,10 @@ def test_what_cannot_be_compared(source, checkpoint, tmp_path, monkeypatch):
         ["a", "b" * 65],
     )
     refused("prompt 1 has 0 tokens", source, checkpoint, [""])
+    # Of one token the attention is its value, whatever queries and keys are.
+    refused("no prompt has two tokens", source, checkpoint, ["a", "b"])
+    refused("no prompt has two tokens", source, checkpoint, [])
     other = write_hf(tmp_path / "other")
-    refused("a vocabulary of 61, .* one of 257", other, checkpoint)
     convert(other, tmp_path / "ids", progress=False)
     refused("has no tokenizer for prompts", other, tmp_path / "ids", ["text"])
     (tmp_path / "prompts.txt").write_text("\n \n")
@@ -127,10 +130,71 @@ def test_what_cannot_be_compared(source, checkpoint, tmp_path, monkeypatch):
         read_prompts(tmp_path / "prompts.txt")
 
 
-def test_nothing_of_the_source_is_run(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"windows": []}, r"windows is \(\), not \(20, 20\)"),
+        ({"windows": [19, 20]}, r"windows is \(19, 20\), not"),
+        ({"context": 128}, "context is 128, not 64"),
+        ({"bos_ids": []}, r"bos_ids is \(\), not \(1,\)"),
+        ({"eos_ids": [2, 5]}, r"eos_ids is \(2, 5\), not \(2,\)"),
+        ({"rope": {"theta": 9.0}}, "rope.theta is 9.0, not 500.0"),
+        ({"rope": None, "family": "llama"}, "family is 'llama', not 'mistral'"),
+        # Sizes that the weights do not have, too.
+        ({"kv_heads": 4}, "kv_heads|config.json"),
+        ({"dim": 64}, "dim|config.json"),
+    ],
+    ids=str,
+)
+def test_another_configuration(changes, match, source, checkpoint, tmp_path):
+    """Short prompts would show few of them."""
+    folder = shutil.copytree(checkpoint, tmp_path / "out")
+    fields = json.loads((folder / "config.json").read_text())
+    if changes.get("rope"):
+        changes = {"rope": {**fields["rope"], **changes["rope"]}}
+    (folder / "config.json").write_text(json.dumps(fields | changes))
+    with pytest.raises(ValueError, match=match) as caught:
+        verify(source, folder, ["short"])
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_shorter_model_of_the_same_vocabulary(checkpoint, tmp_path):
+    config = {**OPT, "vocab_size": 257}
+    source = write_hf(tmp_path / "hf", config, opt_tensors(config))
+    with pytest.raises(ConversionError, match="family is 'mistral', not 'opt'"):
+        verify(source, checkpoint)
+
+
+def test_ids_beyond_the_vocabulary_are_in_neither(source, tmp_path):
+    other = shutil.copytree(source, tmp_path / "hf")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 257]}))
+    convert(other, tmp_path / "out", progress=False)
+    assert verify(other, tmp_path / "out", ["short"]).agrees
+
+
+def test_another_tokenizer(source, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "out")
+    path = folder / "tokenizer.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record, indent=1))  # as another version may write it
+    assert verify(source, folder, ["short"]).agrees
+    ids = record["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    for text in (json.dumps(record), "{}"):
+        path.write_text(text)
+        with pytest.raises(ConversionError, match=r"its tokenizer.json is another"):
+            verify(source, folder, ["short"])
+    path.unlink()
+    with pytest.raises(ConversionError, match=r"its tokenizer.json is another"):
+        verify(source, folder)
+
+
+def test_nothing_of_the_source_is_run(source, checkpoint, tmp_path):
     """Neither its Python nor a pickle, even where safetensors lie beside them."""
+    source = shutil.copytree(source, tmp_path / "hf")
     config = {**BYTES, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
-    source = write_hf(tmp_path / "hf", config)
+    (source / "config.json").write_text(json.dumps(config))
     mark = tmp_path / "ran"
     (source / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Model: pass\n")
     assert verify(source, checkpoint).agrees
@@ -141,13 +205,27 @@ def test_nothing_of_the_source_is_run(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
-def test_without_the_reference(missing, source, checkpoint, monkeypatch, capsys):
+def test_without_the_reference(
+    missing, source, checkpoint, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, missing, None)
-    assert main([str(source), str(checkpoint), "--verify"]) == 1
-    assert capsys.readouterr().err == (
-        "error: a comparison needs torch and transformers (pip install torch "
-        "transformers)\n"
-    )
+    for folder in (checkpoint, tmp_path / "out"):
+        assert main([str(source), str(folder), "--verify"]) == 1
+        assert capsys.readouterr().err == (
+            "error: a comparison needs torch and transformers (pip install torch "
+            "transformers)\n"
+        )
+    assert not (tmp_path / "out").exists(), "converted before it was told"
+
+
+def test_prompts_are_read_before_the_conversion(source, tmp_path, capsys):
+    (tmp_path / "empty").touch()
+    for name, words in (("none", "No such file"), ("empty", "holds no prompts")):
+        options = ["--verify", "--prompts", str(tmp_path / name)]
+        assert main([str(source), str(tmp_path / "out"), *options]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and words in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -165,11 +243,10 @@ def test_usage_errors(options, words, source, checkpoint, capsys):
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_reference_that_transformers_refuses(checkpoint, tmp_path):
-    source = write_hf(tmp_path / "hf", BYTES)
-    config = json.loads((source / "config.json").read_text())
-    config["model_type"] = "unheard-of"
-    (source / "config.json").write_text(json.dumps(config))
+def test_a_reference_that_transformers_refuses(source, checkpoint, tmp_path):
+    source = shutil.copytree(source, tmp_path / "hf")
+    # Which the conversion does not read.
+    (source / "config.json").write_text(json.dumps({**BYTES, "pad_token_id": 999}))
     with pytest.raises(ConversionError, match=r"transformers cannot load .*/hf: "):
         verify(source, checkpoint)
 
