@@ -23,7 +23,7 @@ from polarjax.config import ModelConfig
 from polarjax.folder import new_folder, write_tensors
 from polarjax.hub import load
 from polarjax.model import check_weights
-from polarjax.params import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, Tree, check_finite
+from polarjax.params import TOKENIZER_FILE, Tree, check_finite, text_files
 from polarjax.sparsity.updates import merge_updates
 
 SHARD_BYTES = 4 << 30
@@ -67,15 +67,10 @@ def export(
         )
     params = load(source, adapter=adapter)
     describe(params.config)  # before the work
-    files = {}
-    for name in (TOKENIZER_FILE, CHAT_TEMPLATE_FILE):
-        path = Path(params.config.folder) / name
-        if path.exists():
-            files[name] = path.read_text(encoding="utf-8")
     write(
         *(destination, params.config, merge_updates(params).weights),
         dtype=dtype or str(params.dtype),
-        files=files,
+        files=text_files(params.config),
     )
     return params.config
 

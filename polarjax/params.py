@@ -201,15 +201,20 @@ def save(params: Params, path: str | Path, *, overwrite: bool = False) -> None:
       FileExistsError: if `path` exists and is not to be overwritten.
       OSError: if the disk is too small or cannot be written.
     """
-    files = {}
-    if params.config.folder:
-        for name in (TOKENIZER_FILE, CHAT_TEMPLATE_FILE):
-            source = Path(params.config.folder) / name
-            if source.exists():
-                files[name] = source.read_text(encoding="utf-8")
     write_folder(
-        path, params.config, params.weights, params.routers, files, overwrite=overwrite
+        *(path, params.config, params.weights, params.routers),
+        files=text_files(params.config),
+        overwrite=overwrite,
     )
+
+
+def text_files(config: ModelConfig) -> dict[str, str]:
+    """The tokenizer and chat template of a checkpoint, where it has them, by name."""
+    if not config.folder:
+        return {}
+    paths = [Path(config.folder, name) for name in (TOKENIZER_FILE, CHAT_TEMPLATE_FILE)]
+    # Not read_text: it would change the ends of lines.
+    return {path.name: path.read_bytes().decode() for path in paths if path.exists()}
 
 
 def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Params:

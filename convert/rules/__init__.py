@@ -101,6 +101,10 @@ def describe(config: ModelConfig) -> tuple[dict[str, Any], tuple[Rule, ...]]:
     Raises:
       ConversionError: if Hugging Face's classes have no words for it.
     """
+    if config.family not in _FAMILIES:
+        raise ConversionError(
+            f"the family {config.family!r} is not one of {', '.join(_FAMILIES)}"
+        )
     architecture, family = _FAMILIES[config.family]
     ids = {
         f"{name}_token_id": found[0] if len(found) == 1 else (list(found) or None)

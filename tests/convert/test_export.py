@@ -73,6 +73,9 @@ def test_what_has_no_words_is_refused(params, tmp_path, capsys):
     config = dataclasses.replace(params.config, rope=Rope(divisors=(1.0,) * 4))
     with pytest.raises(ConversionError, match="out of a GGUF file"):
         write(tmp_path / "hf", config, params.weights, dtype="float32")
+    config = dataclasses.replace(params.config, family="gemma")
+    with pytest.raises(ConversionError, match="family 'gemma' is not one of llama,"):
+        write(tmp_path / "hf", config, params.weights, dtype="float32")
     config = dataclasses.replace(OPT, norm_after=True)
     with pytest.raises(
         ConversionError, match="norms after each half-layer and a final"
