@@ -105,7 +105,8 @@ class Repository:
         """
         offline = isinstance(self._info, Exception)
         try:
-            return Path(
+            # By the revision: by its commit, the cache would not learn what main is.
+            folder = Path(
                 _library().snapshot_download(
                     self.name,
                     revision=self.revision,
@@ -117,6 +118,12 @@ class Repository:
         except Exception as error:  # of many types
             reason = self._reason(self._info) if offline else _first_line(error)
             raise FileNotFoundError(f"{self.missing}; {reason}") from None
+        if not offline and folder.name != self.commit:
+            raise FileNotFoundError(
+                f"{self.missing}; {self.name} has changed meanwhile, from commit "
+                f"{self.commit} to {folder.name}: try again"
+            )
+        return folder
 
     def assets(self) -> Path:
         """Folder for what is made of this commit.

@@ -170,6 +170,16 @@ def test_a_checkpoint_of_ours_is_loaded_as_it_is(cache, tmp_path):
     assert Path(found.config.folder) == snapshot and not cache.assets.exists()
     with pytest.raises(ConversionError, match="me/mine is a polarjax checkpoint"):
         convert("me/mine", tmp_path / "out")
+    with pytest.raises(ConversionError, match=r"me/mine has no x\.gguf; it has none"):
+        hub.load("me/mine/x.gguf")
+
+
+def test_what_only_looks_like_ours_is_converted(cache, tmp_path):
+    source = write_hf(tmp_path / "tiny", HF_LLAMA | {"format_version": 1})
+    (source / "checksums.json").write_text("{}")
+    cache.add("me/tiny", source)
+    convert(source, tmp_path / "out", progress=False)
+    assert_same(hub.load("me/tiny"), polarjax.load(tmp_path / "out"))
 
 
 def test_gguf(cache, tmp_path):
@@ -260,6 +270,8 @@ def test_adapters(cache, online, tmp_path):
         FileNotFoundError, match=r"it has smollm2.* no repository me/no"
     ):
         hub.find_adapter("me/no")
+    with pytest.raises(FileNotFoundError, match=r"an adapter is a repository .*, not"):
+        hub.find_adapter("me/adapter/x.gguf")
 
 
 def test_downloads_what_conversion_reads(online, tmp_path):
@@ -337,6 +349,16 @@ def test_what_the_hub_answers(name, words, online, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         hub.load(name)
     assert str(caught.value).startswith(f"no checkpoint folder at {name}; {words}")
+
+
+def test_a_branch_that_moves_meanwhile(online, cache, library, tmp_path, monkeypatch):
+    online.remote["me/tiny"] = write_hf(tmp_path / "tiny")
+    newer = cache.add("me/tiny", tmp_path / "tiny", "c" * 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "snapshot_download", lambda *_, **__: str(newer))
+        with pytest.raises(FileNotFoundError, match=r"from commit b{40} to c{40}: try"):
+            hub.load("me/tiny")
+    assert "b" * 40 in hub.load("me/tiny").config.folder
 
 
 def test_without_the_library(monkeypatch, tmp_path):

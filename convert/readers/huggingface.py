@@ -16,6 +16,7 @@ import numpy as np
 from convert.files import check_file, parse_json, read_json, read_json_if_there
 from convert.source import ConversionError, Source, SourceTensor
 from convert.tokenizer import from_folder
+from polarjax.params import TENSORS
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -46,7 +47,7 @@ def read(folder: Path) -> Source:
         hint = f"; convert {folder / ggufs[0]} itself" if ggufs else ""
         raise ConversionError(f"{folder} has no config.json{hint}")
     config = read_json(folder / "config.json")
-    if "format_version" in config:
+    if (folder / TENSORS.format("00001")).exists():
         raise ConversionError(f"{folder} is a polarjax checkpoint already")
     config.pop("rope_divisors", None)  # a word between the GGUF reader and the rules
     generation = read_json_if_there(folder / "generation_config.json")
