@@ -228,6 +228,20 @@ def test_a_tokenizer_that_comes_later(cache, tmp_path):
     assert hub.find_checkpoint("me/tiny") == found
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tiny.gguf"]
+)
+def test_a_cache_whose_files_were_deleted(name, cache, tmp_path):
+    source = write_hf(tmp_path / "tiny")
+    (source / "tokenizer.json").write_text(byte_tokenizer().to_str())
+    write_gguf(source / "tiny.gguf")
+    snapshot = cache.add("me/tiny", source)
+    (snapshot / name).resolve().unlink()
+    model = "me/tiny/tiny.gguf" if name == "tiny.gguf" else "me/tiny"
+    with pytest.raises(ConversionError, match=rf"/{name} is a link to .* not there"):
+        hub.load(model)
+
+
 def test_two_processes_want_the_same(cache, tmp_path, monkeypatch, capsys):
     cache.add("me/tiny", write_hf(tmp_path / "tiny"))
     busy, go_on = threading.Event(), threading.Event()
