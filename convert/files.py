@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,22 @@ from convert.source import ConversionError
 LARGEST_TEXT = 64 << 20  # bytes
 LARGEST_TABLE = 12 << 20  # of 100,000 tensors, or 400,000 tokens
 LARGEST_CONFIG = 3 << 20
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder.
+
+    Raises:
+      ConversionError: if it is a link that leads nowhere: of the hub's cache, whose
+        files have been deleted.
+    """
+    # os.path, as a name may be longer than Path accepts
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ConversionError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: download it "
+            "again"
+        )
+    return os.path.exists(path)
 
 
 def check_file(path: Path, largest: int | None = None) -> int:
@@ -30,6 +47,7 @@ def check_file(path: Path, largest: int | None = None) -> int:
     Raises:
       ConversionError: if it is something else, cannot be read or is larger.
     """
+    is_there(path)
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError for a name that cannot be
@@ -108,4 +126,4 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
 
 def read_json_if_there(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     """As `read_json`; empty if there is no such file."""
-    return read_json(path, largest) if path.exists() else {}
+    return read_json(path, largest) if is_there(path) else {}

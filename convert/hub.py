@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from convert.files import read_json
@@ -10,10 +11,9 @@ from convert.readers.huggingface import pickle_refusal
 from convert.rules import understand
 from convert.source import ConversionError
 from polarjax.folder import CONFIG_FILE
-from polarjax.params import CHECKSUMS_FILE
 from polarjax.repository import Repository
 
-_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model")
+_TEXTS = ("*.json", "*.jinja", "merges.txt")
 # Other formats are in folders; Mistral's own holds the same weights again.
 _OTHERS = ("*/*", "consolidated*")
 
@@ -56,7 +56,7 @@ def download(repository: Repository) -> Path:
                 f"{name} has no {repository.file}; it has {', '.join(ggufs) or 'none'}"
             )
         return repository.download(repository.file) / repository.file
-    if CHECKSUMS_FILE in files:
+    if repository.is_checkpoint():
         raise ConversionError(f"{name} is a polarjax checkpoint already: load it")
     if not any(file.endswith(".safetensors") and "/" not in file for file in files):
         if ggufs:
@@ -67,4 +67,21 @@ def download(repository: Repository) -> Path:
             raise ConversionError(pickle_refusal(Path(name) / pickles[0]))
     if CONFIG_FILE in files:  # refuse before the download
         understand(read_json(repository.download(CONFIG_FILE) / CONFIG_FILE))
-    return repository.download(*_FILES, ignore=_OTHERS)
+    return repository.download("*.safetensors", *_TEXTS, ignore=_OTHERS)
+
+
+def texts(repository: Repository) -> list[str]:
+    """Names of the files beside the weights that `download` brings, or has brought.
+
+    Args:
+      repository: with safetensors.
+
+    Raises:
+      FileNotFoundError: if the repository cannot be had.
+    """
+
+    def among(patterns: tuple[str, ...], file: str) -> bool:
+        return any(fnmatchcase(file, pattern) for pattern in patterns)
+
+    files = repository.files()
+    return [f for f in files if among(_TEXTS, f) and not among(_OTHERS, f)]

@@ -16,7 +16,7 @@ from tokenizers import (
     processors,
 )
 
-from convert.files import LARGEST_TABLE, read_json_if_there, read_text
+from convert.files import LARGEST_TABLE, is_there, read_json_if_there, read_text
 from convert.source import ConversionError
 from polarjax.params import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 
@@ -52,7 +52,7 @@ def from_folder(folder: Path) -> tuple[Files, list[str]]:
     """
     config = read_json_if_there(folder / "tokenizer_config.json")
     files, notes = {}, []
-    if (folder / "tokenizer.json").exists():
+    if is_there(folder / "tokenizer.json"):
         text = read_text(folder / "tokenizer.json")
         try:
             Tokenizer.from_str(text)
@@ -61,7 +61,7 @@ def from_folder(folder: Path) -> tuple[Files, list[str]]:
                 f"{folder / 'tokenizer.json'} is not a tokenizer: {error}"
             ) from None
         files[TOKENIZER_FILE] = text
-    elif all((folder / name).exists() for name in ("vocab.json", "merges.txt")):
+    elif all(is_there(folder / name) for name in ("vocab.json", "merges.txt")):
         files[TOKENIZER_FILE] = _from_vocab_and_merges(folder, config)
     else:
         notes.append(
@@ -105,7 +105,7 @@ def _from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> str:
 
 
 def _folder_template(folder: Path, config: dict[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").exists():
+    if is_there(folder / "chat_template.jinja"):
         return read_text(folder / "chat_template.jinja")
     template = config.get("chat_template")
     try:

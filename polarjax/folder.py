@@ -66,7 +66,7 @@ def _ours_alone(partial: Path, path: Path) -> Iterator[None]:
     partial.mkdir(parents=True, exist_ok=True)
     handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        if not _locked(handle) or not _is(partial, handle):
+        if not locked(handle) or not _is(partial, handle):
             raise FileExistsError(
                 f"another process is writing {path}: let it finish, or choose another "
                 "place"
@@ -78,7 +78,12 @@ def _ours_alone(partial: Path, path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _locked(handle: int) -> bool:
+def locked(handle: int) -> bool:
+    """Take an open folder for this process, unless another has it.
+
+    Args:
+      handle: of the folder; closing it lets go, and so does the end of the process.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -11,9 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from polarjax.config import FORMAT_VERSION
-from polarjax.folder import CARD_FILE, CONFIG_FILE
+from polarjax.folder import CARD_FILE, CONFIG_FILE, locked
 from polarjax.model import check_weights
-from polarjax.params import CHECKSUMS_FILE, TENSORS, Params, read_folder
+from polarjax.params import TENSORS, Params, read_folder
 from polarjax.repository import Repository
 from polarjax.sharding import replicate, sharding
 from polarjax.sparsity import load_adapter, read_card
@@ -74,17 +80,41 @@ def find_checkpoint(path: str | Path, dtype=None) -> Path:
     if isinstance(path, Path) or Path(path).exists():
         return Path(path)
     repository = Repository.parse(path, f"no checkpoint folder at {path}")
-    if CHECKSUMS_FILE in repository.files():
+    if not repository.file and repository.is_checkpoint():
         return repository.download("*.json", "*.jinja", TENSORS.format("*"))
     from convert import convert  # which imports this package
-    from convert.hub import download
+    from convert.hub import download, texts
 
     kind = "bfloat16" if dtype is None else str(jnp.dtype(dtype))
-    name = Path(repository.file).stem or Path(repository.name).name
-    folder = repository.assets() / f"{kind}-{FORMAT_VERSION}" / name
-    if not (folder / CONFIG_FILE).exists():
-        convert(download(repository), folder, dtype=kind)
+    # A cache without a network may have the weights before it has the tokenizer.
+    files = [repository.file] if repository.file else texts(repository)
+    key = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+    place = repository.assets() / f"{kind}-{FORMAT_VERSION}" / key
+    folder = place / (Path(repository.file).stem or Path(repository.name).name)
+    if (folder / CONFIG_FILE).exists():
+        return folder
+    with _alone_in(place, path):
+        if not (folder / CONFIG_FILE).exists():
+            convert(download(repository), folder, dtype=kind)
     return folder
+
+
+@contextlib.contextmanager
+def _alone_in(place: Path, name: str) -> Iterator[None]:
+    """Wait while another process converts the same."""
+    place.mkdir(parents=True, exist_ok=True)
+    handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not locked(handle):
+            print(
+                f"note: another process is converting {name}: waiting for it",
+                file=sys.stderr,
+            )
+            while not locked(handle):
+                time.sleep(0.1)  # seconds
+        yield
+    finally:
+        os.close(handle)
 
 
 def find_adapter(name: str | Path) -> Path:
@@ -102,7 +132,13 @@ def find_adapter(name: str | Path) -> Path:
     )
     if isinstance(name, Path):
         raise FileNotFoundError(missing)
-    return Repository.parse(name, missing).download(CARD_FILE, ROUTERS_FILE)
+    repository = Repository.parse(name, missing)
+    if repository.file:
+        raise FileNotFoundError(
+            f"{missing}; on the hub an adapter is a repository (org/name), not a file "
+            "in one"
+        )
+    return repository.download(CARD_FILE, ROUTERS_FILE)
 
 
 def push_adapter(path: str | Path, repository: str) -> str:

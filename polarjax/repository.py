@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from polarjax.params import TENSORS
+
 # org/name, org/name/file.gguf; each may end in @revision
 _ID = re.compile(r"(\w[\w.-]*)(/\w[\w.-]*)(?:/([^@]+\.gguf))?(?:@(\S+))?", re.ASCII)
 _SECONDS = 10.0  # to wait for the hub's first answer
@@ -64,7 +66,7 @@ class Repository:
           FileNotFoundError: see `download`.
         """
         if isinstance(self._info, Exception):
-            return self.download("config.json").name
+            return self.download().name
         return self._info.sha
 
     def files(self) -> list[str]:
@@ -74,10 +76,19 @@ class Repository:
           FileNotFoundError: see `download`.
         """
         if isinstance(self._info, Exception):
-            folder = self.download("config.json")
-            found = (path for path in folder.rglob("*") if path.is_file())
+            folder = self.download()
+            # A link that leads nowhere is what is left of a file, not nothing.
+            found = (path for path in folder.rglob("*") if not path.is_dir())
             return sorted(path.relative_to(folder).as_posix() for path in found)
         return sorted(entry.rfilename for entry in self._info.siblings or ())
+
+    def is_checkpoint(self) -> bool:
+        """Whether it holds a model as polarjax writes it, not one to convert.
+
+        Raises:
+          FileNotFoundError: see `download`.
+        """
+        return TENSORS.format("00001") in self.files()
 
     def download(self, *patterns: str, ignore: tuple[str, ...] = ()) -> Path:
         """Bring files into the cache, unless they are there.
@@ -94,7 +105,8 @@ class Repository:
         """
         offline = isinstance(self._info, Exception)
         try:
-            return Path(
+            # By the revision: by its commit, the cache would not learn what main is.
+            folder = Path(
                 _library().snapshot_download(
                     self.name,
                     revision=self.revision,
@@ -106,6 +118,12 @@ class Repository:
         except Exception as error:  # of many types
             reason = self._reason(self._info) if offline else first_line(error)
             raise FileNotFoundError(f"{self.missing}; {reason}") from None
+        if not offline and folder.name != self.commit:
+            raise FileNotFoundError(
+                f"{self.missing}; {self.name} has changed meanwhile, from commit "
+                f"{self.commit} to {folder.name}: try again"
+            )
+        return folder
 
     def assets(self) -> Path:
         """Folder for what is made of this commit.

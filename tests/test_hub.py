@@ -1,9 +1,12 @@
 """Models and adapters from the hub and its cache, and adapters that leave for it."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +20,16 @@ from convert.__main__ import main
 from polarjax import hub
 from polarjax.config import FORMAT_VERSION
 from polarjax.sparsity import save_adapter
-from tests.convert.checkpoints import OPT, opt_tensors, write_gguf, write_hf
-from tests.models import LLAMA, random_params, write_checkpoint
+from tests.convert.checkpoints import LLAMA as HF_LLAMA
+from tests.convert.checkpoints import (
+    OPT,
+    gguf_tensors,
+    llama_tensors,
+    opt_tensors,
+    write_gguf,
+    write_hf,
+)
+from tests.models import LLAMA, byte_tokenizer, random_params, write_checkpoint
 
 
 class Cache:
@@ -49,8 +60,12 @@ class Cache:
 def library(tmp_path, monkeypatch):
     library = pytest.importorskip("huggingface_hub")
     constants = pytest.importorskip("huggingface_hub.constants")
-    for name, place in (("HF_HUB_CACHE", "hub"), ("HF_ASSETS_CACHE", "assets")):
-        monkeypatch.setattr(constants, name, str(tmp_path / "home" / place))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    # The library takes HF_ASSETS_CACHE once, when it is first asked.
+    place = functools.partial(
+        library.cached_assets_path, assets_dir=tmp_path / "home/assets"
+    )
+    monkeypatch.setattr(library, "cached_assets_path", place)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     return library
@@ -114,9 +129,10 @@ def test_a_model_is_converted_once_for_each_commit(cache, tmp_path, monkeypatch)
     convert(source, tmp_path / "out", progress=False)
     params = hub.load("me/tiny")
     assert_same(params, polarjax.load(tmp_path / "out"))
-    folder = cache.assets / "polarjax" / "me--tiny" / ("a" * 40)
-    folder = folder / f"bfloat16-{FORMAT_VERSION}" / "tiny"
-    assert Path(params.config.folder) == folder
+    folder = Path(params.config.folder)
+    place = cache.assets / "polarjax" / "me--tiny" / ("a" * 40)
+    assert folder.name == "tiny"
+    assert folder.parent.parent == place / f"bfloat16-{FORMAT_VERSION}"
     stamp = (folder / "config.json").stat().st_mtime_ns
     # Again, and the weights are needed no more.
     (snapshot / "model.safetensors").unlink()
@@ -154,6 +170,16 @@ def test_a_checkpoint_of_ours_is_loaded_as_it_is(cache, tmp_path):
     assert Path(found.config.folder) == snapshot and not cache.assets.exists()
     with pytest.raises(ConversionError, match="me/mine is a polarjax checkpoint"):
         convert("me/mine", tmp_path / "out")
+    with pytest.raises(ConversionError, match=r"me/mine has no x\.gguf; it has none"):
+        hub.load("me/mine/x.gguf")
+
+
+def test_what_only_looks_like_ours_is_converted(cache, tmp_path):
+    source = write_hf(tmp_path / "tiny", HF_LLAMA | {"format_version": 1})
+    (source / "checksums.json").write_text("{}")
+    cache.add("me/tiny", source)
+    convert(source, tmp_path / "out", progress=False)
+    assert_same(hub.load("me/tiny"), polarjax.load(tmp_path / "out"))
 
 
 def test_gguf(cache, tmp_path):
@@ -168,6 +194,77 @@ def test_gguf(cache, tmp_path):
         hub.load("me/tiny-GGUF")
     with pytest.raises(ConversionError, match=r"has no x.gguf; it has q4/tiny.Q4_0"):
         hub.load("me/tiny-GGUF/x.gguf@main")
+
+
+def test_files_of_one_name_are_models_of_their_own(cache, tmp_path):
+    files = tmp_path / "files"
+    write_hf(files)
+    for seed, name in enumerate(("a/tiny.gguf", "b/tiny.gguf", "tiny.gguf")):
+        (files / name).parent.mkdir(exist_ok=True)
+        tensors = gguf_tensors(HF_LLAMA, llama_tensors(seed=seed + 1))
+        write_gguf(files / name, tensors=tensors)
+    cache.add("me/tiny", files)
+    ids = "me/tiny", "me/tiny/a/tiny.gguf", "me/tiny/b/tiny.gguf", "me/tiny/tiny.gguf"
+    for again in range(2):
+        models = [hub.load(name).config for name in ids]
+        assert len({config.model_hash for config in models}) == 4, again
+    assert {Path(config.folder).name for config in models} == {"tiny"}
+
+
+def test_a_tokenizer_that_comes_later(cache, tmp_path):
+    source = write_hf(tmp_path / "tiny")
+    (source / "README.md").write_text("mine")
+    bare = "config.json", "model.safetensors"
+    snapshot = cache.add("me/tiny", source, only=bare)
+    assert not (hub.find_checkpoint("me/tiny") / "tokenizer.json").exists()
+    (source / "tokenizer.json").write_text(byte_tokenizer().to_str())
+    cache.add("me/tiny", source)
+    found = hub.find_checkpoint("me/tiny")
+    assert (found / "tokenizer.json").exists()
+    # What conversion does not read, and what it needs no more, is no matter.
+    (source / "LICENSE.md").write_text("yours")
+    cache.add("me/tiny", source)
+    (snapshot / "model.safetensors").unlink()
+    assert hub.find_checkpoint("me/tiny") == found
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tiny.gguf"]
+)
+def test_a_cache_whose_files_were_deleted(name, cache, tmp_path):
+    source = write_hf(tmp_path / "tiny")
+    (source / "tokenizer.json").write_text(byte_tokenizer().to_str())
+    write_gguf(source / "tiny.gguf")
+    snapshot = cache.add("me/tiny", source)
+    (snapshot / name).resolve().unlink()
+    model = "me/tiny/tiny.gguf" if name == "tiny.gguf" else "me/tiny"
+    with pytest.raises(ConversionError, match=rf"/{name} is a link to .* not there"):
+        hub.load(model)
+
+
+def test_two_processes_want_the_same(cache, tmp_path, monkeypatch, capsys):
+    cache.add("me/tiny", write_hf(tmp_path / "tiny"))
+    busy, go_on = threading.Event(), threading.Event()
+
+    def convert_slowly(*args, **options):
+        conversions.append(args)
+        busy.set()
+        assert go_on.wait(60)
+        return convert(*args, progress=False, **options)
+
+    def sleep(seconds):
+        go_on.set()
+
+    conversions = []
+    monkeypatch.setattr("convert.convert", convert_slowly)
+    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=sleep))
+    # The lock is of an open folder: for it, threads are as good as processes.
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(hub.find_checkpoint, "me/tiny")
+        assert busy.wait(60)
+        assert hub.find_checkpoint("me/tiny") == first.result()
+    assert len(conversions) == 1
+    assert "another process is converting me/tiny: waiting" in capsys.readouterr().err
 
 
 def test_adapters(cache, online, tmp_path):
@@ -187,6 +284,8 @@ def test_adapters(cache, online, tmp_path):
         FileNotFoundError, match=r"it has smollm2.* no repository me/no"
     ):
         hub.find_adapter("me/no")
+    with pytest.raises(FileNotFoundError, match=r"an adapter is a repository .*, not"):
+        hub.find_adapter("me/adapter/x.gguf")
 
 
 def test_downloads_what_conversion_reads(online, tmp_path):
@@ -264,6 +363,16 @@ def test_what_the_hub_answers(name, words, online, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         hub.load(name)
     assert str(caught.value).startswith(f"no checkpoint folder at {name}; {words}")
+
+
+def test_a_branch_that_moves_meanwhile(online, cache, library, tmp_path, monkeypatch):
+    online.remote["me/tiny"] = write_hf(tmp_path / "tiny")
+    newer = cache.add("me/tiny", tmp_path / "tiny", "c" * 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "snapshot_download", lambda *_, **__: str(newer))
+        with pytest.raises(FileNotFoundError, match=r"from commit b{40} to c{40}: try"):
+            hub.load("me/tiny")
+    assert "b" * 40 in hub.load("me/tiny").config.folder
 
 
 def test_without_the_library(monkeypatch, tmp_path):

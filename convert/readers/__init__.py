@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from convert.files import check_file
+from convert.files import check_file, is_there
 from convert.readers import gguf, huggingface
 from convert.source import ConversionError, Source, naming
 
@@ -27,7 +27,7 @@ def open_source(path: Path) -> Source:
 def _open_source(path: Path) -> Source:
     if path.is_dir():
         return huggingface.read(path)
-    if not path.exists():
+    if not is_there(path):
         raise ConversionError(f"no such file or folder: {path}")
     if path.suffix.lower() in PICKLES:
         raise ConversionError(huggingface.pickle_refusal(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Iterable
 from functools import partial
@@ -16,12 +15,14 @@ import numpy as np
 from convert.files import (
     LARGEST_TABLE,
     check_file,
+    is_there,
     parse_json,
     read_json,
     read_json_if_there,
 )
 from convert.source import ConversionError, Source, SourceTensor
 from convert.tokenizer import from_folder
+from polarjax.params import TENSORS
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -47,12 +48,12 @@ def read(folder: Path) -> Source:
     Raises:
       ConversionError: if a file is missing, damaged or not supported.
     """
-    if not (folder / "config.json").exists():
+    if not is_there(folder / "config.json"):
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; convert {folder / ggufs[0]} itself" if ggufs else ""
         raise ConversionError(f"{folder} has no config.json{hint}")
     config = read_json(folder / "config.json")
-    if "format_version" in config:
+    if (folder / TENSORS.format("00001")).exists():
         raise ConversionError(f"{folder} is a polarjax checkpoint already")
     config.pop("rope_divisors", None)  # a word between the GGUF reader and the rules
     generation = read_json_if_there(folder / "generation_config.json")
@@ -91,9 +92,9 @@ def _ids(name: str, *configs: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _tensors(folder: Path) -> dict[str, SourceTensor]:
-    if (folder / _SINGLE).exists():
+    if is_there(folder / _SINGLE):
         return {tensor.name: tensor for tensor in _open(folder / _SINGLE)}
-    if (folder / _INDEX).exists():
+    if is_there(folder / _INDEX):
         return _sharded(folder)
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
     if pickles:
@@ -117,7 +118,7 @@ def _sharded(folder: Path) -> dict[str, SourceTensor]:
                 f"{folder / _INDEX} places {name} in {shard!r}, not a file name"
             )
     for shard in sorted(set(index.values())):
-        if not os.path.exists(folder / shard):  # of names too long, too
+        if not is_there(folder / shard):
             raise ConversionError(f"the shard {folder / shard} is missing")
         for tensor in _open(folder / shard):
             listed = index.get(tensor.name)
