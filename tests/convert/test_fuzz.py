@@ -41,6 +41,8 @@ from tests.convert.checkpoints import (
 )
 from tests.convert.damage import EDGES, Damage, GgufDamage, SafetensorsDamage
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 MEMORY = 512 << 20  # bytes
 SECONDS = 5  # for one file
 # Fields of the configuration in a GGUF file without a check: nothing tells that they

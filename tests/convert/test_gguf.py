@@ -24,6 +24,8 @@ from tests.convert.checkpoints import (
     write_hf,
 )
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 # K-quants come in rows of 256.
 WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 KINDS = (
