@@ -216,12 +216,21 @@ def json_values(rng: random.Random):
 def test_json(count, tmp_path, measured):
     """Fields of the configuration and of the index; or bytes of their files."""
     folder = write_sharded(tmp_path / "hf", LLAMA, llama_tensors())
-    scaling = {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32.0}
-    also = {"rope_scaling": scaling, "layer_types": ["full_attention"] * 2}
-    also |= {"head_dim": 8, "attention_bias": False, "quantization_config": None}
+    scaling = {"factor": 2.0, "original_max_position_embeddings": 64}
+    kinds = [
+        {"rope_type": "yarn", "beta_fast": 32.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+        {"rope_type": "yarn", "beta_slow": 2.0, "attention_factor": 1.5},
+        {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "linear"},
+    ]
+    also = {"layer_types": ["full_attention"] * 2, "quantization_config": None}
+    also |= {"head_dim": 8, "attention_bias": False}
+    configs = [
+        json.dumps({**LLAMA, "rope_scaling": scaling | x, **also}) for x in kinds
+    ]
     names = ("config.json", "model.safetensors.index.json", "generation_config.json")
-    config, index = json.dumps({**LLAMA, **also}), (folder / names[1]).read_text()
-    texts = dict(zip(names, (config, index, '{"eos_token_id": [1, 2]}'), strict=True))
+    index, ends = (folder / names[1]).read_text(), '{"eos_token_id": [1, 2]}'
+    texts = dict(zip(names, (configs[0], index, ends), strict=True))
     for name, text in texts.items():
         (folder / name).write_text(text)
     reference = attempt(folder, tmp_path / "out")
@@ -229,7 +238,7 @@ def test_json(count, tmp_path, measured):
     rng, refused = random.Random(0), 0
     for i in range(count):
         name = rng.choice(names)
-        text = texts[name].encode()
+        text = (rng.choice(configs) if name == names[0] else texts[name]).encode()
         if rng.random() < 0.5:
             record = json.loads(text)
             records = [v for v in record.values() if isinstance(v, dict)]
