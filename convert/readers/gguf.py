@@ -254,8 +254,8 @@ def _divisors(tensor: SourceTensor, config: dict[str, Any]) -> tuple[float, ...]
             f"{_DIVISORS} has {values.size} numbers; a head of {config['head_dim']} "
             f"needs {config['head_dim'] // 2}"
         )
-    if not (np.isfinite(values).all() and (values > 0).all()):
-        raise ConversionError(f"{_DIVISORS} must be positive and finite")
+    if not ((values > 1e-6) & (values < 1e6)).all():
+        raise ConversionError(f"{_DIVISORS} must be between 1e-06 and 1e+06")
     return tuple(values.tolist())
 
 

@@ -18,6 +18,8 @@ from polarjax.config import ModelConfig, Rope, RopeKind
 _ATTENTION = "model.layers.{i}.self_attn."
 _MLP = "model.layers.{i}.mlp."
 _QKV = ("heads", "kv_heads", "kv_heads")
+# Of the numbers that scale positions: float32 makes infinities of what is far beyond.
+_MODERATE = (1e-6, 1e6)
 
 # Of config.json, by model_type: those that are read below.
 _SHARED = frozenset(
@@ -116,7 +118,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         neurons=size(config, "intermediate_size"),
         context=size(config, "max_position_embeddings", 2048),
         norm="rms",
-        norm_eps=number(config, "rms_norm_eps", 1e-6),
+        norm_eps=_within(config, "rms_norm_eps", 1e-6, (1e-30, 1)),
         activation=one_of(config, "hidden_act", ("silu", "relu"), "silu"),  # pyright: ignore[reportArgumentType]
         gated_mlp=True,
         rope=_rope(config),
@@ -213,7 +215,7 @@ def _rope(config: dict[str, Any]) -> Rope:
         )
     base = 2e6 if config["model_type"] == "smollm3" else 10000.0
     outside = number(config, "rope_theta", base)
-    theta = number(record, "rope_theta", outside)
+    theta = _within(record, "rope_theta", outside, (2, 1e30))
     for place in (record, config):
         if number(place, "partial_rotary_factor", 1.0) != 1.0:
             raise ConversionError(
@@ -225,7 +227,7 @@ def _rope(config: dict[str, Any]) -> Rope:
     rope = Rope(theta=theta, kind=kind, divisors=divisors)  # pyright: ignore[reportArgumentType]
     if kind == "default":
         return rope
-    rope = dataclasses.replace(rope, factor=number(record, "factor"))
+    rope = dataclasses.replace(rope, factor=_within(record, "factor"))
     name = "original_max_position_embeddings"
     before = config.get(name)
     if before is not None and record.setdefault(name, before) != before:
@@ -240,8 +242,23 @@ def _rope(config: dict[str, Any]) -> Rope:
     return rope
 
 
+def _within(
+    record: dict[str, Any],
+    name: str,
+    default: float | None = None,
+    limits: tuple[float, float] = _MODERATE,
+) -> float:
+    value = number(record, name, default)
+    if not limits[0] <= value <= limits[1]:
+        raise ConversionError(
+            f"configuration: {name} must be between {limits[0]:g} and {limits[1]:g}, "
+            f"not {value}"
+        )
+    return value
+
+
 def _llama3(rope: Rope, record: dict[str, Any]) -> Rope:
-    low, high = number(record, "low_freq_factor"), number(record, "high_freq_factor")
+    low, high = (_within(record, f"{name}_freq_factor") for name in ("low", "high"))
     if low >= high:
         raise ConversionError(
             f"configuration: low_freq_factor {low} must be below "
@@ -256,7 +273,7 @@ def _llama3(rope: Rope, record: dict[str, Any]) -> Rope:
 
 
 def _yarn(rope: Rope, record: dict[str, Any], config: dict[str, Any]) -> Rope:
-    fast, slow = number(record, "beta_fast", 32.0), number(record, "beta_slow", 1.0)
+    fast, slow = _within(record, "beta_fast", 32.0), _within(record, "beta_slow", 1.0)
     if fast <= slow:
         raise ConversionError(
             f"configuration: beta_slow {slow} must be below beta_fast {fast}"
@@ -275,14 +292,16 @@ def _yarn(rope: Rope, record: dict[str, Any], config: dict[str, Any]) -> Rope:
 def _yarn_scale(factor: float, record: dict[str, Any]) -> float:
     """What queries and keys are multiplied with: sqrt(1 / t) of the paper."""
     if record.get("attention_factor") is not None:
-        return number(record, "attention_factor")
+        return _within(record, "attention_factor")
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
     # DeepSeek's: both or neither count.
     if record.get("mscale") and record.get("mscale_all_dim"):
-        return scale(number(record, "mscale")) / scale(number(record, "mscale_all_dim"))
+        return scale(_within(record, "mscale")) / scale(
+            _within(record, "mscale_all_dim")
+        )
     return scale(1.0)
 
 

@@ -29,6 +29,8 @@ from tests.convert.checkpoints import (
     write_sharded,
 )
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 
 def weights(path) -> dict[str, np.ndarray]:
     tree = flatten_dict(read_folder(path).weights, sep="/")
@@ -229,6 +231,7 @@ def test_memory(tmp_path, monkeypatch):
     largest = max(array.nbytes for array in tensors.values())
     del tensors
     group, peaks = 200_000, {}
+    monkeypatch.setattr("convert.source.BLOCK_BYTES", 50_000)  # tiny ones take long
     for name, limit in {"warm": 10**9, "whole": 10**9, "streamed": group}.items():
         monkeypatch.setattr("polarjax.params.GROUP_BYTES", limit)
         tracemalloc.start()

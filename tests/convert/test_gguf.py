@@ -24,6 +24,8 @@ from tests.convert.checkpoints import (
     write_hf,
 )
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 # K-quants come in rows of 256.
 WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 KINDS = (
@@ -144,7 +146,7 @@ def test_divisors_of_the_rotary_frequencies(tmp_path):
     made = convert(path, tmp_path / "out", progress=False)
     assert made.rope.divisors == tuple(divisors.tolist())
     assert read_folder(tmp_path / "out").config == made
-    for wrong in (divisors[:3], -divisors, divisors * np.nan):
+    for wrong in (divisors[:3], -divisors, divisors * np.nan, divisors * 1e-30):
         write_gguf(path, tensors={**tensors, "rope_freqs.weight": wrong})
         with pytest.raises(ConversionError, match=r"rope_freqs.weight (has 3|must be)"):
             convert(path, tmp_path / "other", progress=False)

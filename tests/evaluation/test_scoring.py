@@ -23,7 +23,7 @@ NEURONS = {"Neurons": polarjax.Polar(0.5, neuron_density=0.3)}
 
 # Layer 0 is dense; two that are not show that sparse states go on.
 SMALL = {
-    "llama": dataclasses.replace(LLAMA, layers=3),
+    "llama": dataclasses.replace(LLAMA, layers=3, rotary=(True, False, True)),
     "opt": dataclasses.replace(OPT, layers=3),
     "opt-norm-after": dataclasses.replace(OPT_AFTER, layers=3),
 }

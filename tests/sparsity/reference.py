@@ -100,7 +100,7 @@ class Model:
                 np.stack([self._norm(head, attention[name]) for head in part])
                 for part, name in ((q, "q_norm"), (k, "k_norm"))
             )
-        if c.rope:
+        if c.rope_of(layer):
             q, k = (self._rotate(part, len(cache)) for part in (q, k))
         cache.append((k, v))
         seen = cache[-(c.window(layer) or 0) :]

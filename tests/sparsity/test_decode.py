@@ -22,8 +22,10 @@ MODELS = {
     "mha": dataclasses.replace(MHA, layers=3),
     "opt": dataclasses.replace(OPT, layers=3),
     "opt-norm-after": dataclasses.replace(OPT_AFTER, layers=3),
-    # Layer 1 sees it all.
-    "windows": dataclasses.replace(LLAMA, layers=3, windows=(6, 0, 4)),
+    # Layer 1 sees it all, and knows no positions.
+    "windows": dataclasses.replace(
+        LLAMA, layers=3, windows=(6, 0, 4), rotary=(True, False, True)
+    ),
     "qwen3": dataclasses.replace(LLAMA, layers=3, qk_norm=True, qkv_bias=True),
 }
 LENGTHS = (3, 11, 1, 7)
@@ -56,7 +58,7 @@ def compare(
     [
         *[("gqa", 2, 0), ("gqa", 3, 4), ("mha", 3, 0), ("mha", 4, 4)],
         *[("opt", 3, 0), ("opt", 6, 4), ("qwen3", 0, 0), ("qwen3", 0, 4)],
-        *[("windows", 2, 0), ("windows", 3, 4), ("opt-norm-after", 3, 0)],
+        *[("windows", 0, 0), ("windows", 1, 4), ("opt-norm-after", 3, 0)],
     ],
 )
 def test_polar_equals_masked_dense(name, seed, head_rank):
@@ -74,7 +76,8 @@ def test_polar_equals_masked_dense(name, seed, head_rank):
 @pytest.mark.parametrize(("name", "seed"), [("gqa", 0), ("opt", 0), ("windows", 0)])
 def test_interpreted_triton_equals_masked_dense(name, seed):
     model = MODELS[name]
-    config = dataclasses.replace(model, layers=2, windows=model.windows[-2:])
+    last = {"windows": model.windows[-2:], "rotary": model.rotary[-2:]}
+    config = dataclasses.replace(model, layers=2, **last)
     compare(config, seed, (1.0, 0.5), 6, implementation="triton_interpret")
 
 

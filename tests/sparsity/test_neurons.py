@@ -12,6 +12,7 @@ from tests.models import LLAMA, OPT, random_params
 from tests.sparsity.reference import assert_same, decode, random_prompts, uniform
 
 CONFIG = dataclasses.replace(OPT, layers=3)
+GATED = dataclasses.replace(LLAMA, layers=3, activation="relu")
 LENGTHS = (3, 11, 1, 7)
 NEW = 18
 SEED = 3
@@ -29,8 +30,8 @@ def prompts():
     return random_prompts(CONFIG, LENGTHS, SEED)
 
 
-def selection(neurons, densities=HALF):
-    return uniform(CONFIG, densities, neurons=[None, neurons, neurons])
+def selection(neurons, densities=HALF, config=CONFIG):
+    return uniform(config, densities, neurons=[None, neurons, neurons])
 
 
 def generate(
@@ -41,16 +42,19 @@ def generate(
     return polarjax.generate(params, prompts, policy=policy, **settings)
 
 
-def test_heads_and_neurons_equal_masked_dense(params, prompts):
-    expected = decode(params, prompts, [NEW] * 4, selection(20))
+@pytest.mark.parametrize("config", [CONFIG, GATED], ids=["plain", "gated"])
+def test_heads_and_neurons_equal_masked_dense(config):
+    params = random_params(config, SEED, routers=True, neuron_rank=RANK)
+    prompts = random_prompts(config, LENGTHS, SEED)
+    expected = decode(params, prompts, [NEW] * 4, selection(20, config=config))
     out = generate(params, prompts)
-    assert_same(out, expected, CONFIG)
+    assert_same(out, expected, config)
     assert out.stats.neuron_density == (1.0, 0.25, 0.25)
     assert any("batch shares one set of neurons" in note for note in out.stats.notes)
     # Sparsity of the neurons changes the text, and so do batch-mates.
-    heads_only = decode(params, prompts, [NEW] * 4, selection(None))
+    heads_only = decode(params, prompts, [NEW] * 4, selection(None, config=config))
     assert heads_only.tokens != expected.tokens
-    alone = decode(params, prompts[:1], [NEW], selection(20))
+    alone = decode(params, prompts[:1], [NEW], selection(20, config=config))
     assert alone.tokens[0] != expected.tokens[0]
 
 
