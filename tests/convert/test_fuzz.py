@@ -26,7 +26,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 
-from convert import ConversionError, convert, core
+from convert import ConversionError, convert, places
 from convert.readers import open_source
 from polarjax.config import ModelConfig
 from polarjax.model.positions import frequencies
@@ -107,7 +107,7 @@ def limits() -> Iterator[None]:
 @pytest.fixture
 def measured(monkeypatch):
     # Tracing is most of a tiny conversion: once for each configuration is enough.
-    monkeypatch.setattr(core, "weight_shapes", functools.cache(core.weight_shapes))
+    monkeypatch.setattr(places, "weight_shapes", functools.cache(places.weight_shapes))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
