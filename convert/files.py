@@ -56,7 +56,7 @@ def check_file(path: Path, largest: int | None = None) -> int:
         raise ConversionError(f"{path} is not a file")
     if largest is not None and found.st_size > largest:
         raise ConversionError(
-            f"{path} has {found.st_size} bytes: more than {largest} are damage"
+            f"{path} has {found.st_size} bytes; it may have {largest} at most"
         )
     return found.st_size
 

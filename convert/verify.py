@@ -21,7 +21,7 @@ from convert.readers import open_source
 from convert.rules import understand
 from convert.source import ConversionError, Source, naming
 from polarjax.config import ModelConfig
-from polarjax.model import Decoder
+from polarjax.model import Decoder, check_weights
 from polarjax.params import TOKENIZER_FILE, Params, read_folder
 from polarjax.repository import first_line
 
@@ -123,6 +123,7 @@ def verify(
     opened = open_source(source)
     params = read_folder(checkpoint)
     _check_same(source, opened, params.config)
+    check_weights(params.weights, params.config)
     tokens = _encode(prompts, params.config)
     dtype = str(params.dtype)
     model = _reference(torch, transformers, source)

@@ -375,12 +375,15 @@ def check_weights(weights: Tree, config: ModelConfig) -> None:
     """
     if config.layers > len(weights):  # before a tree of that many is made
         raise ValueError("its weights are not those of its config.json")
-    want, dtype = weight_shapes(config), None
+    want = weight_shapes(config)
     if jax.tree.structure(want) != jax.tree.structure(weights):
         raise ValueError("its weights are not those of its config.json")
-    pairs = jax.tree.leaves_with_path(want), jax.tree.leaves(weights)
-    for (where, shape), leaf in zip(*pairs, strict=True):
-        name, dtype = jax.tree_util.keystr(where), dtype or leaf.dtype
+    leaves = jax.tree.leaves(weights)
+    dtype = leaves[0].dtype
+    for (where, shape), leaf in zip(
+        jax.tree.leaves_with_path(want), leaves, strict=True
+    ):
+        name = jax.tree_util.keystr(where)
         if shape.shape != leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"{name} is {leaf.dtype}{list(leaf.shape)}, its config.json needs "
