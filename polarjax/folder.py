@@ -41,9 +41,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             check_destination(path, overwrite)  # it may have been made just before
             yield partial
-            if (
-                path.exists()
-            ):  # aside first: a process that is killed here loses nothing
+            if path.exists():  # aside, as deleting it takes time and may be interrupted
                 _remove(replaced)
                 path.rename(replaced)
             partial.rename(path)

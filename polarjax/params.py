@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._folder, self._pool = folder, pool
         self._group: dict[str, np.ndarray] = {}
         self._bytes = 0
-        self._writing: Future[str] | None = None
+        self._writing: Future[tuple[str, str]] | None = None
         self._sums: dict[str, str] = {}
 
     def add(self, name: str, array: np.ndarray) -> None:
@@ -118,19 +118,18 @@ class CheckpointWriter:
         if self._group:
             path = self._folder / TENSORS.format(f"{len(self._sums) + 1:05}")
             self._writing = self._pool.submit(_write_group, path, self._group)
-            self._sums[path.name] = ""
             self._group, self._bytes = {}, 0
 
     def _wait(self) -> None:
         if self._writing:
-            *_, file = self._sums
-            self._sums[file] = self._writing.result()
+            name, checksum = self._writing.result()
+            self._sums[name] = checksum
             self._writing = None
 
 
-def _write_group(path: Path, group: dict[str, np.ndarray]) -> str:
+def _write_group(path: Path, group: dict[str, np.ndarray]) -> tuple[str, str]:
     write_tensors(path, group)
-    return _checksum(path)
+    return path.name, _checksum(path)
 
 
 @contextlib.contextmanager
@@ -258,13 +257,11 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
                     part, _, leaf = name.partition("/")
                     if part not in found or leaf in found[part]:
                         raise ValueError(f"{file} is damaged: it holds {name!r}")
-                    rows = tensors.get_slice(name)
-                    if part == _ROUTERS:
-                        found[part][leaf] = _read(rows, default)
-                        continue
+                    rows, weight = tensors.get_slice(name), part == _WEIGHTS
                     shape = tuple(rows.get_shape())
-                    where = place(leaf, shape) if place else default
-                    found[part][leaf] = _read(rows, where, dtype)
+                    where = place(leaf, shape) if place and weight else default
+                    kind = dtype if weight else None
+                    found[part][leaf] = _read(rows, shape, where, kind)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged: {error}") from None
     try:
@@ -274,12 +271,12 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
     return Params(weights, routers, config)
 
 
-def _read(rows: Any, where: Sharding, dtype=None) -> jax.Array:
+def _read(rows: Any, shape: tuple[int, ...], where: Sharding, dtype) -> jax.Array:
     def part(index: Any) -> np.ndarray:
         array = rows[index]
         return array if dtype is None else array.astype(dtype)
 
-    return jax.make_array_from_callback(tuple(rows.get_shape()), where, part)
+    return jax.make_array_from_callback(shape, where, part)
 
 
 def _checked_files(path: Path) -> Iterator[Path]:

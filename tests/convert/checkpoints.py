@@ -240,6 +240,19 @@ def quantize(array: np.ndarray, kind: str) -> np.ndarray:
     return blocks.reshape(array.shape[0], -1)
 
 
+def byte_level_fields() -> list[tuple]:
+    """A byte-level tokenizer and a chat template, as `fields` of `write_gguf`."""
+    tokens = [f"t{i}" for i in range(LLAMA["vocab_size"])]
+    return [
+        ("add_tokenizer_model", "gpt2"),
+        ("add_tokenizer_pre", "smollm"),
+        ("add_token_list", tokens),
+        ("add_token_types", [1] * len(tokens)),
+        ("add_eos_token_id", 2),
+        ("add_chat_template", "{{ messages }}"),
+    ]
+
+
 def write_gguf(
     path: Path, config=LLAMA, tensors: Tensors | None = None, kind="F32", fields=()
 ) -> dict[str, np.ndarray]:

@@ -2,6 +2,13 @@
 
 import pytest
 
+from tests.convert.checkpoints import byte_level_fields
+
+
+@pytest.fixture
+def tokenizer_fields():
+    return byte_level_fields()
+
 
 @pytest.fixture
 def small_blocks(monkeypatch):

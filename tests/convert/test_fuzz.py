@@ -33,6 +33,7 @@ from polarjax.model.positions import frequencies
 from polarjax.params import read_folder
 from tests.convert.checkpoints import (
     LLAMA,
+    byte_level_fields,
     gguf_tensors,
     llama_tensors,
     write_gguf,
@@ -158,17 +159,8 @@ def test_safetensors(count, tmp_path, measured):
 def gguf_file(folder: Path, family: str) -> Path:
     """With a tokenizer; qwen3's with scaled positions, windows and quantised."""
     config, kinds = {**LLAMA, "model_type": family, "head_dim": 8}, ["F32"]
-    tokens = [f"t{i}" for i in range(LLAMA["vocab_size"])]
-    fields = [
-        ("add_tokenizer_model", "gpt2"),
-        ("add_tokenizer_pre", "smollm"),
-        ("add_token_list", tokens),
-        ("add_token_types", [1] * len(tokens)),
-        ("add_eos_token_id", 2),
-        ("add_chat_template", "{{ messages }}"),
-        ("add_key_length", 8),
-        ("add_value_length", 8),
-    ]
+    fields = byte_level_fields()
+    fields += [("add_key_length", 8), ("add_value_length", 8)]
     if family == "qwen3":
         kinds = ["Q8_0", "F32", "Q5_0"]
         fields += [
