@@ -4,21 +4,32 @@
 (`append_and_attend` writes the newest token's keys and values on the way),
 `gathered_mlp` the weight rows of the batch's selected neurons; `top_heads` and
 `union_neurons` turn router scores into those selections. Nothing here knows of
-models: arrays in, arrays out. `product` is the matrix product of the dense model.
+models: arrays in, arrays out. `product` is the matrix product of the dense model;
+`partial_product`, `partial_mlp` and `add_norm` are what a decode step makes of it.
 """
 
 from pallas_kernels._backend import Implementation, gathering, resolve
 from pallas_kernels._dot import product
 from pallas_kernels.attention import append_and_attend, select_head_attention
-from pallas_kernels.mlp import gathered_mlp, masked_mlp
+from pallas_kernels.mlp import (
+    gathered_mlp,
+    masked_mlp,
+    partial_mlp,
+    partial_product,
+)
+from pallas_kernels.norm import add_norm, normalize
 from pallas_kernels.select import top_heads, union_neurons
 
 __all__ = [
     "Implementation",
+    "add_norm",
     "append_and_attend",
     "gathered_mlp",
     "gathering",
     "masked_mlp",
+    "normalize",
+    "partial_mlp",
+    "partial_product",
     "product",
     "resolve",
     "select_head_attention",

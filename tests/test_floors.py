@@ -35,6 +35,10 @@ FLOORS = {
         pallas_kernels.mlp.triton
         pallas_kernels.mlp.api
         pallas_kernels.mlp
+        pallas_kernels.norm.reference
+        pallas_kernels.norm.triton
+        pallas_kernels.norm.api
+        pallas_kernels.norm
         pallas_kernels.select.search
         pallas_kernels.select.triton
         pallas_kernels.select.heads

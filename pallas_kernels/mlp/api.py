@@ -13,6 +13,8 @@ from pallas_kernels.tuning import table
 
 Activation = Literal["relu", "silu", "gelu"]
 
+# Inputs up to which a product is bound by its rows.
+_FEW = 128
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -55,26 +57,121 @@ def gathered_mlp(
         ValueError: if a shape, dtype, weight name or the activation is wrong.
         NotImplementedError: if the implementation cannot serve the call.
     """
+    if implementation is None and neurons is None:
+        implementation = "xla"
+    return _mlp(x, weights, neurons, activation, implementation, parts=False)
+
+
+def partial_mlp(
+    x: Float[Array, "b m"],
+    weights: Mapping[str, Float[Array, "..."]],
+    neurons: Int32[Array, " n"] | None = None,
+    *,
+    activation: Activation,
+    implementation: Implementation | None = None,
+) -> Float[Array, "p b m"]:
+    """As `gathered_mlp`, as parts whose sum is the output, for `add_norm` to add.
+
+    Args:
+        x: as there.
+        weights: as there.
+        neurons: as there.
+        activation: as there.
+        implementation: as there, but that with None few inputs of 16 bit are served
+            by the default backend's own even where all neurons are read.
+
+    Returns:
+        float32 [p, b, m]; p is the implementation's.
+
+    Raises:
+        ValueError: as there.
+        NotImplementedError: as there.
+    """
+    if neurons is None:
+        implementation = few_inputs(x, implementation)
+    return _mlp(x, weights, neurons, activation, implementation, parts=True)
+
+
+def partial_product(
+    x: Float[Array, "b m"],
+    matrix: Float[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    *,
+    axis: Literal[0, 1] = 1,
+    implementation: Implementation | None = None,
+) -> Float[Array, "p b n"]:
+    """The products of few inputs with a matrix, as parts whose sum they are.
+
+    What a decode step mostly does: bound by the reading of the matrix, and done the
+    faster the fewer times its sums are written and read again before they are used.
+
+    Args:
+        x: inputs, [b, m].
+        matrix: in the dtype of x, [n, m], or [m, n] with axis 0.
+        bias: [n] or None.
+        axis: of the matrix, that is summed over.
+        implementation: "xla", "triton", "triton_interpret"; None for the default
+            backend's own if x is of few inputs in 16 bit, else "xla".
+
+    Returns:
+        float32 [p, b, n]; p is the implementation's.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+        NotImplementedError: if the implementation cannot serve the call.
+    """
+    fits = x.ndim == 2 and matrix.ndim == 2 and matrix.shape[axis] == x.shape[1]
+    if not fits or not matrix.size or not x.size:
+        wanted = "[n, m]" if axis == 1 else "[m, n]"
+        raise ValueError(
+            f"x has shape {x.shape} and matrix {matrix.shape}; they must be [b, m] and "
+            f"{wanted}, no axis 0"
+        )
+    if matrix.dtype != x.dtype:
+        raise ValueError(f"matrix is {matrix.dtype}; it must be that of x, {x.dtype}")
+    n = matrix.shape[1 - axis]
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias has shape {bias.shape}; it must be [{n}]")
+    implementation = few_inputs(x, implementation)
+    implementation = resolve_without_mosaic(implementation, "partial_product")
+    with jax.named_scope("partial_product"):
+        if implementation == "xla":
+            return reference.partial_product(x, matrix, bias, axis)
+        interpret = implementation == "triton_interpret"
+        return triton.partial_product(x, matrix, bias, axis, interpret=interpret)
+
+
+def few_inputs(
+    x: jax.Array, implementation: Implementation | None
+) -> Implementation | None:
+    """The implementation of dense products: of None, XLA's library for many inputs.
+
+    So it is for float32, which runs on no tensor cores at full precision.
+    """
+    if implementation is not None:
+        return implementation
+    few = x.shape[0] <= _FEW and x.dtype.itemsize == 2
+    return None if few else "xla"
+
+
+def _mlp(x, weights, neurons, activation, implementation, *, parts):
     # Weights that are None count as absent: a params tree may carry them so.
     weights = {name: w for name, w in weights.items() if w is not None}
     _check(x, weights, neurons, activation)
-    if implementation is None and neurons is None:
-        implementation = "xla"
     named = implementation is not None
     implementation = resolve_without_mosaic(implementation, "gathered_mlp")
-    gathers = not named and implementation == "triton"
+    gathers = neurons is not None and not named and implementation == "triton"
     dense = gathers and _dense_is_faster(x, weights, neurons)
     with jax.named_scope("gathered_mlp"):
-        if dense:
-            return reference.masked_mlp(x, weights, neurons, activation=activation)
-        if implementation == "xla":
-            return reference.mlp(x, weights, neurons, activation=activation)
+        if dense or implementation == "xla":
+            serve = reference.masked if dense else reference.mlp
+            out = serve(x, weights, neurons, activation=activation)
+            return out if parts else out[0].astype(x.dtype)
         return triton.mlp(
-            x,
-            weights,
-            neurons,
+            *(x, weights, neurons),
             activation=activation,
             interpret=implementation == "triton_interpret",
+            parts=parts,
         )
 
 

@@ -103,6 +103,24 @@ def candidates(*, b: int, n: int, m: int, itemsize: int, gated: bool) -> list[Co
     return list(dict.fromkeys(found))
 
 
+def product_config(axis: int, *, b: int, n: int, m: int, itemsize: int) -> Config:
+    """A config for one product with a matrix that is read whole.
+
+    Args:
+        axis: of the matrix, that is summed over: 1 for rows as those of "up", whose
+            fields alone are set, 0 for "down".
+        b: inputs.
+        n: outputs.
+        m: numbers of each input.
+        itemsize: bytes per element.
+    """
+    fields = {field.name: 0 for field in dataclasses.fields(Config)}
+    if axis == 1:
+        return Config(**{**fields, **_enter(b, n, m, itemsize, gated=False)})
+    leaving = _leave(b, m, n, itemsize)
+    return Config(**{**fields, "batch": _batch(b, itemsize), **leaving})
+
+
 def _one_kernel(programs: int, warps: int, n: int, m: int) -> Config:
     unused = {field.name: 0 for field in dataclasses.fields(Config)}
     warps = min(max(ceil_power_of_two(m) // 256, 1), warps)

@@ -15,7 +15,7 @@ _ACTIVATIONS = {
 
 
 def mlp(x, weights, neurons, *, activation):
-    """See `gathered_mlp`; the arguments are checked there."""
+    """See `partial_mlp`, one part; the arguments are checked there."""
     if neurons is None:
         rows = weights
     else:  # every tensor but down_bias is neuron-major
@@ -35,10 +35,21 @@ def masked_mlp(x, weights, neurons, *, activation):
         neurons: int32 [n].
         activation: as there.
     """
+    return masked(x, weights, neurons, activation=activation)[0].astype(x.dtype)
+
+
+def masked(x, weights, neurons, *, activation):
+    """`masked_mlp` as one part of float32."""
     f = weights["up"].shape[0]
     selected = jnp.zeros(f, bool).at[neurons].set(True, mode="clip")
     hidden = jnp.where(selected, _enter(x, weights, activation), 0.0)
     return _leave(hidden, weights, x.dtype)
+
+
+def partial_product(x, matrix, bias, axis):
+    """See `pallas_kernels.partial_product`, one part."""
+    out = product(x, matrix if axis == 1 else matrix.T)
+    return (out if bias is None else out + bias.astype(jnp.float32))[None]
 
 
 def _enter(x, rows, activation):
@@ -51,10 +62,7 @@ def _enter(x, rows, activation):
 
 
 def _leave(hidden, rows, dtype):
-    out = product(hidden.astype(dtype), rows["down"].T)
-    if "down_bias" in rows:
-        out = out + rows["down_bias"].astype(jnp.float32)
-    return out.astype(dtype)
+    return partial_product(hidden.astype(dtype), rows["down"], rows.get("down_bias"), 0)
 
 
 def _take(tensor, neurons):

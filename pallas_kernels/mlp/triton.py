@@ -30,7 +30,7 @@ from pallas_kernels._backend import pltriton
 from pallas_kernels._dot import dot
 from pallas_kernels._sizes import ceil_multiple, ceil_power_of_two
 from pallas_kernels.mlp.activations import ACTIVATIONS
-from pallas_kernels.mlp.configs import Config, heuristic
+from pallas_kernels.mlp.configs import Config, heuristic, product_config
 from pallas_kernels.tuning import table
 
 
@@ -42,8 +42,9 @@ def mlp(
     activation: str,
     interpret=False,
     config: Config | None = None,
+    parts=False,
 ) -> jax.Array:
-    """See `gathered_mlp`; the arguments are checked there."""
+    """See `gathered_mlp` and `partial_mlp`; the arguments are checked there."""
     b, m = x.shape
     n = weights["up"].shape[0] if neurons is None else neurons.shape[0]
     if config is None:
@@ -52,9 +53,31 @@ def mlp(
         config = table.mlp_config(heuristic(**facts), **facts)
     act = ACTIVATIONS[activation]
     if config.fused:
-        return _one_kernel(x, weights, neurons, n, act, config, interpret)
+        sums = _one_kernel(x, weights, neurons, n, act, config, interpret)
+        # So many that XLA adds them up faster than whoever takes parts.
+        return sums[None] if parts else sums.astype(x.dtype)
     hidden = _enter(x, weights, neurons, n, act, config, interpret)
-    return _leave(hidden, weights, neurons, n, config, interpret)
+    sums = _leave(hidden, weights, neurons, n, config, interpret, parts)
+    if parts:
+        return sums
+    return sums[0] if len(sums) == 1 else jnp.sum(sums, axis=0).astype(x.dtype)
+
+
+def partial_product(x, matrix, bias, axis, *, interpret=False) -> jax.Array:
+    """See `pallas_kernels.partial_product`; the arguments are checked there."""
+    b, m = x.shape
+    n = matrix.shape[1 - axis]
+    config = product_config(axis, b=b, n=n, m=m, itemsize=x.dtype.itemsize)
+    if axis == 0:  # as the second product of an MLP whose neurons are the inputs
+        weights = {"down": matrix, "down_bias": bias}
+        return _leave(x, weights, None, m, config, interpret, True)
+    entering = {"up": matrix} if bias is None else {"up": matrix, "up_bias": bias}
+    shape = (config.up_splits, b, n)
+    [parts] = _enter_call(
+        *(x, entering, None, n, lambda sums: sums, config, interpret),
+        [jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return parts
 
 
 def _enter(x, weights, neurons, n, act, config: Config, interpret):
@@ -67,33 +90,39 @@ def _enter(x, weights, neurons, n, act, config: Config, interpret):
     names, dtype = _sums(entering), jnp.float32
     if splits == 1:
         names, dtype = ("hidden",), x.dtype
-    parts = pl.pallas_call(
-        functools.partial(_enter_kernel, n=n, act=act, config=config),
-        grid=(pl.cdiv(b, config.batch), programs, splits),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _ in names],
-        interpret=interpret,
-        compiler_params=pltriton.CompilerParams(
-            num_warps=config.up_warps, num_stages=config.up_stages
-        ),
-    )(x, entering, neurons)
+    outs = [jax.ShapeDtypeStruct(shape, dtype) for _ in names]
+    parts = _enter_call(x, entering, neurons, n, act, config, interpret, outs)
     if splits == 1:
         return parts[0][0]
     sums = {k: jnp.sum(part, axis=0) for k, part in zip(names, parts, strict=True)}
     return _activations(sums, act).astype(x.dtype)
 
 
-def _leave(hidden, weights, neurons, n, config: Config, interpret):
-    """The output [b, m] from the activations."""
+def _enter_call(x, entering, neurons, n, act, config: Config, interpret, outs):
+    programs = pl.cdiv(ceil_multiple(n, 16), config.up_neurons)
+    return pl.pallas_call(
+        functools.partial(_enter_kernel, n=n, act=act, config=config),
+        grid=(pl.cdiv(x.shape[0], config.batch), programs, config.up_splits),
+        out_shape=outs,
+        interpret=interpret,
+        compiler_params=pltriton.CompilerParams(
+            num_warps=config.up_warps, num_stages=config.up_stages
+        ),
+    )(x, entering, neurons)
+
+
+def _leave(hidden, weights, neurons, n, config: Config, interpret, parts):
+    """The output from the activations, [splits, b, m], in float32 if it is parts."""
     b = hidden.shape[0]
     m = weights["down"].shape[1]
     splits = config.down_splits
-    dtype = hidden.dtype if splits == 1 else jnp.float32
+    dtype = hidden.dtype if splits == 1 and not parts else jnp.float32
     stages = config.down_stages
     if neurons is not None:
         # Which rows to read is loaded too, as many steps ahead of them as they are
         # ahead of their product.
         stages = 2 * stages - 1
-    sums = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_leave_kernel, n=n, config=config),
         grid=(pl.cdiv(b, config.batch), pl.cdiv(m, config.down_columns), splits),
         out_shape=jax.ShapeDtypeStruct((splits, b, m), dtype),
@@ -102,7 +131,6 @@ def _leave(hidden, weights, neurons, n, config: Config, interpret):
             num_warps=config.down_warps, num_stages=stages
         ),
     )(hidden, weights["down"], weights.get("down_bias"), neurons)
-    return sums[0] if splits == 1 else jnp.sum(sums, axis=0).astype(hidden.dtype)
 
 
 def _enter_kernel(
@@ -171,6 +199,8 @@ def _enter_kernel(
     places, _ = neurons(own)
     # Also what is not selected, which the second product then multiplies by nothing.
     own_mask = _below(own, config.up_neurons, size)
+    end = out_refs[0].shape[2]
+    own_mask = _both(own_mask, _below(places, end, config.up_neurons))
     for out_ref, value in zip(out_refs, outs, strict=True):
         # The batch is the major axis in memory.
         pltriton.store(
@@ -238,7 +268,7 @@ def _one_kernel(x, weights, neurons, n, act, config: Config, interpret):
             num_stages=1,  # by hand, see below
         ),
     )(x, weights, neurons)
-    return jnp.sum(sums, axis=0).astype(x.dtype)
+    return jnp.sum(sums, axis=0)
 
 
 def _both_products(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from pallas_kernels import (
     Implementation,
     append_and_attend,
     gathering,
+    partial_product,
     select_head_attention,
 )
 from polarjax.config import ModelConfig
 from polarjax.model.linear import linear
-from polarjax.model.norms import make_norm
+from polarjax.model.norms import Norm
 from polarjax.model.positions import rotate
 from polarjax.policy import SelectionPolicy, groups_read
 
@@ -75,7 +77,7 @@ class Attention(nn.Module):
         if c.out_bias:
             self.out_bias = self.param("out_bias", zeros, (c.dim,), self.dtype)
         if c.qk_norm:
-            self.q_norm, self.k_norm = (make_norm(c, self.dtype) for _ in "qk")
+            self.q_norm, self.k_norm = (Norm(c, c.head_dim, self.dtype) for _ in "qk")
 
     def project(
         self, u: jax.Array, positions: jax.Array
@@ -89,14 +91,19 @@ class Attention(nn.Module):
         Returns:
           q [b, t, h, d]; k and v [b, t, k, d]; scores float32[b, t, r] or None.
         """
-        c, (b, t, _) = self.config, u.shape
-        has_bias = c.qkv_bias or self.score_rows
-        y = linear(u, self.qkv, self.qkv_bias if has_bias else None)
+        y = linear(u, self.qkv, self._qkv_bias())
+        return self._split(y, positions, u.dtype)
+
+    def _qkv_bias(self) -> jax.Array | None:
+        return self.qkv_bias if self.config.qkv_bias or self.score_rows else None
+
+    def _split(self, y: jax.Array, positions: jax.Array, dtype: Any) -> tuple[Any, ...]:
+        c, (b, t, _) = self.config, y.shape
         end_q = c.heads * c.head_dim
         end_k = end_q + c.kv_heads * c.head_dim
         end_v = end_k + c.kv_heads * c.head_dim
         q, k, v = (
-            part.astype(u.dtype).reshape(b, t, -1, c.head_dim)
+            part.astype(dtype).reshape(b, t, -1, c.head_dim)
             for part in (y[..., :end_q], y[..., end_q:end_k], y[..., end_k:end_v])
         )
         scores = y[..., end_v:] if self.score_rows else None
@@ -109,8 +116,19 @@ class Attention(nn.Module):
     def output(self, o: jax.Array) -> jax.Array:
         """Head outputs [..., h, d] to the residual stream [..., m]."""
         flat = o.reshape(*o.shape[:-2], -1)
-        bias = self.out_bias if self.config.out_bias else None
-        return linear(flat, self.out.T, bias).astype(o.dtype)
+        return linear(flat, self.out.T, self._out_bias()).astype(o.dtype)
+
+    def output_parts(self, o: jax.Array) -> jax.Array:
+        """`output` of [b, h, d] as parts of a sum, float32[p, b, m]."""
+        flat = o.reshape(o.shape[0], -1)
+        return partial_product(
+            *(flat, self.out, self._out_bias()),
+            axis=0,
+            implementation=gathering(self.implementation),
+        )
+
+    def _out_bias(self) -> jax.Array | None:
+        return self.out_bias if self.config.out_bias else None
 
     def prefill(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Causal attention of whole sequences; padding at the end is never seen.
@@ -199,7 +217,11 @@ class Attention(nn.Module):
           None; int32[b], the number of KV groups read.
         """
         c, b = self.config, u.shape[0]
-        q, k, v, scores = self.project(u[:, None], lengths[:, None])
+        y = partial_product(
+            *(u, self.qkv, self._qkv_bias()),
+            implementation=gathering(self.implementation),
+        ).sum(axis=0)
+        q, k, v, scores = self._split(y[:, None], lengths[:, None], u.dtype)
         q, scores = q[:, 0], None if scores is None else scores[:, 0]
         k, v = k[:, 0].astype(keys.dtype), v[:, 0].astype(values.dtype)
         # Finished rows may be full: they read and write nothing.

@@ -16,7 +16,7 @@ from polarjax.config import ModelConfig
 from polarjax.model.attention import Attention, Gates, Prefix
 from polarjax.model.linear import linear
 from polarjax.model.mlp import MLP
-from polarjax.model.norms import make_norm
+from polarjax.model.norms import Norm
 from polarjax.model.positions import LEARNED_OFFSET
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
@@ -79,11 +79,11 @@ class Layer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.attention_norm = make_norm(c, self.dtype)
+        self.attention_norm = Norm(c, c.dim, self.dtype)
         self.attention = Attention(
             *(c, self.layer, self.dtype, self.score_rows, self.implementation)
         )
-        self.mlp_norm = make_norm(c, self.dtype)
+        self.mlp_norm = Norm(c, c.dim, self.dtype)
         self.mlp = MLP(c, self.dtype, self.implementation)
 
     def before(self, norm: nn.Module, x: jax.Array) -> jax.Array:
@@ -129,24 +129,46 @@ class Layer(nn.Module):
     def decode(
         self,
         x: jax.Array,
+        parts: jax.Array | None,
         keys: jax.Array,
         values: jax.Array,
         lengths: jax.Array,
         live: jax.Array,
         policy: SelectionPolicy,
-    ) -> tuple[jax.Array, ...]:
-        """[b, m] to the same; also the new keys and values, and KV groups read."""
-        u = self.before(self.attention_norm, x)
+    ) -> tuple[Any, ...]:
+        """One new token of each sequence.
+
+        What is added to the residual stream is handed on as parts of a sum: who
+        normalises the stream adds them up on the way.
+
+        Args:
+          x: [b, m], the residual stream.
+          parts: float32[p, b, m], whose sum the layer before adds to it, or None.
+          keys: as in `Attention.decode`, as are the others.
+          values: [b, k, s, d].
+          lengths: int32[b].
+          live: bool[b].
+          policy: bound.
+
+        Returns:
+          As x and `parts`; the new keys and values; int32[b], KV groups read.
+        """
+        post = self.config.norm_after
+        kernel = gathering(self.implementation)
+        if parts is not None:
+            x, u = self.attention_norm.add(x, parts, kernel)
+        else:
+            u = self.before(self.attention_norm, x)
         o, keys, values, scores, reads = self.attention.decode(
             u, keys, values, lengths, live, policy
         )
-        neurons = policy.neurons(
-            self.layer, scores, live, gathering(self.implementation)
-        )
-        y = self.after(self.attention_norm, x + self.attention.output(o))
-        z = self.before(self.mlp_norm, y)
-        x = self.after(self.mlp_norm, y + self.mlp(z, neurons))
-        return x, keys, values, reads
+        neurons = policy.neurons(self.layer, scores, live, kernel)
+        norm = self.attention_norm if post else self.mlp_norm
+        x, z = norm.add(x, self.attention.output_parts(o), kernel)
+        parts = self.mlp.decode(z, neurons)
+        if post:  # what was normalised is the stream
+            x, parts = self.mlp_norm.add(z, parts, kernel)[1], None
+        return x, parts, keys, values, reads
 
 
 class Decoder(nn.Module):
@@ -172,7 +194,7 @@ class Decoder(nn.Module):
             for i, rows in enumerate(self.score_rows or (0,) * c.layers)
         ]
         if c.final_norm:
-            self.final_norm = make_norm(c, self.dtype)
+            self.final_norm = Norm(c, c.dim, self.dtype)
 
     def _forward(self, tokens: jax.Array, observe: Observe | None):
         b, t = tokens.shape
@@ -315,13 +337,17 @@ class Decoder(nn.Module):
         if live is None:
             live = jnp.ones(token.shape, bool)
         x = self.embed(token, cache.lengths)
-        keys, values, reads = [], [], []
+        keys, values, reads, parts = [], [], [], None
         for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, k, v, read = layer.decode(x, k, v, cache.lengths, live, policy)
+            x, parts, k, v, read = layer.decode(
+                *(x, parts, k, v, cache.lengths, live, policy)
+            )
             keys.append(k)
             values.append(v)
             reads.append(read)
         lengths = cache.lengths + live.astype(jnp.int32)
+        if parts is not None:
+            x = x + parts.sum(axis=0).astype(x.dtype)
         logits = self.logits(x)
         return logits, KVCache(tuple(keys), tuple(values), lengths), jnp.stack(reads)
 

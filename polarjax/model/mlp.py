@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Implementation, gathered_mlp, gathering, masked_mlp
+from pallas_kernels import (
+    Implementation,
+    gathered_mlp,
+    gathering,
+    masked_mlp,
+    partial_mlp,
+)
 from polarjax.config import ModelConfig
 
 
@@ -17,39 +23,65 @@ class MLP(nn.Module):
     dtype: jnp.dtype
     implementation: Implementation | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        c = self.config
+        normal, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
+        names = ("up", "down", *(("gate",) if c.gated_mlp else ()))
+        for name in names:
+            weight = self.param(name, normal, (c.neurons, c.dim), self.dtype)
+            setattr(self, name, weight)
+        if c.mlp_bias:
+            # LLaMA's gate may have a bias too; no known checkpoint has one.
+            self.up_bias = self.param("up_bias", zeros, (c.neurons,), self.dtype)
+            self.down_bias = self.param("down_bias", zeros, (c.dim,), self.dtype)
+
     def __call__(self, x: jax.Array, neurons: jax.Array | None = None) -> jax.Array:
         """Apply the MLP.
 
         Args:
-          x: [..., m]; with `neurons`, [b, m] or [b, t, m].
-          neurons: int32[n], the neurons to compute for the whole batch; int32[t, n] if
-            each position has its own, and then the others are computed and masked;
-            None for all.
+          x: [..., m]; with `neurons`, [b, t, m].
+          neurons: int32[t, n], the neurons that count for the whole batch at each
+            position: the others are computed and masked; None for all.
 
         Returns:
           Like x.
         """
-        c = self.config
-        normal, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
-        names = ("up", "down", *(("gate",) if c.gated_mlp else ()))
-        weights = {
-            name: self.param(name, normal, (c.neurons, c.dim), self.dtype)
-            for name in names
-        }
-        if c.mlp_bias:
-            # LLaMA's gate may have a bias too; no known checkpoint has one.
-            for name, size in (("up_bias", c.neurons), ("down_bias", c.dim)):
-                weights[name] = self.param(name, zeros, (size,), self.dtype)
-        if neurons is not None and neurons.ndim == 2:
+        c, weights = self.config, self._weights()
+        if neurons is not None:
 
             def feed(x: jax.Array, neurons: jax.Array) -> jax.Array:
                 return masked_mlp(x, weights, neurons, activation=c.activation)
 
             return jax.vmap(feed, (1, 0), 1)(x, neurons)
         y = gathered_mlp(
-            *(x.reshape(-1, c.dim), weights, neurons),
+            x.reshape(-1, c.dim),
+            weights,
             activation=c.activation,
             implementation=gathering(self.implementation),
         )
         return y.reshape(x.shape)
+
+    def decode(self, x: jax.Array, neurons: jax.Array | None) -> jax.Array:
+        """Of one token of each sequence, as parts of a sum.
+
+        Args:
+          x: [b, m].
+          neurons: int32[n], the neurons to read for the whole batch; None for all.
+
+        Returns:
+          float32[p, b, m], for `Norm.add`.
+        """
+        return partial_mlp(
+            *(x, self._weights(), neurons),
+            activation=self.config.activation,
+            implementation=gathering(self.implementation),
+        )
+
+    def _weights(self) -> dict[str, jax.Array]:
+        c = self.config
+        weights = {"up": self.up, "down": self.down}
+        if c.gated_mlp:
+            weights["gate"] = self.gate
+        if c.mlp_bias:
+            weights |= {"up_bias": self.up_bias, "down_bias": self.down_bias}
+        return weights
