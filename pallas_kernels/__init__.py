@@ -7,7 +7,7 @@
 models: arrays in, arrays out. `product` is the matrix product of the dense model.
 """
 
-from pallas_kernels._backend import Implementation, gathering, resolve
+from pallas_kernels._backend import Implementation, gathering, resolve, traced_gpu
 from pallas_kernels._dot import product
 from pallas_kernels.attention import append_and_attend, select_head_attention
 from pallas_kernels.mlp import gathered_mlp, masked_mlp
@@ -23,5 +23,6 @@ __all__ = [
     "resolve",
     "select_head_attention",
     "top_heads",
+    "traced_gpu",
     "union_neurons",
 ]

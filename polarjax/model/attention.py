@@ -17,6 +17,7 @@ from pallas_kernels import (
     select_head_attention,
 )
 from polarjax.config import ModelConfig
+from polarjax.model.causal import causal_attention
 from polarjax.model.linear import linear
 from polarjax.model.norms import make_norm
 from polarjax.model.positions import rotate
@@ -91,7 +92,10 @@ class Attention(nn.Module):
         """
         c, (b, t, _) = self.config, u.shape
         has_bias = c.qkv_bias or self.score_rows
-        y = linear(u, self.qkv, self.qkv_bias if has_bias else None)
+        bias = self.qkv_bias if has_bias else None
+        # Scores stay as exact as they are summed.
+        dtype = jnp.float32 if self.score_rows else u.dtype
+        y = linear(u, self.qkv, bias, dtype)
         end_q = c.heads * c.head_dim
         end_k = end_q + c.kv_heads * c.head_dim
         end_v = end_k + c.kv_heads * c.head_dim
@@ -110,7 +114,7 @@ class Attention(nn.Module):
         """Head outputs [..., h, d] to the residual stream [..., m]."""
         flat = o.reshape(*o.shape[:-2], -1)
         bias = self.out_bias if self.config.out_bias else None
-        return linear(flat, self.out.T, bias).astype(o.dtype)
+        return linear(flat, self.out.T, bias, o.dtype)
 
     def prefill(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Causal attention of whole sequences; padding at the end is never seen.
@@ -225,34 +229,6 @@ class Attention(nn.Module):
         if n_active is None:
             n_active = jnp.full(b, c.kv_heads, jnp.int32)
         return o, keys, values, scores, jnp.where(live, n_active, 0)
-
-
-def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None
-) -> jax.Array:
-    """Each position attends to itself and those before it.
-
-    By cuDNN's flash attention on a GPU, in 16 bit and for sizes that it takes: XLA's
-    own writes out t x t weights for each head.
-
-    Args:
-      q: [b, t, h, d].
-      k: [b, t, k, d].
-      v: [b, t, k, d].
-      window: newest positions attended to, itself included; None for all.
-
-    Returns:
-      [b, t, h, d].
-    """
-    t, d = q.shape[1], q.shape[-1]
-    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
-    flash &= t % 64 == 0 and d % 8 == 0 and d <= 128
-    return jax.nn.dot_product_attention(
-        *(q, k, v),
-        is_causal=True,
-        local_window_size=(window - 1, 0) if window and window < t else None,
-        implementation="cudnn" if flash else "xla",
-    )
 
 
 def head_norms(o: jax.Array, kv_heads: int) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from pallas_kernels import Implementation, gathering
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.model.attention import Attention, Gates, Prefix
+from polarjax.model.causal import long_attention
 from polarjax.model.linear import linear
 from polarjax.model.mlp import MLP
 from polarjax.model.norms import make_norm
@@ -102,6 +104,35 @@ class Layer(nn.Module):
         z = self.before(self.mlp_norm, y)
         return self.after(self.mlp_norm, y + self.mlp(z)), k, v, u, o, z
 
+    def read(
+        self, x: jax.Array, positions: jax.Array, longest: jax.Array, most: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `prefill`, with nothing observed and all but attention in blocks.
+
+        Args:
+          x: [b, t, m].
+          positions: int32[b, t].
+          longest: int32[], positions that are not padding alone: the rest is left out.
+          most: tokens in a block.
+
+        Returns:
+          [b, t, m], keys and values [b, t, k, d].
+        """
+        size = max(1, most // x.shape[0])
+
+        def project(layer: Layer, x: jax.Array, positions: jax.Array):
+            u = layer.before(layer.attention_norm, x)
+            return layer.attention.project(u, positions)[:3]
+
+        def add(layer: Layer, x: jax.Array, o: jax.Array) -> tuple[jax.Array]:
+            y = layer.after(layer.attention_norm, x + layer.attention.output(o))
+            z = layer.before(layer.mlp_norm, y)
+            return (layer.after(layer.mlp_norm, y + layer.mlp(z)),)
+
+        q, k, v = _in_blocks(self, project, (x, positions), longest, size)
+        o = long_attention(q, k, v, self.config.window(self.layer))
+        return *_in_blocks(self, add, (x, o), longest, size), k, v
+
     def masked(
         self,
         x: jax.Array,
@@ -147,6 +178,42 @@ class Layer(nn.Module):
         z = self.before(self.mlp_norm, y)
         x = self.after(self.mlp_norm, y + self.mlp(z, neurons))
         return x, keys, values, reads
+
+
+def _in_blocks(
+    layer: Layer,
+    function: Callable[..., tuple[jax.Array, ...]],
+    arrays: tuple[jax.Array, ...],
+    longest: jax.Array,
+    size: int,
+) -> tuple[jax.Array, ...]:
+    """A function of single positions, applied to `size` of them at a time.
+
+    What it needs for itself is bounded so, however long the sequences.
+    """
+    t = arrays[0].shape[1]
+    if t <= size:
+        return function(layer, *arrays)
+
+    def block(layer: Layer, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # The last one may overlap that before: both find the same.
+        start = jnp.minimum(i * size, t - size)
+        cut = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in arrays)
+        return start, function(layer, *cut)
+
+    def step(layer: Layer, carry: tuple) -> tuple:
+        i, whole = carry
+        start, parts = block(layer, i)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+        return i + 1, tuple(put(w, p, start) for w, p in zip(whole, parts, strict=True))
+
+    shapes = jax.eval_shape(lambda: block(layer, jnp.int32(0))[1])
+    whole = tuple(jnp.zeros((s.shape[0], t, *s.shape[2:]), s.dtype) for s in shapes)
+
+    def more(_, carry: tuple) -> jax.Array:
+        return carry[0] * size < longest
+
+    return nn.while_loop(more, step, layer, (jnp.int32(0), whole))[1]
 
 
 class Decoder(nn.Module):
@@ -229,19 +296,48 @@ class Decoder(nn.Module):
         Returns:
           Logits after each prompt's last token, float32[b, v], and the cache.
         """
-        x, keys, values, _ = self._forward(tokens, None)
+        rows = jnp.arange(tokens.shape[0])
+        cache = KVCache.empty(self.config, tokens.shape[0], capacity, self.dtype)
+        return self.read(tokens, lengths, rows, cache)
+
+    def read(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        rows: jax.Array,
+        cache: KVCache,
+        most: int = 16_384,
+    ) -> tuple[jax.Array, KVCache]:
+        """Read ragged prompts into some rows of a cache, dense.
+
+        Args:
+          tokens: int32[r, t], padded at the end with any id.
+          lengths: int32[r], tokens of each prompt, at least 1.
+          rows: int32[r], distinct, where each goes; what lies beyond the cache goes
+            nowhere.
+          cache: [b, k, s, d], s at least the longest length; donate it.
+          most: tokens that are computed at once, attention apart.
+
+        Returns:
+          Logits after each prompt's last token, float32[r, v], and the cache.
+        """
+        b, t = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        x = self.embed(tokens, positions)
+        put = {"mode": "drop", "unique_indices": True}
+
+        def store(whole: jax.Array, part: jax.Array) -> jax.Array:
+            part = part[:, : cache.capacity].swapaxes(1, 2).astype(whole.dtype)
+            return whole.at[rows, :, : part.shape[2]].set(part, **put)
+
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            x, k, v = layer.read(x, positions, lengths.max(), most)
+            keys.append(store(cache.keys[i], k))
+            values.append(store(cache.values[i], v))
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        grow = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
-
-        def store(part: jax.Array) -> jax.Array:  # [b, t, k, d] -> [b, k, s, d]
-            return jnp.pad(part.swapaxes(1, 2), grow)
-
-        cache = KVCache(
-            tuple(map(store, keys)),
-            tuple(map(store, values)),
-            lengths.astype(jnp.int32),
-        )
-        return self.logits(last), cache
+        held = cache.lengths.at[rows].set(lengths.astype(jnp.int32), **put)
+        return self.logits(last), KVCache(tuple(keys), tuple(values), held)
 
     def masked(
         self,

@@ -1,0 +1,136 @@
+"""Reading prompts into a cache, in blocks, is one pass over them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax
+from polarjax.cache import KVCache
+from polarjax.generation import loop
+from polarjax.model import Decoder, causal, run, weight_shapes
+from tests.models import LLAMA, MHA, OPT, OPT_AFTER, random_params
+
+TWO = {"layers": 2, "context": 108}
+MISTRAL = dataclasses.replace(LLAMA, **TWO, windows=(24, 3))
+CONFIGS = {
+    "llama": dataclasses.replace(LLAMA, **TWO),
+    "opt": dataclasses.replace(OPT, **TWO),
+    "opt-after": dataclasses.replace(OPT_AFTER, **TWO),
+    "windows": MISTRAL,
+    "nope": dataclasses.replace(LLAMA, **TWO, rotary=(True, False)),
+    "qwen": dataclasses.replace(MHA, **TWO, qkv_bias=True, qk_norm=True),
+}
+# A block is 16 tokens: one token, a block, one more, the context less one.
+LENGTHS = (1, 16, 17, 3, 40, 107)
+
+
+def relative(ours, theirs) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def read(config, lengths, width, size):
+    """What blocks of `size` positions find, and one pass over the same prompts.
+
+    Logits after each prompt; keys and values by layer and prompt, [n, k, d].
+    """
+    b = len(lengths)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (b, width)).astype(np.int32)
+    lengths = np.array(lengths, np.int32)
+    places = np.roll(np.arange(b, dtype=np.int32), 1)
+    model = Decoder(config)
+
+    @jax.jit
+    def both(weights):
+        x, *whole = run(model, weights, "states", tokens)
+        last = run(model, weights, "logits", x[np.arange(b), lengths - 1])
+        cache = KVCache.empty(config, b, config.context, jnp.float32)
+        args = tokens, lengths, places, cache, b * size
+        return last, whole, *run(model, weights, "read", *args)
+
+    last, (keys, values), found, cache = both(random_params(config).weights)
+    assert np.asarray(cache.lengths)[places].tolist() == lengths.tolist()
+    ours = [
+        np.asarray(part)[place, :, :n].swapaxes(0, 1)
+        for part in (*cache.keys, *cache.values)
+        for place, n in zip(places, lengths, strict=True)
+    ]
+    theirs = [
+        np.asarray(part)[i, :n]
+        for part in (*keys, *values)
+        for i, n in enumerate(lengths)
+    ]
+    return [*found, *ours], [*last, *theirs]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_are_one_pass(name, monkeypatch):
+    monkeypatch.setattr(causal, "BLOCK", 16)
+    # The last block, of 12 tokens, overlaps the one before.
+    for ours, theirs in zip(*read(CONFIGS[name], LENGTHS, 108, 16), strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_blocks_of_padding_alone_are_left_out():
+    ours, theirs = read(CONFIGS["llama"], (33, 5), 108, 32)
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 256, 300, 2000])
+@pytest.mark.parametrize("t", [256, 700])
+def test_blockwise_attention(t, window):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, t, h, 8)), jnp.float32) for h in (6, 2, 2)
+    )
+    ours = jax.jit(causal.blockwise_attention, static_argnums=3)(q, k, v, window)
+    assert relative(ours, causal.causal_attention(q, k, v, window)) < 1e-6
+
+
+def test_prompts_do_not_depend_on_how_they_are_cut():
+    params = random_params(MISTRAL)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 331, n).tolist() for n in (3, 40, 5)]
+    settings = {"max_new_tokens": 4, "chunk": 3}
+    temperatures = [0.0, 1.0, 2.0]
+    whole, cut = (
+        polarjax.generate(
+            params, prompts, temperature=temperatures, prefill_tokens=n, **settings
+        )
+        for n in (16_384, 16)
+    )
+    assert whole.tokens == cut.tokens
+    np.testing.assert_allclose(
+        *map(np.concatenate, (whole.logprobs, cut.logprobs)), atol=1e-4
+    )
+    # A request keeps its own settings, wherever its length puts it.
+    alone = polarjax.generate(params, prompts[2:], temperature=2.0, seed=2, **settings)
+    assert alone.tokens == whole.tokens[2:]
+
+
+def test_a_long_prompt_needs_little_memory():
+    # 8 heads: 32k x 32k weights of one would be 4 GiB.
+    t, most = 32_768, 4096
+    config = dataclasses.replace(LLAMA, layers=2, neurons=4096, context=t)
+    cache = jax.eval_shape(lambda: KVCache.empty(config, 1, t, jnp.float32))
+    numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
+    program = loop.prefill.lower(
+        *(weight_shapes(config), jax.ShapeDtypeStruct((1, t), jnp.int32)),
+        *(numbers, numbers, cache),
+        jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
+        config=config.architecture,
+        most=most,
+        implementation="xla",
+    ).compile()
+    memory = program.memory_analysis()
+    held = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes >= held
+    # The prompt's activations, by position: residual stream, Q, K, V and what attention
+    # puts out, some of them twice; of the MLP a block's alone.
+    positions = config.dim + 2 * (config.heads + config.kv_heads) * config.head_dim
+    hidden = config.neurons * most
+    assert memory.temp_size_in_bytes < 4 * (2 * positions * t + 4 * hidden)
