@@ -1,7 +1,5 @@
 """The product that references and Triton kernels are made of."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,14 +16,13 @@ def dot(x: jax.Array, y: jax.Array, axis: int, dtype=jnp.float32) -> jax.Array:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, rows: jax.Array, dtype=jnp.float32) -> jax.Array:
     """[n, i] times the rows of [o, i], [n, o]; gradients in the operands' dtype.
 
     Autodiff would multiply float32 gradients at the precision above: many times slower
     than a GPU's matrix units are in 16 bit.
     """
-    return dot(x, rows, 1, dtype)
+    return _product(x, rows, dtype)
 
 
 def _product_forward(x: jax.Array, rows: jax.Array, dtype):
@@ -39,4 +36,7 @@ def _product_backward(_, kept: tuple[jax.Array, jax.Array], gradient: jax.Array)
     return dot(gradient, rows, 0).astype(x.dtype), to_rows.astype(rows.dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+_product = jax.custom_vjp(
+    lambda x, rows, dtype: dot(x, rows, 1, dtype), nondiff_argnums=(2,)
+)
+_product.defvjp(_product_forward, _product_backward)

@@ -28,7 +28,8 @@ def gathered_mlp(
 
     Plain: `act(x up^T + up_bias) down + down_bias`. Gated, when weights has "gate":
     `(act(x gate^T) * (x up^T + up_bias)) down + down_bias`. Sums are float32; the
-    hidden activations are rounded to the dtype of x between the two products.
+    hidden activations are rounded to the dtype of x between the two products. So are
+    both factors of a gate where all neurons serve 1,024 rows or more, as in prefill.
 
     Source: the selective MLP of Polar Sparsity section 4 (arXiv 2505.14884).
 

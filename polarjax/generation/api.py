@@ -25,6 +25,7 @@ from polarjax.generation.requests import (
 from polarjax.generation.stats import Stats, make_stats
 from polarjax.generation.text import Request
 from polarjax.generation.tokenizer import Tokenizer
+from polarjax.model import BLOCK_TOKENS
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Density, Polar
@@ -66,7 +67,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     stream: Stream | None = None,
     chunk: int = 16,
-    prefill_tokens: int = loop.PREFILL_TOKENS,
+    prefill_tokens: int = BLOCK_TOKENS,
     implementation: Implementation | None = None,
 ) -> Output:
     """Continue a batch of prompts.

@@ -16,13 +16,10 @@ from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.generation.blocks import plan_blocks
 from polarjax.generation.sampling import Sampling, sample
-from polarjax.model import Decoder, run
+from polarjax.model import BLOCK_TOKENS, Decoder, run
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
 from polarjax.sharding import cache_sharding
-
-# More gain no speed on an H100, and their activations are a gigabyte or two.
-PREFILL_TOKENS = 16_384
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +150,7 @@ def read_prompts(
     config: ModelConfig,
     capacity: int,
     implementation: Implementation | None,
-    most: int = PREFILL_TOKENS,
+    most: int = BLOCK_TOKENS,
     call: Callable[..., Any] = lambda function, *args, **kwargs: function(
         *args, **kwargs
     ),

