@@ -21,6 +21,11 @@ def product(x: jax.Array, rows: jax.Array, dtype=jnp.float32) -> jax.Array:
 
     Autodiff would multiply float32 gradients at the precision above: many times slower
     than a GPU's matrix units are in 16 bit.
+
+    Args:
+        x: [n, i].
+        rows: [o, i].
+        dtype: of the result. Sums are float32.
     """
     return _product(x, rows, dtype)
 

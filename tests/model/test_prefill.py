@@ -35,7 +35,7 @@ def relative(ours, theirs) -> float:
 def read(config, lengths, width, size):
     """What blocks of `size` positions find, and one pass over the same prompts.
 
-    Logits after each prompt; keys and values by layer and prompt, [n, k, d].
+    Logits after each prompt; keys and values by layer and prompt, [n, k, d]; the cache.
     """
     b = len(lengths)
     rng = np.random.default_rng(0)
@@ -64,21 +64,24 @@ def read(config, lengths, width, size):
         for part in (*keys, *values)
         for i, n in enumerate(lengths)
     ]
-    return [*found, *ours], [*last, *theirs]
+    return [*found, *ours], [*last, *theirs], cache
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_blocks_are_one_pass(name, monkeypatch):
     monkeypatch.setattr(causal, "BLOCK", 16)
     # The last block, of 12 tokens, overlaps the one before.
-    for ours, theirs in zip(*read(CONFIGS[name], LENGTHS, 108, 16), strict=True):
-        assert relative(ours, theirs) < 1e-5
+    ours, theirs, _ = read(CONFIGS[name], LENGTHS, 108, 16)
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative(one, other) < 1e-5
 
 
 def test_blocks_of_padding_alone_are_left_out():
-    ours, theirs = read(CONFIGS["llama"], (33, 5), 108, 32)
+    ours, theirs, cache = read(CONFIGS["llama"], (33, 5), 108, 32)
     for one, other in zip(ours, theirs, strict=True):
         assert relative(one, other) < 1e-5
+    for part in map(np.asarray, (*cache.keys, *cache.values)):
+        assert part[:, :, :64].all() and not part[:, :, 64:].any()
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 256, 300, 2000])
