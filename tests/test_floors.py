@@ -62,6 +62,7 @@ FLOORS = {
         polarjax.model.causal
         polarjax.model.attention
         polarjax.model.mlp
+        polarjax.model.layer
         polarjax.model.decoder
         polarjax.model
     """,
