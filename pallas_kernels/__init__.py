@@ -8,7 +8,7 @@ models: arrays in, arrays out. `product` is the matrix product of the dense mode
 `partial_product`, `partial_mlp` and `add_norm` are what a decode step makes of it.
 """
 
-from pallas_kernels._backend import Implementation, gathering, resolve
+from pallas_kernels._backend import Implementation, gathering, resolve, traced_gpu
 from pallas_kernels._dot import product
 from pallas_kernels.attention import append_and_attend, select_head_attention
 from pallas_kernels.mlp import (
@@ -34,5 +34,6 @@ __all__ = [
     "resolve",
     "select_head_attention",
     "top_heads",
+    "traced_gpu",
     "union_neurons",
 ]

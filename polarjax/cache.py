@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,14 @@ class KVCache:
         return self.keys[0].shape[2]
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, capacity: int, dtype) -> KVCache:
+    def empty(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype,
+        sharding: jax.sharding.Sharding | None = None,
+    ) -> KVCache:
         """A cache of no tokens.
 
         Args:
@@ -42,10 +50,12 @@ class KVCache:
           batch: sequences, b.
           capacity: positions, s.
           dtype: of keys and values.
+          sharding: of each layer's; None for the default device.
         """
         shape = (batch, config.kv_heads, capacity, config.head_dim)
+        zeros = functools.partial(jnp.zeros, shape, dtype, device=sharding)
         return cls(
-            keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
-            values=tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
+            keys=tuple(zeros() for _ in range(config.layers)),
+            values=tuple(zeros() for _ in range(config.layers)),
             lengths=jnp.zeros(batch, jnp.int32),
         )

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from polarjax.params import Params
+from polarjax.config import ModelConfig
+from polarjax.params import Params, Tree
 
 # First match wins. Heads, neurons and the vocabulary are rows in every matrix.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -66,6 +67,23 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """`partition` on its mesh; arguments as there."""
     return NamedSharding(mesh, partition(path, shape, mesh))
+
+
+def cache_sharding(weights: Tree, config: ModelConfig) -> NamedSharding | None:
+    """Where a layer's keys and values [b, k, s, d] go: groups where they are made.
+
+    Args:
+      weights: of a model, on any devices.
+      config: of the model.
+
+    Returns:
+      None if the weights are on no mesh with an axis "tp".
+    """
+    where = getattr(weights["layers_0"]["attention"]["qkv"], "sharding", None)
+    if not isinstance(where, NamedSharding) or "tp" not in where.mesh.shape:
+        return None
+    divides = config.kv_heads % where.mesh.shape["tp"] == 0
+    return NamedSharding(where.mesh, PartitionSpec(None, "tp" if divides else None))
 
 
 def shard(params: Params, mesh: Mesh) -> Params:

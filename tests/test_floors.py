@@ -63,8 +63,10 @@ FLOORS = {
         polarjax.model.linear
         polarjax.model.norms
         polarjax.model.positions
+        polarjax.model.causal
         polarjax.model.attention
         polarjax.model.mlp
+        polarjax.model.layer
         polarjax.model.decoder
         polarjax.model
     """,
@@ -79,11 +81,12 @@ FLOORS = {
         polarjax.sparsity.adapter
         polarjax.sparsity
         polarjax.generation.sampling
-        polarjax.generation.loop
-        polarjax.generation.stats
         polarjax.generation.tokenizer
         polarjax.generation.text
         polarjax.generation.requests
+        polarjax.generation.blocks
+        polarjax.generation.loop
+        polarjax.generation.stats
         polarjax.generation.api
         polarjax.generation
     """,

@@ -30,7 +30,8 @@ def gathered_mlp(
 
     Plain: `act(x up^T + up_bias) down + down_bias`. Gated, when weights has "gate":
     `(act(x gate^T) * (x up^T + up_bias)) down + down_bias`. Sums are float32; the
-    hidden activations are rounded to the dtype of x between the two products.
+    hidden activations are rounded to the dtype of x between the two products. So are
+    both factors of a gate where all neurons serve 1,024 rows or more, as in prefill.
 
     Source: the selective MLP of Polar Sparsity section 4 (arXiv 2505.14884).
 
@@ -136,7 +137,7 @@ def partial_product(
     implementation = resolve_without_mosaic(implementation, "partial_product")
     with jax.named_scope("partial_product"):
         if implementation == "xla":
-            return reference.partial_product(x, matrix, bias, axis)
+            return reference.partial_product(x, matrix, bias, axis)[None]
         interpret = implementation == "triton_interpret"
         return triton.partial_product(x, matrix, bias, axis, interpret=interpret)
 
@@ -164,9 +165,10 @@ def _mlp(x, weights, neurons, activation, implementation, *, parts):
     dense = gathers and _dense_is_faster(x, weights, neurons)
     with jax.named_scope("gathered_mlp"):
         if dense or implementation == "xla":
-            serve = reference.masked if dense else reference.mlp
-            out = serve(x, weights, neurons, activation=activation)
-            return out if parts else out[0].astype(x.dtype)
+            serve = reference.masked_mlp if dense else reference.mlp
+            dtype = jnp.float32 if parts else x.dtype
+            out = serve(x, weights, neurons, activation=activation, dtype=dtype)
+            return out[None] if parts else out
         return triton.mlp(
             *(x, weights, neurons),
             activation=activation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from polarjax.generation.requests import (
 from polarjax.generation.stats import Stats, make_stats
 from polarjax.generation.text import Request
 from polarjax.generation.tokenizer import Tokenizer
+from polarjax.model import BLOCK_TOKENS
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Density, Polar
@@ -65,6 +67,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     stream: Stream | None = None,
     chunk: int = 16,
+    prefill_tokens: int = BLOCK_TOKENS,
     implementation: Implementation | None = None,
 ) -> Output:
     """Continue a batch of prompts.
@@ -93,6 +96,8 @@ def generate(
       stream: called as stream(request, text, tokens) with what is new, between chunks.
       chunk: decode steps between two looks of the host: stop strings, streaming and
         the end of all requests take effect at its multiples.
+      prefill_tokens: prompt tokens, padding included, that are computed at once: fewer
+        need less memory.
       implementation: of the kernels: "xla", "triton" or "mosaic" (attention alone, on
         Hopper, Triton beside it); None chooses by device.
 
@@ -108,6 +113,7 @@ def generate(
     batch = len(encoded)
     most = min(positive("max_new_tokens", max_new_tokens), config.context)
     chunk = positive("chunk", chunk)
+    prefill_tokens = positive("prefill_tokens", prefill_tokens)
     stops = stop_strings(stop, tokenizer)
     ends = stop_tokens(stop_ids, config)
     sampling = make_sampling(config, batch, temperature, top_k, top_p, seed)
@@ -115,11 +121,7 @@ def generate(
 
     lengths = np.array([len(ids) for ids in encoded], np.int32)
     remaining = np.minimum(most, config.context - lengths).astype(np.int32)
-    width = min(bucket(int(lengths.max())), config.context)
     capacity = min(bucket(int((lengths + remaining).max())), config.context)
-    tokens = np.zeros((batch, width), np.int32)
-    for row, ids in zip(tokens, encoded, strict=True):
-        row[: len(ids)] = ids
 
     requests = [
         Request(ids, limit, tokenizer, stops)
@@ -128,11 +130,11 @@ def generate(
     end_ids = jnp.asarray(ends or (-1,), jnp.int32)
     common = {"config": config.architecture, "implementation": implementation}
     # Prompts are read as the dense model reads them, with the original weights.
-    args = params.weights, *map(jnp.asarray, (tokens, lengths, remaining))
-    kwargs = {"capacity": capacity, **common}
     clock = _Clock()
-    state, drawn = clock.run(
-        "prefill", loop.prefill, *args, sampling, end_ids, **kwargs
+    state, drawn = loop.read_prompts(
+        *(params.weights, encoded, remaining, sampling, end_ids),
+        **{"capacity": capacity, "most": prefill_tokens, **common},
+        call=functools.partial(clock.run, "prefill"),
     )
     counted = [drawn]
     first = jax.tree.map(lambda x: np.asarray(x)[None], drawn)

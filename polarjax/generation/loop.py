@@ -1,20 +1,25 @@
-"""The two compiled programs of generation: prefill, and a chunk of decode steps."""
+"""Generation's compiled programs: prefill, first tokens, a chunk of decode steps."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
+from polarjax.generation.blocks import plan_blocks
 from polarjax.generation.sampling import Sampling, sample
-from polarjax.model import Decoder, run
+from polarjax.model import BLOCK_TOKENS, Decoder, run
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
+from polarjax.sharding import cache_sharding
 
 
 @jax.tree_util.register_dataclass
@@ -73,39 +78,115 @@ def _advance(
     return state, logprob, valid
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "implementation"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "most", "implementation"),
+    donate_argnames=("cache", "logits"),
+)
 def prefill(
     weights: Tree,
     tokens: jax.Array,
     lengths: jax.Array,
+    rows: jax.Array,
+    cache: KVCache,
+    logits: jax.Array,
+    *,
+    config: ModelConfig,
+    most: int,
+    implementation: Implementation | None,
+) -> tuple[KVCache, jax.Array]:
+    """Read some prompts of a batch, dense.
+
+    Args:
+      weights: the original ones.
+      tokens: int32[r, t].
+      lengths: int32[r].
+      rows: int32[r], the places of the prompts in the batch; distinct numbers from b
+        on for rows that are none.
+      cache: donated: it is updated in place.
+      logits: float32[b, v], after each prompt's last token; donated.
+      config: of the model.
+      most: tokens computed at once, attention apart.
+      implementation: of the kernels.
+
+    Returns:
+      The cache and the logits, the rows filled in.
+    """
+    model = Decoder(config, _dtype(weights), implementation=implementation)
+    last, cache = run(model, weights, "read", tokens, lengths, rows, cache, most)
+    return cache, logits.at[rows].set(last, mode="drop", unique_indices=True)
+
+
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def first_token(
+    cache: KVCache,
+    logits: jax.Array,
     remaining: jax.Array,
+    sampling: Sampling,
+    stop_ids: jax.Array,
+) -> tuple[State, Drawn]:
+    """Draw each request's first token.
+
+    Args:
+      cache: of the prompts; donated.
+      logits: float32[b, v], after each prompt's last token.
+      remaining: int32[b], tokens each request may draw, at least 1.
+      sampling: settings.
+      stop_ids: int32[e], tokens that end a request.
+    """
+    live = jnp.ones(remaining.shape, bool)
+    state, logprob, valid = _advance(logits, cache, live, remaining, sampling, stop_ids)
+    reads = jnp.zeros((len(cache.keys), len(remaining)), jnp.int32)
+    return state, Drawn(state.token, logprob, valid, reads, jnp.zeros_like(remaining))
+
+
+def read_prompts(
+    weights: Tree,
+    prompts: Sequence[Sequence[int]],
+    remaining: Any,
     sampling: Sampling,
     stop_ids: jax.Array,
     *,
     config: ModelConfig,
     capacity: int,
     implementation: Implementation | None,
+    most: int = BLOCK_TOKENS,
+    call: Callable[..., Any] = lambda function, *args, **kwargs: function(
+        *args, **kwargs
+    ),
 ) -> tuple[State, Drawn]:
-    """Read the prompts, dense, and draw each request's first token.
+    """Read a batch of prompts, dense, and draw each request's first token.
 
     Args:
       weights: the original ones.
-      tokens: int32[b, t].
-      lengths: int32[b].
-      remaining: int32[b], tokens each request may draw, at least 1.
+      prompts: token ids of each, at least one, fewer than the context.
+      remaining: int[b], tokens each request may draw, at least 1.
       sampling: settings.
       stop_ids: int32[e], tokens that end a request.
-      config: of the model.
-      capacity: positions of the cache, s.
+      config: the model's architecture.
+      capacity: positions of the cache, s, which each prompt must fit in.
       implementation: of the kernels.
+      most: tokens that are computed at once, see `plan_blocks`.
+      call: runs each compiled program, as call(function, *args, **kwargs).
     """
-    model = Decoder(config, _dtype(weights), implementation=implementation)
-    logits, cache = run(model, weights, "prefill", tokens, lengths, capacity)
-    live = jnp.ones(lengths.shape, bool)
-    state, logprob, valid = _advance(logits, cache, live, remaining, sampling, stop_ids)
-    b = lengths.shape[0]
-    nothing = jnp.zeros((config.layers, b), jnp.int32), jnp.zeros(b, jnp.int32)
-    return state, Drawn(state.token, logprob, valid, *nothing)
+    b = len(prompts)
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    where = cache_sharding(weights, config)
+    cache = KVCache.empty(config, b, capacity, _dtype(weights), where)
+    logits = jnp.zeros((b, config.vocab_size), jnp.float32)
+    for block in plan_blocks(lengths.tolist(), config.context, most):
+        tokens = np.zeros((block.rows, block.width), np.int32)
+        counts = np.ones(block.rows, np.int32)
+        rows = b + np.arange(block.rows, dtype=np.int32)
+        for i, prompt in enumerate(block.prompts):
+            tokens[i, : lengths[prompt]] = prompts[prompt]
+            counts[i], rows[i] = lengths[prompt], prompt
+        cache, logits = call(
+            *(prefill, weights, tokens, counts, rows, cache, logits),
+            **{"config": config, "most": most, "implementation": implementation},
+        )
+    remaining = jnp.asarray(remaining, jnp.int32)
+    return call(first_token, cache, logits, remaining, sampling, stop_ids)
 
 
 @functools.partial(

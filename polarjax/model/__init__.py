@@ -1,9 +1,17 @@
 """Dense model code: it reads like the papers and knows no routers."""
 
 from polarjax.model.attention import Gates, Prefix
-from polarjax.model.decoder import Decoder, Observe, check_weights, run, weight_shapes
+from polarjax.model.decoder import (
+    BLOCK_TOKENS,
+    Decoder,
+    Observe,
+    check_weights,
+    run,
+    weight_shapes,
+)
 
 __all__ = [
+    "BLOCK_TOKENS",
     "Decoder",
     "Gates",
     "Observe",

@@ -19,6 +19,7 @@ from pallas_kernels import (
     select_head_attention,
 )
 from polarjax.config import ModelConfig
+from polarjax.model.causal import causal_attention
 from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
 from polarjax.model.positions import rotate
@@ -91,7 +92,9 @@ class Attention(nn.Module):
         Returns:
           q [b, t, h, d]; k and v [b, t, k, d]; scores float32[b, t, r] or None.
         """
-        y = linear(u, self.qkv, self._qkv_bias())
+        # Scores stay as exact as they are summed.
+        dtype = jnp.float32 if self.score_rows else u.dtype
+        y = linear(u, self.qkv, self._qkv_bias(), dtype)
         return self._split(y, positions, u.dtype)
 
     def _qkv_bias(self) -> jax.Array | None:
@@ -116,13 +119,12 @@ class Attention(nn.Module):
     def output(self, o: jax.Array) -> jax.Array:
         """Head outputs [..., h, d] to the residual stream [..., m]."""
         flat = o.reshape(*o.shape[:-2], -1)
-        return linear(flat, self.out.T, self._out_bias()).astype(o.dtype)
+        return linear(flat, self.out.T, self._out_bias(), o.dtype)
 
     def output_parts(self, o: jax.Array) -> jax.Array:
         """`output` of [b, h, d] as parts of a sum, float32[p, b, m]."""
-        flat = o.reshape(o.shape[0], -1)
         return partial_product(
-            *(flat, self.out, self._out_bias()),
+            *(o.reshape(o.shape[0], -1), self.out, self._out_bias()),
             axis=0,
             implementation=gathering(self.implementation),
         )
@@ -247,34 +249,6 @@ class Attention(nn.Module):
         if n_active is None:
             n_active = jnp.full(b, c.kv_heads, jnp.int32)
         return o, keys, values, scores, jnp.where(live, n_active, 0)
-
-
-def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None
-) -> jax.Array:
-    """Each position attends to itself and those before it.
-
-    By cuDNN's flash attention on a GPU, in 16 bit and for sizes that it takes: XLA's
-    own writes out t x t weights for each head.
-
-    Args:
-      q: [b, t, h, d].
-      k: [b, t, k, d].
-      v: [b, t, k, d].
-      window: newest positions attended to, itself included; None for all.
-
-    Returns:
-      [b, t, h, d].
-    """
-    t, d = q.shape[1], q.shape[-1]
-    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
-    flash &= t % 64 == 0 and d % 8 == 0 and d <= 128
-    return jax.nn.dot_product_attention(
-        *(q, k, v),
-        is_causal=True,
-        local_window_size=(window - 1, 0) if window and window < t else None,
-        implementation="cudnn" if flash else "xla",
-    )
 
 
 def head_norms(o: jax.Array, kv_heads: int) -> jax.Array:

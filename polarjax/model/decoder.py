@@ -10,16 +10,20 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Implementation, gathering
+from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
-from polarjax.model.attention import Attention, Gates, Prefix
+from polarjax.model.attention import Gates, Prefix
+from polarjax.model.layer import Layer
 from polarjax.model.linear import linear
-from polarjax.model.mlp import MLP
 from polarjax.model.norms import Norm
 from polarjax.model.positions import LEARNED_OFFSET
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
+
+# Of a prompt's, computed at once: more are no faster on an H100, and what they need is
+# a gigabyte or two.
+BLOCK_TOKENS = 16_384
 
 Observe = Callable[[int, jax.Array, jax.Array, jax.Array], Any]
 """(layer, attention's input [b, t, m], head outputs [b, t, h, d], MLP's input
@@ -63,112 +67,6 @@ class Embed(nn.Module):
         if self.config.embed_dim != self.config.dim:
             x = linear(x, self.project_out).astype(x.dtype)
         return linear(x, self.tokens if self.config.tied_embeddings else self.head)
-
-
-class Layer(nn.Module):
-    """Attention, then MLP, each added to the residual stream.
-
-    What they read is normalised (pre-norm), or their sums are (post-norm).
-    """
-
-    config: ModelConfig
-    layer: int
-    dtype: jnp.dtype
-    score_rows: int = 0
-    implementation: Implementation | None = None
-
-    def setup(self) -> None:
-        c = self.config
-        self.attention_norm = Norm(c, c.dim, self.dtype)
-        self.attention = Attention(
-            *(c, self.layer, self.dtype, self.score_rows, self.implementation)
-        )
-        self.mlp_norm = Norm(c, c.dim, self.dtype)
-        self.mlp = MLP(c, self.dtype, self.implementation)
-
-    def before(self, norm: nn.Module, x: jax.Array) -> jax.Array:
-        """What a half of the layer reads of the residual stream."""
-        return x if self.config.norm_after else norm(x)
-
-    def after(self, norm: nn.Module, x: jax.Array) -> jax.Array:
-        """The residual stream once a half has been added."""
-        return norm(x) if self.config.norm_after else x
-
-    def prefill(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """[b, t, m] to the same; also keys, values, and what `Observe` is shown."""
-        u = self.before(self.attention_norm, x)
-        o, k, v = self.attention.prefill(u)
-        y = self.after(self.attention_norm, x + self.attention.output(o))
-        z = self.before(self.mlp_norm, y)
-        return self.after(self.mlp_norm, y + self.mlp(z)), k, v, u, o, z
-
-    def masked(
-        self,
-        x: jax.Array,
-        live: jax.Array,
-        policy: SelectionPolicy,
-        prefix: Prefix | None = None,
-        gates: Gates | None = None,
-    ) -> tuple[jax.Array, ...]:
-        """[b, t, m] to the same; also bool[b, t, k], the KV groups read.
-
-        And what `Observe` is shown, head outputs before they are masked.
-        """
-        u = self.before(self.attention_norm, x)
-        kept, o, scores, read = self.attention.masked(u, policy, prefix, gates)
-
-        def choose(_, scores: jax.Array | None, live: jax.Array) -> jax.Array | None:
-            return policy.neurons(self.layer, scores, live, "xla")
-
-        t = jnp.arange(x.shape[1])
-        neurons = jax.vmap(choose, (0, 1, 1))(t, scores, live)
-        y = self.after(self.attention_norm, x + self.attention.output(kept))
-        z = self.before(self.mlp_norm, y)
-        return self.after(self.mlp_norm, y + self.mlp(z, neurons)), read, u, o, z
-
-    def decode(
-        self,
-        x: jax.Array,
-        parts: jax.Array | None,
-        keys: jax.Array,
-        values: jax.Array,
-        lengths: jax.Array,
-        live: jax.Array,
-        policy: SelectionPolicy,
-    ) -> tuple[Any, ...]:
-        """One new token of each sequence.
-
-        What is added to the residual stream is handed on as parts of a sum: who
-        normalises the stream adds them up on the way.
-
-        Args:
-          x: [b, m], the residual stream.
-          parts: float32[p, b, m], whose sum the layer before adds to it, or None.
-          keys: as in `Attention.decode`, as are the others.
-          values: [b, k, s, d].
-          lengths: int32[b].
-          live: bool[b].
-          policy: bound.
-
-        Returns:
-          As x and `parts`; the new keys and values; int32[b], KV groups read.
-        """
-        post = self.config.norm_after
-        kernel = gathering(self.implementation)
-        if parts is not None:
-            x, u = self.attention_norm.add(x, parts, kernel)
-        else:
-            u = self.before(self.attention_norm, x)
-        o, keys, values, scores, reads = self.attention.decode(
-            u, keys, values, lengths, live, policy
-        )
-        neurons = policy.neurons(self.layer, scores, live, kernel)
-        norm = self.attention_norm if post else self.mlp_norm
-        x, z = norm.add(x, self.attention.output_parts(o), kernel)
-        parts = self.mlp.decode(z, neurons)
-        if post:  # what was normalised is the stream
-            x, parts = self.mlp_norm.add(z, parts, kernel)[1], None
-        return x, parts, keys, values, reads
 
 
 class Decoder(nn.Module):
@@ -251,19 +149,47 @@ class Decoder(nn.Module):
         Returns:
           Logits after each prompt's last token, float32[b, v], and the cache.
         """
-        x, keys, values, _ = self._forward(tokens, None)
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        grow = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
+        rows = jnp.arange(tokens.shape[0])
+        cache = KVCache.empty(self.config, tokens.shape[0], capacity, self.dtype)
+        return self.read(tokens, lengths, rows, cache)
 
-        def store(part: jax.Array) -> jax.Array:  # [b, t, k, d] -> [b, k, s, d]
-            return jnp.pad(part.swapaxes(1, 2), grow)
+    def read(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        rows: jax.Array,
+        cache: KVCache,
+        most: int = BLOCK_TOKENS,
+    ) -> tuple[jax.Array, KVCache]:
+        """Read ragged prompts into some rows of a cache, dense.
 
-        cache = KVCache(
-            tuple(map(store, keys)),
-            tuple(map(store, values)),
-            lengths.astype(jnp.int32),
+        Args:
+          tokens: int32[r, t], padded at the end with any id.
+          lengths: int32[r], tokens of each prompt, at least 1.
+          rows: int32[r], distinct, where each goes; what lies beyond the cache goes
+            nowhere.
+          cache: [b, k, s, d], s at least the longest length; donate it.
+          most: tokens that are computed at once, attention apart.
+
+        Returns:
+          Logits after each prompt's last token, float32[r, v], and the cache.
+        """
+        x = self.embed(
+            tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         )
-        return self.logits(last), cache
+        put = {"mode": "drop", "unique_indices": True}
+
+        def store(whole: jax.Array, part: jax.Array) -> jax.Array:
+            part = part[:, : cache.capacity].swapaxes(1, 2).astype(whole.dtype)
+            return whole.at[rows, :, : part.shape[2]].set(part, **put)
+
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            x, k, v = layer.read(x, lengths, most, i == self.config.layers - 1)
+            keys.append(store(cache.keys[i], k))
+            values.append(store(cache.values[i], v))
+        held = cache.lengths.at[rows].set(lengths.astype(jnp.int32), **put)
+        return self.logits(x[:, 0]), KVCache(tuple(keys), tuple(values), held)
 
     def masked(
         self,

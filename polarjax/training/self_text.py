@@ -53,19 +53,19 @@ def write_blocks(
         )
     batch = min(batch, blocks)
     common = {"config": config.architecture, "implementation": None}
-    prompt, ones = jnp.full((batch, 1), start, jnp.int32), jnp.ones(batch, jnp.int32)
+    ones = jnp.ones(batch, jnp.int32)
     weights, dense = Dense().bind(params, batch)
     never = jnp.array([-1], jnp.int32)
     found = []
     for at in range(0, blocks, batch):
         seeds = [(seed * 1_000_003 + at + i) % 2**32 for i in range(batch)]
         sampling = make_sampling(config, batch, 1.0, 0, 1.0, seeds)
-        state, first = loop.prefill(
-            *(weights, prompt, ones, ones * length, sampling, never),
+        state, first = loop.read_prompts(
+            *(weights, [[start]] * batch, ones * length, sampling, never),
             capacity=-(-length // 128) * 128,
             **common,
         )
-        rows = [prompt[:, 0], first.token]
+        rows = [ones * start, first.token]
         if length > 2:
             state, drawn = loop.decode_chunk(
                 *(weights, dense, state, ones > 0, sampling, never),

@@ -1,0 +1,121 @@
+"""Causal attention of whole sequences."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import traced_gpu
+
+# Queries, and keys, that `blockwise_attention` takes at once.
+BLOCK = 256
+
+
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None
+) -> jax.Array:
+    """Each position attends to itself and those before it.
+
+    By cuDNN's flash attention on a GPU, in 16 bit and for sizes that it takes: XLA's
+    own writes out t x t weights for each head.
+
+    Args:
+      q: [b, t, h, d].
+      k: [b, t, k, d].
+      v: [b, t, k, d].
+      window: newest positions attended to, itself included; None for all.
+
+    Returns:
+      [b, t, h, d].
+    """
+    t = q.shape[1]
+    return jax.nn.dot_product_attention(
+        *(q, k, v),
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window and window < t else None,
+        implementation="cudnn" if _flash(q) else "xla",
+    )
+
+
+def long_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None
+) -> jax.Array:
+    """As `causal_attention`, in memory that grows with t alone; not to be trained.
+
+    Args:
+      q: [b, t, h, d].
+      k: [b, t, k, d].
+      v: [b, t, k, d].
+      window: newest positions attended to, itself included; None for all.
+    """
+    if _flash(q) or q.shape[1] <= BLOCK:
+        return causal_attention(q, k, v, window)
+    return blockwise_attention(q, k, v, window)
+
+
+def _flash(q: jax.Array) -> bool:
+    t, d = q.shape[1], q.shape[-1]
+    sizes = t % 64 == 0 and d % 8 == 0 and d <= 128
+    return traced_gpu() is not None and q.dtype.itemsize == 2 and sizes
+
+
+def blockwise_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None
+) -> jax.Array:
+    """Causal attention, a block of queries and a block of keys at a time.
+
+    Source: the online softmax of FlashAttention (arXiv 2205.14135), in plain XLA.
+
+    Args:
+      q: [b, t, h, d], t at least `BLOCK`.
+      k: [b, t, k, d].
+      v: [b, t, k, d].
+      window: newest positions attended to, itself included; None for all.
+    """
+    b, t, h, d = q.shape
+    groups = k.shape[2], h // k.shape[2]
+    window = window or t
+    within = jnp.arange(BLOCK)
+
+    def cut(x: jax.Array, start: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, start, BLOCK, axis=1)
+
+    def read(i: jax.Array, out: jax.Array) -> jax.Array:
+        # The last block may overlap the one before: its queries come out the same.
+        start = jnp.minimum(i * BLOCK, t - BLOCK)
+        query = start + within
+        part = cut(q, start).reshape(b, BLOCK, *groups, d)
+
+        def attend(j: jax.Array, carry: tuple) -> tuple:
+            top, total, sums = carry
+            begin = jnp.minimum(j * BLOCK, t - BLOCK)
+            key = begin + within
+            seen = (key >= j * BLOCK) & (key <= query[:, None])
+            seen &= key > query[:, None] - window
+            scores = _einsum("bqkgd,bskd->bkgqs", part, cut(k, begin)) / d**0.5
+            higher = jnp.maximum(top, jnp.where(seen, scores, top[..., None]).max(-1))
+            weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0)
+            shrink = jnp.exp(top - higher)
+            new = _einsum("bkgqs,bskd->bkgqd", weights.astype(v.dtype), cut(v, begin))
+            total = total * shrink + weights.sum(-1)
+            return higher, total, sums * shrink[..., None] + new
+
+        shape = (b, *groups, BLOCK)
+        lowest = jnp.full(shape, jnp.finfo(jnp.float32).min)
+        empty = lowest, jnp.zeros(shape), jnp.zeros((*shape, d))
+        first = jnp.maximum(start - window + 1, 0) // BLOCK
+        last = (start + BLOCK - 1) // BLOCK
+        _, total, sums = lax.fori_loop(first, last + 1, attend, empty)
+        o = jnp.moveaxis(sums / total[..., None], 3, 1).reshape(b, BLOCK, h, d)
+        return lax.dynamic_update_slice_in_dim(out, o.astype(out.dtype), start, axis=1)
+
+    return lax.fori_loop(0, -(-t // BLOCK), read, jnp.zeros_like(q))
+
+
+def _einsum(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        *(formula, x, y),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

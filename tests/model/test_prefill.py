@@ -1,0 +1,192 @@
+"""Reading prompts into a cache, in blocks, is one pass over them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax
+from polarjax.cache import KVCache
+from polarjax.generation import loop
+from polarjax.model import Decoder, causal, run, weight_shapes
+from tests.models import LLAMA, MHA, OPT, OPT_AFTER, random_params
+
+TWO = {"layers": 2, "context": 108}
+MISTRAL = dataclasses.replace(LLAMA, **TWO, windows=(24, 3))
+CONFIGS = {
+    "llama": dataclasses.replace(LLAMA, **TWO),
+    "opt": dataclasses.replace(OPT, **TWO),
+    "opt-after": dataclasses.replace(OPT_AFTER, **TWO),
+    "windows": MISTRAL,
+    "nope": dataclasses.replace(LLAMA, **TWO, rotary=(True, False)),
+    "qwen": dataclasses.replace(MHA, **TWO, qkv_bias=True, qk_norm=True),
+}
+# A block is 16 tokens: one token, a block, one more, the context less one.
+LENGTHS = (1, 16, 17, 3, 40, 107)
+
+
+def relative(ours, theirs) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def read(config, lengths, width, size):
+    """What blocks of `size` positions find, and one pass over the same prompts.
+
+    Logits after each prompt; keys and values by layer and prompt, [n, k, d]; the cache.
+    """
+    b = len(lengths)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (b, width)).astype(np.int32)
+    lengths = np.array(lengths, np.int32)
+    places = np.roll(np.arange(b, dtype=np.int32), 1)
+    model = Decoder(config)
+
+    @jax.jit
+    def both(weights):
+        x, *whole = run(model, weights, "states", tokens)
+        last = run(model, weights, "logits", x[np.arange(b), lengths - 1])
+        cache = KVCache.empty(config, b, config.context, jnp.float32)
+        args = tokens, lengths, places, cache, b * size
+        return last, whole, *run(model, weights, "read", *args)
+
+    last, (keys, values), found, cache = both(random_params(config).weights)
+    assert np.asarray(cache.lengths)[places].tolist() == lengths.tolist()
+    ours = [
+        np.asarray(part)[place, :, :n].swapaxes(0, 1)
+        for part in (*cache.keys, *cache.values)
+        for place, n in zip(places, lengths, strict=True)
+    ]
+    theirs = [
+        np.asarray(part)[i, :n]
+        for part in (*keys, *values)
+        for i, n in enumerate(lengths)
+    ]
+    return [*found, *ours], [*last, *theirs], cache
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_are_one_pass(name, monkeypatch):
+    monkeypatch.setattr(causal, "BLOCK", 16)
+    # The last block, of 12 tokens, overlaps the one before.
+    ours, theirs, _ = read(CONFIGS[name], LENGTHS, 108, 16)
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative(one, other) < 1e-5
+
+
+def test_blocks_of_padding_alone_are_left_out():
+    ours, theirs, cache = read(CONFIGS["llama"], (33, 5), 108, 32)
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative(one, other) < 1e-5
+    for part in map(np.asarray, (*cache.keys, *cache.values)):
+        assert part[:, :, :64].all() and not part[:, :, 64:].any()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 256, 300, 2000])
+@pytest.mark.parametrize("t", [256, 700])
+def test_blockwise_attention(t, window):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, t, h, 8)), jnp.float32) for h in (6, 2, 2)
+    )
+    ours = jax.jit(causal.blockwise_attention, static_argnums=3)(q, k, v, window)
+    assert relative(ours, causal.causal_attention(q, k, v, window)) < 1e-6
+
+
+def test_prompts_do_not_depend_on_how_they_are_cut():
+    params = random_params(MISTRAL)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 331, n).tolist() for n in (3, 40, 5)]
+    settings = {"max_new_tokens": 4, "chunk": 3}
+    temperatures = [0.0, 1.0, 2.0]
+    whole, cut = (
+        polarjax.generate(
+            params, prompts, temperature=temperatures, prefill_tokens=n, **settings
+        )
+        for n in (16_384, 16)
+    )
+    assert whole.tokens == cut.tokens
+    np.testing.assert_allclose(
+        *map(np.concatenate, (whole.logprobs, cut.logprobs)), atol=1e-4
+    )
+
+
+def test_a_long_prompt_needs_little_memory():
+    # 8 heads: 32k x 32k weights of one would be 4 GiB.
+    t, most = 32_768, 4096
+    config = dataclasses.replace(LLAMA, layers=2, neurons=4096, context=t)
+    cache = jax.eval_shape(lambda: KVCache.empty(config, 1, t, jnp.float32))
+    numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
+    program = loop.prefill.lower(
+        *(weight_shapes(config), jax.ShapeDtypeStruct((1, t), jnp.int32)),
+        *(numbers, numbers, cache),
+        jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
+        config=config.architecture,
+        most=most,
+        implementation="xla",
+    ).compile()
+    memory = program.memory_analysis()
+    held = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes >= held
+    # The prompt's activations, by position: residual stream, Q, K, V and what attention
+    # puts out, some of them twice; of the MLP a block's alone.
+    positions = config.dim + 2 * (config.heads + config.kv_heads) * config.head_dim
+    hidden = config.neurons * most
+    assert memory.temp_size_in_bytes < 4 * (2 * positions * t + 4 * hidden)
+
+
+LLAMA_8B = dataclasses.replace(
+    LLAMA,
+    vocab_size=128_256,
+    dim=4096,
+    embed_dim=4096,
+    layers=2,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    neurons=14_336,
+    context=131_072,
+    tied_embeddings=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "t", "window"), [(8, 2048, 0), (1, 32_768, 0), (1, 32_768, 4096)]
+)
+def test_real_sizes_lower_for_cuda(rows, t, window, monkeypatch):
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        pytest.skip("this jax has no AbstractDevice to lower for")
+    # jax asks the library that the lowered program will call, and it is not here.
+    where = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(where, lambda: 91_000)
+    config = dataclasses.replace(LLAMA_8B, windows=(window, window))
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.empty(config, rows, 2 * t, jnp.bfloat16))
+    device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = loop.prefill.trace(
+            *(weight_shapes(config, jnp.bfloat16), shape((rows, t))),
+            *(shape((rows,)), shape((rows,)), cache),
+            jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),
+            config=config.architecture,
+            most=16_384,
+            implementation=None,
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    assert len(calls) == config.layers
+    for call in calls:
+        said = call.replace("\\22", "")
+        assert "mask_type: CAUSAL" in said
+        assert f"sliding_window_length: {window}" in said
+        assert f"tensor<{rows}x{t}x8x128xbf16>" in call  # keys and values as they are
+    # Products write 16 bit, those of the last tokens apart; none is of t x t weights.
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    wide = [line for line in products if line.endswith("xf32>")]
+    assert len(products) > 2 * config.layers
+    assert all(f"tensor<{rows}x" in line.split("->")[1] for line in wide)
+    assert f"{t}x{t}x" not in text
+    assert text.count("tf.aliasing_output") == 2 * config.layers + 2
