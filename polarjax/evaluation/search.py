@@ -396,5 +396,5 @@ class _Budgeted(Scorer):
             found = zip(self._thresholds(budgets), budgets, strict=True)
             all_pass = float(np.finfo(np.float32).min)
             passing = jnp.array([x if n < k else all_pass for x, n in found])
-        budget = HeadBudget(jnp.asarray(counts), limits, passing)
+        budget = HeadBudget(tuple(map(jnp.asarray, counts)), limits, passing)
         self._bound[_LABEL] = weights, dataclasses.replace(bound, budget=budget)

@@ -24,14 +24,15 @@ class HeadBudget:
     """KV groups to read, by layer and request.
 
     Attributes:
-      counts: int32[layers, b].
+      counts: per layer, int32[b]. To cut them out of one array was a kernel of its own
+        in every layer.
       limits: per layer, the largest count of the batch, which is compiled into the
         step; None where every request reads every group.
       thresholds: float32[layers]; a sequence then reads the groups that score at least
         as much, one at the least, and `counts` are not asked. None for fixed counts.
     """
 
-    counts: jax.Array
+    counts: tuple[jax.Array, ...]
     limits: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     thresholds: jax.Array | None = None
 
@@ -126,7 +127,7 @@ def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget
         table = np.array([[k] * batch, *[counts] * (config.layers - 1)], np.int32)
     limits = tuple(None if row.min() == k else int(row.max()) for row in table)
     with jax.ensure_compile_time_eval():  # known, also where training binds in a jit
-        return HeadBudget(jnp.asarray(table), limits)
+        return HeadBudget(tuple(map(jnp.asarray, table)), limits)
 
 
 def with_density(params: Params, density: float) -> Params:
@@ -168,7 +169,7 @@ def adaptive_budget(
     counts = np.repeat(np.ceil(config.budgets)[:, None], batch, axis=1)
     with jax.ensure_compile_time_eval():
         return HeadBudget(
-            jnp.asarray(counts, jnp.int32),
+            tuple(jnp.asarray(row, jnp.int32) for row in counts),
             tuple(None if n == k else k for n in config.budgets),
             jnp.asarray(thresholds, jnp.float32),
         )

@@ -51,7 +51,7 @@ def with_budgets(params, blocks, budgets, adaptive=False):
 
 def test_a_sequence_reads_the_groups_above_the_threshold():
     scores = jnp.array([[0.5, 3.0, 1.0], [0.1, 0.0, 0.2], [1.0, 2.0, 9.0]])
-    counts = jnp.zeros((2, 3), jnp.int32)
+    counts = (jnp.zeros(3, jnp.int32),) * 2
     budget = HeadBudget(counts, (None, 3), jnp.array([0.0, 1.0]))
     found = budget.choose(1, scores, "xla")
     assert found is not None
