@@ -80,8 +80,12 @@ FLOORS = {
         polarjax.generation.tokenizer
         polarjax.generation.text
         polarjax.generation.requests
+        polarjax.generation.crossover
+        polarjax.generation.memory
         polarjax.generation.api
         polarjax.generation
+        polarjax.planning
+        polarjax.measure_overheads
     """,
     4: """
         convert.source
@@ -98,6 +102,7 @@ FLOORS = {
         convert.rules
         convert.hub
         convert.places
+        convert.describe
         convert.core
         convert.verify
         convert
@@ -145,6 +150,8 @@ FLOORS = {
         polarjax.console
         polarjax.calibrate_cli
         polarjax.evaluate_cli
+        polarjax.plan_cli
+        polarjax.compile_cache
         polarjax.cli
         polarjax
         polarjax.__main__
@@ -248,6 +255,8 @@ def test_run_time_dependencies(name):
         allowed |= {"datasets"}
     if name in ("polarjax.hub", "polarjax.repository"):
         allowed |= {"huggingface_hub", "convert"}
+    if name == "polarjax.plan_cli":  # a model need not be converted to be planned
+        allowed |= {"convert"}
     if name == "convert.verify":
         allowed |= {"torch", "transformers"}
     imported = imports(name, MODULES[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 
 from pallas_kernels import Implementation
 from polarjax.generation import loop
+from polarjax.generation.crossover import bind_where_it_pays
+from polarjax.generation.memory import MEMORY_FRACTION, cache_capacity, check_memory
 from polarjax.generation.requests import (
     bucket,
     encode_prompts,
@@ -65,6 +68,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     stream: Stream | None = None,
     chunk: int = 16,
+    memory_fraction: float = MEMORY_FRACTION,
     implementation: Implementation | None = None,
 ) -> Output:
     """Continue a batch of prompts.
@@ -93,6 +97,8 @@ def generate(
       stream: called as stream(request, text, tokens) with what is new, between chunks.
       chunk: decode steps between two looks of the host: stop strings, streaming and
         the end of all requests take effect at its multiples.
+      memory_fraction: of the memory that XLA may take on a device
+        (XLA_PYTHON_CLIENT_MEM_FRACTION), how much the batch may fill.
       implementation: of the kernels: "xla", "triton" or "mosaic" (attention alone, on
         Hopper, Triton beside it); None chooses by device.
 
@@ -101,7 +107,8 @@ def generate(
 
     Raises:
       TypeError: if prompts are no list of str or token ids.
-      ValueError: if a prompt or setting is out of range; it is named.
+      ValueError: if a prompt or setting is out of range; it is named. If the batch
+        does not fit into the device's memory; what would fit is named.
     """
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)
@@ -111,12 +118,22 @@ def generate(
     stops = stop_strings(stop, tokenizer)
     ends = stop_tokens(stop_ids, config)
     sampling = make_sampling(config, batch, temperature, top_k, top_p, seed)
-    weights, bound = _choose_policy(params, density, policy).bind(params, batch)
+    asked = density is not None or policy is not None
+    policy = _choose_policy(params, density, policy)
 
     lengths = np.array([len(ids) for ids in encoded], np.int32)
     remaining = np.minimum(most, config.context - lengths).astype(np.int32)
     width = min(bucket(int(lengths.max())), config.context)
-    capacity = min(bucket(int((lengths + remaining).max())), config.context)
+    capacity = cache_capacity(config, int((lengths + remaining).max()))
+    visible = math.ceil((lengths + remaining / 2).mean())
+    weights, bound, notes = bind_where_it_pays(params, policy, asked, batch, visible)
+    check_memory(
+        *(params, batch, capacity),
+        width=width,
+        prefill_tokens=batch * width,
+        prompt_tokens=int(lengths.max()),
+        memory_fraction=memory_fraction,
+    )
     tokens = np.zeros((batch, width), np.int32)
     for row, ids in zip(tokens, encoded, strict=True):
         row[: len(ids)] = ids
@@ -151,6 +168,7 @@ def generate(
         *(params, weights, bound, counted[1:], chunk, clock.seconds),
         prompt_tokens=int(lengths.sum()),
         new_tokens=sum(len(request.tokens) for request in requests),
+        notes=notes,
     )
     return Output(
         tokens=[request.tokens for request in requests],
