@@ -15,6 +15,7 @@ from polarjax.compile_cache import use_compile_cache
 from polarjax.console import POLICIES, fraction, make_policy
 from polarjax.demo import plain
 from polarjax.generation import Tokenizer, generate
+from polarjax.generation.memory import MEMORY_FRACTION
 from polarjax.hub import load
 
 
@@ -90,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="request i gets this + i")
     add("--stop", action="append", default=[], help="end a text here; repeatable")
     add("--chat", action="store_true", help="prompts are questions to a chat model")
+    add(
+        "--memory-fraction",
+        type=fraction,
+        default=MEMORY_FRACTION,
+        help="to fill of what XLA may take of the device",
+    )
     add("--json", action="store_true", help="print the result as JSON")
 
     calibrate_cli.add_commands(command)
@@ -134,6 +141,7 @@ def _generate(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
         stop=args.stop,
+        memory_fraction=args.memory_fraction,
     )
     if args.json:
         print(json.dumps(dataclasses.asdict(out), indent=2))

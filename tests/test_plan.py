@@ -230,11 +230,3 @@ def test_what_is_no_configuration_is_one_line(tmp_path, capsys, content, message
     assert cli.main(["plan", str(tmp_path), "--device", "h100"]) == 1
     error = capsys.readouterr().err
     assert message in error and str(tmp_path) in error and error.count("\n") == 1
-
-
-def test_its_help_teaches(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["plan", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for words in ("example: polarjax plan", "h200", "bytes it must read", "datasheet"):
-        assert words in shown

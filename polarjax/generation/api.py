@@ -84,7 +84,9 @@ def generate(
         model's context ends.
       density: fraction of KV groups to read from layer 1 on, in (0, 1], or one per
         request; 1.0 is dense, of the weights that an adapter of `recover` has mended:
-        `policy=Dense()` is the original model. None means the adapter's budgets.
+        `policy=Dense()` is the original model. None means the adapter's budgets; where
+        measurements of this kind of device predict that selecting heads, or neurons,
+        costs more than it saves, all of them are read, and `stats.notes` says so.
       policy: another selection policy (`Dense()`, `Oracle(0.5)`, ...), not together
         with `density`.
       temperature: 0 for greedy, or one per request.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.tuning.table import file_name
+from pallas_kernels.tuning.table import file_name, mlp_dense_above
 from polarjax.config import ModelConfig
 from polarjax.generation.stats import read_bandwidth
 from polarjax.params import Params, Tree
@@ -132,11 +132,14 @@ class Prediction:
       cost: byte model of the batch at its mean context.
       bandwidth: bytes per second.
       overhead: of selection.
+      dense_above: fraction of the neurons above which the MLP reads them all, as it
+        was measured to be faster so.
     """
 
     cost: StepCost
     bandwidth: float
     overhead: Overhead
+    dense_above: float = 1.0
 
     def seconds(self, budgets: Sequence[float], densities: Sequence[float]) -> float:
         """Of a step.
@@ -149,6 +152,8 @@ class Prediction:
         neurons = sum(density < 1 for density in densities)
         launches = heads * self.overhead.heads_us + neurons * self.overhead.neurons_us
         read = self.cost.bytes_read(budgets, densities)
+        mlps = zip(densities, self.cost.neurons, strict=True)
+        read += sum((1 - d) * n for d, n in mlps if d > self.dense_above)
         return read / self.bandwidth + launches * 1e-6
 
 
@@ -181,6 +186,7 @@ def bind_where_it_pays(
         step_cost(params, batch=batch, context=context),
         read_bandwidth(devices[0]),
         nearest(overheads, batch),
+        _dense_above(params, batch),
     )
     everything = (config.kv_heads,) * config.layers, (1.0,) * config.layers
     if not asked:
@@ -231,6 +237,18 @@ def _axes(
             )
     # A budget of everything needs no turning off.
     return heads or not by_heads, neurons or not by_neurons, notes
+
+
+def _dense_above(params: Params, batch: int) -> float:
+    c = params.config
+    found = mlp_dense_above(
+        b=batch,
+        m=c.dim,
+        f=c.neurons,
+        gated=c.gated_mlp,
+        itemsize=params.dtype.itemsize,
+    )
+    return 1.0 if found is None else found
 
 
 def _reads(config: ModelConfig, bound: Any) -> tuple[list[float], tuple[float, ...]]:

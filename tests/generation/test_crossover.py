@@ -112,6 +112,16 @@ def test_generate_says_so_and_reads_all(params, overheads):
     assert asked.stats.notes[0].startswith("slower than dense")
 
 
+def test_neurons_that_are_all_read_anyway_save_nothing(params, overheads, monkeypatch):
+    overheads(0, 0)
+    for above, on in ((0.5, True), (0.49, False)):  # the budgets keep 40 of 80
+        monkeypatch.setattr(
+            crossover, "mlp_dense_above", lambda above=above, **_: above
+        )
+        _, bound, notes = bind(params)
+        assert bool(bound.neuron_budget[1]) == on and bool(notes) != on
+
+
 def test_adaptive_budgets_are_means(params, overheads):
     config = dataclasses.replace(
         *(CONFIG,), budgets=(6, 2.5, 3.5, 6), adaptive=True, thresholds=(0.0,) * 4
