@@ -4,6 +4,7 @@ from polarjax.config import ModelConfig, Rope
 from polarjax.generation import Output, Stats, generate, logits
 from polarjax.hub import load
 from polarjax.params import Params, save
+from polarjax.planning import Plan, plan
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Oracle, Polar, Random
 
@@ -15,6 +16,7 @@ __all__ = [
     "Oracle",
     "Output",
     "Params",
+    "Plan",
     "Polar",
     "Random",
     "Rope",
@@ -23,5 +25,6 @@ __all__ = [
     "generate",
     "load",
     "logits",
+    "plan",
     "save",
 ]

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from polarjax import calibrate_cli, demo, evaluate_cli
+from polarjax import calibrate_cli, demo, evaluate_cli, plan_cli
+from polarjax.compile_cache import use_compile_cache
 from polarjax.console import POLICIES, fraction, make_policy
 from polarjax.demo import plain
 from polarjax.generation import Tokenizer, generate
+from polarjax.generation.memory import MEMORY_FRACTION
 from polarjax.hub import load
 
 
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       Exit code: 0, or 1 after an error that was printed as one line.
     """
     arguments = _parser().parse_args(argv)
+    if not arguments.no_compile_cache:
+        use_compile_cache()
     try:
         arguments.run(arguments)
     except (ValueError, TypeError, OSError) as error:
@@ -46,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
         "it is an id of the Hugging Face hub: org/name, org/name@revision or "
         "org/name/file.gguf (pip install huggingface_hub); such a model is converted "
         "on its first use.",
+    )
+    parser.add_argument(
+        "--no-compile-cache",
+        action="store_true",
+        help="do not keep compiled programs in ~/.cache/polarjax/xla (XDG_CACHE_HOME; "
+        "JAX_COMPILATION_CACHE_DIR for another place, POLARJAX_NO_COMPILE_CACHE=1 for "
+        "never)",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -80,10 +91,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="request i gets this + i")
     add("--stop", action="append", default=[], help="end a text here; repeatable")
     add("--chat", action="store_true", help="prompts are questions to a chat model")
+    add(
+        "--memory-fraction",
+        type=fraction,
+        default=MEMORY_FRACTION,
+        help="to fill of what XLA may take of the device",
+    )
     add("--json", action="store_true", help="print the result as JSON")
 
     calibrate_cli.add_commands(command)
     evaluate_cli.add_commands(command)
+    plan_cli.add_commands(command)
 
     add = command(
         "demo",
@@ -123,6 +141,7 @@ def _generate(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
         stop=args.stop,
+        memory_fraction=args.memory_fraction,
     )
     if args.json:
         print(json.dumps(dataclasses.asdict(out), indent=2))

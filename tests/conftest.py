@@ -14,6 +14,9 @@ os.environ.setdefault(
     * (importlib.util.find_spec("jax_cuda13_plugin") is None),
 )
 
+# A test's programs are no use to the user whose cache folder it is.
+os.environ["POLARJAX_NO_COMPILE_CACHE"] = "1"
+
 import jax
 import pytest
 

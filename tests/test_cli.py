@@ -129,6 +129,7 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
         ("generate {checkpoint} x --density 3/2", "density must be a number above 0"),
         ("generate {checkpoint} x --density 1/2", "no router for layer 1"),
         ("generate {checkpoint} x --policy polar", "no density given"),
+        ("generate {checkpoint} x --memory-fraction 2", "memory_fraction must be"),
         ("demo {checkpoint} --adapter x --max-new-tokens 1", "needs 2 new tokens"),
         ("eval {checkpoint} --text {text} --policies best", "no policy 'best'"),
         ("eval {checkpoint} --policies dense", "pass tasks (--tasks) or a --text"),
@@ -149,7 +150,8 @@ def test_errors_are_one_line(checkpoint, text, tmp_path, capsys, arguments, mess
 
 
 def test_help_teaches(capsys):
-    for command in ("generate", "calibrate", "recover", "eval", "report", "demo"):
+    commands = "generate", "calibrate", "recover", "eval", "plan", "report", "demo"
+    for command in commands:
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0

@@ -87,8 +87,12 @@ FLOORS = {
         polarjax.generation.blocks
         polarjax.generation.loop
         polarjax.generation.stats
+        polarjax.generation.crossover
+        polarjax.generation.memory
         polarjax.generation.api
         polarjax.generation
+        polarjax.planning
+        polarjax.measure_overheads
     """,
     4: """
         convert.source
@@ -105,6 +109,7 @@ FLOORS = {
         convert.rules
         convert.hub
         convert.places
+        convert.describe
         convert.core
         convert.verify
         convert
@@ -152,6 +157,8 @@ FLOORS = {
         polarjax.console
         polarjax.calibrate_cli
         polarjax.evaluate_cli
+        polarjax.plan_cli
+        polarjax.compile_cache
         polarjax.cli
         polarjax
         polarjax.__main__
@@ -255,6 +262,8 @@ def test_run_time_dependencies(name):
         allowed |= {"datasets"}
     if name in ("polarjax.hub", "polarjax.repository"):
         allowed |= {"huggingface_hub", "convert"}
+    if name == "polarjax.plan_cli":  # a model need not be converted to be planned
+        allowed |= {"convert"}
     if name == "convert.verify":
         allowed |= {"torch", "transformers"}
     imported = imports(name, MODULES[name])

@@ -17,6 +17,7 @@ import pytest
 import polarjax
 from convert import ConversionError, convert
 from convert.__main__ import main
+from convert.describe import read_config
 from polarjax import hub
 from polarjax.config import FORMAT_VERSION
 from polarjax.sparsity import save_adapter
@@ -309,6 +310,16 @@ def test_downloads_what_conversion_reads(online, tmp_path):
     # A destination that is taken is refused before anything is asked.
     assert main(["me/tiny", str(tmp_path / "out")]) == 1
     assert len(online.asked) == 2
+
+
+def test_a_plan_downloads_the_configuration_alone(online, tmp_path):
+    online.remote["me/tiny"] = write_hf(tmp_path / "tiny")
+    assert read_config("me/tiny") == read_config(tmp_path / "tiny")
+    assert online.asked == [["config.json"]]
+    with pytest.raises(ConversionError, match="would be downloaded whole"):
+        read_config("me/tiny/model.gguf")
+    with pytest.raises(FileNotFoundError, match="no such file or folder: nowhere"):
+        read_config("nowhere")
 
 
 def test_refusals_come_before_the_download(online, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 
 from pallas_kernels import Implementation
 from polarjax.generation import loop
+from polarjax.generation.crossover import bind_where_it_pays
+from polarjax.generation.memory import MEMORY_FRACTION, cache_capacity, check_memory
 from polarjax.generation.requests import (
-    bucket,
     encode_prompts,
     make_sampling,
     positive,
@@ -68,6 +70,7 @@ def generate(
     stream: Stream | None = None,
     chunk: int = 16,
     prefill_tokens: int = BLOCK_TOKENS,
+    memory_fraction: float = MEMORY_FRACTION,
     implementation: Implementation | None = None,
 ) -> Output:
     """Continue a batch of prompts.
@@ -83,7 +86,9 @@ def generate(
         model's context ends.
       density: fraction of KV groups to read from layer 1 on, in (0, 1], or one per
         request; 1.0 is dense, of the weights that an adapter of `recover` has mended:
-        `policy=Dense()` is the original model. None means the adapter's budgets.
+        `policy=Dense()` is the original model. None means the adapter's budgets; where
+        measurements of this kind of device predict that selecting heads, or neurons,
+        costs more than it saves, all of them are read, and `stats.notes` says so.
       policy: another selection policy (`Dense()`, `Oracle(0.5)`, ...), not together
         with `density`.
       temperature: 0 for greedy, or one per request.
@@ -98,6 +103,8 @@ def generate(
         the end of all requests take effect at its multiples.
       prefill_tokens: prompt tokens, padding included, that are computed at once: fewer
         need less memory.
+      memory_fraction: of the memory that XLA may take on a device
+        (XLA_PYTHON_CLIENT_MEM_FRACTION), how much the batch may fill.
       implementation: of the kernels: "xla", "triton" or "mosaic" (attention alone, on
         Hopper, Triton beside it); None chooses by device.
 
@@ -106,7 +113,8 @@ def generate(
 
     Raises:
       TypeError: if prompts are no list of str or token ids.
-      ValueError: if a prompt or setting is out of range; it is named.
+      ValueError: if a prompt or setting is out of range; it is named. If the batch
+        does not fit into the device's memory; what would fit is named.
     """
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)
@@ -117,11 +125,20 @@ def generate(
     stops = stop_strings(stop, tokenizer)
     ends = stop_tokens(stop_ids, config)
     sampling = make_sampling(config, batch, temperature, top_k, top_p, seed)
-    weights, bound = _choose_policy(params, density, policy).bind(params, batch)
+    asked = density is not None or policy is not None
+    policy = _choose_policy(params, density, policy)
 
     lengths = np.array([len(ids) for ids in encoded], np.int32)
     remaining = np.minimum(most, config.context - lengths).astype(np.int32)
-    capacity = min(bucket(int((lengths + remaining).max())), config.context)
+    capacity = cache_capacity(config, int((lengths + remaining).max()))
+    visible = math.ceil((lengths + remaining / 2).mean())
+    weights, bound, notes = bind_where_it_pays(params, policy, asked, batch, visible)
+    check_memory(
+        *(params, batch, capacity),
+        prefill_tokens=prefill_tokens,
+        prompt_tokens=int(lengths.max()),
+        memory_fraction=memory_fraction,
+    )
 
     requests = [
         Request(ids, limit, tokenizer, stops)
@@ -153,6 +170,7 @@ def generate(
         *(params, weights, bound, counted[1:], chunk, clock.seconds),
         prompt_tokens=int(lengths.sum()),
         new_tokens=sum(len(request.tokens) for request in requests),
+        notes=notes,
     )
     return Output(
         tokens=[request.tokens for request in requests],

@@ -155,6 +155,7 @@ def make_stats(
     *,
     prompt_tokens: int,
     new_tokens: int,
+    notes: Sequence[str] = (),
 ) -> Stats:
     """Count what the decode chunks read, and set it beside what they took.
 
@@ -167,6 +168,7 @@ def make_stats(
       seconds: spent on "compile", "prefill" and "decode".
       prompt_tokens: of all requests.
       new_tokens: of all requests.
+      notes: to begin with.
     """
     config = params.config
     reads = np.zeros(config.layers, np.int64)
@@ -185,7 +187,7 @@ def make_stats(
     weight_bytes = step_weight_bytes(weights, config, policy)
     bandwidth = read_bandwidth(next(iter(weights["embed"]["tokens"].devices())))
     neuron_density = neuron_densities(config, policy)
-    notes = []
+    notes = list(notes)
     if policy.wants_norms:
         notes.append(
             f"{type(policy).__name__} computes dense attention first, to know the "

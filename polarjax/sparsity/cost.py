@@ -33,20 +33,29 @@ def step_weight_bytes(
       config: of the model.
       policy: bound.
     """
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    total = tree_bytes(weights)
     embed = weights["embed"]
     if not config.tied_embeddings:
-        total -= embed["tokens"].nbytes
-    if "positions" in embed:
-        total -= embed["positions"].nbytes
+        total -= tree_bytes(embed["tokens"])
+    total -= tree_bytes(embed.get("positions"))
     for layer, density in enumerate(neuron_densities(config, policy)):
         if density < 1:
-            mlp = weights[f"layers_{layer}"]["mlp"]
-            rows = sum(leaf.nbytes for name, leaf in mlp.items() if name != "down_bias")
-            total -= round(rows * (1 - density))
+            total -= round(_neuron_bytes(weights, layer) * (1 - density))
     for second in ("head_routers", "neuron_routers"):
-        total += sum(leaf.nbytes for leaf in getattr(policy, second, {}).values())
+        total += tree_bytes(getattr(policy, second, {}))
     return total
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree, or of what `jax.ShapeDtypeStruct` stand for."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def _neuron_bytes(weights: Tree, layer: int) -> int:
+    """Of what belongs to the neurons of a layer's MLP."""
+    mlp = weights[f"layers_{layer}"]["mlp"]
+    return tree_bytes({name: x for name, x in mlp.items() if name != "down_bias"})
 
 
 def kv_row_bytes(config: ModelConfig, dtype: Any) -> int:
@@ -67,18 +76,27 @@ class StepCost:
         QKV matrix, as soon as it reads less than every group.
       group: per layer, bytes of one KV group's cache over the whole batch.
       kv_heads: k, groups of a dense layer.
+      neurons: per layer, bytes of the MLP that belong to its neurons.
+      neuron_routers: per layer, bytes of its neuron router, as soon as it reads less
+        than every neuron.
     """
 
     weights: int
     routers: tuple[int, ...]
     group: tuple[int, ...]
     kv_heads: int
+    neurons: tuple[int, ...] = ()
+    neuron_routers: tuple[int, ...] = ()
 
-    def bytes_read(self, budgets: Sequence[float]) -> int:
+    def bytes_read(
+        self, budgets: Sequence[float], neuron_densities: Sequence[float] = ()
+    ) -> int:
         """Bytes that one step reads.
 
         Args:
           budgets: KV groups that each sequence reads, by layer; means, if they vary.
+          neuron_densities: fraction of the neurons that the batch reads, by layer;
+            empty for all.
 
         Raises:
           ValueError: if there is not one budget per layer, from 1 to k.
@@ -91,17 +109,22 @@ class StepCost:
                 f"from 1 to {k}"
             )
         layers = zip(budgets, self.routers, self.group, strict=True)
-        return self.weights + round(sum(n * g + (n < k) * r for n, r, g in layers))
+        total = self.weights + round(sum(n * g + (n < k) * r for n, r, g in layers))
+        if neuron_densities:
+            mlps = zip(neuron_densities, self.neuron_routers, self.neurons, strict=True)
+            total += round(sum((d < 1) * r - (1 - d) * n for d, r, n in mlps))
+        return total
 
 
 def step_cost(params: Params, *, batch: int, context: int) -> StepCost:
     """The byte model of a model that decodes a batch.
 
-    Weights and cache are of the weights' dtype; every MLP counts as dense. A layer
-    without a router (an oracle needs none) pays for none.
+    Weights and cache are of the weights' dtype. A layer without a router (an oracle
+    needs none) pays for none.
 
     Args:
-      params: the model, with or without routers.
+      params: the model, with or without routers; its leaves may be
+        `jax.ShapeDtypeStruct`.
       batch: sequences that are decoded together.
       context: tokens in the cache of each.
 
@@ -111,31 +134,30 @@ def step_cost(params: Params, *, batch: int, context: int) -> StepCost:
     if batch < 1 or context < 1:
         raise ValueError(f"batch {batch} and context {context} must be positive")
     config = params.config
-    routed = [
-        i
-        for i in range(config.layers)
-        if "heads" in params.routers.get(f"layers_{i}", {})
-    ]
-    # Their shapes alone: nothing is computed.
-    bound = jax.eval_shape(lambda p: append_rows(p, routed)[0], params)
-
-    def attention(weights: Tree, layer: int) -> int:
-        leaves = jax.tree.leaves(weights[f"layers_{layer}"]["attention"])
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-    def second(layer: int) -> int:
-        up = params.routers.get(f"layers_{layer}", {}).get("heads", {}).get("up")
-        return 0 if up is None else up.nbytes
-
     layers = range(config.layers)
+
+    def routers(kind: str) -> tuple[int, ...]:
+        """Per layer: rows that ride in the QKV matrix, and the second matrix."""
+        parts = [params.routers.get(f"layers_{i}", {}).get(kind, {}) for i in layers]
+        routed = [i for i in layers if parts[i]]
+        chosen = {"layers": routed} if kind == "heads" else {"neurons": routed}
+        # Their shapes alone: nothing is computed.
+        bound = jax.eval_shape(lambda p: append_rows(p, **chosen)[0], params)
+
+        def attention(weights: Tree, layer: int) -> int:
+            return tree_bytes(weights[f"layers_{layer}"]["attention"])
+
+        rows = [attention(bound, i) - attention(params.weights, i) for i in layers]
+        second = [tree_bytes(parts[i].get("up")) for i in layers]
+        return tuple(r + s for r, s in zip(rows, second, strict=True))
+
     token = batch * kv_row_bytes(config, params.dtype)
     seen = [min(context, config.window(i) or context) for i in layers]
     return StepCost(
         weights=step_weight_bytes(params.weights, config, Dense()),
-        routers=tuple(
-            attention(bound, i) - attention(params.weights, i) + second(i)
-            for i in layers
-        ),
+        routers=routers("heads"),
         group=tuple(token * tokens for tokens in seen),
         kv_heads=config.kv_heads,
+        neurons=tuple(_neuron_bytes(params.weights, i) for i in layers),
+        neuron_routers=routers("neurons"),
     )

@@ -87,11 +87,7 @@ class Polar:
             0 if n == config.neurons or wants_dense else n for n in counts
         )
         by_neurons = [i for i, n in enumerate(neuron_budget) if n]
-        sparse = [
-            i
-            for i, limit in enumerate(budget.limits)
-            if limit is not None or i in by_neurons
-        ]
+        sparse = [i for i, limit in enumerate(budget.limits) if limit is not None]
         weights, rows = append_rows(merge_updates(params), sparse, by_neurons)
         head_routers = {
             i: params.routers[f"layers_{i}"]["heads"]["up"]
@@ -128,7 +124,7 @@ class Polar:
         del norms
         assert self.budget is not None
         ranking = None
-        if scores is not None:
+        if scores is not None and self.budget.limits[layer] is not None:
             up = self.head_routers.get(layer)
             ranking = head_scores(scores, up, self.kv_heads)
         return self.budget.choose(layer, ranking, implementation)

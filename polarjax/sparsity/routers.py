@@ -11,7 +11,7 @@ appended to it as further rows and cost no launch of their own.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -68,14 +68,14 @@ def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
 
 
 def append_rows(
-    params: Params, layers: Iterable[int], neurons: Container[int] = ()
+    params: Params, layers: Collection[int] = (), neurons: Collection[int] = ()
 ) -> tuple[Tree, tuple[int, ...]]:
     """Append router rows to the QKV matrices of some layers.
 
     Args:
       params: the model with its routers; left as it is.
-      layers: which layers.
-      neurons: those of them whose neuron router's first matrix comes along.
+      layers: whose head router's first matrices are appended.
+      neurons: whose neuron router's first matrix is appended, behind them.
 
     Returns:
       The new weights, and the number of rows appended in each layer.
@@ -85,7 +85,7 @@ def append_rows(
     """
     weights = dict(params.weights)
     rows = [0] * params.config.layers
-    for layer in layers:
+    for layer in sorted({*layers, *neurons}):
         name = f"layers_{layer}"
         if "heads" not in params.routers.get(name, {}):
             raise ValueError(
@@ -93,9 +93,8 @@ def append_rows(
                 "one with `polarjax calibrate`"
             )
         router = params.routers[name]
-        added = [router["heads"]["weight"]]
-        if "down" in router["heads"]:
-            added.append(router["heads"]["down"])
+        heads = router["heads"] if layer in layers else {}
+        added = [heads[part] for part in ("weight", "down") if part in heads]
         if layer in neurons:
             if "neurons" not in router:
                 raise ValueError(f"the adapter has no neuron router for layer {layer}")
@@ -105,9 +104,9 @@ def append_rows(
         bias = attention.get("qkv_bias", jnp.zeros(qkv.shape[0], qkv.dtype))
         attention["qkv"] = _concatenate(qkv, *added)
         rows[layer] = attention["qkv"].shape[0] - qkv.shape[0]
-        own = router["heads"]["bias"]
-        without = jnp.zeros(rows[layer] - own.shape[0])
-        attention["qkv_bias"] = _concatenate(bias, own, without)
+        own = [heads["bias"]] if heads else []
+        without = jnp.zeros(rows[layer] - sum(map(len, own)))
+        attention["qkv_bias"] = _concatenate(bias, *own, without)
         weights[name] = {**weights[name], "attention": attention}
     return weights, tuple(rows)
 

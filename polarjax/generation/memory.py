@@ -1,0 +1,156 @@
+"""What a batch takes of a device's memory, known before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from polarjax.config import ModelConfig
+from polarjax.generation.requests import bucket
+from polarjax.model.causal import BLOCK
+from polarjax.params import Params
+from polarjax.sparsity.cost import kv_row_bytes
+
+# Of what XLA may take. The rest is for what is not counted: programs, gaps between
+# buffers.
+MEMORY_FRACTION = 0.95
+
+
+def cache_capacity(config: ModelConfig, tokens: int) -> int:
+    """Positions of the cache that `generate` makes for so many tokens a request."""
+    return min(bucket(tokens), config.context)
+
+
+def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> int:
+    """Bytes of the KV cache of a batch.
+
+    Args:
+      config: of the model.
+      batch: sequences, b.
+      capacity: positions of each, s.
+      dtype: of keys and values.
+    """
+    rows = batch * capacity * config.layers * config.kv_heads
+    return rows * kv_row_bytes(config, dtype)
+
+
+def prefill_bytes(
+    config: ModelConfig,
+    batch: int,
+    width: int,
+    dtype: Any,
+    *,
+    platform: str,
+    prefill_tokens: int,
+) -> int:
+    """Bytes that prefill takes beside weights and cache.
+
+    An estimate from above: what a call has of all its tokens, and of one block a layer
+    at its widest: either attention's products or the MLP's, which are float32 in small
+    blocks. Where attention is not flash attention (a GPU's, in 16 bit) its weights are
+    counted too.
+
+    Args:
+      config: of the model.
+      batch: sequences, b.
+      width: tokens of each prompt, padding included.
+      dtype: of the activations.
+      platform: of the device: "gpu", ...
+      prefill_tokens: that are computed at once.
+    """
+    c, size = config, jnp.dtype(dtype).itemsize
+    q, kv = c.heads * c.head_dim, 2 * c.kv_heads * c.head_dim
+    # Keys and values come once more, before they are laid out as the cache has them.
+    whole = size * (3 * c.dim + 2 * q + 2 * kv)
+    if platform != "gpu" or size > 2:
+        whole += 3 * 4 * c.heads * min(width, BLOCK)
+    mlp = c.neurons * (4 * (1 + c.gated_mlp) + size)
+    block = 4 * c.dim + max((q + kv) * (4 + size), mlp)
+    # A longer prompt is a call of its own.
+    tokens = max(width, min(batch * width, prefill_tokens))
+    return tokens * whole + min(tokens, prefill_tokens) * block
+
+
+def sampling_bytes(config: ModelConfig, batch: int) -> int:
+    """Bytes of a step's logits, float32, sorted and with what they are sorted by."""
+    return 4 * 4 * batch * config.vocab_size
+
+
+def check_memory(
+    params: Params,
+    batch: int,
+    capacity: int,
+    *,
+    prefill_tokens: int,
+    prompt_tokens: int,
+    memory_fraction: float = MEMORY_FRACTION,
+) -> None:
+    """Raise if a batch cannot fit into what its devices have left.
+
+    Nothing is known of devices that do not tell their memory, such as CPUs.
+
+    Args:
+      params: the model, in its devices' memory.
+      batch: sequences, b.
+      capacity: positions of the cache, s.
+      prefill_tokens: that are computed at once.
+      prompt_tokens: of the longest prompt.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
+
+    Raises:
+      ValueError: if it does not fit; it names what would.
+    """
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(
+            f"memory_fraction must be above 0 and at most 1, got {memory_fraction!r}"
+        )
+    config = params.config
+    devices = params.weights["embed"]["tokens"].devices()
+    free = min(_free(device, memory_fraction) for device in devices)
+    platform = next(iter(devices)).platform
+    width = min(bucket(prompt_tokens), config.context)
+
+    def needed(batch: int, capacity: int) -> float:
+        cache = cache_bytes(config, batch, capacity, params.dtype)
+        prefill = prefill_bytes(
+            *(config, batch, width, params.dtype),
+            platform=platform,
+            prefill_tokens=prefill_tokens,
+        )
+        return cache / len(devices) + prefill + sampling_bytes(config, batch)
+
+    if (need := needed(batch, capacity)) <= free:
+        return
+    smaller = largest(lambda b: needed(b, capacity) <= free, batch)
+    # Capacities are powers of two, and the prompt and one more token must fit.
+    shorter = capacity
+    while shorter > prompt_tokens and needed(batch, shorter) > free:
+        shorter = bucket(shorter, 1) // 2
+    fits = [f"batch {smaller}"] if smaller else []
+    if shorter > prompt_tokens:
+        fits.append(f"max_new_tokens={shorter - prompt_tokens}")
+    raise ValueError(
+        f"batch {batch} with {capacity} tokens of context needs {need / 1e9:.2f} GB "
+        f"for its cache and working memory, and the device has "
+        f"{max(free, 0) / 1e9:.2f} GB left (memory_fraction {memory_fraction:g}): "
+        + (f"{' or '.join(fits)} would fit" if fits else "not even batch 1 would fit")
+        + "; `polarjax plan` shows what does"
+    )
+
+
+def _free(device: Any, memory_fraction: float) -> float:
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return float("inf")
+    return memory_fraction * stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, if all below it do; 0 for none."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

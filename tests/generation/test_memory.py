@@ -1,0 +1,119 @@
+"""A batch that cannot fit is refused before anything is allocated."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import polarjax
+from polarjax.cache import KVCache
+from polarjax.generation import loop, memory
+from polarjax.model import weight_shapes
+from tests.models import LLAMA, random_params
+
+CONFIG = dataclasses.replace(LLAMA, layers=2, context=4096)
+
+
+@pytest.fixture
+def params():
+    return random_params(CONFIG)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Make the CPU tell how much memory it has."""
+
+    def tell(limit, in_use=0):
+        stats = {"bytes_limit": limit, "bytes_in_use": in_use}
+        kind = type(jax.devices()[0])
+        monkeypatch.setattr(kind, "memory_stats", lambda self: stats)
+
+    return tell
+
+
+def test_generate_refuses_and_names_what_fits(params, device, monkeypatch):
+    allocated = []
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: allocated.append(a))
+    device(limit=4_000_000_000, in_use=1_000_000_000)
+    prompts = [[1, 2, 3]] * 2000
+    with pytest.raises(ValueError) as caught:
+        polarjax.generate(params, prompts, max_new_tokens=2000)
+    message = str(caught.value)
+    assert not allocated
+    cache = 2000 * 2048 * 2 * 2 * CONFIG.kv_heads * CONFIG.head_dim * 4
+    needed = float(re.findall(r"needs ([\d.]+) GB", message)[0]) * 1e9
+    assert cache < needed < 1.1 * cache
+    assert "batch 2000 with 2048 tokens" in message and "polarjax plan" in message
+    assert "2.80 GB left (memory_fraction 0.95)" in message
+    # What it says would fit does, and a little more does not.
+    smaller = int(re.findall(r"batch (\d+) or", message)[0])
+    shorter = int(re.findall(r"max_new_tokens=(\d+) would", message)[0])
+    # Prefill takes the same of both.
+    assert smaller == pytest.approx(2000 * 2.8e9 / needed, rel=0.03)
+    assert shorter == 1024 - 3  # capacities are powers of two
+
+    def fits(batch, new):
+        try:
+            polarjax.generate(params, prompts[:batch], max_new_tokens=new)
+        except ValueError:
+            return False
+        except AttributeError:  # prefill is nothing to compile here
+            return True
+        raise AssertionError
+
+    assert fits(smaller, 2000) and not fits(smaller + 1, 2000)
+    assert fits(2000, shorter) and not fits(2000, shorter + 1)
+
+
+def test_the_fraction_is_a_setting(params, device):
+    device(limit=2_000_000)
+    prompts = [[1, 2, 3]]
+    polarjax.generate(params, prompts, max_new_tokens=2)
+    with pytest.raises(ValueError, match="not even batch 1 would fit"):
+        polarjax.generate(params, prompts, max_new_tokens=2, memory_fraction=0.01)
+    with pytest.raises(ValueError, match="memory_fraction must be above 0"):
+        polarjax.generate(params, prompts, max_new_tokens=2, memory_fraction=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"neurons": 2048},
+        {"heads": 32, "kv_heads": 32},
+        {"gated_mlp": False, "activation": "relu", "neurons": 1024},
+    ],
+)
+def test_the_estimate_is_above_what_xla_takes(change):
+    config = dataclasses.replace(CONFIG, dim=256, vocab_size=4096, **change)
+    batch, width = 2, 256
+    spec = jax.ShapeDtypeStruct
+    numbers = spec((batch,), jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.empty(config, batch, width, jnp.float32))
+    compiled = loop.prefill.lower(
+        weight_shapes(config, jnp.float32),
+        spec((batch, width), jnp.int32),
+        *(numbers, numbers, cache, spec((batch, config.vocab_size), jnp.float32)),
+        config=config,
+        most=2**14,
+        implementation=None,
+    ).compile()
+    taken = compiled.memory_analysis().temp_size_in_bytes
+    estimate = memory.prefill_bytes(
+        *(config, batch, width, jnp.float32), platform="cpu", prefill_tokens=2**14
+    ) + memory.sampling_bytes(config, batch)
+    assert taken < estimate < 4 * taken
+
+
+def test_few_tokens_at_once_need_less():
+    def needed(prefill_tokens):
+        return memory.prefill_bytes(
+            *(CONFIG, 64, 1024, jnp.bfloat16),
+            platform="gpu",
+            prefill_tokens=prefill_tokens,
+        )
+
+    assert needed(64 * 1024) == 64 * needed(1024) > 64 * needed(512)
+    assert needed(10**9) == needed(64 * 1024)

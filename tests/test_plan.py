@@ -1,0 +1,232 @@
+"""`polarjax.plan` beside the arrays that it has never seen."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import polarjax
+from benchmarks.decode import llama
+from polarjax import cli, planning
+from polarjax.generation.memory import (
+    cache_capacity,
+    prefill_bytes,
+    sampling_bytes,
+)
+from polarjax.params import Params
+from polarjax.sparsity.adapter import as_stored
+from polarjax.sparsity.cost import kv_row_bytes, step_weight_bytes, tree_bytes
+from tests.convert.checkpoints import LLAMA as PUBLISHED
+from tests.convert.checkpoints import write_gguf
+from tests.models import LLAMA, OPT, random_params
+
+WINDOWED = dataclasses.replace(LLAMA, windows=(0, 9, 0, 9))
+LLAMA_2_7B = llama(32, 4096, 32, 32, 11008, 32000)
+
+
+def real(config, head_rank, neuron_rank=0) -> Params:
+    """In bfloat16, with the routers of an adapter."""
+    params = random_params(
+        config, routers=True, head_rank=head_rank, neuron_rank=neuron_rank
+    )
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params.weights)
+    return Params(weights, as_stored(params.routers), config)
+
+
+@pytest.mark.parametrize(
+    ("config", "policy", "ranks"),
+    [
+        (LLAMA, polarjax.Polar(0.5), (0, 0)),
+        (LLAMA, polarjax.Polar(0.5), (4, 0)),
+        (
+            dataclasses.replace(LLAMA, windows=(0, 9, 0, 9)),
+            polarjax.Polar(0.25),
+            (4, 0),
+        ),
+        (OPT, polarjax.Polar(0.5, 0.3), (4, 8)),
+        (LLAMA, polarjax.Dense(), (4, 0)),
+    ],
+)
+def test_bytes_are_those_of_the_arrays(config, policy, ranks):
+    batch, context = 3, 20
+    params = real(config, *ranks)
+    weights, bound = policy.bind(params, batch)
+    density = getattr(policy, "density", 1.0)
+    neurons = getattr(policy, "neuron_density", None) or 1.0
+    [row] = polarjax.plan(
+        config,
+        "h200",
+        densities=[density],
+        neuron_density=neurons,
+        batches=[batch],
+        contexts=[context],
+        head_rank=ranks[0],
+        neuron_rank=ranks[1],
+    ).rows
+    kept = [config.kv_heads, *[int(density * config.kv_heads)] * (config.layers - 1)]
+    seen = [min(context, config.window(i) or context) for i in range(config.layers)]
+    rows = batch * sum(n * s for n, s in zip(kept, seen, strict=True))
+    want = step_weight_bytes(weights, config, bound)
+    want += rows * kv_row_bytes(config, jnp.bfloat16)
+    # A bias that two kinds of rows share is counted for both.
+    assert row.step_bytes == pytest.approx(want, rel=1e-2 if neurons < 1 else 1e-9)
+    assert row.step_ms == pytest.approx(row.step_bytes / 4.8e12 * 1e3)
+    assert row.tokens_per_second == pytest.approx(batch / row.step_ms * 1e3)
+    assert row.density == density and row.neuron_density == pytest.approx(neurons, 0.05)
+
+    # Memory: what is there once a policy is bound, the cache, and what comes and goes.
+    leaves = jax.tree.leaves((params.weights, params.routers, weights))
+    if isinstance(policy, polarjax.Dense):
+        leaves = jax.tree.leaves(params.weights)
+    held = sum({id(leaf): leaf.nbytes for leaf in leaves}.values())
+    capacity = cache_capacity(config, context)
+    cache = polarjax.cache.KVCache.empty(config, batch, capacity, jnp.bfloat16)
+    held += tree_bytes((cache.keys, cache.values))
+    held += sampling_bytes(config, batch)
+    held += prefill_bytes(
+        *(config, batch, 32, jnp.bfloat16), platform="gpu", prefill_tokens=2**14
+    )
+    assert row.memory_bytes == held
+
+
+def test_a_model_that_everybody_knows():
+    # 512 KiB of keys and values for each token.
+    weights, token = 2 * 6_738_415_616, 2 * 32 * 4096 * 2
+    found = polarjax.plan(
+        LLAMA_2_7B, "h100", batches=[16], contexts=[2048], head_rank=0
+    )
+    assert found.weight_bytes == weights
+    dense, sparse = found.rows
+    read = weights - 2 * 32000 * 4096 + 16 * 2048 * token
+    assert dense.step_bytes == read and dense.over_dense == 1
+    assert dense.step_ms == pytest.approx(read / 3.35e9)
+    saved = 16 * 2048 * token * 31 / 32 / 2
+    assert sparse.step_bytes == pytest.approx(read - saved, rel=1e-3)
+    assert sparse.over_dense == dense.step_bytes / sparse.step_bytes > 1.3
+    assert "datasheet" in found.device.source
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    def rows(batch):
+        found = polarjax.plan(
+            LLAMA_2_7B, "h100", batches=[batch], contexts=[2048, 100_000]
+        )
+        return found, [row.fits for row in found.rows if row.context == 2048]
+
+    found, _ = rows(1)
+    assert found.largest_batch[100_000] == 0 and not found.rows[-1].fits
+    most = found.largest_batch[2048]
+    assert most > 8
+    assert rows(most)[1] == [True, True] and not all(rows(most + 1)[1])
+    # Dense needs no router and no second QKV matrix.
+    assert found.rows[0].memory_bytes < found.rows[1].memory_bytes
+
+
+def test_xlas_share_and_the_fraction_are_settings(monkeypatch):
+    assert polarjax.plan(LLAMA, "h100").usable_bytes == pytest.approx(
+        80e9 * 0.75 * 0.95
+    )
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    found = polarjax.plan(LLAMA, "H100", memory_fraction=0.5)
+    assert found.usable_bytes == pytest.approx(80e9 * 0.9 * 0.5)
+
+
+class Device:
+    device_kind, platform = "NVIDIA Toy", "gpu"
+
+    def __init__(self, stats):
+        self.memory_stats = lambda: stats
+
+
+def test_a_live_device_is_asked_and_measured(monkeypatch):
+    monkeypatch.setattr(planning, "read_bandwidth", lambda device: 1e9)
+    live = Device({"bytes_limit": 10**6, "bytes_in_use": 5})
+    found = polarjax.plan(LLAMA, live, batches=[1, 10**4], contexts=[32])
+    assert found.usable_bytes == 0.95e6 and found.device.bandwidth == 1e9
+    assert [row.fits for row in found.rows] == [True, True, False, False]
+    assert "measured" in found.device.source
+    assert polarjax.plan(LLAMA).device.platform == "cpu"
+    with pytest.raises(ValueError, match=r"NVIDIA Toy does not say.*h100"):
+        polarjax.plan(LLAMA, Device(None))
+
+
+def test_contexts_go_as_far_as_the_model():
+    def contexts(context):
+        config = dataclasses.replace(LLAMA, context=context)
+        return list(polarjax.plan(config, "h100").largest_batch)
+
+    assert contexts(100) == [100]
+    assert contexts(4096) == [2048, 4096]
+    assert contexts(10**6) == [2048, 8192, 32768]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "h1000"}, "'h1000' is not known: there are .*h200"),
+        ({"batches": [0]}, "batch must be a positive integer"),
+        ({"contexts": [129]}, "context 129: the model's own is 128"),
+        ({"densities": [0.0]}, "density must be a number above 0"),
+        ({"neuron_density": 0.5}, "needs a ReLU MLP"),
+        ({"memory_fraction": 1.5}, "memory_fraction must be above 0"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        polarjax.plan(LLAMA, **{"device": "h100", **settings})
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """The same model, three ways; of the folder, config.json alone."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(PUBLISHED))
+    write_gguf(tmp_path / "model.gguf", config=PUBLISHED)
+    from convert import convert
+
+    convert(tmp_path / "model.gguf", tmp_path / "converted", progress=False)
+    for file in (tmp_path / "converted").glob("tensors-*"):
+        file.unlink()
+    return [folder, tmp_path / "model.gguf", tmp_path / "converted"]
+
+
+def test_the_command_needs_no_weights(sources, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    options = "--device h200 --batches 1 3 --contexts 64 --densities 1 1/2".split()
+    records = []
+    for source in sources:
+        assert cli.main(["plan", str(source), *options, "--json"]) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert records[0] == records[1] == records[2]
+    rows = records[0]["rows"]
+    assert [(r["batch"], r["density"]) for r in rows] == [
+        *((1, 1.0), (1, 0.5), (3, 1.0), (3, 0.5))
+    ]
+    assert cli.main(["plan", str(sources[0]), *options]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "4,800 GB/s" in shown
+        and "datasheet" in shown
+        and "largest batch that fits" in shown
+    )
+    assert f"{rows[-1]['tokens_per_second']:,.0f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no config.json"),
+        ('{"model_type": "gpt2"}', "'gpt2' is not supported"),
+        ('{"format_version": 1}', "convert the original model again"),
+        ("[", "is not valid JSON"),
+    ],
+)
+def test_what_is_no_configuration_is_one_line(tmp_path, capsys, content, message):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    assert cli.main(["plan", str(tmp_path), "--device", "h100"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and str(tmp_path) in error and error.count("\n") == 1
