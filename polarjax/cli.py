@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from benchmarks import arguments, decode
 from polarjax import calibrate_cli, demo, evaluate_cli
 from polarjax.console import POLICIES, fraction, make_policy
 from polarjax.demo import plain
@@ -98,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         help="folders of routers, names of those that ship, or ids of the hub",
     )
     add("--max-new-tokens", type=int, default=32, help="tokens per prompt")
+
+    arguments.add_arguments(
+        command(
+            *("bench", _bench, arguments.DESCRIPTION, arguments.EXAMPLE),
+            checkpoint=False,
+        ).add_argument
+    )
     return parser
 
 
@@ -137,6 +145,11 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     demo.show(args.checkpoint, args.adapter, args.max_new_tokens)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    args.command = ["polarjax", *sys.argv[1:]]
+    decode.run(args)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,8 @@ def test_run_time_dependencies(name):
         allowed |= {"datasets"}
     if name in ("polarjax.hub", "polarjax.repository"):
         allowed |= {"huggingface_hub", "convert"}
+    if name == "polarjax.cli":  # `polarjax bench`
+        allowed |= {"benchmarks"}
     if name == "convert.verify":
         allowed |= {"torch", "transformers"}
     imported = imports(name, MODULES[name])
