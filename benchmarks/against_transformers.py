@@ -1,6 +1,6 @@
 """Times decode steps of `transformers` on the shape and with the batch of a case.
 
-    python -m benchmarks.against_transformers MODEL [--batch B] [--context S] [--toy]
+    python -m benchmarks.against_transformers MODEL MODE [--batch B] [--context S]
 
 Two modes: eager (its default cache and torch's `scaled_dot_product_attention`), and a
 static cache with `torch.compile(mode="reduce-overhead")`, which replays CUDA graphs.
@@ -9,7 +9,6 @@ torch and jax never share the device's memory.
 """
 
 import argparse
-import gc
 import importlib
 import inspect
 import json
@@ -24,21 +23,20 @@ from typing import Any
 from benchmarks.shapes import parse_model
 from polarjax import ModelConfig
 
-MODES = ("eager", "static cache, torch.compile")
+MODES = {"eager": "eager", "static": "static cache, torch.compile"}
+VERSIONS = ("torch", "transformers")
 STEPS = 16
 REPEATS = 5
 
 
-def transformers_config(config: ModelConfig) -> Any:
-    """Ours as theirs; no hub.
+def is_timed(model: str) -> bool:
+    """Whether a model is a whole one of LLaMA's architecture."""
+    found = parse_model(model)
+    return bool(found and not found[1] and found[0].family in ("llama", "mistral"))
 
-    Raises:
-      ValueError: if the model is not of LLaMA's architecture.
-    """
-    if config.family not in ("llama", "mistral"):
-        raise ValueError(
-            f"transformers is timed on LLaMA's architecture, not on {config.family}'s"
-        )
+
+def transformers_config(config: ModelConfig) -> Any:
+    """Ours, of LLaMA's architecture, as theirs; no hub."""
     transformers: Any = importlib.import_module("transformers")
     return transformers.LlamaConfig(
         vocab_size=config.vocab_size,
@@ -66,7 +64,7 @@ def measure(
       config: of the model.
       batch: b.
       context: tokens in the cache at the end of the last chunk.
-      mode: one of `MODES`.
+      mode: a key of `MODES`.
       repeats: chunks.
 
     Returns:
@@ -78,7 +76,7 @@ def measure(
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     dtype = torch.bfloat16 if cuda else torch.float32
-    theirs, static = transformers_config(config), mode != "eager"
+    theirs, static = transformers_config(config), mode == "static"
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(device):
@@ -135,37 +133,50 @@ def measure(
 
 
 def transformers_times(
-    model: str, batch: int, context: int, toy: bool = False, timeout: float = 300
+    model: str, batch: int, context: int, toy: bool = False, timeout: float = 240
 ) -> dict[str, Any]:
-    """What the process below prints, or an "error" that says why there is nothing.
+    """Each mode in a process of its own, which leaves the device empty.
 
     Args:
       model: name in `benchmarks.shapes`.
       batch: b.
       context: tokens.
       toy: whether to do it on a CPU.
-      timeout: seconds; then what was timed until then is lost.
+      timeout: seconds for a mode.
+
+    Returns:
+      modes: by name, what `measure` found, or an "error"; versions; and an error, if
+      there is nothing to run.
     """
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         return {"error": f"{' and '.join(missing)} not installed", "modes": {}}
-    command = [
-        *(sys.executable, "-m", "benchmarks.against_transformers", model),
-        *("--batch", str(batch), "--context", str(context)),
-        *(["--toy"] if toy else []),
-    ]
+    report: dict[str, Any] = {"error": "", "modes": {}}
     # It imports our shapes, and with them jax, which must leave the device alone.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, env=environment, timeout=timeout
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"transformers took more than {timeout:.0f} s", "modes": {}}
-    if done.returncode:
-        error = f"transformers: its process ended with {done.returncode}"
-        return {"error": error, "modes": {}}
-    return json.loads(done.stdout.splitlines()[-1])
+    for mode, name in MODES.items():
+        command = [
+            *(sys.executable, "-m", "benchmarks.against_transformers", model, mode),
+            *("--batch", str(batch), "--context", str(context)),
+            *(["--toy"] if toy else []),
+        ]
+        try:
+            done = subprocess.run(
+                *(command,),
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            found = {"error": f"it took more than {timeout:.0f} s"}
+        else:
+            found = {"error": f"its process ended with {done.returncode}"}
+            if not done.returncode:
+                found = json.loads(done.stdout.splitlines()[-1])
+        report |= {key: found.pop(key) for key in VERSIONS if key in found}
+        report["modes"][name] = found
+    return report
 
 
 def main() -> None:
@@ -174,37 +185,27 @@ def main() -> None:
         description="Time decode steps of transformers.",
     )
     parser.add_argument("model", help="such as llama-2-7b")
+    parser.add_argument("mode", choices=MODES)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--context", type=int, default=2048, help="tokens")
     parser.add_argument("--toy", action="store_true", help="on a CPU too")
     args = parser.parse_args()
-    torch: Any = importlib.import_module("torch")
-    transformers: Any = importlib.import_module("transformers")
+    if not is_timed(args.model):
+        parser.error(f"{args.model} is no whole LLaMA or Mistral of benchmarks.shapes")
     found = parse_model(args.model)
-    if found is None or found[1]:
-        parser.error(f"{args.model} is no whole model of benchmarks.shapes")
-    report: dict[str, Any] = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "error": "",
-        "modes": {},
-    }
-    if not (args.toy or torch.cuda.is_available()):
-        report["error"] = "torch sees no CUDA device"
-    else:
-        with torch.no_grad():  # as in its generate
-            for mode in MODES:
-                try:
-                    timed = measure(found[0], args.batch, args.context, mode)
-                except Exception as error:  # what a library refuses is itself a result
-                    lines = str(error).splitlines() or [""]
-                    timed = {"error": f"{type(error).__name__}: {lines[0]}"}
-                report["modes"][mode] = timed
-                print(mode, timed, file=sys.stderr, flush=True)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-    print(json.dumps(report))
+    assert found
+    libraries = {name: importlib.import_module(name) for name in VERSIONS}
+    torch: Any = libraries["torch"]
+    timed: dict[str, Any] = {"error": "torch sees no CUDA device"}
+    if args.toy or torch.cuda.is_available():
+        try:
+            with torch.no_grad():  # as in its generate
+                timed = measure(found[0], args.batch, args.context, args.mode)
+        except Exception as error:  # what a library refuses is itself a result
+            lines = str(error).splitlines() or [""]
+            timed = {"error": f"{type(error).__name__}: {lines[0]}"}
+    versions = {name: module.__version__ for name, module in libraries.items()}
+    print(json.dumps({**versions, **timed}))
 
 
 if __name__ == "__main__":

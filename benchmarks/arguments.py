@@ -9,13 +9,14 @@ from typing import Any
 from benchmarks.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
 from benchmarks.steps import STEPS
 from polarjax.console import fraction
+from polarjax.sparsity.select import check_density
 
 DESCRIPTION = (
     "Time decode steps at the shapes of real models, on random weights or a "
     "checkpoint, beside the floor that the memory sets: the bytes that a step must "
-    "read over the best read rate of the same run. Without --models the cases of "
-    "issue 7 are run, each dense and at its densities; with it, every model at every "
-    "batch, context and density. A row is printed and written as soon as it is "
+    "read over the best read rate of the same run. Without --models the cases of the "
+    "README's table are run, each dense and at its densities; with it, every model at "
+    "every batch, context and density. A row is printed and written as soon as it is "
     "measured, and a later command with the same --out adds to the file, so that a "
     "table can be made in parts."
 )
@@ -77,7 +78,7 @@ def add_arguments(add: Any) -> None:
     add(
         *("--transformers",),
         action="store_true",
-        help="time it on every case, not only where the table asks for it",
+        help="time it on every whole LLaMA or Mistral, not only where the table asks",
     )
     add("--profile", action="store_true", help="trace one chunk of each and sum it up")
     add("--repeats", type=int, default=5, help="warm chunks or prefills timed")
@@ -133,9 +134,7 @@ def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
         raise ValueError("pass either --cases or --models, not both")
     heads: list[float | None] = args.densities or [None if args.adapter else 0.5]
     neurons = [None, *(args.neuron_densities or [])]
-    sparse = tuple(
-        Sparsity(h, n) for h, n in itertools.product(heads, neurons) if h or not n
-    )
+    sparse = tuple(Sparsity(h, n) for h, n in itertools.product(heads, neurons))
     cases = {}
     for model in args.models:
         known = parse_model(model)
@@ -156,13 +155,17 @@ def check(cases: dict[str, Case]) -> None:
     """Raise where a case cannot be run, before anything is.
 
     Raises:
-      ValueError: naming the case.
+      ValueError: naming the case, or the density.
     """
     for name, case in cases.items():
         if case.batch < 1 or case.context <= STEPS:
             raise ValueError(
                 f"{name}: the batch must be positive, the context above {STEPS}"
             )
+        for sparse in case.sparse:
+            for density in (sparse.heads, sparse.neurons):
+                if density is not None:
+                    check_density(density)
         if found := parse_model(case.model):
             if case.context > found[0].context:
                 raise ValueError(

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import polarjax
 from benchmarks import kernels, plots, profiling, steps
-from benchmarks.against_transformers import transformers_times
+from benchmarks.against_transformers import is_timed, transformers_times
 from benchmarks.arguments import (
     DESCRIPTION,
     EXAMPLE,
@@ -44,6 +44,7 @@ from benchmarks.rows import (
     shown_case,
     transformers_row,
 )
+from benchmarks.rows import read as read_rows
 from benchmarks.shapes import (
     Case,
     draw,
@@ -106,7 +107,7 @@ def run_case(
             timed = time_policy(params, policy, state, case, alone, args)
             state, seconds, read, compiling, summary = timed
         except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
-            rows.add(error_row(name, case, label, error))
+            rows.add(error_row("decode", name, case, label, error))
             state = None  # it may have been donated
             continue
         spread = steps.spread(seconds)
@@ -120,10 +121,14 @@ def run_case(
             rows.add(profile_row(name, case, label, summary))
     state = None
     for prompts, tokens in () if alone else (*case.prefill, *(args.prefill or ())):
-        seconds, compiling = steps.prefill_times(params, prompts, tokens, args.repeats)
-        flops = steps.prefill_flops(params.config, prompts, tokens)
-        spread = steps.spread(seconds)
-        row = prefill_row(name, case, (prompts, tokens), spread, flops, run["device"])
+        size = prompts, tokens
+        try:
+            seconds, compiling = steps.prefill_times(params, *size, args.repeats)
+        except jax.errors.JaxRuntimeError as error:
+            rows.add(error_row("prefill", name, case, f"{prompts}x{tokens}", error))
+            continue
+        flops, spread = steps.prefill_flops(params.config, *size), steps.spread(seconds)
+        row = prefill_row(name, case, size, spread, flops, run["device"])
         rows.add({**row, **compiling})
 
 
@@ -204,6 +209,10 @@ def run(args: argparse.Namespace) -> None:
     check(cases)
     if args.plot:
         plots.require()
+        if args.toy and not args.out:
+            raise ValueError("--plot draws beside the results: give --out with --toy")
+    if args.out and args.out.exists():
+        read_rows(args.out)  # what cannot be continued is told before the work
     if args.memory_fraction:  # read when jax takes the device, which is below
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(args.memory_fraction)
     beside, version, rates = {}, None, []
@@ -211,7 +220,7 @@ def run(args: argparse.Namespace) -> None:
         beside = {
             name: transformers_times(case.model, case.batch, case.context, args.toy)
             for name, case in cases.items()
-            if case.transformers or args.transformers
+            if case.transformers or (args.transformers and is_timed(case.model))
         }
         if not args.toy:
             version, rates = kernels.torch_results(RATE_SHAPES)

@@ -61,8 +61,10 @@ def profile(run: Callable[[], Any], steps: int, hlo: str) -> dict[str, Any]:
     Returns:
       What `summarise` found; or an "error" where the trace has no GPU's plane.
     """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would slow the host down
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             run()
         [path] = Path(folder).rglob("*.xplane.pb")
         found = events(jax.profiler.ProfileData.from_file(str(path)))

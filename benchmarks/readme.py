@@ -89,7 +89,7 @@ def decode_table(path: Path) -> str:
             f"| {_times(row.get('over_transformers'))} |"
         )
     for row in report["rows"]:
-        if row["kind"] == "prefill":
+        if row["kind"] == "prefill" and row["ms"]:
             peak = row["of_peak"]
             share = f", {peak:.1%} of {row['peak_tflop_s']} TFLOP/s" if peak else ""
             lines += [

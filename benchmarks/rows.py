@@ -107,11 +107,11 @@ def decode_row(
     }
 
 
-def error_row(name: str, case: Case, policy: str, error: Exception) -> Row:
-    """A policy that could not be timed, and why."""
+def error_row(kind: str, name: str, case: Case, policy: str, error: Exception) -> Row:
+    """A policy or prefill that could not be timed, and why."""
     lines = str(error).splitlines() or [""]
     text = f"{type(error).__name__}: {lines[0]}"
-    return {**_about("decode", name, case, policy), "ms": None, "error": text}
+    return {**_about(kind, name, case, policy), "ms": None, "error": text}
 
 
 def prefill_row(

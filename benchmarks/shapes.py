@@ -86,7 +86,7 @@ TOY_MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sparsity:
-    """One sparse policy, and what issue 7 wants of it.
+    """One sparse policy, and what is wanted of it on an H100.
 
     Attributes:
       heads: fraction of the KV groups read; None for the adapter's own budgets.
@@ -104,10 +104,8 @@ class Sparsity:
     @property
     def label(self) -> str:
         """How rows call it."""
-        if self.heads is None:
-            return "adapter"
-        neurons = f", neurons {self.neurons:.3g}" if self.neurons else ""
-        return f"heads {self.heads:.3g}{neurons}"
+        heads = f"heads {self.heads:.3g}" if self.heads else "adapter"
+        return heads + (f", neurons {self.neurons:.3g}" if self.neurons else "")
 
 
 @dataclasses.dataclass(frozen=True)

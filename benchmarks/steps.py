@@ -151,12 +151,14 @@ def make_state(params: Params, batch: int, context: int, alone: bool = False) ->
     count = config.layers - 1 if alone else config.layers
     shape = (config.kv_heads, context, config.head_dim)
 
-    # One sequence's noise for the whole batch: drawing it takes several times its
-    # bytes, and beside a cache that fills the device there is no such room.
+    # One sequence after the other: drawing takes several times the bytes of what is
+    # drawn, and beside a cache that fills the device there is no such room.
     @jax.jit
     def noise(key: jax.Array) -> jax.Array:
-        drawn = jax.random.normal(key, shape, params.dtype)
-        return jnp.broadcast_to(drawn, (batch, *shape))
+        def draw(key: jax.Array) -> jax.Array:
+            return jax.random.normal(key, shape, params.dtype)
+
+        return jax.lax.map(draw, jax.random.split(key, batch))
 
     keys = jax.random.split(jax.random.key(2), 2 * count)
     cache = KVCache(
@@ -167,8 +169,10 @@ def make_state(params: Params, batch: int, context: int, alone: bool = False) ->
     if alone:
         x = jax.random.normal(keys[0], (batch, config.dim), params.dtype)
         return Stream(cache, x)
-    zeros, live = jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool)
-    return State(cache, zeros, live, jnp.full(batch, 10**8, jnp.int32))
+    # Tokens that differ: equal ones would let every sequence choose the same heads.
+    token = jax.random.randint(keys[0], (batch,), 0, config.vocab_size, jnp.int32)
+    live = jnp.ones(batch, bool)
+    return State(cache, token, live, jnp.full(batch, 10**8, jnp.int32))
 
 
 def rewind(state: Any, context: int) -> Any:

@@ -244,6 +244,7 @@ def test_lists_become_cases():
         (["--models", "mistral-7b", "--adapter", "a"], "--adapter goes with a"),
         (["--models", "folder", "--layers", "2"], "not folder"),
         (["--models", "opt-30b", "--contexts", "16"], "above 16"),
+        (["--models", "opt-30b", "--densities", "1.5"], "above 0 and at most 1"),
         (["--toy", "--repeats", "0"], "--repeats must be positive"),
     ],
 )
@@ -331,7 +332,8 @@ def test_transformers_is_timed_in_both_modes():
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     found = against_transformers.transformers_times("toy-llama", 2, 128, toy=True)
-    assert not found["error"] and list(found["modes"]) == [*against_transformers.MODES]
+    assert not found["error"] and found["transformers"]
+    assert list(found["modes"]) == ["eager", "static cache, torch.compile"]
     for timed in found["modes"].values():
         assert len(timed["step_ms"]) == 5 and min(timed["step_ms"]) > 0
         assert timed["visible"] == 88.5
