@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import polarjax
 from benchmarks import (
@@ -362,3 +363,28 @@ def test_rows_of_transformers(tmp_path, monkeypatch):
     monkeypatch.setattr(against_transformers, "find_spec", lambda name: None)
     missing = against_transformers.transformers_times("toy-llama", 2, 128)
     assert missing["error"] == "torch and transformers not installed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["opt-66b-layers", "llama-3.1-70b-layers"])
+def test_layers_alone_lower_for_a_gpu(name):
+    case = shapes.CASES[name]
+    config = shapes.layers_alone(*shapes.parse_model(case.model))
+    [sparse] = case.sparse
+
+    def bound():
+        params = shapes.random_params(config, jnp.bfloat16, alone=True)
+        policy = polarjax.Polar(sparse.heads, sparse.neurons)
+        state = steps.make_state(params, case.batch, case.context, alone=True)
+        return *policy.bind(params, case.batch), state
+
+    device = AbstractDevice("NVIDIA H100", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = steps.layers_chunk.trace(
+            *jax.eval_shape(bound),
+            config=config,
+            steps=steps.STEPS,
+            implementation="triton",
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton") >= 8  # attention alone
