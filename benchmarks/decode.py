@@ -1,242 +1,327 @@
-"""Times whole decode steps on random weights of real shapes, beside their floor.
+"""Times decode steps of whole models beside their floor; also `polarjax bench`.
 
-    python -m benchmarks.decode [--models NAME ...] [--out FILE.json] [--toy]
+    python -m benchmarks.decode [--cases NAME ...] [--models NAME ...] [--toy] ...
 
 The step is the one that `polarjax.generate` compiles. Its floor is the bytes it must
-read (weights, routers, and the KV of the groups that are on) over the read bandwidth
-measured in the same run.
+read (weights, router weights, and the KV of the groups that are on) over R, the best
+read rate of the same run: that of a streaming sum in jax, or of torch's dense
+attention if it is higher.
 """
 
 import argparse
-import dataclasses
-import json
-import statistics
-import time
+import datetime
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
 
 import polarjax
-from polarjax.cache import KVCache
-from polarjax.generation.loop import State, decode_chunk
-from polarjax.generation.requests import make_sampling
-from polarjax.generation.stats import kv_rows, read_bandwidth, step_weight_bytes
+from benchmarks import kernels, plots, profiling, steps
+from benchmarks.against_transformers import is_timed, transformers_times
+from benchmarks.arguments import (
+    DESCRIPTION,
+    EXAMPLE,
+    add_arguments,
+    check,
+    chosen_cases,
+)
+from benchmarks.cases import CASES as KERNEL_CASES
+from benchmarks.report import REPOSITORY, best_rates, commit
+from benchmarks.rows import (
+    Rows,
+    best_transformers,
+    decode_row,
+    error_row,
+    prefill_row,
+    profile_row,
+    shown_case,
+    transformers_row,
+)
+from benchmarks.rows import read as read_rows
+from benchmarks.shapes import (
+    Case,
+    draw,
+    layers_alone,
+    parse_model,
+    random_params,
+    router_shapes,
+)
+from polarjax.generation.stats import read_bandwidth
 from polarjax.model import weight_shapes
+from polarjax.params import Params
+from polarjax.sparsity.cost import kv_row_bytes
 
-STEPS = 16  # a chunk, as in generate
-REPEATS = 5
-
-
-def llama(layers, dim, heads, kv_heads, neurons, vocab) -> polarjax.ModelConfig:
-    return polarjax.ModelConfig(
-        family="llama",
-        vocab_size=vocab,
-        dim=dim,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim // heads,
-        neurons=neurons,
-        context=2**17,
-        norm="rms",
-        norm_eps=1e-5,
-        activation="silu",
-        gated_mlp=True,
-        rope=polarjax.Rope(5e5),
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        tied_embeddings=False,
-        embed_dim=dim,
-    )
+# Where torch's dense attention reads fastest, see the kernels' table.
+RATE_SHAPES = {name: KERNEL_CASES[name] for name in ("llama-2-7b", "opt-66b")}
 
 
-def opt(layers, dim, heads) -> polarjax.ModelConfig:
-    return dataclasses.replace(
-        llama(layers, dim, heads, heads, 4 * dim, 50272),
-        family="opt",
-        context=2048,
-        norm="layer",
-        activation="relu",
-        gated_mlp=False,
-        rope=None,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        tied_embeddings=True,
-    )
+def load_model(model: str, adapter: str | None, dtype: Any, head_rank: int) -> Params:
+    """Random weights, or those of a checkpoint."""
+    found = parse_model(model)
+    if found is None:
+        params = polarjax.load(model, adapter=adapter, dtype=dtype)
+        if adapter:
+            return params
+        routers = draw(router_shapes(params.config, params.dtype, head_rank), 1)
+        return Params(params.weights, routers, params.config)
+    config, count = found
+    if count:
+        config = layers_alone(config, count)
+    return random_params(config, dtype, head_rank=head_rank, alone=bool(count))
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model, a batch of equally long sequences, and (head, neuron) densities."""
-
-    config: polarjax.ModelConfig
-    batch: int
-    context: int
-    densities: tuple[tuple[float, float | None], ...]
-
-
-CASES = {
-    "llama-2-7b": Case(
-        llama(32, 4096, 32, 32, 11008, 32000), 16, 2048, ((0.5, None), (0.25, None))
-    ),
-    "llama-3.1-8b": Case(
-        llama(32, 4096, 32, 8, 14336, 128256), 64, 4096, ((0.625, None), (0.5, None))
-    ),
-    "opt-6.7b": Case(opt(32, 4096, 32), 48, 1920, ((0.5, None), (0.5, 0.58))),
-}
-TOY = {
-    "toy-llama": Case(llama(2, 64, 4, 2, 96, 500), 2, 128, ((0.5, None),)),
-    "toy-opt": Case(opt(2, 64, 4), 2, 128, ((0.5, None), (0.5, 0.5))),
-}
-NEURON_RANK = 1024
-
-
-def random_params(
-    config: polarjax.ModelConfig, dtype, head_rank: int = 0
-) -> polarjax.Params:
-    """Weights and routers of the right shapes, made on the device.
+def run_case(
+    name: str, case: Case, params: Params, args: argparse.Namespace, rows: Rows
+) -> None:
+    """Time dense and the sparse policies, one after the other, on one cache.
 
     Args:
-      config: of the model.
-      dtype: of everything.
-      head_rank: of the head routers' quadratic form; 0 for none.
+      name: of the case.
+      case: the case.
+      params: its model.
+      args: of the command.
+      rows: where the results go.
     """
-    shapes = weight_shapes(config, dtype)
-    k, m, f = config.kv_heads, config.dim, config.neurons
-    rank = min(NEURON_RANK, m)
-    spec = jax.ShapeDtypeStruct
-    router = {"heads": {"weight": spec((k, m), dtype), "bias": spec((k,), dtype)}}
-    if head_rank:
-        router["heads"] |= {
-            "down": spec((head_rank, m), dtype),
-            "up": spec((k, head_rank), dtype),
-        }
-    if config.activation == "relu":
-        router["neurons"] = {
-            "down": spec((rank, m), dtype),
-            "up": spec((f, rank), dtype),
-        }
-    routers = {f"layers_{i}": router for i in range(1, config.layers)}
-    leaves, tree = jax.tree.flatten((shapes, routers))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    make = jax.jit(
-        lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype),
-        static_argnums=1,
-    )
-    drawn = [make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    weights, routers = jax.tree.unflatten(tree, drawn)
-    return polarjax.Params(weights, routers, config)
-
-
-def measure(params, case: Case, policy) -> tuple[float, float]:
-    """Milliseconds of one decode step (median of chunks), and the bytes it reads."""
-    config = params.config
-    weights, bound = policy.bind(params, case.batch)
-    # Chunks end where the context does, so that the KV read is that of the context.
-    start = case.context - STEPS * (REPEATS + 1)
-    shape = (case.batch, config.kv_heads, case.context, config.head_dim)
-    noise = jax.jit(lambda key: jax.random.normal(key, shape, params.dtype))
-    keys = jax.random.split(jax.random.key(1), 2 * config.layers)
-    cache = KVCache(
-        keys=tuple(map(noise, keys[::2])),
-        values=tuple(map(noise, keys[1::2])),
-        lengths=jnp.full(case.batch, start, jnp.int32),
-    )
-    full = jnp.full(case.batch, 10**6, jnp.int32)
-    go_on = jnp.ones(case.batch, bool)
-    live = jnp.ones(case.batch, bool)  # the state is donated: no buffer twice
-    state = State(cache, jnp.zeros(case.batch, jnp.int32), live, full)
-    del cache
-    sampling = make_sampling(config, case.batch, 0.0, 0, 1.0, 0)
-    times, rows = [], 0.0
-    for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
-        state, drawn = decode_chunk(
-            *(weights, bound, state, go_on, sampling, jnp.array([-1])),
-            config=config,
-            steps=STEPS,
-            implementation=None,
+    run = rows.runs[-1]
+    found = parse_model(case.model)
+    alone = bool(found and found[1])
+    r = run["r_gb_s"] * 1e9
+    beside = best_transformers(rows.own, name)
+    state, dense_ms = None, None
+    for sparse in (None, *case.sparse):
+        label = sparse.label if sparse else "dense"
+        try:
+            if state is None:
+                state = steps.make_state(params, case.batch, case.context, alone)
+            policy = polarjax.Dense()
+            if sparse:
+                policy = polarjax.Polar(sparse.heads, sparse.neurons)
+            # Nothing of it outlives this round: the next policy needs its room.
+            timed = time_policy(params, policy, state, case, alone, args)
+            state, seconds, read, compiling, summary = timed
+        except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
+            rows.add(error_row("decode", name, case, label, error))
+            state = None  # it may have been donated
+            continue
+        spread = steps.spread(seconds)
+        row = decode_row(name, case, sparse, spread, read, r, dense_ms)
+        if sparse is None:
+            dense_ms = row["ms"]
+        rows.add(
+            {**row, **compiling, "over_transformers": beside and beside / row["ms"]}
         )
-        jax.block_until_ready(state)
-        times.append(time.perf_counter() - begin)
-        rows = kv_rows(drawn, config)[0] / STEPS
-    kv_bytes = rows * 2 * config.head_dim * params.dtype.itemsize
-    # The first chunk compiled. Its bytes differ little from the last one's.
-    milliseconds = statistics.median(times[1:]) / STEPS * 1e3
-    return milliseconds, step_weight_bytes(weights, config, bound) + kv_bytes
+        if summary:
+            rows.add(profile_row(name, case, label, summary))
+    state = None
+    for prompts, tokens in () if alone else (*case.prefill, *(args.prefill or ())):
+        size = prompts, tokens
+        try:
+            seconds, compiling = steps.prefill_times(params, *size, args.repeats)
+        except jax.errors.JaxRuntimeError as error:
+            rows.add(error_row("prefill", name, case, f"{prompts}x{tokens}", error))
+            continue
+        flops, spread = steps.prefill_flops(params.config, *size), steps.spread(seconds)
+        row = prefill_row(name, case, size, spread, flops, run["device"])
+        rows.add({**row, **compiling})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode", description="Time whole decode steps."
-    )
-    parser.add_argument("--toy", action="store_true", help="tiny shapes, for a CPU")
-    parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument(
-        *("--models",),
-        nargs="+",
-        choices=list(CASES),
-        default=list(CASES),
-        help="which models (default: all)",
-    )
-    parser.add_argument(
-        *("--head-rank",),
-        type=int,
-        default=0,
-        help="of a quadratic form in the head routers (default: %(default)s, none)",
-    )
-    args = parser.parse_args()
-    cases = TOY if args.toy else {name: CASES[name] for name in args.models}
-    dtype = jnp.float32 if args.toy else jnp.bfloat16
-    device = jax.devices()[0]
-    bandwidth = read_bandwidth(device)
-    print(f"{device.device_kind}, jax {jax.__version__}, {jnp.dtype(dtype).name}")
-    print(f"the memory can be read at {bandwidth / 1e9:.1f} GB/s")
-    results = []
-    for name, case in cases.items():
-        params = random_params(case.config, dtype, args.head_rank)
-        policies: dict[str, polarjax.SelectionPolicy] = {"dense": polarjax.Dense()}
-        for heads, neurons in case.densities:
-            label = f"heads {heads}" + (f", neurons {neurons}" if neurons else "")
-            policies[label] = polarjax.Polar(heads, neurons)
-        dense_ms = 0.0
-        for label, policy in policies.items():
-            ms, read = measure(params, case, policy)
-            dense_ms = dense_ms or ms
-            floor_ms = read / bandwidth * 1e3
-            row = {
-                "model": name,
-                "batch": case.batch,
-                "context": case.context,
-                "policy": label,
-                "ms": ms,
-                "bytes": read,
-                "floor_ms": floor_ms,
-                "tokens_per_second": case.batch / ms * 1e3,
-                "over_dense": dense_ms / ms,
-            }
-            results.append(row)
-            print(
-                f"{name:13} b {case.batch:3} s {case.context:5} {label:24} "
-                f"{ms:8.3f} ms, floor {floor_ms:8.3f} ms ({floor_ms / ms:5.1%}), "
-                f"{row['tokens_per_second']:9,.0f} tokens/s, {dense_ms / ms:.2f}x",
-                flush=True,
-            )
-        del params
-    if args.out:
-        report = {
-            "device": device.device_kind,
-            "jax": jax.__version__,
-            "dtype": jnp.dtype(dtype).name,
-            "head_rank": args.head_rank,
-            "bandwidth_gb_s": bandwidth / 1e9,
-            "results": results,
+def time_policy(
+    params: Params,
+    policy: polarjax.SelectionPolicy,
+    state: Any,
+    case: Case,
+    alone: bool,
+    args: argparse.Namespace,
+) -> tuple[Any, list[float], tuple[int, float], dict[str, Any], dict[str, Any] | None]:
+    """Bind a policy, compile its chunk and run it.
+
+    Args:
+      params: the model.
+      policy: not bound.
+      state: donated.
+      case: the case.
+      alone: whether the model is layers alone.
+      args: of the command.
+
+    Returns:
+      The state; seconds of a step, several; bytes of weights and KV of a step; what is
+      known of the compiled program; and the profile, if wanted.
+    """
+    weights, bound = policy.bind(params, case.batch)
+    chunk = steps.make_chunk(params, weights, bound, case.batch, alone=alone)
+    compiled, known = steps.timed_compile(lambda: chunk.lower(state))
+    hlo = compiled.as_text()
+    cache = state.cache.keys[0].shape
+    known["cache_copies"] = profiling.cache_copies(hlo, cache)
+    state, seconds, drawn = steps.times(chunk, state, case.context, args.repeats)
+    read = steps.step_bytes(params, weights, bound, drawn)
+    if not args.profile:
+        return state, seconds, read, known, None
+    state = jax.block_until_ready(steps.rewind(state, case.context))
+
+    def once() -> None:
+        nonlocal state
+        state, drawn = chunk(state)
+        jax.block_until_ready((state, drawn))
+
+    summary = profiling.profile(once, steps.STEPS, hlo)
+    return state, seconds, read, known, summary
+
+
+def against_transformers(name: str, case: Case, timed: dict, rows: Rows) -> None:
+    """Rows of what `transformers_times` found."""
+    found = parse_model(case.model)
+    assert found
+    config, dtype = found[0], jnp.dtype(rows.runs[-1]["dtype"])
+    r = rows.runs[-1]["r_gb_s"] * 1e9
+    if timed["error"]:
+        print(f"no rows of transformers': {timed['error']}", flush=True)
+    shapes = weight_shapes(config, dtype)
+    if not config.tied_embeddings:
+        del shapes["embed"]["tokens"]
+    weights = sum(leaf.size * dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    token = config.layers * config.kv_heads * kv_row_bytes(config, dtype)
+    for mode, found in timed["modes"].items():
+        spread, read = None, 0.0
+        if "step_ms" in found:
+            spread = steps.spread([ms / 1e3 for ms in found["step_ms"]])
+            read = weights + case.batch * found["visible"] * token
+        row = transformers_row(name, case, mode, found, spread, read, r)
+        rows.add(row)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the benchmark.
+
+    Raises:
+      ValueError: if an argument does not fit.
+    """
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be positive, got {args.repeats}")
+    cases = chosen_cases(args)
+    check(cases)
+    if args.plot:
+        plots.require()
+        if args.toy and not args.out:
+            raise ValueError("--plot draws beside the results: give --out with --toy")
+    if args.out and args.out.exists():
+        read_rows(args.out)  # what cannot be continued is told before the work
+    if args.memory_fraction:  # read when jax takes the device, which is below
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(args.memory_fraction)
+    beside, version, rates = {}, None, []
+    if not args.no_torch:  # before jax takes the device
+        beside = {
+            name: transformers_times(case.model, case.batch, case.context, args.toy)
+            for name, case in cases.items()
+            if case.transformers or (args.transformers and is_timed(case.model))
         }
-        with open(args.out, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
+        if not args.toy:
+            version, rates = kernels.torch_results(RATE_SHAPES)
+    device = jax.devices()[0]
+    stream = read_bandwidth(device)
+    r = max(best_rates(RATE_SHAPES, rates, stream).values())
+    head = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(args.command),
+        "commit": commit(),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "torch": version,
+        "transformers": [timed.get("transformers") for timed in beside.values()],
+        "dtype": "float32" if args.toy else "bfloat16",
+        "head_rank": args.head_rank,
+        "memory_fraction": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        "compilation_cache": bool(jax.config.values["jax_compilation_cache_dir"]),
+        "stream_gb_s": stream / 1e9,
+        "r_gb_s": r / 1e9,
+    }
+    rows = Rows(head, args.out or (None if args.toy else default_path(head)))
+    print(
+        f"{head['device']}, jax {head['jax']}, {head['dtype']}; the memory can be read "
+        f"at {r / 1e9:,.1f} GB/s (R; a streaming sum: {stream / 1e9:,.1f})"
+    )
+    if any(":" in case.model and parse_model(case.model) for case in cases.values()):
+        print(
+            "layers alone: no embedding, head or layer 0 in time or floor; attention "
+            "is sparse in every layer"
+        )
+    for name, timed in beside.items():
+        against_transformers(name, cases[name], timed, rows)
+    dtype = jnp.dtype(head["dtype"])
+    for model in dict.fromkeys(case.model for case in cases.values()):
+        params = load_model(model, args.adapter, dtype, args.head_rank)
+        for name, case in cases.items():
+            if case.model == model:
+                run_case(name, case, params, args, rows)
+        del params  # before the next one is made
+    console = Console()
+    wide = console if console.is_terminal else Console(width=150)
+    wide.print(table(rows.own))
+    if rows.path:
+        print(f"written to {rows.path}")
+        if args.plot:
+            for path in plots.draw(rows.path):
+                print(f"written to {path}")
+
+
+def default_path(head: dict[str, Any]) -> Path:
+    """The file to write: among the repository's results, or here outside of it."""
+    slug = re.sub(r"\W+", "-", head["device"].lower())
+    if head["commit"] == "unknown":
+        return Path(f"{head['date']}-{slug}-bench.json")
+    file = f"{head['date']}-{slug}-{head['commit']}-bench.json"
+    return REPOSITORY / "benchmarks" / "results" / file
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """What was timed, with what issue 7 wants of it."""
+    made = Table(box=None)
+    for column in ("model, batch, context", "policy"):
+        made.add_column(column)
+    for column in ("ms", "tokens/s", "floor ms", "floor / time", "wanted", "x dense"):
+        made.add_column(column, justify="right")
+    for row in rows:
+        if row["kind"] not in ("decode", "transformers"):
+            continue
+        case = shown_case(row)
+        kind = "transformers, " if row["kind"] == "transformers" else ""
+        if row["ms"] is None:
+            made.add_row(case, kind + row["policy"], row["error"])
+            continue
+        wanted, over = row.get("wanted_floor_fraction"), row.get("over_dense")
+        made.add_row(
+            *(case, kind + row["policy"], f"{row['ms']:.3f}"),
+            *(f"{row['tokens_per_second']:,.0f}", f"{row['floor_ms']:.3f}"),
+            *(f"{row['floor_fraction']:.3f}", f"{wanted:.2f}" if wanted else ""),
+            f"{over:.2f}" if over else "",
+        )
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decode",
+        description=DESCRIPTION,
+        epilog=f"example: {EXAMPLE}",
+    )
+    add_arguments(parser.add_argument)
+    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args.command = ["python", "-m", "benchmarks.decode", *given]
+    try:
+        run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

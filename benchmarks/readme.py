@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import polarjax
+from benchmarks.rows import read as read_rows
+from benchmarks.rows import shown_case
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ADAPTER = Path(polarjax.__file__).parent / "adapters" / "smollm2-135m"
@@ -44,24 +46,86 @@ def adapter_table(card: dict) -> str:
 
 
 def decode_table(path: Path) -> str:
-    """Times of whole decode steps, as `python -m benchmarks.decode` wrote them."""
-    report = json.loads(path.read_text(encoding="utf-8"))
+    """Times of decode steps and of prefill, as `polarjax bench` wrote them."""
+    report = read_rows(path)
     lines = [
-        f"One {report['device']}, jax {report['jax']}, {report['dtype']}, random "
-        f"weights, {report['bandwidth_gb_s']:,.0f} GB/s read bandwidth measured in "
-        f"the same run (`benchmarks/results/{path.name}`).",
+        "Random weights at real shapes; a floor is the bytes that a step must read "
+        "over R, the best read rate of the same run. Layers alone: no embedding, no "
+        "head, and no layer 0, whose attention is always dense. Medians, the range in "
+        f"brackets. Raw results: `benchmarks/results/{path.name}`.",
         "",
-        "| model, batch, context | policy | ms a step | floor | floor / time "
-        "| over our dense |",
-        "|---|---|---|---|---|---|",
+        "| run | device | jax | dtype | commit, date | R, GB/s | command |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in report["results"]:
+    used = sorted({row["run"] for row in report["rows"]})
+    for number in used:
+        run = report["runs"][number]
         lines.append(
-            f"| {row['model']} b {row['batch']} s {row['context']} | {row['policy']} "
-            f"| {row['ms']:.2f} | {row['floor_ms']:.2f} "
-            f"| {row['floor_ms'] / row['ms']:.2f} | {row['over_dense']:.2f}x |"
+            f"| {used.index(number) + 1} | {run['device']} | {run['jax']} "
+            f"| {run['dtype']} | {run['commit']}, {run['date']} "
+            f"| {run['r_gb_s']:,.0f} | `{run['command']}` |"
+        )
+    lines += [
+        "",
+        "| model, batch, context | policy | run | ms a step | tokens/s | floor, ms "
+        "| floor / time | over our dense | over `transformers` |",
+        "|---" * 9 + "|",
+    ]
+    for row in report["rows"]:
+        if row["kind"] not in ("decode", "transformers"):
+            continue
+        theirs = "`transformers`, " if row["kind"] == "transformers" else ""
+        start = (
+            f"| {shown_case(row)} | {theirs}{row['policy']} "
+            f"| {used.index(row['run']) + 1} |"
+        )
+        if row["ms"] is None:
+            lines.append(f"{start} {row['error']} |  |  |  |  |  |")
+            continue
+        lines.append(
+            f"{start} {_range(row)} | {row['tokens_per_second']:,.0f} "
+            f"| {row['floor_ms']:.2f} | {row['floor_fraction']:.3f} "
+            f"| {_times(row.get('over_dense'))} "
+            f"| {_times(row.get('over_transformers'))} |"
+        )
+    for row in report["rows"]:
+        if row["kind"] == "prefill" and row["ms"]:
+            peak = row["of_peak"]
+            share = f", {peak:.1%} of {row['peak_tflop_s']} TFLOP/s" if peak else ""
+            lines += [
+                "",
+                f"Prefill of {row['policy'].replace('x', ' x ')} tokens, "
+                f"{row['model']}: {_range(row)} ms, {row['tflop_s']:.0f} TFLOP/s"
+                f"{share} ({row['flops_are']}).",
+            ]
+    profiles = [row for row in report["rows"] if row.get("groups")]
+    if profiles:
+        lines += [
+            "",
+            "| profile of one chunk | policy | us a step | gaps | long gaps, in which "
+            "the host is waited for | kernels | in graphs | copied, bytes a step "
+            "| where the time goes |",
+            "|---" * 9 + "|",
+        ]
+    for row in profiles:
+        parts = ", ".join(
+            f"{name} {part['share']:.1%}" for name, part in row["groups"].items()
+        )
+        lines.append(
+            f"| {shown_case(row)} | {row['policy']} | {row['step_us']:.0f} "
+            f"| {row['gap_share']:.2%} | {row['long_gap_share']:.2%} "
+            f"| {row['kernels']:.0f} | {row['graph_share']:.0%} "
+            f"| {row['copied_bytes']:,.0f} | {parts} |"
         )
     return "\n".join(lines)
+
+
+def _range(row: dict) -> str:
+    return f"{row['ms']:.2f} ({row['ms_min']:.2f} to {row['ms_max']:.2f})"
+
+
+def _times(ratio: float | None) -> str:
+    return f"{ratio:.2f}x" if ratio else ""
 
 
 def kernels_table(path: Path) -> str:
@@ -236,8 +300,10 @@ def render(readme: str) -> str:
         "eval": eval_table(newest("eval-smollm2-shipped-tasks")),
         "trained": trained_table(trained()),
         "kernels": kernels_table(newest("kernels")),
-        "decode": decode_table(newest("decode")),
     }
+    # Until there is one, the README keeps the table of the benchmark before it.
+    if any((REPOSITORY / "benchmarks" / "results").glob("*-bench.json")):
+        tables["decode"] = decode_table(newest("bench"))
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         replacement = rf"\g<1>{table.replace(chr(92), chr(92) * 2)}\n\g<2>"

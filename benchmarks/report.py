@@ -102,9 +102,12 @@ def commit() -> str:
 
 def write(path: Path, report: Mapping[str, Any], results: Iterable[Result]) -> None:
     """Write what there is so far: a kernel that takes the process down loses no row."""
-    rows = [dataclasses.asdict(result) for result in results]
+    write_json(path, {**report, "results": [dataclasses.asdict(r) for r in results]})
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Replace a file by one that is written whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    text = json.dumps({**report, "results": rows}, indent=2)
-    temporary.write_text(f"{text}\n", encoding="utf-8")
+    temporary.write_text(f"{json.dumps(report, indent=2)}\n", encoding="utf-8")
     os.replace(temporary, path)

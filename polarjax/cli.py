@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from benchmarks import arguments, decode
 from polarjax import calibrate_cli, demo, evaluate_cli, plan_cli
 from polarjax.compile_cache import use_compile_cache
 from polarjax.console import POLICIES, fraction, make_policy
@@ -116,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
         help="folders of routers, names of those that ship, or ids of the hub",
     )
     add("--max-new-tokens", type=int, default=32, help="tokens per prompt")
+
+    arguments.add_arguments(
+        command(
+            *("bench", _bench, arguments.DESCRIPTION, arguments.EXAMPLE),
+            checkpoint=False,
+        ).add_argument
+    )
     return parser
 
 
@@ -156,6 +164,11 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     demo.show(args.checkpoint, args.adapter, args.max_new_tokens)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    args.command = ["polarjax", *sys.argv[1:]]
+    decode.run(args)
 
 
 if __name__ == "__main__":

@@ -264,6 +264,8 @@ def test_run_time_dependencies(name):
         allowed |= {"huggingface_hub", "convert"}
     if name == "polarjax.plan_cli":  # a model need not be converted to be planned
         allowed |= {"convert"}
+    if name == "polarjax.cli":  # `polarjax bench`
+        allowed |= {"benchmarks"}
     if name == "convert.verify":
         allowed |= {"torch", "transformers"}
     imported = imports(name, MODULES[name])

@@ -1,0 +1,1 @@
+"""What this repository measures: kernels, decode steps, and the models it trains."""

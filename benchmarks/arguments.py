@@ -1,0 +1,176 @@
+"""The arguments of the decode benchmark, and the cases that they stand for."""
+
+import argparse
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
+from benchmarks.steps import STEPS
+from polarjax.console import fraction
+from polarjax.sparsity.select import check_density
+
+DESCRIPTION = (
+    "Time decode steps at the shapes of real models, on random weights or a "
+    "checkpoint, beside the floor that the memory sets: the bytes that a step must "
+    "read over the best read rate of the same run. Without --models the cases of the "
+    "README's table are run, each dense and at its densities; with it, every model at "
+    "every batch, context and density. A row is printed and written as soon as it is "
+    "measured, and a later command with the same --out adds to the file, so that a "
+    "table can be made in parts."
+)
+EXAMPLE = (
+    "polarjax bench --models llama-3.1-8b opt-66b:8 --batches 16 64 --contexts 2048 "
+    "--densities 1/2 5/8 --profile --out bench.json"
+)
+
+
+def add_arguments(add: Any) -> None:
+    """Give a parser the benchmark's arguments.
+
+    Args:
+      add: its `add_argument`.
+    """
+    several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+    add(
+        *("--cases",),
+        nargs="+",
+        choices=[*CASES, *TOY_CASES],
+        metavar="NAME",
+        help=f"some of the table's: {', '.join(CASES)} (without --models: all)",
+    )
+    add(
+        *("--models",),
+        nargs="+",
+        metavar="NAME",
+        help=f"instead of the table: {', '.join(MODELS)}; NAME:N for its layers 1 to N "
+        "alone, with no embedding and no head; or a checkpoint's folder or id",
+    )
+    add(
+        "--layers", type=int, help="time layers 1 to so many alone, of each of --models"
+    )
+    add(
+        "--adapter",
+        help="of the checkpoint in --models; without one, routers by chance",
+    )
+    add("--batches", type=int, help="sequences, with --models (16)", **several)
+    add("--contexts", type=int, help="tokens, with --models (2048)", **several)
+    add(
+        *("--densities",),
+        type=fraction,
+        help="of KV groups, with --models (1/2, or the adapter's own budgets)",
+        **several,
+    )
+    add(
+        *("--neuron-densities",),
+        type=fraction,
+        help="of MLP neurons, with --models: each beside every head density, ReLU only",
+        **several,
+    )
+    add(
+        *("--prefill",),
+        type=prompt_size,
+        nargs="+",
+        metavar="BxT",
+        help="time reading B prompts of T tokens too, such as 8x2048, for every case",
+    )
+    add(
+        *("--transformers",),
+        action="store_true",
+        help="time it on every whole LLaMA or Mistral, not only where the table asks",
+    )
+    add("--profile", action="store_true", help="trace one chunk of each and sum it up")
+    add("--repeats", type=int, default=5, help="warm chunks or prefills timed")
+    add("--head-rank", type=int, default=0, help="of random head routers; 0 is linear")
+    add(
+        *("--memory-fraction",),
+        type=fraction,
+        help="of the device that jax may take, XLA_PYTHON_CLIENT_MEM_FRACTION; the "
+        "72 GB of llama-2-7b-b28 need 0.95 of an H100 (jax's own default: 0.75)",
+    )
+    add("--no-torch", action="store_true", help="nothing of torch's or transformers'")
+    add("--toy", action="store_true", help="tiny shapes, float32: a dry run for a CPU")
+    add("--plot", action="store_true", help="draw the plots beside the results")
+    add(
+        *("--out",),
+        type=Path,
+        help="JSON file, continued if it exists (in a clone of the repository "
+        "benchmarks/results/DATE-DEVICE-COMMIT-bench.json, else here; --toy: none)",
+    )
+
+
+def prompt_size(text: str) -> tuple[int, int]:
+    """Prompts and tokens from text such as 8x2048."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or not (int(match[1]) and int(match[2])):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 8x2048")
+    return int(match[1]), int(match[2])
+
+
+def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
+    """The cases that the arguments ask for, those of one model next to each other.
+
+    Raises:
+      ValueError: if arguments exclude each other.
+    """
+    lists = (
+        "batches",
+        "contexts",
+        "densities",
+        "neuron_densities",
+        "layers",
+        "adapter",
+    )
+    if not args.models:
+        given = [name for name in lists if getattr(args, name)]
+        if given:
+            flag = given[0].replace("_", "-")
+            raise ValueError(f"--{flag} goes with --models: the cases bring their own")
+        table = TOY_CASES if args.toy else CASES
+        cases = {**CASES, **TOY_CASES}
+        return {name: cases[name] for name in args.cases or table}
+    if args.cases:
+        raise ValueError("pass either --cases or --models, not both")
+    heads: list[float | None] = args.densities or [None if args.adapter else 0.5]
+    neurons = [None, *(args.neuron_densities or [])]
+    sparse = tuple(Sparsity(h, n) for h, n in itertools.product(heads, neurons))
+    cases = {}
+    for model in args.models:
+        known = parse_model(model)
+        if args.adapter and known:
+            raise ValueError(f"--adapter goes with a checkpoint, not with {model}")
+        if args.layers and not known:
+            raise ValueError(f"--layers goes with {', '.join(MODELS)}, not {model}")
+        if args.layers:
+            model = f"{model}:{args.layers}"
+        for batch, context in itertools.product(
+            args.batches or [16], args.contexts or [2048]
+        ):
+            cases[f"{model}-b{batch}-s{context}"] = Case(model, batch, context, sparse)
+    return cases
+
+
+def check(cases: dict[str, Case]) -> None:
+    """Raise where a case cannot be run, before anything is.
+
+    Raises:
+      ValueError: naming the case, or the density.
+    """
+    for name, case in cases.items():
+        if case.batch < 1 or case.context <= STEPS:
+            raise ValueError(
+                f"{name}: the batch must be positive, the context above {STEPS}"
+            )
+        for sparse in case.sparse:
+            for density in (sparse.heads, sparse.neurons):
+                if density is not None:
+                    check_density(density)
+        if found := parse_model(case.model):
+            if case.context > found[0].context:
+                raise ValueError(
+                    f"{name}: the context of {case.model} is {found[0].context} tokens"
+                )
+            relu = found[0].activation == "relu"
+            if not relu and any(s.neurons for s in case.sparse):
+                raise ValueError(f"{name}: {case.model} has no ReLU: leave neurons out")

@@ -1,0 +1,220 @@
+"""The rows of the decode benchmark: what they hold, and the file that keeps them.
+
+A file holds runs (device, versions, commit, command, date, read bandwidth) and rows,
+each with the number of its run. It is written after every row, and a later run with
+the same file adds to it: rows of the same case and policy are replaced.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import write_json
+from benchmarks.shapes import Case, Sparsity
+
+# Dense bf16 TFLOP/s by device kind (NVIDIA's data sheets, SXM, without sparsity).
+PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.5, "NVIDIA H200": 989.5}
+
+Row = dict[str, Any]
+
+
+class Rows:
+    """Rows of a run beside those of earlier ones, printed and kept as they come."""
+
+    def __init__(self, run: dict[str, Any], path: Path | None):
+        self.path = path
+        self.runs: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
+        if path is not None and path.exists():
+            kept = read(path)
+            self.runs, self.rows = kept["runs"], kept["rows"]
+        self.runs.append(run)
+
+    @property
+    def own(self) -> list[Row]:
+        """The rows of this run."""
+        return [row for row in self.rows if row["run"] == len(self.runs) - 1]
+
+    def add(self, row: Row) -> None:
+        """Print a row and write the file."""
+        row = {"run": len(self.runs) - 1, **row}
+        self.rows = [old for old in self.rows if _name(old) != _name(row)] + [row]
+        print(line(row), flush=True)
+        if self.path is not None:
+            write_json(self.path, {"runs": self.runs, "rows": self.rows})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Runs and rows of a file.
+
+    Raises:
+      ValueError: if it is no file of this benchmark.
+    """
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(report, dict) or not {"runs", "rows"} <= report.keys():
+        raise ValueError(f"{path} is no file of `polarjax bench`: it needs runs, rows")
+    return report
+
+
+def _name(row: Row) -> tuple:
+    return row["kind"], row["case"], row["policy"]
+
+
+def shown_case(row: Row) -> str:
+    """Model, batch and context of a row."""
+    model, _, count = row["model"].partition(":")
+    alone = f" layers 1-{count} alone" if count else ""
+    return f"{model}{alone} b {row['batch']} s {row['context']}"
+
+
+def decode_row(
+    name: str,
+    case: Case,
+    sparse: Sparsity | None,
+    spread: dict[str, float],
+    read: tuple[int, float],
+    rate: float,
+    dense_ms: float | None,
+) -> Row:
+    """A timed policy.
+
+    Args:
+      name: of the case.
+      case: the case.
+      sparse: the policy; None for dense.
+      spread: milliseconds a step.
+      read: bytes of weights, and of keys and values, a step.
+      rate: R in bytes per second.
+      dense_ms: of dense in this run; None where it was not timed, or is this row.
+    """
+    ms, total = spread["ms"], sum(read)
+    floor_ms = total / rate * 1e3
+    return {
+        **_about("decode", name, case, sparse.label if sparse else "dense"),
+        "heads": sparse and sparse.heads,
+        "neurons": sparse and sparse.neurons,
+        **spread,
+        "tokens_per_second": case.batch / ms * 1e3,
+        "weight_bytes": read[0],
+        "kv_bytes": read[1],
+        "gb_s": total / ms / 1e6,
+        "floor_ms": floor_ms,
+        "floor_fraction": floor_ms / ms,
+        "wanted_floor_fraction": sparse.floor if sparse else case.floor,
+        "over_dense": (dense_ms or ms) / ms if dense_ms or sparse is None else None,
+        "wanted_over_dense": sparse and sparse.over_dense,
+    }
+
+
+def error_row(kind: str, name: str, case: Case, policy: str, error: Exception) -> Row:
+    """A policy or prefill that could not be timed, and why."""
+    lines = str(error).splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}"
+    return {**_about(kind, name, case, policy), "ms": None, "error": text}
+
+
+def prefill_row(
+    name: str,
+    case: Case,
+    size: tuple[int, int],
+    spread: dict[str, float],
+    flops: int,
+    device: str,
+) -> Row:
+    """A timed prefill; `flops` as `steps.prefill_flops` counts them."""
+    prompts, tokens = size
+    rate, peak = flops / spread["ms"] / 1e9, PEAK_TFLOPS.get(device)
+    return {
+        **_about("prefill", name, case, f"{prompts}x{tokens}"),
+        **{"batch": prompts, "context": tokens},
+        **spread,
+        "flops": flops,
+        "flops_are": "2 x parameters x tokens (head: last token of each prompt) + "
+        "causal attention, 2 d t (t + 1) for each query head, layer and prompt",
+        "tflop_s": rate,
+        "peak_tflop_s": peak,
+        "of_peak": rate / peak if peak else None,
+        "tokens_per_second": prompts * tokens / spread["ms"] * 1e3,
+    }
+
+
+def transformers_row(
+    name: str,
+    case: Case,
+    mode: str,
+    timed: dict[str, Any],
+    spread: dict[str, float] | None,
+    read: float,
+    rate: float,
+) -> Row:
+    """A mode of `transformers`; without `spread`, the error in `timed`."""
+    about = _about("transformers", name, case, mode)
+    if spread is None:
+        return {**about, "ms": None, "error": timed["error"]}
+    floor_ms = read / rate * 1e3
+    return {
+        **about,
+        **spread,
+        "compile_s": timed["compile_s"],
+        "tokens_per_second": case.batch / spread["ms"] * 1e3,
+        "gb_s": read / spread["ms"] / 1e6,
+        "floor_ms": floor_ms,
+        "floor_fraction": floor_ms / spread["ms"],
+    }
+
+
+def profile_row(name: str, case: Case, policy: str, found: dict[str, Any]) -> Row:
+    """What a profile of one chunk showed."""
+    return {**_about("profile", name, case, policy), **found}
+
+
+def _about(kind: str, name: str, case: Case, policy: str) -> Row:
+    return {
+        **{"kind": kind, "case": name, "model": case.model, "policy": policy},
+        **{"batch": case.batch, "context": case.context},
+    }
+
+
+def line(row: Row) -> str:
+    """A row as one line of text."""
+    start = f"{shown_case(row):44} {row['policy']:28}"
+    if row.get("error"):
+        return f"{start} {row['kind']}: {row['error']}"
+    if row["kind"] == "profile":
+        parts = ", ".join(
+            f"{name} {found['share']:.0%}" for name, found in row["groups"].items()
+        )
+        return (
+            f"{start} profile: step {row['step_us']:.0f} us, gaps "
+            f"{row['gap_share']:.1%} (long ones {row['long_gap_share']:.1%}), "
+            f"{row['kernels']:.0f} kernels ({row['graph_share']:.0%} in graphs), "
+            f"{row['copies']:.1f} copies of {row['copied_bytes']:,.0f} bytes; {parts}"
+        )
+    start += f" {row['ms']:9.3f} ms ({row['ms_min']:.3f} to {row['ms_max']:.3f})"
+    if row["kind"] == "prefill":
+        share = f", {row['of_peak']:.1%} of the peak" if row["of_peak"] else ""
+        return f"{start} prefill, {row['tflop_s']:.1f} TFLOP/s{share}"
+    start += (
+        f", floor {row['floor_ms']:8.3f} ({row['floor_fraction']:5.1%}), "
+        f"{row['tokens_per_second']:8,.0f} tokens/s, {row['gb_s']:,.0f} GB/s"
+    )
+    if row["kind"] == "transformers":
+        return f"{start}, transformers"
+    over = row.get("over_transformers")
+    return (
+        start
+        + (f", {row['over_dense']:.2f}x dense" if row["over_dense"] else "")
+        + (f", {over:.2f}x transformers" if over else "")
+        + f"; trace {row['trace_s']:.1f} s, compile {row['compile_s']:.1f} s"
+    )
+
+
+def best_transformers(rows: Sequence[Row], case: str) -> float | None:
+    """Milliseconds a step of the best mode of `transformers` on a case, if timed."""
+    found = [
+        row["ms"]
+        for row in rows
+        if row["kind"] == "transformers" and row["case"] == case and row["ms"]
+    ]
+    return min(found, default=None)

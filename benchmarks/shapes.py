@@ -1,0 +1,256 @@
+"""Models at their published shapes, with random weights, and the cases to time.
+
+Times depend on shapes and not on what the weights are, so nothing is downloaded.
+"""
+
+import dataclasses
+import functools
+
+import jax
+
+from polarjax import ModelConfig, Params, Rope
+from polarjax.model import weight_shapes
+
+NEURON_RANK = 1024  # of neuron routers, as in the paper
+
+
+def llama(
+    layers: int,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    neurons: int,
+    vocab: int,
+    context: int,
+    theta: float = 1e4,
+) -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        vocab_size=vocab,
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim // heads,
+        neurons=neurons,
+        context=context,
+        norm="rms",
+        norm_eps=1e-5,
+        activation="silu",
+        gated_mlp=True,
+        rope=Rope(theta),
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        tied_embeddings=False,
+        embed_dim=dim,
+    )
+
+
+def opt(layers: int, dim: int, heads: int, vocab: int = 50272) -> ModelConfig:
+    return dataclasses.replace(
+        llama(layers, dim, heads, heads, 4 * dim, vocab, 2048),
+        family="opt",
+        norm="layer",
+        activation="relu",
+        gated_mlp=False,
+        rope=None,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied_embeddings=True,
+    )
+
+
+MODELS = {
+    "opt-6.7b": opt(32, 4096, 32),
+    "opt-30b": opt(48, 7168, 56),
+    "opt-66b": opt(64, 9216, 72),
+    "llama-2-7b": llama(32, 4096, 32, 32, 11008, 32000, 4096),
+    "llama-3.1-8b": llama(32, 4096, 32, 8, 14336, 128256, 131072, 5e5),
+    "llama-3.1-70b": llama(80, 8192, 64, 8, 28672, 128256, 131072, 5e5),
+    "mistral-7b": dataclasses.replace(
+        llama(32, 4096, 32, 8, 14336, 32768, 32768, 1e6), family="mistral"
+    ),
+    "qwen2.5-7b": dataclasses.replace(
+        llama(28, 3584, 28, 4, 18944, 152064, 32768, 1e6),
+        family="qwen2",
+        qkv_bias=True,
+    ),
+}
+TOY_MODELS = {
+    "toy-llama": llama(2, 64, 4, 2, 96, 500, 512),
+    "toy-opt": opt(2, 64, 4, vocab=500),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """One sparse policy, and what is wanted of it on an H100.
+
+    Attributes:
+      heads: fraction of the KV groups read; None for the adapter's own budgets.
+      neurons: fraction of the MLP neurons read; None for all of them (or, without
+        `heads`, the adapter's own).
+      floor: wanted floor / time.
+      over_dense: wanted speedup over our dense.
+    """
+
+    heads: float | None
+    neurons: float | None = None
+    floor: float | None = None
+    over_dense: float | None = None
+
+    @property
+    def label(self) -> str:
+        """How rows call it."""
+        heads = f"heads {self.heads:.3g}" if self.heads else "adapter"
+        return heads + (f", neurons {self.neurons:.3g}" if self.neurons else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, a batch of equally long sequences, and policies beside dense.
+
+    Attributes:
+      model: name in `MODELS`, with ":n" for its layers 1 to n alone; or a checkpoint.
+      batch: sequences.
+      context: tokens in the cache of each at the end of a chunk of steps.
+      sparse: policies.
+      floor: wanted floor / time of the dense one.
+      prefill: (prompts, tokens of each) to time too, if any.
+      transformers: whether `transformers` is timed on it too.
+    """
+
+    model: str
+    batch: int
+    context: int
+    sparse: tuple[Sparsity, ...] = ()
+    floor: float | None = None
+    prefill: tuple[tuple[int, int], ...] = ()
+    transformers: bool = False
+
+
+CASES = {
+    "llama-2-7b-b16": Case(
+        *("llama-2-7b", 16, 2048, (Sparsity(0.5, floor=0.90),), 0.92),
+        transformers=True,
+    ),
+    "llama-2-7b-b28": Case(
+        *("llama-2-7b", 28, 3968),
+        *((Sparsity(0.5, floor=0.91, over_dense=1.55),), 0.93),
+    ),
+    "llama-3.1-8b-b64": Case(
+        *("llama-3.1-8b", 64, 4096),
+        *((Sparsity(5 / 8, floor=0.91), Sparsity(4 / 8, floor=0.90)), 0.93),
+        prefill=((8, 2048),),
+    ),
+    "llama-3.1-8b-b1": Case(
+        "llama-3.1-8b", 1, 2048, (Sparsity(0.5, over_dense=1.0),), 0.85
+    ),
+    "opt-6.7b-b48": Case(
+        *("opt-6.7b", 48, 1920),
+        *((Sparsity(0.5), Sparsity(0.5, 0.58, 0.86, 1.53)), 0.92),
+    ),
+    "opt-66b-layers": Case(
+        "opt-66b:8", 64, 1920, (Sparsity(21 / 72, 0.49, 0.86, 2.1),), 0.93
+    ),
+    "llama-3.1-70b-layers": Case(
+        "llama-3.1-70b:8", 64, 8192, (Sparsity(5 / 8, floor=0.91),), 0.93
+    ),
+    "mistral-7b-b32": Case("mistral-7b", 32, 4096, (Sparsity(0.5, floor=0.89),), 0.92),
+    "qwen2.5-7b-b32": Case("qwen2.5-7b", 32, 4096, (Sparsity(0.5, floor=0.89),), 0.92),
+}
+TOY_CASES = {
+    "toy-llama": Case(
+        *("toy-llama", 2, 128, (Sparsity(0.5),)),
+        prefill=((2, 32),),
+        transformers=True,
+    ),
+    "toy-opt": Case("toy-opt", 2, 128, (Sparsity(0.5, 0.5),)),
+    "toy-layers": Case("toy-opt:1", 2, 128, (Sparsity(0.5, 0.5),)),
+}
+
+
+def parse_model(name: str) -> tuple[ModelConfig, int] | None:
+    """Configuration of a registered model, and how many layers alone; 0 for whole.
+
+    Args:
+      name: such as "opt-6.7b" or "opt-66b:8".
+
+    Returns:
+      None if no such model is registered: it is a checkpoint then.
+
+    Raises:
+      ValueError: if the model has not so many layers beside layer 0.
+    """
+    known, colon, count = name.partition(":")
+    config = {**MODELS, **TOY_MODELS}.get(known)
+    if config is None or not colon:
+        return config and (config, 0)
+    if not count.isdigit() or not 1 <= int(count) < config.layers:
+        raise ValueError(
+            f"{name}: layers 1 to n alone need n from 1 to {config.layers - 1}"
+        )
+    return config, int(count)
+
+
+def layers_alone(config: ModelConfig, count: int) -> ModelConfig:
+    """The configuration of which layers 1 to `count` are timed by themselves.
+
+    Layer 0 is counted, because it is the dense one, but it has no weights here.
+    """
+    return dataclasses.replace(
+        config, layers=count + 1, tied_embeddings=False, final_norm=False
+    )
+
+
+def random_params(
+    config: ModelConfig, dtype, *, head_rank: int = 0, alone: bool = False
+) -> Params:
+    """Weights and routers of the right shapes, made on the device.
+
+    Args:
+      config: of the model.
+      dtype: of everything.
+      head_rank: of the head routers' quadratic form; 0 for none.
+      alone: leave out embedding, layer 0, last norm and head (see `layers_alone`); a
+        token table of one row stays, to say the dtype.
+    """
+    shapes = weight_shapes(config, dtype)
+    if alone:
+        shapes = {f"layers_{i}": shapes[f"layers_{i}"] for i in range(1, config.layers)}
+        shapes["embed"] = {"tokens": jax.ShapeDtypeStruct((1, config.dim), dtype)}
+    weights = draw(shapes, 0)
+    return Params(weights, draw(router_shapes(config, dtype, head_rank), 1), config)
+
+
+def router_shapes(config: ModelConfig, dtype, head_rank: int = 0) -> dict:
+    """Routers of layers 1 and up, as a tree of `jax.ShapeDtypeStruct`."""
+    k, m, f = config.kv_heads, config.dim, config.neurons
+    rank = min(NEURON_RANK, m)
+    shapes: dict = {"heads": {"weight": (k, m), "bias": (k,)}}
+    if head_rank:
+        shapes["heads"] |= {"down": (head_rank, m), "up": (k, head_rank)}
+    if config.activation == "relu":
+        shapes["neurons"] = {"down": (rank, m), "up": (f, rank)}
+    one = {
+        part: {
+            name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in leaves.items()
+        }
+        for part, leaves in shapes.items()
+    }
+    return {f"layers_{i}": one for i in range(1, config.layers)}
+
+
+def draw(shapes: dict, seed: int) -> dict:
+    """Random numbers of such shapes, made on the device."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    return jax.tree.unflatten(tree, [_normal(k, x.shape, x.dtype) for k, x in pairs])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # one program for each shape
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)

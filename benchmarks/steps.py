@@ -1,0 +1,312 @@
+"""Compiled chunks of decode steps, and prefill, run again and again on the same state.
+
+A whole model runs the chunk that `polarjax.generate` compiles. Layers alone are the
+layers 1 to n of a model with nothing before or after them: what they put out,
+normalised, is what they read in the next step. Layer 0, the one whose attention is
+always dense, is not among them.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import Implementation
+from polarjax import ModelConfig, Params, SelectionPolicy
+from polarjax.cache import KVCache
+from polarjax.generation import loop
+from polarjax.generation.loop import Drawn, State
+from polarjax.generation.requests import make_sampling
+from polarjax.generation.stats import kv_rows
+from polarjax.model.layer import Layer
+from polarjax.sparsity.cost import kv_row_bytes, step_weight_bytes
+
+STEPS = 16  # a chunk, as in generate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Where layers alone stand between steps.
+
+    Attributes:
+      cache: of layers 1 to n.
+      x: [b, m], the residual stream that enters the next step.
+    """
+
+    cache: KVCache
+    x: jax.Array
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "steps", "implementation"),
+    donate_argnames=("state",),
+)
+def layers_chunk(
+    weights: Any,
+    policy: SelectionPolicy,
+    state: Stream,
+    *,
+    config: ModelConfig,
+    steps: int,
+    implementation: Implementation | None,
+) -> tuple[Stream, Drawn]:
+    """As `decode_chunk`, of layers 1 to n alone."""
+    rows = policy.score_rows or (0,) * config.layers
+    b = state.x.shape[0]
+    live, zeros = jnp.ones(b, bool), jnp.zeros(b, jnp.int32)
+
+    def step(state: Stream, _) -> tuple[Stream, Drawn]:
+        x, cache = state.x, state.cache
+        keys, values, parts = [], [], None
+        reads = [zeros]  # layer 0 reads nothing: it is not here
+        for i in range(1, config.layers):
+            layer = Layer(config, i, x.dtype, rows[i], implementation)
+            found: Any = layer.apply(
+                {"params": weights[f"layers_{i}"]},
+                *(x, parts, cache.keys[i - 1], cache.values[i - 1], cache.lengths),
+                *(live, policy),
+                method="decode",
+            )
+            x, parts, k, v, read = found
+            keys.append(k)
+            values.append(v)
+            reads.append(read)
+        wide = x.astype(jnp.float32)
+        wide = wide if parts is None else wide + parts.sum(axis=0)
+        norm = jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + 1e-5)
+        cache = KVCache(tuple(keys), tuple(values), cache.lengths + 1)
+        drawn = Drawn(zeros, jnp.zeros(b), live, jnp.stack(reads), cache.lengths)
+        return Stream(cache, (wide * norm).astype(x.dtype)), drawn
+
+    return jax.lax.scan(step, state, length=steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A compiled function of a state, its other arguments given."""
+
+    function: Any
+    before: tuple
+    after: tuple
+    options: dict[str, Any]
+
+    def lower(self, state: Any) -> Any:
+        """Traced and lowered for such a state."""
+        return self.function.lower(*self.before, state, *self.after, **self.options)
+
+    def __call__(self, state: Any) -> tuple[Any, Drawn]:
+        """The next state, and what the steps brought; the old one is donated."""
+        return self.function(*self.before, state, *self.after, **self.options)
+
+
+def make_chunk(
+    params: Params,
+    weights: Any,
+    policy: SelectionPolicy,
+    batch: int,
+    *,
+    alone: bool = False,
+    implementation: Implementation | None = None,
+) -> Chunk:
+    """The chunk of a bound policy, greedy, no token of which ends a request.
+
+    Args:
+      params: the model.
+      weights: bound.
+      policy: bound.
+      batch: b.
+      alone: whether the model is layers alone.
+      implementation: of the kernels.
+    """
+    options = {
+        "config": params.config.architecture,
+        "steps": STEPS,
+        "implementation": implementation,
+    }
+    if alone:
+        return Chunk(layers_chunk, (weights, policy), (), options)
+    after = (
+        jnp.ones(batch, bool),
+        make_sampling(params.config, batch, 0.0, 0, 1.0, 0),
+        jnp.array([-1]),
+    )
+    return Chunk(loop.decode_chunk, (weights, policy), after, options)
+
+
+def make_state(params: Params, batch: int, context: int, alone: bool = False) -> Any:
+    """A cache full of noise, and what else a chunk goes on from.
+
+    Args:
+      params: the model.
+      batch: b.
+      context: positions of the cache.
+      alone: whether the model is layers alone.
+    """
+    config = params.config
+    count = config.layers - 1 if alone else config.layers
+    shape = (config.kv_heads, context, config.head_dim)
+
+    # One sequence after the other: drawing takes several times the bytes of what is
+    # drawn, and beside a cache that fills the device there is no such room.
+    @jax.jit
+    def noise(key: jax.Array) -> jax.Array:
+        def draw(key: jax.Array) -> jax.Array:
+            return jax.random.normal(key, shape, params.dtype)
+
+        return jax.lax.map(draw, jax.random.split(key, batch))
+
+    keys = jax.random.split(jax.random.key(2), 2 * count)
+    cache = KVCache(
+        keys=tuple(map(noise, keys[::2])),
+        values=tuple(map(noise, keys[1::2])),
+        lengths=jnp.zeros(batch, jnp.int32),
+    )
+    if alone:
+        x = jax.random.normal(keys[0], (batch, config.dim), params.dtype)
+        return Stream(cache, x)
+    # Tokens that differ: equal ones would let every sequence choose the same heads.
+    token = jax.random.randint(keys[0], (batch,), 0, config.vocab_size, jnp.int32)
+    live = jnp.ones(batch, bool)
+    return State(cache, token, live, jnp.full(batch, 10**8, jnp.int32))
+
+
+def rewind(state: Any, context: int) -> Any:
+    """The state from which one chunk ends with a full context."""
+    lengths = jnp.full(state.cache.lengths.shape, context - STEPS, jnp.int32)
+    cache = dataclasses.replace(state.cache, lengths=lengths)
+    return dataclasses.replace(state, cache=cache)
+
+
+def times(
+    chunk: Chunk, state: Any, context: int, repeats: int
+) -> tuple[Any, list[float], Drawn]:
+    """Seconds of one step, for each of several warm chunks over the same tokens.
+
+    Returns:
+      The state; the seconds; what the last chunk brought.
+    """
+    drawn, seconds = None, []
+    for _ in range(repeats + 1):  # the first is to warm up
+        state = jax.block_until_ready(rewind(state, context))
+        begin = time.perf_counter()
+        state, drawn = chunk(state)
+        jax.block_until_ready((state, drawn))
+        seconds.append((time.perf_counter() - begin) / STEPS)
+    assert drawn is not None
+    return state, seconds[1:], drawn
+
+
+def step_bytes(
+    params: Params, weights: Any, policy: SelectionPolicy, drawn: Drawn
+) -> tuple[int, float]:
+    """Bytes of weights, and of keys and values, that one step must read.
+
+    Args:
+      params: the model.
+      weights: bound.
+      policy: bound.
+      drawn: what a chunk brought.
+    """
+    config = params.config
+    rows = kv_rows(drawn, config)[0] / STEPS
+    kv = rows * kv_row_bytes(config, params.dtype)
+    return step_weight_bytes(weights, config, policy), kv
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median and range in milliseconds, as rows hold them."""
+    return {
+        "ms": statistics.median(seconds) * 1e3,
+        "ms_min": min(seconds) * 1e3,
+        "ms_max": max(seconds) * 1e3,
+        "repeats": len(seconds),
+    }
+
+
+def timed_compile(lower: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """A compiled program, and the seconds that tracing and compiling it took."""
+    begin = time.perf_counter()
+    lowered = lower()
+    traced = time.perf_counter()
+    compiled = lowered.compile()  # kept: the call finds it
+    return compiled, {
+        "trace_s": traced - begin,
+        "compile_s": time.perf_counter() - traced,
+    }
+
+
+def prefill_times(
+    params: Params,
+    prompts: int,
+    tokens: int,
+    repeats: int,
+    implementation: Implementation | None = None,
+) -> tuple[list[float], dict[str, float]]:
+    """Seconds of reading prompts, first token of each drawn, and those of compiling.
+
+    Args:
+      params: the model.
+      prompts: b.
+      tokens: of each.
+      repeats: warm calls.
+      implementation: of the kernels.
+    """
+    config = params.config
+    key = jax.random.key(3)
+    ids = jax.random.randint(key, (prompts, tokens), 0, config.vocab_size)
+    known = {"trace_s": 0.0, "compile_s": 0.0}
+
+    def compiled(function: Any, *args: Any, **kwargs: Any) -> Any:
+        _, found = timed_compile(lambda: function.lower(*args, **kwargs))
+        for name, each in found.items():
+            known[name] += each
+        return function(*args, **kwargs)
+
+    def plain(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    def read(call: Callable[..., Any] = plain) -> None:
+        drawn = loop.read_prompts(
+            *(params.weights, prompts_read, jnp.full(prompts, 10**8, jnp.int32)),
+            *(make_sampling(config, prompts, 0.0, 0, 1.0, 0), jnp.array([-1])),
+            config=config.architecture,
+            capacity=tokens,
+            implementation=implementation,
+            call=call,
+        )
+        jax.block_until_ready(drawn)
+
+    prompts_read = np.asarray(ids).tolist()
+    read(compiled)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        read()
+        seconds.append(time.perf_counter() - begin)
+    return seconds, known
+
+
+def prefill_flops(config: ModelConfig, prompts: int, tokens: int) -> int:
+    """2 x parameters x tokens, and what causal attention needs beside.
+
+    Parameters are the matrices of the layers, which every token meets, but for those
+    of the last layer behind its keys and values, and the head, which the last token of
+    each prompt meets. Attention is 2 products of 2 d t (t + 1) / 2 for each query head
+    and layer.
+    """
+    m, d, f = config.dim, config.head_dim, config.neurons
+    attention = (config.heads + 2 * config.kv_heads) * d * m + config.heads * d * m
+    layer = attention + (3 if config.gated_mlp else 2) * f * m
+    behind = layer - (config.heads + 2 * config.kv_heads) * d * m
+    products = 2 * layer * config.layers * tokens + 2 * config.vocab_size * m
+    products -= 2 * behind * (tokens - 1)
+    causal = 2 * d * tokens * (tokens + 1) * config.heads * config.layers
+    return prompts * (products + causal)

@@ -1,0 +1,394 @@
+"""`polarjax bench` at toy size, and what it makes of events that are made up."""
+
+import argparse
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import polarjax
+from benchmarks import (
+    against_transformers,
+    arguments,
+    decode,
+    plots,
+    profiling,
+    readme,
+    rows,
+    shapes,
+    steps,
+)
+from polarjax import cli
+from polarjax.cache import KVCache
+from polarjax.model import weight_shapes
+from polarjax.model.decoder import Layer
+from polarjax.sparsity.cost import step_weight_bytes
+from tests.models import LLAMA, random_params, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The file of two toy runs, the second of which adds a case to the first's."""
+    path = tmp_path_factory.mktemp("bench") / "toy.json"
+    common = ["--toy", "--no-torch", "--out", str(path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "read_bandwidth", lambda device: 1e10)
+        first = ["--cases", "toy-llama", "--repeats", "2", "--profile"]
+        assert cli.main(["bench", *first, *common]) == 0
+        assert cli.main(["bench", "--cases", "toy-layers", *common]) == 0
+    return path
+
+
+def test_a_file_holds_every_row_and_where_it_comes_from(results):
+    report = rows.read(results)
+    assert [run["r_gb_s"] for run in report["runs"]] == [10, 10]
+    for run in report["runs"]:
+        assert {"device", "commit", "command", "date", "jax"} <= run.keys()
+    found = [(r["kind"], r["case"], r["policy"], r["run"]) for r in report["rows"]]
+    assert found == [
+        ("decode", "toy-llama", "dense", 0),
+        ("profile", "toy-llama", "dense", 0),
+        ("decode", "toy-llama", "heads 0.5", 0),
+        ("profile", "toy-llama", "heads 0.5", 0),
+        ("prefill", "toy-llama", "2x32", 0),
+        ("decode", "toy-layers", "dense", 1),
+        ("decode", "toy-layers", "heads 0.5, neurons 0.5", 1),
+    ]
+    timed = {r["case"] + " " + r["policy"]: r for r in report["rows"] if "ms" in r}
+    for row in timed.values():
+        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+        assert row["repeats"] == (2 if row["run"] == 0 else 5)
+        assert row["trace_s"] > 0 and row["compile_s"] > 0
+    dense, half = timed["toy-llama dense"], timed["toy-llama heads 0.5"]
+    config = shapes.TOY_MODELS["toy-llama"]
+    # 16 steps see 113 to 128 tokens; layer 0 reads both of its groups, layer 1 one.
+    token = 2 * config.head_dim * 4
+    assert dense["kv_bytes"] == 2 * 120.5 * 4 * token
+    assert half["kv_bytes"] == 2 * 120.5 * 3 * token
+    leaves = jax.tree.leaves(weight_shapes(config))
+    table = config.vocab_size * config.dim
+    assert dense["weight_bytes"] == 4 * (sum(x.size for x in leaves) - table)
+    router = 2 * config.dim + 2  # rows, and a bias for each row of the matrix
+    bias = (config.heads + 2 * config.kv_heads) * config.head_dim
+    assert half["weight_bytes"] == dense["weight_bytes"] + 4 * (router + bias)
+    floor = (half["weight_bytes"] + half["kv_bytes"]) / 1e10
+    assert half["floor_ms"] == pytest.approx(floor * 1e3)
+    assert half["floor_fraction"] == pytest.approx(half["floor_ms"] / half["ms"])
+    assert half["over_dense"] == pytest.approx(dense["ms"] / half["ms"])
+    assert half["tokens_per_second"] == pytest.approx(2e3 / half["ms"])
+    alone = timed["toy-layers dense"]
+    assert alone["kv_bytes"] == 2 * 120.5 * 4 * token  # one layer, four groups
+    one = weight_shapes(shapes.TOY_MODELS["toy-opt"])["layers_1"]
+    assert alone["weight_bytes"] == 4 * sum(x.size for x in jax.tree.leaves(one))
+
+
+def test_a_row_measured_again_takes_the_place_of_the_old_one(results, tmp_path):
+    path = tmp_path / "again.json"
+    path.write_bytes(results.read_bytes())
+    again = rows.Rows({"device": "x"}, path)
+    [old] = [r for r in rows.read(path)["rows"] if r["policy"] == "2x32"]
+    again.add({**old, "run": 2, "tflop_s": 7.0})
+    report = rows.read(path)
+    assert len(report["rows"]) == 7 and report["rows"][-1]["tflop_s"] == 7
+    assert again.own == report["rows"][-1:]
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="no file of `polarjax bench`"):
+        rows.read(path)
+
+
+def test_the_readmes_table(results, tmp_path):
+    report = rows.read(results)
+    report["rows"][1] |= {"error": "", **profiling.summarise(EVENTS, 2, PLACES)}
+    for policy in ("eager", "static"):
+        row = {**report["rows"][0], "kind": "transformers", "policy": policy}
+        report["rows"].append(row)
+    report["rows"][-1] |= {"ms": None, "error": "no room"}
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(report))
+    text = readme.decode_table(path)
+    dense = report["rows"][0]
+    assert f"| toy-llama b 2 s 128 | dense | 1 | {dense['ms']:.2f} (" in text
+    assert "| toy-opt layers 1-1 alone b 2 s 128 | dense | 2 |" in text
+    assert "| `transformers`, static | 1 | no room |" in text
+    assert "Prefill of 2 x 32 tokens, toy-llama:" in text
+    assert "attention 75.0%" in text and "polarjax" in text
+
+
+def test_plots(results, tmp_path):
+    report = rows.read(results)
+    whole = [row for row in report["rows"] if row["case"] == "toy-llama"]
+    for batch, context in ((4, 128), (2, 256)):
+        report["rows"] += [{**r, "batch": batch, "context": context} for r in whole]
+    report["rows"][1] |= profiling.summarise(EVENTS, 2, PLACES)
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(report))
+    if importlib.util.find_spec("matplotlib") is None:
+        with pytest.raises(ImportError, match=r"polarjax\[plot\]"):
+            plots.draw(path)
+        return
+    drawn = plots.draw(path)
+    assert [p.name for p in drawn] == [
+        *("x-throughput.svg", "x-latency.svg", "x-breakdown.svg")
+    ]
+    first = [p.read_bytes() for p in drawn]
+    assert [p.read_bytes() for p in plots.draw(path)] == first
+    assert plots.draw(results) == []  # one batch, one context, no profile
+
+
+def test_layers_alone_compute_what_the_layers_compute():
+    config = shapes.layers_alone(LLAMA, 2)
+    params = shapes.random_params(config, jnp.float32, alone=True)
+    assert "layers_0" not in params.weights and params.config.layers == 3
+    weights, bound = polarjax.Polar(0.5).bind(params, 2)
+    chunk = steps.make_chunk(params, weights, bound, 2, alone=True)
+    state = steps.rewind(steps.make_state(params, 2, 32, alone=True), 32)
+
+    @jax.jit
+    def step(x, cache):
+        keys, values, parts = list(cache.keys), list(cache.values), None
+        for i in (1, 2):
+            layer = Layer(config, i, jnp.float32, bound.score_rows[i])
+            x, parts, keys[i - 1], values[i - 1], read = layer.apply(
+                {"params": weights[f"layers_{i}"]},
+                *(x, parts, keys[i - 1], values[i - 1], cache.lengths),
+                *(jnp.ones(2, bool), bound),
+                method="decode",
+            )
+        x = x + parts.sum(axis=0)
+        x = x / jnp.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-5)
+        return x, KVCache(tuple(keys), tuple(values), cache.lengths + 1), read
+
+    x, cache = state.x, state.cache
+    for _ in range(steps.STEPS):
+        x, cache, read = step(x, cache)
+        assert read.tolist() == [2, 2]  # of 4: no layer of these is dense
+    state, drawn = chunk(state)
+    np.testing.assert_allclose(state.x, x, atol=1e-4)
+    np.testing.assert_allclose(state.cache.keys[1], cache.keys[1], atol=1e-4)
+    assert drawn.visible[-1].tolist() == [32, 32]
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    counted = step_weight_bytes(weights, config, bound)
+    assert counted == whole - 4 * config.dim  # all but the row that says the dtype
+
+
+def test_flops_of_a_prefill_are_counted_as_they_are_said_to_be():
+    config = shapes.MODELS["llama-3.1-8b"]
+    flops = steps.prefill_flops(config, 8, 2048)
+    leaves = weight_shapes(config)
+    layer = sum(x.size for x in jax.tree.leaves(leaves["layers_0"]) if len(x.shape) > 1)
+    head = config.vocab_size * config.dim
+    causal = sum(2 * 2 * 128 * (i + 1) for i in range(2048)) * 32 * 32
+    # Behind its keys and values the last layer serves the last token alone.
+    behind = layer - config.dim * (32 + 2 * 8) * 128
+    products = 32 * layer * 2048 - behind * 2047 + head
+    assert flops == 8 * (2 * products + causal)
+    row = rows.prefill_row(
+        *("x", shapes.CASES["llama-3.1-8b-b64"], (8, 2048)),
+        *(steps.spread([0.5, 0.6, 0.7]), flops, "NVIDIA H200"),
+    )
+    assert row["ms"] == 600 and (row["ms_min"], row["ms_max"]) == (500, 700)
+    assert row["tflop_s"] == pytest.approx(flops / 0.6e12)
+    assert row["of_peak"] == pytest.approx(row["tflop_s"] / 989.5)
+
+
+def test_the_shapes_are_those_that_were_published():
+    billions = {
+        "opt-6.7b": 6.66,
+        "opt-30b": 29.97,
+        "opt-66b": 65.72,
+        "llama-2-7b": 6.74,
+        "llama-3.1-8b": 8.03,
+        "llama-3.1-70b": 70.55,
+        "mistral-7b": 7.25,
+        "qwen2.5-7b": 7.62,
+    }
+    for name, config in shapes.MODELS.items():
+        total = sum(leaf.size for leaf in jax.tree.leaves(weight_shapes(config)))
+        assert total / 1e9 == pytest.approx(billions[name], abs=0.006), name
+    assert set(billions) == set(shapes.MODELS)
+    for case in shapes.CASES.values():
+        assert shapes.parse_model(case.model)
+
+
+def options(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    arguments.add_arguments(parser.add_argument)
+    return parser.parse_args(argv)
+
+
+def test_lists_become_cases():
+    args = options(
+        *("--models", "opt-6.7b", "opt-66b:8", "--batches", "1", "16"),
+        *("--contexts", "512", "--densities", "1/2", "--neuron-densities", "0.3"),
+    )
+    cases = arguments.chosen_cases(args)
+    assert list(cases) == [
+        *("opt-6.7b-b1-s512", "opt-6.7b-b16-s512"),
+        *("opt-66b:8-b1-s512", "opt-66b:8-b16-s512"),
+    ]
+    labels = [sparse.label for sparse in cases["opt-6.7b-b1-s512"].sparse]
+    assert labels == ["heads 0.5", "heads 0.5, neurons 0.3"]
+    arguments.check(cases)
+    assert list(arguments.chosen_cases(options())) == list(shapes.CASES)
+    layers = arguments.chosen_cases(options("--models", "opt-30b", "--layers", "4"))
+    assert layers["opt-30b:4-b16-s2048"].model == "opt-30b:4"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batches", "2"], "--batches goes with --models"),
+        (["--cases", "toy-opt", "--models", "opt-30b"], "either --cases or --models"),
+        (["--models", "opt-66b:64"], "n from 1 to 63"),
+        (["--models", "opt-66b", "--contexts", "4096"], "is 2048 tokens"),
+        (["--models", "mistral-7b", "--neuron-densities", "0.5"], "no ReLU"),
+        (["--models", "mistral-7b", "--adapter", "a"], "--adapter goes with a"),
+        (["--models", "folder", "--layers", "2"], "not folder"),
+        (["--models", "opt-30b", "--contexts", "16"], "above 16"),
+        (["--models", "opt-30b", "--densities", "1.5"], "above 0 and at most 1"),
+        (["--toy", "--repeats", "0"], "--repeats must be positive"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(argv, message, capsys):
+    assert cli.main(["bench", *argv]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_checkpoint_without_an_adapter_gets_routers_by_chance(tmp_path):
+    write_checkpoint(tmp_path / "model", random_params(LLAMA, 0, routers=False))
+    found = decode.load_model(str(tmp_path / "model"), None, jnp.bfloat16, 4)
+    assert found.dtype == jnp.bfloat16 and "layers_0" not in found.routers
+    _, bound = polarjax.Polar(0.5).bind(found, 2)
+    assert bound.budget.limits[1] == 2 and 1 in bound.head_routers
+
+
+def test_what_does_not_fit_the_device_is_a_row(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nmore")
+
+    monkeypatch.setattr(decode.steps, "make_state", refuse)
+    kept = rows.Rows({"r_gb_s": 1.0, "device": "x"}, tmp_path / "x.json")
+    case = shapes.Case("toy-llama", 2, 128, (shapes.Sparsity(0.5),))
+    params = shapes.random_params(shapes.TOY_MODELS["toy-llama"], jnp.float32)
+    decode.run_case("toy", case, params, options("--no-torch"), kept)
+    assert [row["policy"] for row in kept.own] == ["dense", "heads 0.5"]
+    assert all(
+        r["error"] == "JaxRuntimeError: RESOURCE_EXHAUSTED: no room" for r in kept.own
+    )
+
+
+PLACES = {"custom.1": "while/body/layers_1.decode/attention.decode/attention.project/x"}
+EVENTS = [
+    profiling.Event("_attend_group", 1000.0, 30_000.0, graph=True),
+    profiling.Event("_attend_group", 31_500.0, 30_000.0, graph=True),  # 500 ns later
+    profiling.Event("nvjet_tst", 61_500.0, 10_000.0, "custom.1", graph=True),
+    profiling.Event("other", 66_500.0, 2_000.0),  # beside the one before
+    profiling.Event("MemcpyD2D", 80_000.0, 8_000.0, copied=4096),  # 8.5 us later
+]
+
+
+def test_events_become_a_summary():
+    found = profiling.summarise(EVENTS, 2, PLACES)
+    assert found["step_us"] == pytest.approx(87 / 2)
+    assert found["busy_us"] == pytest.approx(78 / 2)
+    assert found["gap_share"] == pytest.approx(9 / 87)
+    assert found["long_gap_share"] == pytest.approx(8.5 / 87)
+    assert found["largest_gap_us"] == pytest.approx(8.5)
+    assert (found["kernels"], found["graph_share"]) == (2, 0.75)
+    assert (found["copies"], found["copied_bytes"]) == (0.5, 2048)
+    shares = {name: part["share"] for name, part in found["groups"].items()}
+    assert shares == pytest.approx(
+        {"attention": 60 / 80, "qkv": 10 / 80, "rest": 2 / 80, "copies": 8 / 80}
+    )
+    first = found["top"][0]
+    assert (first["name"], first["calls"], first["us"]) == ("_attend_group", 1, 30)
+
+
+def test_a_kernel_is_told_by_its_place_in_the_program():
+    config = shapes.TOY_MODELS["toy-opt"]
+    params = shapes.random_params(config, jnp.float32)
+    weights, bound = polarjax.Polar(0.5, 0.5).bind(params, 2)
+    chunk = steps.make_chunk(params, weights, bound, 2)
+    state = steps.rewind(steps.make_state(params, 2, 32), 32)
+    places = profiling.op_names(chunk.lower(state).compile().as_text())
+    groups = {
+        profiling.group(profiling.Event("kernel", 0, 1, op), places) for op in places
+    }
+    assert groups >= {"selection", "attention", "qkv", "out", "mlp", "head", "rest"}
+
+
+def test_copies_of_a_cache_are_seen_in_the_program():
+    text = """
+  %copy.3 = bf16[2,4,64,16]{3,2,1,0} copy(%param.1)
+  %c = (bf16[2,4,64,16]{3,2,1,0}, bf16[2,4,64,16], u32[]) copy-start(%param.1)
+  %copy.5 = bf16[2,4,64]{2,1,0} copy(%param.2)
+  ROOT %f = bf16[2,4,64,16]{3,2,1,0} fusion(%copy.3), calls=%x
+"""
+    assert profiling.cache_copies(text, (2, 4, 64, 16)) == 2
+
+
+@pytest.mark.slow
+def test_transformers_is_timed_in_both_modes():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    found = against_transformers.transformers_times("toy-llama", 2, 128, toy=True)
+    assert not found["error"] and found["transformers"]
+    assert list(found["modes"]) == ["eager", "static cache, torch.compile"]
+    for timed in found["modes"].values():
+        assert len(timed["step_ms"]) == 5 and min(timed["step_ms"]) > 0
+        assert timed["visible"] == 88.5
+
+
+def test_rows_of_transformers(tmp_path, monkeypatch):
+    config = shapes.TOY_MODELS["toy-llama"]
+    timed = {
+        "error": "",
+        "modes": {
+            "eager": {"step_ms": [4.0, 2.0, 3.0], "visible": 100, "compile_s": 1.0},
+            "static": {"error": "no room"},
+        },
+    }
+    kept = rows.Rows({"r_gb_s": 1.0, "device": "x", "dtype": "float32"}, None)
+    case = shapes.TOY_CASES["toy-llama"]
+    decode.against_transformers("toy-llama", case, timed, kept)
+    eager, static = kept.own
+    leaves = jax.tree.leaves(weight_shapes(config))
+    weights = 4 * (sum(x.size for x in leaves) - config.vocab_size * config.dim)
+    kv = 2 * 100 * config.layers * config.kv_heads * 2 * config.head_dim * 4
+    assert eager["floor_ms"] == pytest.approx((weights + kv) / 1e6)
+    assert (eager["ms"], eager["tokens_per_second"]) == (3.0, pytest.approx(2e3 / 3))
+    assert static["error"] == "no room"
+    assert rows.best_transformers(kept.own, "toy-llama") == 3.0
+    monkeypatch.setattr(against_transformers, "find_spec", lambda name: None)
+    missing = against_transformers.transformers_times("toy-llama", 2, 128)
+    assert missing["error"] == "torch and transformers not installed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["opt-66b-layers", "llama-3.1-70b-layers"])
+def test_layers_alone_lower_for_a_gpu(name):
+    case = shapes.CASES[name]
+    config = shapes.layers_alone(*shapes.parse_model(case.model))
+    [sparse] = case.sparse
+
+    def bound():
+        params = shapes.random_params(config, jnp.bfloat16, alone=True)
+        policy = polarjax.Polar(sparse.heads, sparse.neurons)
+        state = steps.make_state(params, case.batch, case.context, alone=True)
+        return *policy.bind(params, case.batch), state
+
+    device = AbstractDevice("NVIDIA H100", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = steps.layers_chunk.trace(
+            *jax.eval_shape(bound),
+            config=config,
+            steps=steps.STEPS,
+            implementation="triton",
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton") >= 8  # attention alone
