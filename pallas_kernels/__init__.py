@@ -5,12 +5,14 @@
 `gathered_mlp` the weight rows of the batch's selected neurons; `top_heads` and
 `union_neurons` turn router scores into those selections. Nothing here knows of
 models: arrays in, arrays out. `product` is the matrix product of the dense model;
-`partial_product`, `partial_mlp` and `add_norm` are what a decode step makes of it.
+`partial_product`, `split_heads`, `partial_mlp` and `add_norm` are what a decode step
+makes of it.
 """
 
 from pallas_kernels._backend import Implementation, gathering, resolve, traced_gpu
 from pallas_kernels._dot import product
 from pallas_kernels.attention import append_and_attend, select_head_attention
+from pallas_kernels.heads import rotate, split_heads
 from pallas_kernels.mlp import (
     gathered_mlp,
     masked_mlp,
@@ -32,7 +34,9 @@ __all__ = [
     "partial_product",
     "product",
     "resolve",
+    "rotate",
     "select_head_attention",
+    "split_heads",
     "top_heads",
     "traced_gpu",
     "union_neurons",

@@ -35,6 +35,10 @@ FLOORS = {
         pallas_kernels.mlp.triton
         pallas_kernels.mlp.api
         pallas_kernels.mlp
+        pallas_kernels.heads.reference
+        pallas_kernels.heads.triton
+        pallas_kernels.heads.api
+        pallas_kernels.heads
         pallas_kernels.norm.reference
         pallas_kernels.norm.triton
         pallas_kernels.norm.api

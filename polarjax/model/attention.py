@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,15 @@ from pallas_kernels import (
     append_and_attend,
     gathering,
     partial_product,
+    rotate,
     select_head_attention,
+    split_heads,
 )
 from polarjax.config import ModelConfig
 from polarjax.model.causal import causal_attention
 from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
-from polarjax.model.positions import rotate
+from polarjax.model.positions import angles
 from polarjax.policy import SelectionPolicy, groups_read
 
 
@@ -92,29 +93,60 @@ class Attention(nn.Module):
         Returns:
           q [b, t, h, d]; k and v [b, t, k, d]; scores float32[b, t, r] or None.
         """
+        c, (b, t, _) = self.config, u.shape
         # Scores stay as exact as they are summed.
         dtype = jnp.float32 if self.score_rows else u.dtype
         y = linear(u, self.qkv, self._qkv_bias(), dtype)
-        return self._split(y, positions, u.dtype)
-
-    def _qkv_bias(self) -> jax.Array | None:
-        return self.qkv_bias if self.config.qkv_bias or self.score_rows else None
-
-    def _split(self, y: jax.Array, positions: jax.Array, dtype: Any) -> tuple[Any, ...]:
-        c, (b, t, _) = self.config, y.shape
         end_q = c.heads * c.head_dim
         end_k = end_q + c.kv_heads * c.head_dim
         end_v = end_k + c.kv_heads * c.head_dim
         q, k, v = (
-            part.astype(dtype).reshape(b, t, -1, c.head_dim)
+            part.astype(u.dtype).reshape(b, t, -1, c.head_dim)
             for part in (y[..., :end_q], y[..., end_q:end_k], y[..., end_k:end_v])
         )
         scores = y[..., end_v:] if self.score_rows else None
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope := c.rope_of(self.layer):
-            q, k = rotate(q, positions, rope), rotate(k, positions, rope)
+            cos, sin = (x[:, :, None] for x in angles(positions, rope, c.head_dim))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q, k, v, scores
+
+    def project_one(
+        self, u: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """As `project`, of one token of each sequence.
+
+        Args:
+          u: [b, m].
+          positions: int32[b].
+
+        Returns:
+          q [b, h, d]; k and v [b, k, d]; scores float32[b, r] or None.
+        """
+        c, kernel = self.config, gathering(self.implementation)
+        parts = partial_product(u, self.qkv, self._qkv_bias(), implementation=kernel)
+        rope = c.rope_of(self.layer)
+        turn = angles(positions, rope, c.head_dim) if rope else (None, None)
+        split = functools.partial(
+            split_heads,
+            heads=c.heads,
+            kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            dtype=u.dtype,
+            implementation=kernel,
+        )
+        if not c.qk_norm:
+            return split(parts, *turn)
+        q, k, v, scores = split(parts, None, None)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope:
+            cos, sin = (x[:, None] for x in angles(positions, rope, c.head_dim))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v, scores
+
+    def _qkv_bias(self) -> jax.Array | None:
+        return self.qkv_bias if self.config.qkv_bias or self.score_rows else None
 
     def output(self, o: jax.Array) -> jax.Array:
         """Head outputs [..., h, d] to the residual stream [..., m]."""
@@ -219,13 +251,8 @@ class Attention(nn.Module):
           None; int32[b], the number of KV groups read.
         """
         c, b = self.config, u.shape[0]
-        y = partial_product(
-            *(u, self.qkv, self._qkv_bias()),
-            implementation=gathering(self.implementation),
-        ).sum(axis=0)
-        q, k, v, scores = self._split(y[:, None], lengths[:, None], u.dtype)
-        q, scores = q[:, 0], None if scores is None else scores[:, 0]
-        k, v = k[:, 0].astype(keys.dtype), v[:, 0].astype(values.dtype)
+        q, k, v, scores = self.project_one(u, lengths)
+        k, v = k.astype(keys.dtype), v.astype(values.dtype)
         # Finished rows may be full: they read and write nothing.
         visible = jnp.where(live, lengths + 1, 0)
         options = {

@@ -59,20 +59,18 @@ def _dimension(rope: Rope, head_dim: int, turns: float) -> float:
     return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
 
-def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
-    """Rotary position embedding; dimension i pairs with i + d / 2.
+def angles(
+    positions: jax.Array, rope: Rope, head_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """What queries and keys are rotated by; see `pallas_kernels.rotate`.
 
     Args:
-      x: [b, t, heads, d], queries or keys.
-      positions: int32[b, t], from 0.
+      positions: int32[...], from 0.
       rope: base and scaling.
+      head_dim: d.
 
     Returns:
-      Like x.
+      Cosine and sine, times the rope's scale, float32[..., d / 2].
     """
-    angle = positions[..., None, None] * frequencies(rope, x.shape[-1])
-    # [b, t, 1, d / 2]
-    cos, sin = rope.scale * jnp.cos(angle), rope.scale * jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    angle = positions[..., None] * frequencies(rope, head_dim)
+    return rope.scale * jnp.cos(angle), rope.scale * jnp.sin(angle)

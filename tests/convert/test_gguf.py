@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 import polarjax
 from convert import ConversionError, convert
 from convert.readers import gguf as reader
-from polarjax.model.positions import rotate
+from pallas_kernels import rotate
+from polarjax.model.positions import angles
 from polarjax.params import read_folder
 from tests.convert.checkpoints import (
     LLAMA,
@@ -213,8 +214,8 @@ def test_rope_scaling(fields, kind, tmp_path):
     assert rope is not None and rope.kind == kind
     expected = rotation(fields, LLAMA["rope_theta"], LLAMA["max_position_embeddings"])
     # One in the first of each pair shows the cosine there, the sine in the second.
-    ones = jnp.concatenate([jnp.ones((1, 64, 1, 4)), jnp.zeros((1, 64, 1, 4))], -1)
-    turned = np.asarray(rotate(ones, jnp.arange(64)[None], rope))[0, :, 0]
+    ones = jnp.concatenate([jnp.ones((64, 4)), jnp.zeros((64, 4))], -1)
+    turned = np.asarray(rotate(ones, *angles(jnp.arange(64), rope, 8)))
     found = turned[:, :4] + 1j * turned[:, 4:]
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 

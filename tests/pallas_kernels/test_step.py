@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import add_norm, gathered_mlp, partial_mlp, partial_product
+from pallas_kernels import (
+    add_norm,
+    gathered_mlp,
+    partial_mlp,
+    partial_product,
+    split_heads,
+)
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
@@ -92,18 +98,65 @@ def test_bad_arguments_are_named():
 
 
 @pytest.mark.parametrize(
-    ("b", "m", "n"), [(64, 4096, 6152), (16, 4096, 12288), (1, 9216, 9216)]
+    ("b", "m", "n"), [(64, 4096, 6152), (16, 4096, 12288), (1, 9216, 27648)]
 )
 def test_real_shapes_lower_for_cuda(b, m, n, lower_for_cuda):
     spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
 
     def step(x, rows, out, scale):
-        y = partial_product(x, rows, implementation="triton").sum(axis=0)
-        y = y[:, :m].astype(x.dtype)
-        parts = partial_product(y, out, axis=0, implementation="triton")
+        parts = partial_product(x, rows, implementation="triton")
+        sizes = {"heads": m // 128, "kv_heads": (n - m) // 256, "head_dim": 128}
+        turn = jnp.ones((2, b, 64))
+        q, *_ = split_heads(
+            *(parts, *turn), dtype=x.dtype, implementation="triton", **sizes
+        )
+        q = q.reshape(b, m)
+        parts = partial_product(q, out, axis=0, implementation="triton")
         return add_norm(
             x, parts, scale, center=False, eps=1e-5, implementation="triton"
         )
 
     text = lower_for_cuda(step, spec((b, m)), spec((n, m)), spec((m, m)), spec((m,)))
-    assert text.count("__gpu$xla.gpu.triton") == 3
+    assert text.count("__gpu$xla.gpu.triton") == 4
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("h", "k", "d", "rest", "turns"),
+    [
+        (4, 2, 16, 0, True),
+        (9, 3, 64, 5, True),
+        (5, 5, 80, 700, False),
+        (1, 1, 2, 1, True),
+    ],
+)
+def test_heads_are_added_up_rotated_and_split(
+    h, k, d, rest, turns, dtype, implementation
+):
+    b, p = 3, 2
+    parts = draw(p, b, (h + 2 * k) * d + rest)
+    angle = draw(b, d // 2, seed=1)
+    turn = (jnp.cos(angle), jnp.sin(angle)) if turns else (None, None)
+    split = functools.partial(
+        split_heads,
+        heads=h,
+        kv_heads=k,
+        head_dim=d,
+        dtype=dtype,
+        implementation=implementation,
+    )
+    *found, others = jax.jit(split)(parts, *turn)
+    y = np.asarray(parts, np.float64).sum(axis=0)
+    # As complex numbers: dimension i is the real part of that with i + d / 2.
+    z = np.exp(1j * np.asarray(angle, np.float64))[:, None] if turns else 1
+    start = 0
+    for out, (n, factor) in zip(found, ((h, z), (k, z), (k, 1)), strict=True):
+        whole = y[:, start : start + n * d].reshape(b, n, d)
+        pairs = (whole[..., : d // 2] + 1j * whole[..., d // 2 :]) * factor
+        check(out, np.concatenate([pairs.real, pairs.imag], axis=-1), dtype)
+        assert out.dtype == dtype
+        start += n * d
+    if rest:
+        check(others, y[:, start:], "float32")
+    else:
+        assert others is None
