@@ -18,7 +18,8 @@ CHECKPOINT := checkpoints/smollm2-135m
 # Compiled programs are kept: a second run need not compile.
 demo: $(CHECKPOINT)/config.json  ## dense and sparse continuations side by side
 	JAX_COMPILATION_CACHE_DIR=.cache/xla \
-		$(BIN)/polarjax demo $(CHECKPOINT) --adapter smollm2-135m
+		$(BIN)/polarjax demo $(CHECKPOINT) \
+		--adapter smollm2-135m-1pct smollm2-135m
 
 test: $(VENV)/test.done model  ## the whole fast suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
