@@ -16,7 +16,7 @@ CHECKPOINT := checkpoints/smollm2-135m
 .DELETE_ON_ERROR:
 
 demo: $(CHECKPOINT)/config.json  ## dense and sparse continuations side by side
-	$(BIN)/polarjax demo $(CHECKPOINT) --adapter smollm2-135m
+	$(BIN)/polarjax demo $(CHECKPOINT) --adapter smollm2-135m-1pct smollm2-135m
 
 test: $(VENV)/test.done model  ## the whole fast suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -13,19 +13,19 @@ from benchmarks.rows import read as read_rows
 from benchmarks.rows import shown_case
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ADAPTER = Path(polarjax.__file__).parent / "adapters" / "smollm2-135m"
+ADAPTERS = Path(polarjax.__file__).parent / "adapters"
 
 
-def adapter_table(card: dict) -> str:
-    """What the card of an adapter says of its recall and perplexity."""
-    texts = ", ".join(f"{text['name']} {text['weight']:.0%}" for text in card["texts"])
+def adapter_table(name: str) -> str:
+    """What the card of a recovered adapter says of its recall and perplexity."""
+    card = _card(name)
     lines = [
-        f"`polarjax/adapters/{ADAPTER.name}`: {card['budgets'][1]} of "
+        f"`polarjax/adapters/{name}`: {card['budgets'][1]} of "
         f"{card['kv_heads']} KV groups from layer 1 on; {card['parameters']:,} numbers "
         "of routers and low-rank updates, which `polarjax recover` learned in "
         f"{card['training_seconds']:.0f} s on one {card['made']['device']} from "
-        f"{card['tokens']:,} tokens ({texts}). On held-out text of the same kinds, "
-        "every position masked:",
+        f"{card['tokens']:,} tokens ({_texts(card)}). On held-out text of the same "
+        "kinds, every position masked:",
         "",
         "| text | dense perplexity | Oracle / dense | Polar / dense | Random / dense "
         "| recall (chance) |",
@@ -43,6 +43,37 @@ def adapter_table(card: dict) -> str:
             + f" | {recall['routers']:.3f} ({recall['chance']:.3f}) |"
         )
     return "\n".join(lines)
+
+
+def contract_table(name: str) -> str:
+    """What the card of an adapter promises, and the test that it rests on."""
+    card = _card(name)
+    contract = card["contract"]
+    kept = [setting for setting in contract["tested"] if setting["passed"]][-1]
+    [tokens] = {found["tokens"] for found in kept["domains"].values()}
+    lines = [
+        f"`polarjax/adapters/{name}`: routers alone, trained for "
+        f"{card['training_seconds']:.0f} s on one {card['made']['device']} on "
+        f"{card['tokens']:,} tokens ({_texts(card)}). Its contract: "
+        f"{contract['verdict']}. One more text will hardly lose more than "
+        f"{kept['further_domain']:.2%}. The test, on {tokens:,} held-out tokens of "
+        f"each text, with {contract['confidence']:.0%} intervals:",
+        "",
+        "| text | Polar / dense | KV groups |",
+        "|---|---|---|",
+    ]
+    for text, found in kept["domains"].items():
+        ratio = _interval(found["ratio"], 1, ".4f")
+        lines.append(f"| {text} | {ratio} | {found['density']:.3f} |")
+    return "\n".join(lines)
+
+
+def _card(name: str) -> dict:
+    return json.loads((ADAPTERS / name / "card.json").read_text(encoding="utf-8"))
+
+
+def _texts(card: dict) -> str:
+    return ", ".join(f"{text['name']} {text['weight']:.0%}" for text in card["texts"])
 
 
 def decode_table(path: Path) -> str:
@@ -283,7 +314,7 @@ def newest(kind: str) -> Path:
 
 
 def trained() -> list[Path]:
-    """The latest record of each run on a recovered adapter, or on books-OPT."""
+    """The latest record of each run on an adapter of SmolLM2's, or of books-OPT's."""
     latest: dict[str, tuple[str, Path]] = {}
     for path in (REPOSITORY / "benchmarks" / "results").glob("*-eval-*.json"):
         name = path.stem.split("-eval-")[1]
@@ -294,9 +325,9 @@ def trained() -> list[Path]:
 
 def render(readme: str) -> str:
     """The README's text with its tables made anew."""
-    card = json.loads((ADAPTER / "card.json").read_text(encoding="utf-8"))
     tables = {
-        "adapter": adapter_table(card),
+        "adapter": adapter_table("smollm2-135m"),
+        "contract": contract_table("smollm2-135m-1pct"),
         "eval": eval_table(newest("eval-smollm2-shipped-tasks")),
         "trained": trained_table(trained()),
         "kernels": kernels_table(newest("kernels")),

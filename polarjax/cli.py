@@ -108,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         _demo,
         "Dense and sparse continuations side by side, and what sparsity saved.",
-        "polarjax demo checkpoints/smollm2-135m --adapter smollm2-135m",
+        "polarjax demo checkpoints/smollm2-135m --adapter smollm2-135m-1pct "
+        "smollm2-135m",
     ).add_argument
     add(
         "--adapter",

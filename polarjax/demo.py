@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from polarjax.evaluation import Perplexity, perplexity, window_items
 from polarjax.generation import Output, Stats, Tokenizer, generate
@@ -55,7 +55,8 @@ def show(
                     params, list(PROMPTS), policy=policy, max_new_tokens=max_new_tokens
                 )
             )
-    table = Table("prompt", *names, show_lines=True)
+    headers = [Column(name, overflow="fold") for name in names]
+    table = Table("prompt", *headers, show_lines=True)
     texts = (output.texts or [] for output in outputs)
     for row in zip(PROMPTS, *texts, strict=True):
         table.add_row(*map(plain, row))

@@ -45,7 +45,8 @@ def load(
       path: a folder that `python -m convert` or `polarjax.save` wrote, or an id; a
         `Path` is never an id.
       adapter: a folder that `polarjax calibrate` wrote, the name of an adapter that
-        ships with the package ("smollm2-135m"), or an id; None for none.
+        ships with the package ("smollm2-135m", "smollm2-135m-1pct"), or an id; None
+        for none.
       dtype: of the weights in memory, None for that of the file; what is converted on
         the way becomes bfloat16 then.
       mesh: with an axis "tp": each of its devices reads its own rows, as

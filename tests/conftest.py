@@ -42,6 +42,22 @@ def compiled_programs_are_let_go():
 def pytest_runtest_setup(item):
     if "gpu" in item.keywords and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU-backed jaxlib")
+    for mark in item.iter_markers("devices"):
+        if jax.device_count() < mark.args[0]:
+            pytest.skip(
+                f"needs {mark.args[0]} devices, here are {jax.device_count()} (host "
+                "devices will do: JAX_PLATFORMS=cpu)"
+            )
+
+
+@pytest.fixture(scope="session")
+def run_rtol() -> float:
+    """How far two runs of the same float32 work may lie apart, relatively.
+
+    A CPU repeats every bit. A GPU adds in any order, and may choose other kernels in
+    another process, unless XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+    """
+    return 1e-4 if jax.default_backend() == "gpu" else 0.0
 
 
 @pytest.fixture(scope="session")

@@ -70,12 +70,16 @@ def tokens(texts, tokenizer):
     return books_text.read_tokens(texts[0], tokenizer, 1)
 
 
-def test_the_loss_falls_and_a_seed_decides_everything(tokens):
+def test_the_loss_falls_and_a_seed_decides_everything(tokens, run_rtol):
     first, second = train(CONFIG, tokens, TRAINING), train(CONFIG, tokens, TRAINING)
     assert first.losses[0] == pytest.approx(math.log(300), rel=0.05)
     assert np.mean(first.losses[-3:]) < 0.7 * first.losses[0]
-    assert first.losses == second.losses and len(first.losses) == 20
-    jax.tree.map(np.testing.assert_array_equal, first.weights, second.weights)
+    assert len(first.losses) == 20
+    np.testing.assert_allclose(first.losses, second.losses, rtol=run_rtol)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, run_rtol, atol=10 * run_rtol),
+        *(first.weights, second.weights),
+    )
     start = [
         opt_training.initial_weights(jax.random.key(seed), config=CONFIG)
         for seed in (0, 1)

@@ -187,7 +187,7 @@ def test_recover(checkpoint, text, adapter, tmp_path):
             "calibrate {checkpoint} {short} --batch 0",
             "batch must be at le",
         ),
-        ("calibrate {checkpoint} {short} --dp 16", "there are 8 devices"),
+        ("calibrate {checkpoint} {short} --dp 4096", "dp is 4096, but there are"),
         (
             "recover {checkpoint} {short} --adapter nowhere",
             "no adapter at",

@@ -14,9 +14,7 @@ from polarjax.sharding import make_data_mesh, make_mesh, partition, shard
 from tests.models import LLAMA, MHA, OPT, random_params, write_checkpoint
 
 PROMPTS = [[1, 2, 3], [7] * 20, [5, 6]]
-pytestmark = pytest.mark.skipif(
-    len(jax.devices()) < 4, reason="needs four devices (host devices will do)"
-)
+pytestmark = pytest.mark.devices(4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The adapter in the package, on text that it was not trained on."""
+"""The adapters in the package, on text that they were not trained on."""
 
 import gzip
 import json
@@ -11,44 +11,65 @@ from benchmarks import readme
 from polarjax.evaluation import perplexity, router_recall, window_items
 from polarjax.generation import Tokenizer
 from polarjax.hub import find_adapter
+from polarjax.sparsity import read_card
 
-NAME = "smollm2-135m"
-
-
-@pytest.fixture(scope="module")
-def model(smollm2_folder):
-    return polarjax.load(smollm2_folder, adapter=NAME)
+RECOVERED, PROMISED = "smollm2-135m", "smollm2-135m-1pct"
 
 
 @pytest.fixture(scope="module")
-def tokens(model, shared_data):
+def recovered(smollm2_folder):
+    return polarjax.load(smollm2_folder, adapter=RECOVERED)
+
+
+@pytest.fixture(scope="module")
+def promised(smollm2_folder):
+    return polarjax.load(smollm2_folder, adapter=PROMISED)
+
+
+@pytest.fixture(scope="module")
+def tokens(recovered, shared_data):
     path = shared_data / "text" / "wikitext2_raw_test.txt.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        return np.array(Tokenizer.load(model.config).encode(file.read(40_000)))
+        return np.array(Tokenizer.load(recovered.config).encode(file.read(40_000)))
 
 
-def test_recall_is_far_above_chance_on_held_out_text(model, tokens):
-    batches = tokens[:4096].reshape(8, 1, 512)
-    recall = router_recall(model, batches)
-    found, chance = recall.routers, recall.chance
-    assert abs(chance.mean() - 2 / 3) < 0.01
+@pytest.mark.parametrize("name", [RECOVERED, PROMISED])
+def test_recall_is_far_above_chance_on_held_out_text(name, tokens, request):
+    model = request.getfixturevalue("recovered" if name == RECOVERED else "promised")
+    recall = router_recall(model, tokens[:2048].reshape(4, 1, 512))
+    found, chance = recall.routers[recall.sparse], recall.chance[recall.sparse]
+    groups = np.floor(model.config.budgets[1:])[recall.sparse] / 3
+    np.testing.assert_allclose(chance, groups, atol=0.03)
     assert found.mean() > chance.mean() + 0.15
     assert (found > chance).all()
 
 
-def test_perplexity_is_closer_to_the_oracles_than_to_chance(model, tokens):
+def test_perplexity_is_closer_to_the_oracles_than_to_chance(recovered, tokens):
     policies = {"o": polarjax.Oracle(), "p": polarjax.Polar(), "r": polarjax.Random()}
     windows = window_items(tokens[:768], 96, 32)
-    oracle, polar, chance = perplexity(model, windows, policies, batch=8).values()
+    oracle, polar, chance = perplexity(recovered, windows, policies, batch=8).values()
     assert oracle.density == polar.density == chance.density
     assert oracle.value < polar.value < chance.value
     assert polar.value - oracle.value < chance.value - polar.value
 
 
-def test_it_is_small_and_belongs_to_the_default_model(model):
-    folder = find_adapter(NAME)
-    assert sum(f.stat().st_size for f in folder.iterdir()) < 5_000_000
-    assert model.config.budgets == (3, *[2] * 29)
+def test_a_promise_costs_little_beside_chance(promised, tokens):
+    policies = {"d": polarjax.Dense(), "p": polarjax.Polar(), "r": polarjax.Random()}
+    windows = window_items(tokens[:768], 96, 32)
+    found = perplexity(promised, windows, policies, mode="mask", batch=8)
+    dense, polar, chance = found.values()
+    assert 0.85 < polar.density < 0.95 and dense.density == 1
+    # Of 512 tokens no more can be said.
+    assert polar.ratio(dense).value < 1.02 < 1.1 < chance.ratio(dense).value
+
+
+def test_they_are_small_and_belong_to_the_default_model(recovered, promised):
+    for name in (RECOVERED, PROMISED):
+        folder = find_adapter(name)
+        assert sum(f.stat().st_size for f in folder.iterdir()) < 5_000_000
+    assert recovered.config.budgets == (3, *[2] * 29)
+    assert promised.config.adaptive and np.mean(promised.config.budgets) < 0.93 * 3
+    assert not any("updates" in parts for parts in promised.routers.values())
 
 
 def test_the_readme_says_what_its_card_says():
@@ -57,7 +78,7 @@ def test_the_readme_says_what_its_card_says():
 
 
 def test_the_card_names_its_training_and_what_it_is_worth():
-    card = json.loads((find_adapter(NAME) / "card.json").read_text(encoding="utf-8"))
+    card = read_card(find_adapter(RECOVERED))
     assert card["tokens"] >= 10_000_000 and card["parameters"] < 2_400_000
     assert card["made"]["command"].startswith("polarjax recover")
     for name, found in card["quality"].items():
@@ -65,3 +86,31 @@ def test_the_card_names_its_training_and_what_it_is_worth():
         assert recall["routers"] > recall["chance"] + 0.2
         ratio = {policy: x["ratio_to_dense"][0] for policy, x in found.items()}
         assert 1 < ratio["Oracle"] < ratio["Polar"] < 1.2 < ratio["Random"]
+
+
+def test_the_card_holds_the_test_that_its_promise_rests_on():
+    card = read_card(find_adapter(PROMISED))
+    contract = card["contract"]
+    assert card["made"]["command"].startswith("polarjax calibrate")
+    assert contract["kept"] and contract["max_drop"] == 0.01
+    assert contract["mode"] == "decode" and contract["batch"] == 64
+    *kept, failed = contract["tested"]
+    assert kept[-1]["budgets"] == contract["budgets"] == card["budgets"]
+    assert all(setting["passed"] for setting in kept) and not failed["passed"]
+    assert kept[-1]["further_domain"] < 0.01 < failed["further_domain"]
+    assert len(kept[-1]["domains"]) == 5
+    for found in kept[-1]["domains"].values():
+        value, low, high = found["ratio"]
+        assert low < value < high < 1.01 and found["density"] < 0.93
+
+
+@pytest.mark.parametrize("text", ["books", "wikitext2"])
+def test_the_promise_is_kept_on_further_text(text):
+    """As measured on a GPU, of this adapter."""
+    path = readme.newest(f"eval-smollm2-contract-{text}-b64")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    card, routers = read_card(find_adapter(PROMISED)), record["setup"]["adapter"]
+    for key in ("budgets", "thresholds"):
+        assert list(card[key]) == routers[key]
+    polar = record["perplexity"]["windows"]["results"]["Polar"]
+    assert polar["against_dense"]["ratio"][0] < 1.01 and polar["density"] < 0.93

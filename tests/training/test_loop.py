@@ -194,6 +194,7 @@ def test_other_trainings_are_left_alone(tmp_path):
     assert_equal(train(resume=Resume(folder, 5, {"seed": 3})), train())
 
 
+@pytest.mark.devices(4)
 def test_devices_share_a_batch():
     told = []
     whole = train(batch=4, mesh=make_data_mesh(4), progress=told.append)

@@ -117,6 +117,7 @@ def test_an_interrupted_recovery_ends_as_an_unbroken_one(tmp_path, at):
     assert_equal(found.routers, recovered().routers)
 
 
+@pytest.mark.devices(2)
 def test_devices_share_a_recovery():
     one, two = recovered(), recovered(devices=2)
     jax.tree.map(

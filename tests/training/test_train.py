@@ -174,11 +174,14 @@ def test_an_interrupted_training_ends_as_an_unbroken_one(tmp_path, at):
     assert told[at:] == list(range((at - 1) // 2 * 2 + 1, 7))
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(n, marks=pytest.mark.devices(n)) for n in (2, 4)]
+)
 def test_devices_share_a_training(devices):
     assert_close(trained_small(devices=devices), trained_small())
 
 
+@pytest.mark.devices(2)
 def test_a_training_on_several_devices_serves_on_one():
     params, blocks = random_params(SMALL), text(SMALL, 20, 8)
     params = jax.device_put(params, jax.devices()[0])  # as `load` has it
