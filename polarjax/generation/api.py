@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -146,28 +145,37 @@ def generate(
     ]
     end_ids = jnp.asarray(ends or (-1,), jnp.int32)
     common = {"config": config.architecture, "implementation": implementation}
-    # Prompts are read as the dense model reads them, with the original weights.
     clock = _Clock()
+    # Prompts are read as the dense model reads them, with the original weights.
     state, drawn = loop.read_prompts(
         *(params.weights, encoded, remaining, sampling, end_ids),
         **{"capacity": capacity, "most": prefill_tokens, **common},
-        call=functools.partial(clock.run, "prefill"),
+        call=clock.run,
     )
-    counted = [drawn]
-    first = jax.tree.map(lambda x: np.asarray(x)[None], drawn)
-    _deliver(requests, first, state.live, stream)
-    while any(request.going for request in requests):
-        go_on = jnp.array([request.going for request in requests])
-        state, drawn = clock.run(
-            *("decode", loop.decode_chunk, weights, bound, state, go_on, sampling),
-            *(end_ids,),
-            **{"steps": chunk, **common},
-        )
-        counted.append(drawn)
-        _deliver(requests, drawn, state.live, stream)
+    drawn, live = jax.tree.map(lambda x: x[None], drawn), np.asarray(state.live)
+    clock.lap("prefill")
+    counted, go_on = [], jnp.ones(batch, bool)
+    while True:
+        if stops:  # the host has to look before it knows who goes on
+            _deliver(requests, drawn, live, stream)
+            live = np.array([request.going for request in requests])
+            go_on = jnp.asarray(live)
+        more = live.any()
+        if more:
+            state, following = clock.run(
+                *(loop.decode_chunk, weights, bound, state, go_on, sampling, end_ids),
+                **{"steps": chunk, **common},
+            )
+        if not stops:  # while the device is at the next chunk
+            _deliver(requests, drawn, live, stream)
+        if not more:
+            break
+        counted.append(following)
+        drawn, live = following, np.asarray(state.live)
+    clock.lap("decode")
 
     stats = make_stats(
-        *(params, weights, bound, counted[1:], chunk, clock.seconds),
+        *(params, weights, bound, counted, chunk, clock.seconds),
         prompt_tokens=int(lengths.sum()),
         new_tokens=sum(len(request.tokens) for request in requests),
         notes=notes,
@@ -255,22 +263,34 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
+        self._since, self._compiled = time.perf_counter(), set()
 
-    def run(self, kind: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        function.lower(*args, **kwargs).compile()  # kept: the call below finds it
-        ready = time.perf_counter()
-        result = jax.block_until_ready(function(*args, **kwargs))
-        self.seconds["compile"] += ready - start
-        self.seconds[kind] += time.perf_counter() - ready
-        return result
+    def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a jitted function; the first time for such arguments, compile it."""
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
+        if (function, shapes) not in self._compiled:
+            start = time.perf_counter()
+            function.lower(*args, **kwargs).compile()  # kept: the call finds it
+            self._compiled.add((function, shapes))
+            taken = time.perf_counter() - start
+            self.seconds["compile"] += taken
+            self._since += taken
+        return function(*args, **kwargs)
+
+    def lap(self, kind: str) -> None:
+        """Since the last one, or the start, it was this kind of work."""
+        now = time.perf_counter()
+        self.seconds[kind] += now - self._since
+        self._since = now
 
 
 def _deliver(
-    requests: list[Request], drawn: loop.Drawn, live: Any, stream: Stream | None
+    requests: list[Request],
+    drawn: loop.Drawn,
+    live: np.ndarray,
+    stream: Stream | None,
 ) -> None:
     token, logprob, valid = map(np.asarray, (drawn.token, drawn.logprob, drawn.valid))
-    alive = np.asarray(live)
     for i, request in enumerate(requests):
         if not request.going:
             continue
@@ -280,7 +300,7 @@ def _deliver(
                 f"the model yields NaN for prompt {i}: its weights are damaged"
             )
         request.add(
-            token[keep, i].tolist(), logprob[keep, i].tolist(), ended=not alive[i]
+            token[keep, i].tolist(), logprob[keep, i].tolist(), ended=not live[i]
         )
         if stream:
             text, tokens = request.news()

@@ -18,7 +18,6 @@ class Request:
       stops: strings that end the text.
       tokens: new token ids.
       logprobs: of each.
-      text: of the tokens, cut before a stop string.
       going: whether more may come.
       finish_reason: "stop" or "length", once it has ended.
     """
@@ -29,11 +28,18 @@ class Request:
     stops: tuple[str, ...] = ()
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    text: str = ""
     going: bool = True
     finish_reason: str = ""
+    _text: str | None = ""
     _streamed_text: int = 0
     _streamed_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """Of the tokens, cut before a stop string; "" without a tokenizer."""
+        if self._text is None:  # decoded when it is asked for: that takes time
+            self._text = self._decode(self.tokens) if self.tokenizer else ""
+        return self._text
 
     def add(self, tokens: list[int], logprobs: list[float], ended: bool) -> None:
         """Take in a chunk.
@@ -49,10 +55,8 @@ class Request:
         if ended:
             self.going = False
             self.finish_reason = "length" if len(self.tokens) == self.limit else "stop"
-        if self.tokenizer is None:
-            return
-        self.text = self._decode(self.tokens)
-        if any(stop in self.text for stop in self.stops):
+        self._text = None
+        if self.stops and any(stop in self.text for stop in self.stops):
             # A chunk may run past the string, or hold another before it: the one
             # that is complete first counts.
             n = next(
@@ -62,8 +66,8 @@ class Request:
             )
             text = self._decode(self.tokens[:n])
             end = min(text.find(stop) for stop in self.stops if stop in text)
-            self.text = text[:end]
-            kept = self._tokens_within(self.text, n)
+            self._text = text[:end]
+            kept = self._tokens_within(self._text, n)
             del self.tokens[kept:], self.logprobs[kept:]
             self.going, self.finish_reason = False, "stop"
 
