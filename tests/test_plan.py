@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import polarjax
-from benchmarks.decode import llama
+from benchmarks.shapes import MODELS
 from polarjax import cli, planning
 from polarjax.generation.memory import (
     cache_capacity,
@@ -23,7 +23,7 @@ from tests.convert.checkpoints import write_gguf
 from tests.models import LLAMA, OPT, random_params
 
 WINDOWED = dataclasses.replace(LLAMA, windows=(0, 9, 0, 9))
-LLAMA_2_7B = llama(32, 4096, 32, 32, 11008, 32000)
+LLAMA_2_7B = MODELS["llama-2-7b"]
 
 
 def real(config, head_rank, neuron_rank=0) -> Params:

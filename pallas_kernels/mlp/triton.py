@@ -233,8 +233,9 @@ def _leave_kernel(
 
     def step(index, total):
         places = _block(index, config.down_neurons)
-        # Not n: a mask by a multiple of 16 loads 16 bytes at once.
-        limit = ceil_multiple(n, 16)
+        # Not n: a mask by a multiple of 16 loads 16 bytes at once. But not beyond what
+        # is there: whatever lies behind, NaN perhaps, would meet rows of 0.
+        limit = min(ceil_multiple(n, 16), hidden_ref.shape[1])
         hidden_mask = _below(places, limit, places.size)
         hidden = _load_tile(hidden_ref, rows, places, row_mask, hidden_mask)
         place_mask = _below(places, n, places.size)
