@@ -3,7 +3,8 @@
 `select_head_attention` reads the KV cache of each sequence's selected KV groups
 (`append_and_attend` writes the newest token's keys and values on the way),
 `gathered_mlp` the weight rows of the batch's selected neurons; `top_heads` and
-`union_neurons` turn router scores into those selections. Nothing here knows of
+`union_neurons` turn router scores into those selections, `needed_neurons` a router's
+hidden state. Nothing here knows of
 models: arrays in, arrays out. `product` is the matrix product of the dense model;
 `partial_product`, `split_heads`, `partial_mlp` and `add_norm` are what a decode step
 makes of it.
@@ -20,7 +21,7 @@ from pallas_kernels.mlp import (
     partial_product,
 )
 from pallas_kernels.norm import add_norm, normalize
-from pallas_kernels.select import top_heads, union_neurons
+from pallas_kernels.select import needed_neurons, top_heads, union_neurons
 
 __all__ = [
     "Implementation",
@@ -29,6 +30,7 @@ __all__ = [
     "gathered_mlp",
     "gathering",
     "masked_mlp",
+    "needed_neurons",
     "normalize",
     "partial_mlp",
     "partial_product",

@@ -4,6 +4,8 @@ The Triton backend lives under `jax.experimental`, so every kernel takes it from
 here: if it moves, this is the one file to change.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,6 +15,7 @@ __all__ = [
     "Implementation",
     "default_implementation",
     "gathering",
+    "once",
     "pltriton",
     "resolve",
     "resolve_without_mosaic",
@@ -84,6 +87,17 @@ def gathering(implementation: Implementation | None) -> Implementation | None:
     if implementation is not None and implementation.startswith("mosaic"):
         return "triton_interpret" if implementation.endswith("_interpret") else "triton"
     return implementation
+
+
+def once(*static: str) -> Callable[[Callable], Any]:
+    """Trace and lower a function once for such arguments, however often it is called.
+
+    A model calls each kernel in every layer; to lower one takes 10 ms and more.
+
+    Args:
+        *static: names of the arguments that are no arrays.
+    """
+    return functools.partial(jax.jit, static_argnames=static)
 
 
 def traced_gpu() -> Any:

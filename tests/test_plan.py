@@ -23,7 +23,7 @@ from tests.convert.checkpoints import write_gguf
 from tests.models import LLAMA, OPT, random_params
 
 WINDOWED = dataclasses.replace(LLAMA, windows=(0, 9, 0, 9))
-LLAMA_2_7B = MODELS["llama-2-7b"]
+LLAMA_2_7B = dataclasses.replace(MODELS["llama-2-7b"], context=2**17)
 
 
 def real(config, head_rank, neuron_rank=0) -> Params:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._backend import pltriton
+from pallas_kernels._backend import once, pltriton
 from pallas_kernels._dot import dot
 from pallas_kernels.attention.combine import combine_pieces
 from pallas_kernels.attention.configs import Config, heuristic
@@ -33,6 +33,7 @@ _MAX_HEAD_DIM = 256
 _LOG2_E = math.log2(math.e)
 
 
+@once("scale", "window", "softcap", "interpret", "config")
 def attend(
     q,
     k_cache,

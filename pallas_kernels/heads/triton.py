@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels._backend import pltriton
+from pallas_kernels._backend import once, pltriton
 from pallas_kernels._sizes import ceil_power_of_two
 
 # Heads, or as many numbers of the rest, in a program.
 _HEADS = 8
 
 
+@once("heads", "kv_heads", "head_dim", "dtype", "interpret")
 def split_heads(
     parts, cos, sin, *, heads, kv_heads, head_dim, dtype, interpret=False
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:

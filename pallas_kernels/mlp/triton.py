@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._backend import pltriton
+from pallas_kernels._backend import once, pltriton
 from pallas_kernels._dot import dot
 from pallas_kernels._sizes import ceil_multiple, ceil_power_of_two
 from pallas_kernels.mlp.activations import ACTIVATIONS
@@ -34,6 +34,7 @@ from pallas_kernels.mlp.configs import Config, heuristic, product_config
 from pallas_kernels.tuning import table
 
 
+@once("activation", "interpret", "config", "parts")
 def mlp(
     x,
     weights,
@@ -63,6 +64,7 @@ def mlp(
     return sums[0] if len(sums) == 1 else jnp.sum(sums, axis=0).astype(x.dtype)
 
 
+@once("axis", "interpret")
 def partial_product(x, matrix, bias, axis, *, interpret=False) -> jax.Array:
     """See `pallas_kernels.partial_product`; the arguments are checked there."""
     b, m = x.shape

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels._backend import pltriton
+from pallas_kernels._backend import once, pltriton
 from pallas_kernels._sizes import ceil_power_of_two
 
 
+@once("center", "eps", "interpret")
 def add_norm(x, parts, scale, shift, *, center, eps, interpret=False):
     """See `pallas_kernels.add_norm`; the arguments are checked there."""
     b, m = x.shape

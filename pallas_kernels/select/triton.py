@@ -7,13 +7,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._backend import pltriton
+from pallas_kernels._backend import once, pltriton
+from pallas_kernels._dot import dot
 from pallas_kernels.select.search import find_threshold
 
 # One program of the totals: rows of the batch per loop step and per warp, columns.
 _ROWS = 64
 _WARP_ROWS = 8
 _COLUMNS = 128
+# Of a router's hidden state, numbers per loop step.
+_STEP = 64
 # Keys that one thread loads at a time, 16 bytes.
 _THREAD_KEYS = 4
 # Heads of a sequence that one program ranks.
@@ -22,6 +25,7 @@ _HEADS = 16
 _NEVER = 2**31 - 1
 
 
+@once("n", "interpret", "num_warps")
 def union_neurons(
     scores, live, n: int, *, interpret=False, num_warps: int | None = None
 ) -> jax.Array:
@@ -30,29 +34,65 @@ def union_neurons(
     One kernel sums the batch, one selects. num_warps is that of the second.
     """
     b, f = scores.shape
-    if num_warps is None:
-        # Few, as each repeats the arithmetic between two counts; but more keys than
-        # 192 to a thread do not fit its registers.
-        num_warps = 8 if f <= 49_152 else 16
-    chunk = num_warps * 32 * _THREAD_KEYS
-    chunks = pl.cdiv(f, chunk)
+    num_warps = num_warps or _warps(f)
+    places = _places(f, num_warps)
     rows = min(pl.next_power_of_2(b), _ROWS)
     keys = _call(
         functools.partial(_total, rows=rows),
-        grid=(chunks * chunk // _COLUMNS,),
-        shape=(chunks * chunk,),
+        grid=(places // _COLUMNS,),
+        shape=(places,),
         num_warps=max(rows // _WARP_ROWS, 1),
         interpret=interpret,
     )(scores, live)
+    return _select(keys, f, n, num_warps, interpret)
+
+
+@once("n", "interpret")
+def needed_neurons(hidden, up, live, n: int, *, interpret=False) -> jax.Array:
+    """See `pallas_kernels.needed_neurons`; the arguments are checked there.
+
+    One kernel multiplies and sums the batch, so that no score is ever written.
+    """
+    f, num_warps = up.shape[0], _warps(up.shape[0])
+    places = _places(f, num_warps)
+    rows = min(max(pl.next_power_of_2(hidden.shape[0]), 16), _ROWS)
+    columns = min(max(pl.next_power_of_2(up.shape[1]), 16), _STEP)
+    keys = _call(
+        functools.partial(_needs, rows=rows, columns=columns),
+        grid=(places // _COLUMNS,),
+        shape=(places,),
+        num_warps=8,
+        # Two programs to a multiprocessor: there may be more than one for each.
+        num_stages=4 if up.dtype.itemsize == 2 else 2,
+        interpret=interpret,
+    )(hidden, up, live)
+    return _select(keys, f, n, num_warps, interpret)
+
+
+def _warps(f: int) -> int:
+    # Few, as each repeats the arithmetic between two counts; but more keys than 192 to
+    # a thread do not fit its registers.
+    return 8 if f <= 49_152 else 16
+
+
+def _places(f: int, num_warps: int) -> int:
+    """Keys with padding: whole chunks of one program."""
+    chunk = num_warps * 32 * _THREAD_KEYS
+    return pl.cdiv(f, chunk) * chunk
+
+
+def _select(keys, f: int, n: int, num_warps: int, interpret) -> jax.Array:
+    chunk = num_warps * 32 * _THREAD_KEYS
     return _call(
         functools.partial(_compact, f=f, chunk=chunk),
-        grid=(chunks,),
+        grid=(keys.shape[0] // chunk,),
         shape=(n,),
         num_warps=num_warps,
         interpret=interpret,
     )(keys)
 
 
+@once("n", "interpret")
 def top_heads(scores, n: int, *, interpret=False) -> jax.Array:
     """See `pallas_kernels.top_heads`; the arguments are checked there."""
     b, c = scores.shape
@@ -67,7 +107,13 @@ def top_heads(scores, n: int, *, interpret=False) -> jax.Array:
 
 
 def _call(
-    kernel, *, grid: tuple[int, ...], shape: tuple[int, ...], num_warps: int, interpret
+    kernel,
+    *,
+    grid: tuple[int, ...],
+    shape: tuple[int, ...],
+    num_warps: int,
+    num_stages: int = 1,
+    interpret,
 ):
     """A call of a kernel that writes int32s."""
     return pl.pallas_call(
@@ -75,7 +121,9 @@ def _call(
         grid=grid,
         out_shape=jax.ShapeDtypeStruct(shape, jnp.int32),
         interpret=interpret,
-        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=1),
+        compiler_params=pltriton.CompilerParams(
+            num_warps=num_warps, num_stages=num_stages
+        ),
     )
 
 
@@ -106,6 +154,52 @@ def _total(
     total = lax.fori_loop(0, pl.cdiv(b, rows), step, zeros)
     keys = lax.bitcast_convert_type(total, jnp.int32)
     pltriton.store(keys_ref.at[cols], jnp.where(cols < f, keys, -1))
+
+
+def _needs(
+    hidden_ref,  # [b, w], of which the last r count
+    up_ref,  # [f, r]
+    live_ref,  # [b]
+    keys_ref,  # [places]
+    *,
+    rows: int,
+    columns: int,
+):
+    """As `_total`, of the softplus of scores that it computes."""
+    (b, w), (f, r) = hidden_ref.shape, up_ref.shape
+    own = pl.program_id(0) * _COLUMNS + jnp.arange(_COLUMNS, dtype=jnp.int32)
+    neuron = jnp.minimum(own, f - 1)
+
+    def add(block, total):
+        row = block * rows + jnp.arange(rows, dtype=jnp.int32)
+
+        def step(index, scores):
+            col = index * columns + jnp.arange(columns, dtype=jnp.int32)
+            inside = (col < r)[None, :]
+            up = pltriton.load(
+                up_ref.at[neuron[:, None], col[None, :]],
+                mask=None if r % columns == 0 else inside & (own < f)[:, None],
+                other=None if r % columns == 0 else 0,
+            )
+            hidden = pltriton.load(
+                hidden_ref.at[row[:, None], w - r + col[None, :]],
+                mask=(row < b)[:, None] & inside,
+                other=0,
+            )
+            return scores + dot(up, hidden.astype(up.dtype), 1)
+
+        scores = jnp.zeros((_COLUMNS, rows), jnp.float32)
+        scores = lax.fori_loop(0, pl.cdiv(r, columns), step, scores)
+        needed = jnp.maximum(scores, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(scores)))
+        alive = pltriton.load(live_ref.at[row], mask=row < b, other=False)
+        # A NaN counts as 0.
+        counts = alive[None, :] & (needed > 0.0)
+        return total + jnp.sum(jnp.where(counts, needed, 0.0), axis=1)
+
+    zeros = jnp.zeros(_COLUMNS, jnp.float32)
+    total = lax.fori_loop(0, pl.cdiv(b, rows), add, zeros)
+    keys = lax.bitcast_convert_type(total, jnp.int32)
+    pltriton.store(keys_ref.at[own], jnp.where(own < f, keys, -1))
 
 
 def _compact(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import union_neurons
+from pallas_kernels import needed_neurons
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
 from polarjax.sparsity.neurons import neuron_counts
@@ -132,18 +132,13 @@ class Polar:
     def neurons(self, layer, scores, live, implementation=None):
         """The neurons that the live batch is least likely to do without.
 
-        Of a score as log odds, softplus is -log of the chance that a sequence does not
-        need the neuron; the batch's chances multiply. The paper's sum of positive
-        scores cannot tell apart neurons of which no sequence is sure.
+        The paper's sum of positive scores cannot tell apart neurons of which no
+        sequence is sure.
         """
         if not self.neuron_budget[layer]:
             return None
-        up = self.neuron_routers[layer]
-        hidden = scores[:, -up.shape[1] :].astype(up.dtype)
-        z = jnp.einsum("br,fr->bf", hidden, up, preferred_element_type=jnp.float32)
-        n = self.neuron_budget[layer]
-        needed = jax.nn.softplus(z)
-        return union_neurons(needed, live, n, implementation=implementation)
+        n, up = self.neuron_budget[layer], self.neuron_routers[layer]
+        return needed_neurons(scores, up, live, n, implementation=implementation)
 
 
 @jax.tree_util.register_dataclass

@@ -1,3 +1,4 @@
+import functools
 from typing import get_args
 
 import jax
@@ -7,7 +8,12 @@ import pytest
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from pallas_kernels import Implementation, top_heads, union_neurons
+from pallas_kernels import (
+    Implementation,
+    needed_neurons,
+    top_heads,
+    union_neurons,
+)
 from pallas_kernels.select.search import MAX_STEPS, find_threshold
 
 
@@ -102,6 +108,29 @@ def _edge_cases():
     yield "infinities", np.where(rng.random(f) < 0.5, np.inf, normal)
     yield "nan", np.where(rng.random((2, f)) < 0.3, np.nan, normal)
     yield "ascending", np.arange(f) * one_row
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("b", "w", "r", "f", "n"),
+    [
+        (3, 12, 8, 300, 40),
+        (1, 70, 70, 129, 129),
+        (70, 64, 64, 1100, 1),
+        (5, 3, 2, 7, 3),
+    ],
+)
+def test_needed_neurons(b, w, r, f, n, dtype, implementation):
+    rng = np.random.default_rng(f)
+    hidden = jnp.asarray(rng.normal(size=(b, w)), jnp.float32)
+    up = jnp.asarray(rng.normal(size=(f, r)), dtype)
+    live = jnp.asarray(rng.random(b) < 0.7).at[0].set(True)
+    checked = jaxtyped(typechecker=beartype)(needed_neurons)
+    needed = functools.partial(checked, n=n, implementation=implementation)
+    neurons = jax.jit(needed)(hidden.at[~live].set(jnp.nan), up, live)
+    x = np.asarray(hidden[:, w - r :].astype(dtype), np.float64)[np.asarray(live)]
+    chances = np.logaddexp(0, x @ np.asarray(up, np.float64).T).sum(axis=0)
+    _check_union(neurons, chances, n, rtol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 500, 1500])
@@ -212,7 +241,7 @@ def test_wrong_scores_or_budget():
 def test_what_no_kernel_serves():
     with pytest.raises(NotImplementedError, match="scores has 2000 heads"):
         top_heads(jnp.ones((1, 2000)), 3, implementation="triton_interpret")
-    with pytest.raises(NotImplementedError, match="scores has 70000 neurons"):
+    with pytest.raises(NotImplementedError, match="there are 70000 neurons"):
         union_neurons(
             jnp.ones((1, 70_000)), jnp.ones(1, bool), 3, implementation="triton"
         )
@@ -255,3 +284,23 @@ def test_top_heads_lowers_for_cuda(b, c, n, dtype, lower_for_cuda):
         jax.ShapeDtypeStruct((b, c), dtype),
     )
     assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize(("b", "f"), [(48, 16384), (64, 36864)])
+def test_needed_neurons_lowers_for_cuda(b, f, lower_for_cuda):
+    spec = jax.ShapeDtypeStruct
+    text = lower_for_cuda(
+        lambda x, up, live: needed_neurons(
+            x, up, live, f // 2, implementation="triton"
+        ),
+        *(spec((b, 1056), jnp.float32), spec((f, 1024), jnp.bfloat16)),
+        spec((b,), jnp.bool_),
+    )
+    assert text.count("__gpu$xla.gpu.triton") == 2
+
+
+def test_needed_neurons_names_bad_arguments():
+    with pytest.raises(ValueError, match="w no less than r"):
+        needed_neurons(jnp.ones((2, 3)), jnp.ones((9, 4)), jnp.ones(2, bool), 1)
+    with pytest.raises(ValueError, match=r"n is 10; it must be in 1\.\.9"):
+        needed_neurons(jnp.ones((2, 4)), jnp.ones((9, 4)), jnp.ones(2, bool), 10)
