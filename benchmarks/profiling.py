@@ -18,11 +18,12 @@ LONG_GAP_NS = 5_000  # between kernels of one launch some hundred ns pass
 TOP = 12
 # Of a kernel's place in the model, else its name: the first that is found.
 PLACES = {
-    "selection": ("top_heads", "union_neurons", "softplus", "br,fr->bf"),
+    "selection": ("top_heads", "_rank", "needed_neurons", "_needs", "_compact"),
     "attention": ("select_head_attention", "_attend", "append_and_attend", "_combine"),
-    "qkv": ("attention.project", "attention_norm"),
-    "out": ("attention.output",),
-    "mlp": ("mlp", "_enter_kernel", "_leave_kernel", "_both_products"),
+    "norm": ("add_norm",),
+    "qkv": ("product_rows", "split_heads", "attention.project"),
+    "out": ("product_columns", "attention.output"),
+    "mlp": ("mlp", "_both_products"),
     "head": ("logits", "embed", "sample", "argmax", "final_norm"),
     "products": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "dot"),
 }

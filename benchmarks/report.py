@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import os
-import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Attention, Mlp, Select
+from polarjax.evaluation import record
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -89,15 +89,8 @@ def best_rates(
 
 
 def commit() -> str:
-    """The repository's commit; "unknown" outside of git."""
-    command = ["git", "rev-parse", "--short=7", "HEAD"]
-    try:
-        done = subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+    """The repository's, with a digest of changes to it; "unknown" outside of git."""
+    return record.commit() or "unknown"
 
 
 def write(path: Path, report: Mapping[str, Any], results: Iterable[Result]) -> None:

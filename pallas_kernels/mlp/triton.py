@@ -72,12 +72,13 @@ def partial_product(x, matrix, bias, axis, *, interpret=False) -> jax.Array:
     config = product_config(axis, b=b, n=n, m=m, itemsize=x.dtype.itemsize)
     if axis == 0:  # as the second product of an MLP whose neurons are the inputs
         weights = {"down": matrix, "down_bias": bias}
-        return _leave(x, weights, None, m, config, interpret, True)
+        options = {"parts": True, "name": "product_columns"}
+        return _leave(x, weights, None, m, config, interpret, **options)
     entering = {"up": matrix} if bias is None else {"up": matrix, "up_bias": bias}
     shape = (config.up_splits, b, n)
     [parts] = _enter_call(
         *(x, entering, None, n, lambda sums: sums, config, interpret),
-        [jax.ShapeDtypeStruct(shape, jnp.float32)],
+        *([jax.ShapeDtypeStruct(shape, jnp.float32)], "product_rows"),
     )
     return parts
 
@@ -93,14 +94,16 @@ def _enter(x, weights, neurons, n, act, config: Config, interpret):
     if splits == 1:
         names, dtype = ("hidden",), x.dtype
     outs = [jax.ShapeDtypeStruct(shape, dtype) for _ in names]
-    parts = _enter_call(x, entering, neurons, n, act, config, interpret, outs)
+    parts = _enter_call(
+        *(x, entering, neurons, n, act, config, interpret, outs, "mlp_enter")
+    )
     if splits == 1:
         return parts[0][0]
     sums = {k: jnp.sum(part, axis=0) for k, part in zip(names, parts, strict=True)}
     return _activations(sums, act).astype(x.dtype)
 
 
-def _enter_call(x, entering, neurons, n, act, config: Config, interpret, outs):
+def _enter_call(x, entering, neurons, n, act, config: Config, interpret, outs, name):
     programs = pl.cdiv(ceil_multiple(n, 16), config.up_neurons)
     return pl.pallas_call(
         functools.partial(_enter_kernel, n=n, act=act, config=config),
@@ -110,10 +113,13 @@ def _enter_call(x, entering, neurons, n, act, config: Config, interpret, outs):
         compiler_params=pltriton.CompilerParams(
             num_warps=config.up_warps, num_stages=config.up_stages
         ),
+        name=name,
     )(x, entering, neurons)
 
 
-def _leave(hidden, weights, neurons, n, config: Config, interpret, parts):
+def _leave(
+    hidden, weights, neurons, n, config: Config, interpret, parts, name="mlp_leave"
+):
     """The output from the activations, [splits, b, m], in float32 if it is parts."""
     b = hidden.shape[0]
     m = weights["down"].shape[1]
@@ -132,6 +138,7 @@ def _leave(hidden, weights, neurons, n, config: Config, interpret, parts):
         compiler_params=pltriton.CompilerParams(
             num_warps=config.down_warps, num_stages=stages
         ),
+        name=name,
     )(hidden, weights["down"], weights.get("down_bias"), neurons)
 
 

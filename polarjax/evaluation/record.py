@@ -79,7 +79,7 @@ def environment() -> dict[str, Any]:
     """Commit, device and versions."""
     names = ("polarjax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "device": jax.devices()[0].device_kind,
         "versions": {
             "python": platform.python_version(),
@@ -95,7 +95,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of the repository that this file is in, with a digest of changes to it."""
     git = ("git", "-C", str(Path(__file__).resolve().parent))
 
