@@ -18,7 +18,7 @@ from polarjax.config import ModelConfig
 from polarjax.generation.memory import (
     MEMORY_FRACTION,
     cache_bytes,
-    cache_capacity,
+    capacities,
     largest,
     prefill_bytes,
     sampling_bytes,
@@ -186,7 +186,7 @@ def plan(
 
     def needed(batch: int, context: int, density: float) -> int:
         # As `generate` rounds them.
-        capacity, width = cache_capacity(config, context), bucket(context)
+        capacity, width = capacities(config, context)[1], bucket(context)
         return (
             (weights if density == 1 else sparse)
             + cache_bytes(config, batch, capacity, dtype)

@@ -11,7 +11,7 @@ import polarjax
 from benchmarks.shapes import MODELS
 from polarjax import cli, planning
 from polarjax.generation.memory import (
-    cache_capacity,
+    capacities,
     prefill_bytes,
     sampling_bytes,
 )
@@ -81,7 +81,7 @@ def test_bytes_are_those_of_the_arrays(config, policy, ranks):
     if isinstance(policy, polarjax.Dense):
         leaves = jax.tree.leaves(params.weights)
     held = sum({id(leaf): leaf.nbytes for leaf in leaves}.values())
-    capacity = cache_capacity(config, context)
+    _, capacity = capacities(config, context)
     cache = polarjax.cache.KVCache.empty(config, batch, capacity, jnp.bfloat16)
     held += tree_bytes((cache.keys, cache.values))
     held += sampling_bytes(config, batch)

@@ -15,7 +15,7 @@ import numpy as np
 from pallas_kernels import Implementation
 from polarjax.generation import loop
 from polarjax.generation.crossover import bind_where_it_pays
-from polarjax.generation.memory import MEMORY_FRACTION, cache_capacity, check_memory
+from polarjax.generation.memory import MEMORY_FRACTION, cache_capacity
 from polarjax.generation.requests import (
     encode_prompts,
     make_sampling,
@@ -129,11 +129,10 @@ def generate(
 
     lengths = np.array([len(ids) for ids in encoded], np.int32)
     remaining = np.minimum(most, config.context - lengths).astype(np.int32)
-    capacity = cache_capacity(config, int((lengths + remaining).max()))
     visible = math.ceil((lengths + remaining / 2).mean())
     weights, bound, notes = bind_where_it_pays(params, policy, asked, batch, visible)
-    check_memory(
-        *(params, batch, capacity),
+    capacity = cache_capacity(
+        *(params, batch, int((lengths + remaining).max())),
         prefill_tokens=prefill_tokens,
         prompt_tokens=int(lengths.max()),
         memory_fraction=memory_fraction,

@@ -13,14 +13,22 @@ from polarjax.model.causal import BLOCK
 from polarjax.params import Params
 from polarjax.sparsity.cost import kv_row_bytes
 
+# A cache for which memory is short has a multiple of so many positions.
+_TIGHT = 64
 # Of what XLA may take. The rest is for what is not counted: programs, gaps between
 # buffers.
 MEMORY_FRACTION = 0.95
 
 
-def cache_capacity(config: ModelConfig, tokens: int) -> int:
-    """Positions of the cache that `generate` makes for so many tokens a request."""
-    return min(bucket(tokens), config.context)
+def capacities(config: ModelConfig, tokens: int) -> tuple[int, int]:
+    """Positions of the cache that `generate` makes for so many tokens a request.
+
+    Returns:
+      A power of two, so that one program serves many lengths; and, where there is no
+      room for that, few more than the tokens.
+    """
+    roomy, tight = bucket(tokens), -(-tokens // _TIGHT) * _TIGHT
+    return min(roomy, config.context), min(roomy, tight, config.context)
 
 
 def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> int:
@@ -78,26 +86,29 @@ def sampling_bytes(config: ModelConfig, batch: int) -> int:
     return 4 * 4 * batch * config.vocab_size
 
 
-def check_memory(
+def cache_capacity(
     params: Params,
     batch: int,
-    capacity: int,
+    tokens: int,
     *,
     prefill_tokens: int,
     prompt_tokens: int,
     memory_fraction: float = MEMORY_FRACTION,
-) -> None:
-    """Raise if a batch cannot fit into what its devices have left.
+) -> int:
+    """The first of `capacities` with which a batch fits into its devices' memory.
 
-    Nothing is known of devices that do not tell their memory, such as CPUs.
+    Devices that do not tell theirs, such as CPUs, are taken to have enough.
 
     Args:
       params: the model, in its devices' memory.
       batch: sequences, b.
-      capacity: positions of the cache, s.
+      tokens: most of a request, prompt and continuation.
       prefill_tokens: that are computed at once.
       prompt_tokens: of the longest prompt.
       memory_fraction: of the memory that XLA may take, in (0, 1].
+
+    Returns:
+      Positions of the cache, s.
 
     Raises:
       ValueError: if it does not fit; it names what would.
@@ -121,13 +132,14 @@ def check_memory(
         )
         return cache / len(devices) + prefill + sampling_bytes(config, batch)
 
-    if (need := needed(batch, capacity)) <= free:
-        return
+    roomy, capacity = capacities(config, tokens)
+    for positions in (roomy, capacity):
+        if needed(batch, positions) <= free:
+            return positions
+    need = needed(batch, capacity)
     smaller = largest(lambda b: needed(b, capacity) <= free, batch)
-    # Capacities are powers of two, and the prompt and one more token must fit.
-    shorter = capacity
-    while shorter > prompt_tokens and needed(batch, shorter) > free:
-        shorter = bucket(shorter, 1) // 2
+    most = -(-capacity // _TIGHT)
+    shorter = _TIGHT * largest(lambda n: needed(batch, n * _TIGHT) <= free, most)
     fits = [f"batch {smaller}"] if smaller else []
     if shorter > prompt_tokens:
         fits.append(f"max_new_tokens={shorter - prompt_tokens}")

@@ -52,7 +52,8 @@ def test_generate_refuses_and_names_what_fits(params, device, monkeypatch):
     shorter = int(re.findall(r"max_new_tokens=(\d+) would", message)[0])
     # Prefill takes the same of both.
     assert smaller == pytest.approx(2000 * 2.8e9 / needed, rel=0.03)
-    assert shorter == 1024 - 3  # capacities are powers of two
+    assert shorter == pytest.approx(2048 * 2.8e9 / needed, rel=0.06)
+    assert (shorter + 3) % 64 == 0
 
     def fits(batch, new):
         try:
@@ -117,3 +118,15 @@ def test_few_tokens_at_once_need_less():
 
     assert needed(64 * 1024) == 64 * needed(1024) > 64 * needed(512)
     assert needed(10**9) == needed(64 * 1024)
+
+
+def test_where_memory_is_short_the_cache_is_no_power_of_two(params, device):
+    def capacity(limit):
+        device(limit=limit)
+        return memory.cache_capacity(
+            *(params, 1000, 1030), prefill_tokens=1024, prompt_tokens=30
+        )
+
+    row = memory.cache_bytes(CONFIG, 1000, 1, params.dtype)
+    assert capacity(3000 * row) == 2048
+    assert capacity(1500 * row) == 1088
