@@ -1,5 +1,7 @@
 """The public functions: they check their arguments, then dispatch."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float
 
@@ -14,6 +16,7 @@ def normalize(
     *,
     center: bool,
     eps: float,
+    dtype: Any = None,
 ) -> Float[Array, "... m"]:
     """RMSNorm, or LayerNorm with `center`, computed in float32.
 
@@ -23,11 +26,12 @@ def normalize(
         shift: [m] or None.
         center: whether the mean is taken away first.
         eps: added to the mean square.
+        dtype: of the result; None for that of x.
 
     Returns:
-        As x, in its dtype.
+        As x.
     """
-    return reference.normalize(x, scale, shift, center=center, eps=eps)
+    return reference.normalize(x, scale, shift, center=center, eps=eps, dtype=dtype)
 
 
 def add_norm(

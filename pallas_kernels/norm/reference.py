@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def normalize(x, scale, shift, *, center, eps):
+def normalize(x, scale, shift, *, center, eps, dtype=None):
     """See `pallas_kernels.normalize`."""
     y = x.astype(jnp.float32)
     if center:
@@ -14,7 +14,7 @@ def normalize(x, scale, shift, *, center, eps):
     y = y * (factor * scale.astype(jnp.float32))
     if shift is not None:
         y = y + shift.astype(jnp.float32)
-    return y.astype(x.dtype)
+    return y.astype(dtype or x.dtype)
 
 
 def add_norm(x, parts, scale, shift, *, center, eps):

@@ -11,12 +11,12 @@ from polarjax.config import ModelConfig
 
 
 class Norm(nn.Module):
-    """RMSNorm (LLaMA) or LayerNorm (OPT), computed in float32, returned like x.
+    """RMSNorm (LLaMA) or LayerNorm (OPT), computed in float32, returned in `dtype`.
 
     Attributes:
       config: of the model.
       size: of the axis that is normalised.
-      dtype: of the weights.
+      dtype: of the weights, and of what the next product reads.
     """
 
     config: ModelConfig
@@ -32,7 +32,7 @@ class Norm(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., size] to the same."""
-        return normalize(x, *self._weights(), **self._kind())
+        return normalize(x, *self._weights(), **self._kind(), dtype=self.dtype)
 
     def add(
         self, x: jax.Array, parts: jax.Array, implementation: Implementation | None
