@@ -160,3 +160,21 @@ def test_heads_are_added_up_rotated_and_split(
         check(others, y[:, start:], "float32")
     else:
         assert others is None
+
+
+def test_a_kernel_is_lowered_once_for_all_layers(lower_for_cuda):
+    spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+
+    def layers(x, matrices, scale):
+        for matrix in matrices:
+            parts = partial_product(x, matrix, axis=0, implementation="triton")
+            _, x = add_norm(
+                *(x, parts, scale), center=False, eps=1e-5, implementation="triton"
+            )
+        return x
+
+    def kernels(count):
+        arrays = spec((4, 64)), [spec((64, 64))] * count, spec((64,))
+        return lower_for_cuda(layers, *arrays).count("__gpu$xla.gpu.triton")
+
+    assert kernels(9) == kernels(5) < 10
