@@ -104,8 +104,9 @@ def run_case(
             if sparse:
                 policy = polarjax.Polar(sparse.heads, sparse.neurons)
             # Nothing of it outlives this round: the next policy needs its room.
-            timed = time_policy(params, policy, state, case, alone, args)
-            state, seconds, read, compiling, summary = timed
+            state, seconds, read, compiling, summary = time_policy(
+                *(params, policy, state, case, alone, args)
+            )
         except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
             rows.add(error_row("decode", name, case, label, error))
             state = None  # it may have been donated

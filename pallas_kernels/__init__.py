@@ -4,10 +4,9 @@
 (`append_and_attend` writes the newest token's keys and values on the way),
 `gathered_mlp` the weight rows of the batch's selected neurons; `top_heads` and
 `union_neurons` turn router scores into those selections, `needed_neurons` a router's
-hidden state. Nothing here knows of
-models: arrays in, arrays out. `product` is the matrix product of the dense model;
-`partial_product`, `split_heads`, `partial_mlp` and `add_norm` are what a decode step
-makes of it.
+hidden state. Nothing here knows of models: arrays in, arrays out. `product` is the
+matrix product of the dense model; `partial_product`, `split_heads`, `partial_mlp` and
+`add_norm` are what a decode step makes of it.
 """
 
 from pallas_kernels._backend import Implementation, gathering, resolve, traced_gpu

@@ -29,12 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       Exit code: 0, or 1 after an error that was printed as one line.
     """
-    arguments = _parser().parse_args(argv)
-    if not arguments.no_compile_cache:
+    args = _parser().parse_args(argv)
+    args.given = sys.argv[1:] if argv is None else argv
+    if not args.no_compile_cache:
         use_compile_cache()
     try:
-        arguments.run(arguments)
-    except (ValueError, TypeError, OSError) as error:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -168,7 +169,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    args.command = ["polarjax", *sys.argv[1:]]
+    args.command = ["polarjax", *args.given]
     decode.run(args)
 
 

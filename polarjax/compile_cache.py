@@ -20,10 +20,10 @@ def use_compile_cache() -> None:
     chosen = jax.config.values["jax_compilation_cache_dir"]
     if chosen or os.environ.get(OFF, "0") != "0":
         return
-    folder = cache_folder()
     try:
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         print(f"note: compiled programs are not kept: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

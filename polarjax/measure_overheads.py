@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from pallas_kernels.tuning.table import file_name
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
+from polarjax.evaluation.record import commit
 from polarjax.generation.crossover import Measured, Overhead, fit
 from polarjax.generation.loop import State, decode_chunk
 from polarjax.generation.requests import make_sampling
@@ -182,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {
         "device": device.device_kind,
         "jax": jax.__version__,
+        "commit": commit(),
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "model": f"{config.layers} layers, m {config.dim}, h {config.heads}, "
         f"f {config.neurons}, {jnp.dtype(dtype).name}",

@@ -96,7 +96,6 @@ FLOORS = {
         polarjax.generation.api
         polarjax.generation
         polarjax.planning
-        polarjax.measure_overheads
     """,
     4: """
         convert.source
@@ -154,6 +153,7 @@ FLOORS = {
         polarjax.recovery
     """,
     5: """
+        polarjax.measure_overheads
         polarjax.hub
         convert.export
         convert.__main__

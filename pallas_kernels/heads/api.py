@@ -42,6 +42,8 @@ def split_heads(
         ValueError: if shapes do not fit.
         NotImplementedError: if the implementation cannot serve the call.
     """
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; it must be even")
     least = (heads + 2 * kv_heads) * head_dim
     if parts.ndim != 3 or parts.shape[2] < least or not parts.shape[0]:
         raise ValueError(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._backend import once, pltriton
+from pallas_kernels._backend import once, pltriton, shared_bytes
 from pallas_kernels._dot import dot
 from pallas_kernels.select.search import find_threshold
 
@@ -57,13 +57,16 @@ def needed_neurons(hidden, up, live, n: int, *, interpret=False) -> jax.Array:
     places = _places(f, num_warps)
     rows = min(max(pl.next_power_of_2(hidden.shape[0]), 16), _ROWS)
     columns = min(max(pl.next_power_of_2(up.shape[1]), 16), _STEP)
+    # Half of the memory is for another program: there may be more than one for each
+    # multiprocessor.
+    tile = columns * (_COLUMNS * up.dtype.itemsize + rows * hidden.dtype.itemsize)
+    stages = min(max(shared_bytes() // 2 // tile, 2), 4)
     keys = _call(
         functools.partial(_needs, rows=rows, columns=columns),
         grid=(places // _COLUMNS,),
         shape=(places,),
         num_warps=8,
-        # Two programs to a multiprocessor: there may be more than one for each.
-        num_stages=4 if up.dtype.itemsize == 2 else 2,
+        num_stages=stages,
         interpret=interpret,
     )(hidden, up, live)
     return _select(keys, f, n, num_warps, interpret)

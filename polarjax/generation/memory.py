@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
 from polarjax.generation.requests import bucket
-from polarjax.model.causal import BLOCK
+from polarjax.model.causal import BLOCK, flash_serves
 from polarjax.params import Params
+from polarjax.sharding import cache_sharding
 from polarjax.sparsity.cost import kv_row_bytes
 
 # A cache for which memory is short has a multiple of so many positions.
@@ -57,8 +58,7 @@ def prefill_bytes(
 
     An estimate from above: what a call has of all its tokens, and of one block a layer
     at its widest: either attention's products or the MLP's, which are float32 in small
-    blocks. Where attention is not flash attention (a GPU's, in 16 bit) its weights are
-    counted too.
+    blocks. Where attention is not flash attention its weights are counted too.
 
     Args:
       config: of the model.
@@ -72,12 +72,14 @@ def prefill_bytes(
     q, kv = c.heads * c.head_dim, 2 * c.kv_heads * c.head_dim
     # Keys and values come once more, before they are laid out as the cache has them.
     whole = size * (3 * c.dim + 2 * q + 2 * kv)
-    if platform != "gpu" or size > 2:
+    if platform != "gpu" or not flash_serves(size, width, c.head_dim):
         whole += 3 * 4 * c.heads * min(width, BLOCK)
     mlp = c.neurons * (4 * (1 + c.gated_mlp) + size)
     block = 4 * c.dim + max((q + kv) * (4 + size), mlp)
-    # A longer prompt is a call of its own.
-    tokens = max(width, min(batch * width, prefill_tokens))
+    # A longer prompt is a call of its own, and a few rows of a call may be empty.
+    rows = bucket(batch, 1)
+    rows = rows if (rows - batch) * width <= prefill_tokens // 8 else batch
+    tokens = max(width, min(rows * width, prefill_tokens))
     return tokens * whole + min(tokens, prefill_tokens) * block
 
 
@@ -122,6 +124,9 @@ def cache_capacity(
     free = min(_free(device, memory_fraction) for device in devices)
     platform = next(iter(devices)).platform
     width = min(bucket(prompt_tokens), config.context)
+    shares = 1  # the devices that each have a part of the cache
+    if where := cache_sharding(params.weights, config):
+        shares = config.kv_heads // where.shard_shape((1, config.kv_heads))[1]
 
     def needed(batch: int, capacity: int) -> float:
         cache = cache_bytes(config, batch, capacity, params.dtype)
@@ -130,7 +135,7 @@ def cache_capacity(
             platform=platform,
             prefill_tokens=prefill_tokens,
         )
-        return cache / len(devices) + prefill + sampling_bytes(config, batch)
+        return cache / shares + prefill + sampling_bytes(config, batch)
 
     roomy, capacity = capacities(config, tokens)
     for positions in (roomy, capacity):

@@ -55,9 +55,13 @@ def long_attention(
 
 
 def _flash(q: jax.Array) -> bool:
-    t, d = q.shape[1], q.shape[-1]
-    sizes = t % 64 == 0 and d % 8 == 0 and d <= 128
-    return traced_gpu() is not None and q.dtype.itemsize == 2 and sizes
+    serves = flash_serves(q.dtype.itemsize, q.shape[1], q.shape[-1])
+    return traced_gpu() is not None and serves
+
+
+def flash_serves(itemsize: int, t: int, d: int) -> bool:
+    """Whether cuDNN's flash attention takes such numbers, lengths and head dims."""
+    return itemsize == 2 and t % 64 == 0 and d % 8 == 0 and d <= 128
 
 
 def blockwise_attention(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import polarjax
+from polarjax import sharding
 from polarjax.cache import KVCache
 from polarjax.generation import loop, memory
 from polarjax.model import weight_shapes
@@ -130,3 +131,17 @@ def test_where_memory_is_short_the_cache_is_no_power_of_two(params, device):
     row = memory.cache_bytes(CONFIG, 1000, 1, params.dtype)
     assert capacity(3000 * row) == 2048
     assert capacity(1500 * row) == 1088
+
+
+@pytest.mark.parametrize(("kv_heads", "share"), [(4, 2), (3, 1)])
+@pytest.mark.devices(2)
+def test_a_cache_that_is_not_cut_counts_whole_on_every_device(kv_heads, share, device):
+    config = dataclasses.replace(CONFIG, heads=12, kv_heads=kv_heads)
+    params = sharding.shard(random_params(config), sharding.make_mesh(2))
+    row = memory.cache_bytes(config, 1000, 1, params.dtype)
+    fits = {"prefill_tokens": 64, "prompt_tokens": 30}
+    device(limit=int(1.2 * 1024 * row / share))
+    assert memory.cache_capacity(params, 1000, 1024, **fits) == 1024
+    device(limit=int(1.0 * 1024 * row / share))
+    with pytest.raises(ValueError, match="needs"):
+        memory.cache_capacity(params, 1000, 1024, **fits)

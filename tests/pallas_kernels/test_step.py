@@ -93,6 +93,11 @@ def test_bad_arguments_are_named():
         partial_product(x, draw(8, 5))
     with pytest.raises(ValueError, match=r"bias has shape \(4,\); it must be \[5\]"):
         partial_product(x, draw(5, 8), draw(4))
+    sizes = {"heads": 2, "kv_heads": 1, "dtype": jnp.float32}
+    with pytest.raises(ValueError, match="head_dim is 5; it must be even"):
+        split_heads(draw(1, 2, 20), None, None, head_dim=5, **sizes)
+    with pytest.raises(ValueError, match=r"it must be \[p, b, 24 or more\]"):
+        split_heads(draw(1, 2, 20), None, None, head_dim=6, **sizes)
     with pytest.raises(NotImplementedError, match="no 'mosaic' kernel"):
         partial_product(x, draw(5, 8), implementation="mosaic")
 
