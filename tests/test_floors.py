@@ -32,6 +32,8 @@ FLOORS = {
         pallas_kernels.mlp.activations
         pallas_kernels.mlp.configs
         pallas_kernels.mlp.reference
+        pallas_kernels.mlp.tiles
+        pallas_kernels.mlp.one_kernel
         pallas_kernels.mlp.triton
         pallas_kernels.mlp.api
         pallas_kernels.mlp

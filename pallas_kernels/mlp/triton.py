@@ -8,8 +8,7 @@ reading the inputs again in each program would cost more than the weights. Where
 leaves too few programs, several share a sum: each writes a partial one and XLA adds
 them up.
 
-For very few inputs one kernel does both products: a program takes its neurons all the
-way and writes a partial output.
+For very few inputs one kernel does both products, see `one_kernel`.
 
 Few neurons in a program would leave tensor cores without enough rows: their columns are
 then folded, one row for every fold.
@@ -29,6 +28,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels._backend import once, pltriton
 from pallas_kernels._dot import dot
 from pallas_kernels._sizes import ceil_multiple, ceil_power_of_two
+from pallas_kernels.mlp import one_kernel, tiles
 from pallas_kernels.mlp.activations import ACTIVATIONS
 from pallas_kernels.mlp.configs import Config, heuristic, product_config
 from pallas_kernels.tuning import table
@@ -54,7 +54,7 @@ def mlp(
         config = table.mlp_config(heuristic(**facts), **facts)
     act = ACTIVATIONS[activation]
     if config.fused:
-        sums = _one_kernel(x, weights, neurons, n, act, config, interpret)
+        sums = one_kernel.mlp(x, weights, neurons, n, act, config, interpret)
         # So many that XLA adds them up faster than whoever takes parts.
         return sums[None] if parts else sums.astype(x.dtype)
     hidden = _enter(x, weights, neurons, n, act, config, interpret)
@@ -90,7 +90,7 @@ def _enter(x, weights, neurons, n, act, config: Config, interpret):
     splits = config.up_splits
     programs = pl.cdiv(ceil_multiple(n, 16), config.up_neurons)
     shape = (splits, b, ceil_multiple(programs * config.up_neurons, 16))
-    names, dtype = _sums(entering), jnp.float32
+    names, dtype = tiles.sums(entering), jnp.float32
     if splits == 1:
         names, dtype = ("hidden",), x.dtype
     outs = [jax.ShapeDtypeStruct(shape, dtype) for _ in names]
@@ -100,7 +100,7 @@ def _enter(x, weights, neurons, n, act, config: Config, interpret):
     if splits == 1:
         return parts[0][0]
     sums = {k: jnp.sum(part, axis=0) for k, part in zip(names, parts, strict=True)}
-    return _activations(sums, act).astype(x.dtype)
+    return tiles.activations(sums, act).astype(x.dtype)
 
 
 def _enter_call(x, entering, neurons, n, act, config: Config, interpret, outs, name):
@@ -159,25 +159,25 @@ def _enter_kernel(
 
     def inputs(own):
         rows = pl.program_id(0) * config.batch + own
-        return rows, _below(rows, b, config.batch)
+        return rows, tiles.below(rows, b, config.batch)
 
     def neurons(own):
         places = pl.program_id(1) * config.up_neurons + own  # in the selection
-        mask = _below(places, n, math.lcm(config.up_neurons, 16))
-        return places, _both(_below(own, config.up_neurons, size), mask)
+        mask = tiles.below(places, n, math.lcm(config.up_neurons, 16))
+        return places, tiles.both(tiles.below(own, config.up_neurons, size), mask)
 
     def load(ref, rows, row_mask, parts, index):
-        cols = _block(index, config.up_columns)
+        cols = tiles.block(index, config.up_columns)
         if folds > 1:
             cols = parts[:, None] * folded + cols[None, :]
-        col_mask = _below(cols, m, folds * config.up_columns)
-        return _load_tile(ref, rows, cols, row_mask, col_mask)
+        col_mask = tiles.below(cols, m, folds * config.up_columns)
+        return tiles.load_tile(ref, rows, cols, row_mask, col_mask)
 
     own, input_parts = _fold(config.batch, folds)
     row, row_mask = inputs(own)
     own, parts = _fold(size, folds)
     place, place_mask = neurons(own)
-    neuron = _clip(_selected(neurons_ref, place, place_mask), f)
+    neuron = tiles.clip(tiles.selected(neurons_ref, place, place_mask), f)
 
     def step(index, sums):
         x = load(x_ref, row, row_mask, input_parts, index)
@@ -190,32 +190,32 @@ def _enter_kernel(
         return {name: add(total, name) for name, total in sums.items()}
 
     zeros = jnp.zeros((neuron.size, row.size), jnp.float32)
-    sums = {name: zeros for name in _sums(weights_refs)}
-    steps = _share(folded // config.up_columns, split, config.up_splits)
+    sums = {name: zeros for name in tiles.sums(weights_refs)}
+    steps = tiles.share(folded // config.up_columns, split, config.up_splits)
     sums = lax.fori_loop(*steps, step, sums)
     if "up_bias" in weights_refs:
-        mask = _both(place_mask, (parts == 0) & (split == 0))
-        bias = _load(weights_refs["up_bias"].at[neuron], mask)
+        mask = tiles.both(place_mask, (parts == 0) & (split == 0))
+        bias = tiles.load(weights_refs["up_bias"].at[neuron], mask)
         sums["up"] += bias.astype(jnp.float32)[:, None]
     if folds > 1:
         sums = {name: _unfold(total, folds) for name, total in sums.items()}
     if config.up_splits == 1:
-        outs = [_activations(sums, act)]
+        outs = [tiles.activations(sums, act)]
     else:
-        outs = [sums[name] for name in _sums(weights_refs)]
-    rows, row_mask = inputs(_arange(config.batch))
-    own = _arange(size)
+        outs = [sums[name] for name in tiles.sums(weights_refs)]
+    rows, row_mask = inputs(tiles.arange(config.batch))
+    own = tiles.arange(size)
     places, _ = neurons(own)
     # Also what is not selected, which the second product then multiplies by nothing.
-    own_mask = _below(own, config.up_neurons, size)
+    own_mask = tiles.below(own, config.up_neurons, size)
     end = out_refs[0].shape[2]
-    own_mask = _both(own_mask, _below(places, end, config.up_neurons))
+    own_mask = tiles.both(own_mask, tiles.below(places, end, config.up_neurons))
     for out_ref, value in zip(out_refs, outs, strict=True):
         # The batch is the major axis in memory.
         pltriton.store(
             out_ref.at[split, rows[None, :], places[:, None]],
             value.astype(out_ref.dtype),
-            mask=_both(_column(own_mask), _row(row_mask)),
+            mask=tiles.both(tiles.column(own_mask), tiles.row(row_mask)),
         )
 
 
@@ -232,207 +232,50 @@ def _leave_kernel(
     b = hidden_ref.shape[0]
     f, m = down_ref.shape
     split = pl.program_id(2)
-    rows = _block(pl.program_id(0), config.batch)
-    row_mask = _below(rows, b, config.batch)
-    own = _arange(ceil_power_of_two(config.down_columns))
+    rows = tiles.block(pl.program_id(0), config.batch)
+    row_mask = tiles.below(rows, b, config.batch)
+    own = tiles.arange(ceil_power_of_two(config.down_columns))
     cols = pl.program_id(1) * config.down_columns + own
-    col_mask = _both(
-        _below(own, config.down_columns, own.size), _below(cols, m, config.down_columns)
+    col_mask = tiles.both(
+        tiles.below(own, config.down_columns, own.size),
+        tiles.below(cols, m, config.down_columns),
     )
 
     def step(index, total):
-        places = _block(index, config.down_neurons)
+        places = tiles.block(index, config.down_neurons)
         # Not n: a mask by a multiple of 16 loads 16 bytes at once. But not beyond what
         # is there: whatever lies behind, NaN perhaps, would meet rows of 0.
         limit = min(ceil_multiple(n, 16), hidden_ref.shape[1])
-        hidden_mask = _below(places, limit, places.size)
-        hidden = _load_tile(hidden_ref, rows, places, row_mask, hidden_mask)
-        place_mask = _below(places, n, places.size)
-        neuron = _clip(_selected(neurons_ref, places, place_mask), f)
-        down = _load_tile(down_ref, neuron, cols, place_mask, col_mask)
+        hidden_mask = tiles.below(places, limit, places.size)
+        hidden = tiles.load_tile(hidden_ref, rows, places, row_mask, hidden_mask)
+        place_mask = tiles.below(places, n, places.size)
+        neuron = tiles.clip(tiles.selected(neurons_ref, places, place_mask), f)
+        down = tiles.load_tile(down_ref, neuron, cols, place_mask, col_mask)
         return total + dot(hidden, down, 0)
 
     total = jnp.zeros((config.batch, own.size), jnp.float32)
-    steps = _share(pl.cdiv(n, config.down_neurons), split, config.down_splits)
+    steps = tiles.share(pl.cdiv(n, config.down_neurons), split, config.down_splits)
     total = lax.fori_loop(*steps, step, total)
     if bias_ref is not None:
-        mask = _both(col_mask, split == 0)
-        total += _load(bias_ref.at[cols], mask).astype(jnp.float32)[None, :]
+        mask = tiles.both(col_mask, split == 0)
+        total += tiles.load(bias_ref.at[cols], mask).astype(jnp.float32)[None, :]
     pltriton.store(
         out_ref.at[split, rows[:, None], cols[None, :]],
         total.astype(out_ref.dtype),
-        mask=_both(_column(row_mask), _row(col_mask)),
+        mask=tiles.both(tiles.column(row_mask), tiles.row(col_mask)),
     )
-
-
-def _one_kernel(x, weights, neurons, n, act, config: Config, interpret):
-    """The output [b, m] by the kernel that does both products."""
-    b, m = x.shape
-    sums = pl.pallas_call(
-        functools.partial(_both_products, n=n, act=act, config=config),
-        grid=(config.fused,),
-        out_shape=jax.ShapeDtypeStruct((config.fused, b, m), jnp.float32),
-        interpret=interpret,
-        compiler_params=pltriton.CompilerParams(
-            num_warps=config.up_warps,
-            num_stages=1,  # by hand, see below
-        ),
-    )(x, weights, neurons)
-    return jnp.sum(sums, axis=0)
-
-
-def _both_products(
-    x_ref,  # [b, m]
-    weights_refs,  # "up", "down" and optionally "gate" [f, m], the biases [f] and [m]
-    neurons_ref,  # [n], or None for all f
-    out_ref,  # [programs, b, m] float32
-    *,
-    n: int,
-    act,
-    config: Config,
-):
-    b, m = x_ref.shape
-    f = weights_refs["up"].shape[0]
-    program = pl.program_id(0)
-    cols = _arange(max(ceil_power_of_two(m), 8))
-    col_mask = cols < m
-    first, last = _share(n, program, config.fused)
-    entering = [name for name in weights_refs if "down" not in name]
-
-    def select(place):
-        return _selected(neurons_ref, place, place < last), place < last
-
-    def load(name, selected):
-        neuron, mask = selected
-        ref, neuron = weights_refs[name], _clip(neuron, f)
-        if name == "up_bias":
-            return _load(ref.at[neuron], mask)
-        return _load(ref.at[neuron, cols], mask & col_mask)
-
-    xs = [_load(x_ref.at[i, cols], col_mask) for i in range(b)]
-
-    def step(place, carry):
-        # While one neuron is multiplied, the rows of the next are under way. A row is
-        # replaced when it has been used, not before: its successor takes its
-        # registers, and nothing waits for a load to move it.
-        following, tile, totals = carry
-        rows = {name: row.astype(jnp.float32) for name, row in tile.items()}
-        products = [
-            {name: rows[name] * x.astype(jnp.float32) for name in _sums(rows)}
-            for x in xs
-        ]
-        tile = {name: load(name, following) for name in entering}
-        for i, product in enumerate(products):
-            sums = {name: _sum(value) for name, value in product.items()}
-            if "up_bias" in rows:
-                sums["up"] += rows["up_bias"]
-            hidden = _activations(sums, act).astype(x_ref.dtype)
-            totals[i] += hidden.astype(jnp.float32) * rows["down"]
-        tile["down"] = load("down", following)
-        return select(place + 2), tile, totals
-
-    zeros = jnp.zeros(cols.shape, jnp.float32)
-    if "down_bias" in weights_refs:
-        mask = col_mask & (program == 0)
-        zeros = _load(weights_refs["down_bias"].at[cols], mask).astype(jnp.float32)
-    tile = {name: load(name, select(first)) for name in [*entering, "down"]}
-    carry = (select(first + 1), tile, [zeros] * b)
-    _, _, totals = lax.fori_loop(first, last, step, carry)
-    for i, total in enumerate(totals):
-        pltriton.store(out_ref.at[program, i, cols], total, mask=col_mask)
-
-
-def _sum(x):
-    """The sum of all, first of the even and of the odd ones of every 8.
-
-    That keeps pairs of 16-bit values together in a register from when they are loaded
-    until they are used: a loop would else wait for them to split them.
-    """
-    return jnp.sum(jnp.sum(x.reshape(-1, 4, 2), axis=1))
 
 
 def _fold(size, folds):
     """The index and the part of each of size x folds rows."""
-    rows = _arange(size * folds)
+    rows = tiles.arange(size * folds)
     return (rows, rows * 0) if folds == 1 else (rows // folds, rows % folds)
 
 
 def _unfold(sums, folds):
     """The sums over all columns, from products of every fold with every other one."""
-    row, column = (_arange(size) % folds for size in sums.shape)
+    row, column = (tiles.arange(size) % folds for size in sums.shape)
     sums = jnp.where(row[:, None] == column[None, :], sums, 0.0)
     neurons, inputs = (size // folds for size in sums.shape)
     sums = jnp.sum(sums.reshape(neurons, folds, inputs * folds), axis=1)
     return jnp.sum(sums.reshape(neurons, inputs, folds), axis=2)
-
-
-def _sums(weights):
-    """The matrices of the first product."""
-    return tuple(name for name in ("up", "gate") if name in weights)
-
-
-def _activations(sums, act):
-    """What the second product multiplies, from the sums of the first."""
-    up = sums["up"]
-    return act(sums["gate"]) * up if "gate" in sums else act(up)
-
-
-def _arange(size):
-    return jnp.arange(size, dtype=jnp.int32)
-
-
-def _block(index, size):
-    """The indices of the index-th block of a size."""
-    return index * size + _arange(size)
-
-
-def _share(total, part, parts):
-    """From where to where in 0..total the part-th of equal parts goes."""
-    return part * total // parts, (part + 1) * total // parts
-
-
-def _below(indices, limit, step):
-    """A mask where indices < limit; None where steps never go beyond it."""
-    return None if limit % step == 0 else indices < limit
-
-
-def _both(mask, other):
-    """Where both masks hold; None holds everywhere."""
-    if mask is None or other is None:
-        return other if mask is None else mask
-    return mask & other
-
-
-def _column(mask):
-    return None if mask is None else mask[:, None]
-
-
-def _row(mask):
-    return None if mask is None else mask[None, :]
-
-
-def _selected(neurons_ref, places, mask):
-    """The rows to read for these places in the selection."""
-    return places if neurons_ref is None else _load(neurons_ref.at[places], mask)
-
-
-def _clip(neuron, f):
-    """Keeps a wrong index from reading outside of the weights."""
-    return jnp.clip(neuron, 0, f - 1)
-
-
-def _load(ref, mask):
-    """Load, 0 where masked."""
-    if mask is None:
-        return pltriton.load(ref)
-    return pltriton.load(ref, mask=mask, other=0)
-
-
-def _load_tile(ref, rows, cols, row_mask, col_mask):
-    """Load ref[rows, cols], 0 where masked; cols are the same or each row's own."""
-    if cols.ndim == 1:
-        cols, col_mask = cols[None, :], _row(col_mask)
-    mask = _both(_column(row_mask), col_mask)
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (rows.size, cols.shape[1]))
-    return _load(ref.at[rows[:, None], cols], mask)
