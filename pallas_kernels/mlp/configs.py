@@ -121,6 +121,19 @@ def product_config(axis: int, *, b: int, n: int, m: int, itemsize: int) -> Confi
     return Config(**{**fields, "batch": _batch(b, itemsize), **leaving})
 
 
+def product_candidates(
+    axis: int, *, b: int, n: int, m: int, itemsize: int
+) -> list[Config]:
+    """As `candidates`, of `product_config`."""
+    heuristic = product_config(axis, b=b, n=n, m=m, itemsize=itemsize)
+    if axis == 1:
+        ways = [_enter(b, n, m, itemsize, False, splits) for splits in (1, 2, 4)]
+    else:
+        ways = [_leave(b, m, n, itemsize, wider) for wider in (2, 0.5)]
+    found = [heuristic, *(dataclasses.replace(heuristic, **way) for way in ways)]
+    return list(dict.fromkeys(found))
+
+
 def _one_kernel(programs: int, warps: int, n: int, m: int) -> Config:
     unused = {field.name: 0 for field in dataclasses.fields(Config)}
     warps = min(max(ceil_power_of_two(m) // 256, 1), warps)

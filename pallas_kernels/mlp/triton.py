@@ -64,12 +64,16 @@ def mlp(
     return sums[0] if len(sums) == 1 else jnp.sum(sums, axis=0).astype(x.dtype)
 
 
-@once("axis", "interpret")
-def partial_product(x, matrix, bias, axis, *, interpret=False) -> jax.Array:
+@once("axis", "interpret", "config")
+def partial_product(
+    x, matrix, bias, axis, *, interpret=False, config: Config | None = None
+) -> jax.Array:
     """See `pallas_kernels.partial_product`; the arguments are checked there."""
     b, m = x.shape
     n = matrix.shape[1 - axis]
-    config = product_config(axis, b=b, n=n, m=m, itemsize=x.dtype.itemsize)
+    if config is None:
+        facts = {"axis": axis, "b": b, "n": n, "m": m, "itemsize": x.dtype.itemsize}
+        config = table.product_config(product_config(**facts), **facts)
     if axis == 0:  # as the second product of an MLP whose neurons are the inputs
         weights = {"down": matrix, "down_bias": bias}
         options = {"parts": True, "name": "product_columns"}

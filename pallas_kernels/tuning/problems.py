@@ -12,7 +12,7 @@ from pallas_kernels.attention import configs as attention_configs
 from pallas_kernels.attention import select_head_attention
 from pallas_kernels.attention import triton as attention_triton
 from pallas_kernels.mlp import configs as mlp_configs
-from pallas_kernels.mlp import gathered_mlp
+from pallas_kernels.mlp import gathered_mlp, partial_product
 from pallas_kernels.mlp import triton as mlp_triton
 from pallas_kernels.tuning import table
 from pallas_kernels.tuning.timing import calls_to_time, normal, sets_to_rotate
@@ -171,8 +171,79 @@ class Mlp:
         return reference if config is None else call
 
 
-Problem = Attention | Mlp
-KINDS: tuple[type[Attention] | type[Mlp], ...] = (Attention, Mlp)
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One product of a decode step: b inputs of m numbers to n outputs.
+
+    The matrix is [n, m], or [m, n] with axis 0.
+    """
+
+    b: int
+    m: int
+    n: int
+    axis: int = 1
+    dtype: str = "bfloat16"
+
+    section: ClassVar[str] = "product"
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What the heuristic and the table go by."""
+        itemsize = jnp.dtype(self.dtype).itemsize
+        facts = {"axis": self.axis, "b": self.b, "n": self.n, "m": self.m}
+        return {**facts, "itemsize": itemsize}
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The table's key."""
+        return table.product_shape(**self.facts)
+
+    @property
+    def default(self) -> mlp_configs.Config:
+        """The heuristic's config."""
+        return mlp_configs.product_config(**self.facts)
+
+    def candidates(self) -> list[mlp_configs.Config]:
+        """What the kernel itself proposes to try."""
+        return mlp_configs.product_candidates(**self.facts)
+
+    def inputs(self, most: int) -> Inputs:
+        """Random inputs and matrices for at most so many calls."""
+        shape = (self.n, self.m) if self.axis == 1 else (self.m, self.n)
+        nbytes = self.n * self.m * jnp.dtype(self.dtype).itemsize
+        matrices = [
+            normal(i, shape, self.dtype, self.m**-0.5)
+            for i in range(min(most, sets_to_rotate(nbytes)))
+        ]
+        calls = min(most, max(calls_to_time(nbytes), len(matrices)))
+        arguments = [(matrices[i % len(matrices)],) for i in range(calls)]
+        return normal(0, (self.b, self.m), self.dtype), arguments
+
+    def function(self, config: Any, interpret: bool = False) -> Callable[..., Any]:
+        """The call to time, of the reference if the config is None.
+
+        The parts are added up, as whatever takes them would.
+        """
+
+        def finish(parts, x):
+            out = parts.sum(axis=0).astype(x.dtype)[:, : self.m]
+            return jnp.pad(out, ((0, 0), (0, self.m - out.shape[1])))
+
+        def reference(x, matrix):
+            options: Any = {"axis": self.axis, "implementation": "xla"}
+            return finish(partial_product(x, matrix, **options), x)
+
+        def call(x, matrix):
+            options = {"config": config, "interpret": interpret}
+            return finish(
+                mlp_triton.partial_product(x, matrix, None, self.axis, **options), x
+            )
+
+        return reference if config is None else call
+
+
+Problem = Attention | Mlp | Product
+KINDS: tuple[type[Problem], ...] = (Attention, Mlp, Product)
 
 
 def parse(text: str) -> Problem:

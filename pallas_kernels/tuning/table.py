@@ -22,6 +22,7 @@ from pallas_kernels._sizes import ceil_power_of_two
 SHAPES = {
     "attention": ("itemsize", "g", "d", "s", "bn"),
     "mlp": ("itemsize", "gated", "b", "m", "n"),
+    "product": ("itemsize", "axis", "b", "m", "n"),
     "mlp_dense_above": ("itemsize", "gated", "b", "m", "f"),
 }
 _ABOUT = ("device", "jax")
@@ -90,6 +91,23 @@ def mlp_config(
     return lookup(shipped(device_kind()), "mlp", shape, default)
 
 
+def product_config(
+    default: Config, *, axis: int, b: int, n: int, m: int, itemsize: int
+) -> Config:
+    """The config of one product of a decode step on the default device.
+
+    Args:
+        default: the heuristic's, for shapes that were not measured.
+        axis: of the matrix, that is summed over.
+        b: batch.
+        n: outputs.
+        m: numbers of each input.
+        itemsize: bytes per element.
+    """
+    shape = product_shape(axis=axis, b=b, n=n, m=m, itemsize=itemsize)
+    return lookup(shipped(device_kind()), "product", shape, default)
+
+
 def mlp_dense_above(
     *, b: int, m: int, f: int, gated: bool, itemsize: int
 ) -> float | None:
@@ -124,6 +142,17 @@ def mlp_shape(*, b: int, n: int, m: int, gated: bool, itemsize: int) -> dict[str
         "m": m,
         "n": n,
     }
+
+
+def product_shape(
+    *, axis: int, b: int, n: int, m: int, itemsize: int
+) -> dict[str, int]:
+    """The bucket of a product: the batch up to the next power of two.
+
+    And outputs down to a multiple of 128: a router's few rows change no wave.
+    """
+    batch, outputs = ceil_power_of_two(b), max(n // 128 * 128, min(n, 128))
+    return {"itemsize": itemsize, "axis": axis, "b": batch, "m": m, "n": outputs}
 
 
 def dense_shape(

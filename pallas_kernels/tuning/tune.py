@@ -29,10 +29,17 @@ _SHAPES = (
     *(f"mlp:b=16,m=4096,f=16384,n={n}" for n in (8192, 4915, 1638)),
     *(f"mlp:b=1,m=4096,f=16384,n={n}" for n in (8192, 4915, 1638)),
     *(f"mlp:b=1,m=4096,f=14336,gated=1,n={n}" for n in (7168, 4300, 1433)),
+    # All neurons, the rows of QKV without a router's, and attention's output.
+    *(f"mlp:b={b},m=4096,f=14336,gated=1,n=14336" for b in (1, 32, 64)),
+    *("mlp:b=16,m=4096,f=11008,gated=1,n=11008", "mlp:b=48,m=4096,f=16384,n=16384"),
+    *(f"product:b={b},m=4096,n=6144" for b in (1, 32, 64)),
+    *(f"product:b={b},m=4096,n=12288" for b in (16, 48)),
+    *(f"product:b={b},m=4096,n=4096,axis=0" for b in (1, 16, 32, 64)),
 )
 _TOY_SHAPES = (
     "attention:b=2,k=2,g=2,s=64,d=64,n=1,dtype=float32",
     "mlp:b=2,m=64,f=128,n=64,dtype=float32",
+    "product:b=2,m=64,n=32,axis=0,dtype=float32",
 )
 
 _DESCRIPTION = """\
@@ -53,9 +60,11 @@ examples:
 
 A shape is the kernel's name and, for attention, b (batch), k (KV groups), n (selected),
 g (query heads per group), s (cache length), d (head dim); for mlp, b, m (model dim),
-f (neurons), n (selected), gated (0 or 1); and dtype (default bfloat16). It stands for
-its bucket: attention's s and b x n count to the nearest power of two, mlp's b to the
-next one, everything else as it is.
+f (neurons), n (selected), gated (0 or 1); for product, b, m (numbers of an input), n
+(outputs), axis (of the matrix, that is summed over: 1 or 0); and dtype (default
+bfloat16). It stands for its bucket: attention's s and b x n count to the nearest power
+of two, the others' b to the next one, product's n down to a multiple of 128, everything
+else as it is.
 """
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from pallas_kernels.mlp import configs as mlp_configs
 from pallas_kernels.tuning import problems, search, table, timing, tune
 
 
@@ -346,3 +347,27 @@ def test_help_teaches(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "examples:" in shown and "attention:b=8,k=8,g=4" in shown
+
+
+def test_a_product_is_served_by_its_bucket(monkeypatch):
+    entry = {
+        "shape": {"itemsize": 2, "axis": 1, "b": 64, "m": 4096, "n": 6144},
+        "config": {
+            **dataclasses.asdict(problems.Product(64, 4096, 6144).default),
+            "up_stages": 3,
+        },
+        "us": 1.0,
+        "heuristic_us": 2.0,
+    }
+    text = json.dumps({"device": "some GPU", "jax": "1", "product": [entry]})
+    monkeypatch.setattr(table, "shipped", lambda kind: table.parse(text, "here"))
+
+    def stages(**facts):
+        default = mlp_configs.product_config(**facts)
+        return table.product_config(default, **facts).up_stages
+
+    shape = {"axis": 1, "b": 48, "n": 6152, "m": 4096, "itemsize": 2}
+    assert stages(**shape) == 3  # a router's rows, and a batch below the next power
+    for other in ({"b": 65}, {"n": 6272}, {"m": 2048}, {"itemsize": 4}):
+        facts = {**shape, **other}
+        assert stages(**facts) == mlp_configs.product_config(**facts).up_stages
