@@ -127,7 +127,8 @@ def test_needed_neurons(b, w, r, f, n, dtype, implementation):
     live = jnp.asarray(rng.random(b) < 0.7).at[0].set(True)
     checked = jaxtyped(typechecker=beartype)(needed_neurons)
     needed = functools.partial(checked, n=n, implementation=implementation)
-    neurons = jax.jit(needed)(hidden.at[~live].set(jnp.nan), up, live)
+    dead = jnp.asarray(rng.normal(size=(b, w)) * 50, jnp.float32)
+    neurons = jax.jit(needed)(jnp.where(live[:, None], hidden, dead), up, live)
     x = np.asarray(hidden[:, w - r :].astype(dtype), np.float64)[np.asarray(live)]
     chances = np.logaddexp(0, x @ np.asarray(up, np.float64).T).sum(axis=0)
     _check_union(neurons, chances, n, rtol=1e-5)
