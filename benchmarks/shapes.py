@@ -5,11 +5,13 @@ Times depend on shapes and not on what the weights are, so nothing is downloaded
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 
 from polarjax import ModelConfig, Params, Rope
 from polarjax.model import weight_shapes
+from polarjax.sparsity import routers
 
 NEURON_RANK = 1024  # of neuron routers, as in the paper
 
@@ -227,13 +229,9 @@ def random_params(
 
 def router_shapes(config: ModelConfig, dtype, head_rank: int = 0) -> dict:
     """Routers of layers 1 and up, as a tree of `jax.ShapeDtypeStruct`."""
-    k, m, f = config.kv_heads, config.dim, config.neurons
-    rank = min(NEURON_RANK, m)
-    shapes: dict = {"heads": {"weight": (k, m), "bias": (k,)}}
-    if head_rank:
-        shapes["heads"] |= {"down": (head_rank, m), "up": (k, head_rank)}
-    if config.activation == "relu":
-        shapes["neurons"] = {"down": (rank, m), "up": (f, rank)}
+    relu = config.activation == "relu"
+    neuron_rank = min(NEURON_RANK, config.dim) if relu else None
+    shapes = routers.router_shapes(config, head_rank or None, neuron_rank)
     one = {
         part: {
             name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in leaves.items()
@@ -243,7 +241,7 @@ def router_shapes(config: ModelConfig, dtype, head_rank: int = 0) -> dict:
     return {f"layers_{i}": one for i in range(1, config.layers)}
 
 
-def draw(shapes: dict, seed: int) -> dict:
+def draw(shapes: Any, seed: int) -> Any:
     """Random numbers of such shapes, made on the device."""
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))

@@ -270,10 +270,7 @@ def prefill_times(
             known[name] += each
         return function(*args, **kwargs)
 
-    def plain(function: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    def read(call: Callable[..., Any] = plain) -> None:
+    def read(call: Callable[..., Any] = loop.run_plainly) -> None:
         drawn = loop.read_prompts(
             *(params.weights, prompts_read, jnp.full(prompts, 10**8, jnp.int32)),
             *(make_sampling(config, prompts, 0.0, 0, 1.0, 0), jnp.array([-1])),

@@ -19,6 +19,7 @@ from polarjax.generation.memory import (
     MEMORY_FRACTION,
     cache_bytes,
     capacities,
+    check_fraction,
     largest,
     prefill_bytes,
     sampling_bytes,
@@ -26,9 +27,10 @@ from polarjax.generation.memory import (
 from polarjax.generation.requests import bucket, positive
 from polarjax.generation.stats import read_bandwidth
 from polarjax.model import BLOCK_TOKENS, weight_shapes
-from polarjax.params import Params, Tree
+from polarjax.params import Params
+from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.cost import step_cost, tree_bytes
-from polarjax.sparsity.routers import append_rows
+from polarjax.sparsity.routers import append_rows, router_shapes
 from polarjax.sparsity.select import check_density, count
 
 # From NVIDIA's datasheets: bytes of memory, bytes per second that it is read at.
@@ -171,10 +173,7 @@ def plan(
             f"neuron sparsity needs a ReLU MLP, the model's is {config.activation}: "
             "leave neuron_density out"
         )
-    if not 0 < memory_fraction <= 1:
-        raise ValueError(
-            f"memory_fraction must be above 0 and at most 1, got {memory_fraction!r}"
-        )
+    check_fraction(memory_fraction)
     dtype = jnp.dtype(dtype)
     params = abstract_params(
         config, dtype, head_rank, neuron_rank if neuron_density < 1 else 0
@@ -297,23 +296,14 @@ def abstract_params(
       head_rank: of the head routers' quadratic form, 0 for none.
       neuron_rank: of the neuron routers, 0 for none.
     """
-    k, m, f = config.kv_heads, config.dim, config.neurons
-    spec = jax.ShapeDtypeStruct
-
-    def low_rank(rank: int, outputs: int) -> Tree:
-        down, up = spec((rank, m), jnp.bfloat16), spec((outputs, rank), jnp.bfloat16)
-        return {"down": down, "up": up} if rank else {}
-
-    router: Tree = {
-        "heads": {
-            "weight": spec((k, m), jnp.float32),
-            "bias": spec((k,), jnp.float32),
-            **low_rank(head_rank, k),
-        }
-    }
-    if neuron_rank:
-        router["neurons"] = low_rank(neuron_rank, f)
+    shapes = router_shapes(config, head_rank or None, neuron_rank or None)
+    router = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
     routers = {f"layers_{i}": router for i in range(1, config.layers)}
+    routers = jax.eval_shape(as_stored, routers)
     return Params(weight_shapes(config, dtype), routers, config)
 
 

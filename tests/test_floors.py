@@ -155,7 +155,6 @@ FLOORS = {
         polarjax.recovery
     """,
     5: """
-        polarjax.measure_overheads
         polarjax.hub
         convert.export
         convert.__main__

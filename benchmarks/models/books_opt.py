@@ -31,6 +31,7 @@ from rich.progress import (
 
 from benchmarks.models.books_text import read_tokens, train_tokenizer
 from benchmarks.models.opt_training import Training, evaluate, imbalance, train
+from benchmarks.shapes import opt
 from convert.core import DTYPES
 from convert.export import shards, write
 from polarjax.config import ModelConfig
@@ -81,26 +82,10 @@ def make_config(
         raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
     if vocab > 2**16:
         raise ValueError(f"vocab {vocab} is larger than 65,536")
-    config = ModelConfig(
-        family="opt",
-        vocab_size=vocab,
-        dim=dim,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=dim // heads,
+    config = dataclasses.replace(
+        opt(layers, dim, heads, vocab),
         neurons=neurons,
         context=context,
-        norm="layer",
-        norm_eps=1e-5,
-        activation="relu",
-        gated_mlp=False,
-        rope=None,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        tied_embeddings=True,
-        embed_dim=dim,
         bos_ids=(0,),
         eos_ids=(0,),
     )

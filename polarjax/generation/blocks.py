@@ -44,12 +44,23 @@ def plan_blocks(lengths: Sequence[int], context: int, budget: int) -> list[Block
         size = bucket(lengths[left[0]])
         width = min(size, context)
         same = sum(bucket(lengths[i]) == size for i in left)
-        rows = 1 << (same - 1).bit_length()
-        # A few empty rows cost less than one more program.
-        if (rows - same) * width > budget // 8:
-            rows //= 2
+        rows = filled_rows(same, width, budget)
         most = max(1, budget // width)
         rows = min(rows, 1 << (most.bit_length() - 1))
         blocks.append(Block(tuple(left[:rows]), rows, width))
         left = left[rows:]
     return blocks
+
+
+def filled_rows(prompts: int, width: int, budget: int) -> int:
+    """Rows that prompts of one width begin to fill, a power of two.
+
+    Some may be empty: a few of them cost less than one more program.
+
+    Args:
+      prompts: how many.
+      width: tokens of each row.
+      budget: most tokens of a call.
+    """
+    rows = bucket(prompts, 1)
+    return rows if (rows - prompts) * width <= budget // 8 else rows // 2

@@ -2,7 +2,7 @@
 
 A sparse axis saves bytes and costs launches: the selection, and kernels with less to do
 each. A step's time is predicted as bytes / bandwidth, plus microseconds per layer that
-`python -m polarjax.measure_overheads` has measured on this kind of device.
+`python -m benchmarks.measure_overheads` has measured on this kind of device.
 """
 
 from __future__ import annotations

@@ -140,6 +140,11 @@ def first_token(
     return state, Drawn(state.token, logprob, valid, reads, jnp.zeros_like(remaining))
 
 
+def run_plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a compiled program, as `read_prompts` does by itself."""
+    return function(*args, **kwargs)
+
+
 def read_prompts(
     weights: Tree,
     prompts: Sequence[Sequence[int]],
@@ -151,9 +156,7 @@ def read_prompts(
     capacity: int,
     implementation: Implementation | None,
     most: int = BLOCK_TOKENS,
-    call: Callable[..., Any] = lambda function, *args, **kwargs: function(
-        *args, **kwargs
-    ),
+    call: Callable[..., Any] = run_plainly,
 ) -> tuple[State, Drawn]:
     """Read a batch of prompts, dense, and draw each request's first token.
 

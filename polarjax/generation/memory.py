@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
+from polarjax.generation.blocks import filled_rows
 from polarjax.generation.requests import bucket
 from polarjax.model.causal import BLOCK, flash_serves
 from polarjax.params import Params
@@ -77,8 +78,7 @@ def prefill_bytes(
     mlp = c.neurons * (4 * (1 + c.gated_mlp) + size)
     block = 4 * c.dim + max((q + kv) * (4 + size), mlp)
     # A longer prompt is a call of its own, and a few rows of a call may be empty.
-    rows = bucket(batch, 1)
-    rows = rows if (rows - batch) * width <= prefill_tokens // 8 else batch
+    rows = max(batch, filled_rows(batch, width, prefill_tokens))
     tokens = max(width, min(rows * width, prefill_tokens))
     return tokens * whole + min(tokens, prefill_tokens) * block
 
@@ -115,10 +115,7 @@ def cache_capacity(
     Raises:
       ValueError: if it does not fit; it names what would.
     """
-    if not 0 < memory_fraction <= 1:
-        raise ValueError(
-            f"memory_fraction must be above 0 and at most 1, got {memory_fraction!r}"
-        )
+    check_fraction(memory_fraction)
     config = params.config
     devices = params.weights["embed"]["tokens"].devices()
     free = min(_free(device, memory_fraction) for device in devices)
@@ -162,6 +159,18 @@ def _free(device: Any, memory_fraction: float) -> float:
     if "bytes_limit" not in stats:
         return float("inf")
     return memory_fraction * stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def check_fraction(memory_fraction: float) -> None:
+    """Raise unless it is a fraction of a memory.
+
+    Raises:
+      ValueError: naming the value.
+    """
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(
+            f"memory_fraction must be above 0 and at most 1, got {memory_fraction!r}"
+        )
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

@@ -12,6 +12,7 @@ appended to it as further rows and cost no launch of their own.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,27 @@ import jax.numpy as jnp
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
 from polarjax.sparsity.updates import check_updates
+
+
+def router_shapes(
+    config: ModelConfig, head_rank: Any = None, neuron_rank: Any = None
+) -> Tree:
+    """Shapes of one layer's routers, as a tree of tuples.
+
+    Args:
+      config: of the model.
+      head_rank: of the head router's quadratic form; None for a linear one.
+      neuron_rank: of the neuron router; None for none.
+    """
+    k, m, f = config.kv_heads, config.dim, config.neurons
+
+    def low_rank(rank: Any, outputs: int) -> Tree:
+        return {} if rank is None else {"down": (rank, m), "up": (outputs, rank)}
+
+    shapes: Tree = {"heads": {"weight": (k, m), "bias": (k,), **low_rank(head_rank, k)}}
+    if neuron_rank is not None:
+        shapes["neurons"] = low_rank(neuron_rank, f)
+    return shapes
 
 
 def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
@@ -32,7 +54,6 @@ def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
     Raises:
       ValueError: naming the router and the shape that would be right.
     """
-    k, m, f = config.kv_heads, config.dim, config.neurons
     for layer, parts in routers.items():
         if layer not in {f"layers_{i}" for i in range(config.layers)}:
             raise ValueError(
@@ -47,18 +68,19 @@ def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
         parts = dict(parts)
         if "updates" in parts:
             check_updates(layer, parts.pop("updates"), weights[layer])
-        want: Tree = {"heads": {"weight": (k, m), "bias": (k,)}}
         have = jax.tree.map(lambda leaf: tuple(leaf.shape), parts)
+        ranks: dict[str, Any] = {"heads": None, "neurons": None}
         match have:
             case {"heads": {"down": (rank, _)}}:
-                want["heads"] |= {"down": (rank, m), "up": (k, rank)}
+                ranks["heads"] = rank
             case {"heads": {"down": _} | {"up": _}}:
-                want["heads"] |= {"down": ("rank", m), "up": (k, "rank")}
+                ranks["heads"] = "rank"
         match have:
             case {"neurons": {"down": (rank, _)}}:
-                want["neurons"] = {"down": (rank, m), "up": (f, rank)}
+                ranks["neurons"] = rank
             case {"neurons": _}:
-                want["neurons"] = {"down": ("rank", m), "up": (f, "rank")}
+                ranks["neurons"] = "rank"
+        want = router_shapes(config, ranks["heads"], ranks["neurons"])
         if layer == "layers_0":  # it is dense
             want = {}
         if have != want:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import polarjax
-from polarjax import measure_overheads
+from benchmarks import measure_overheads
 from polarjax.generation import crossover
 from polarjax.generation.crossover import Measured, Overhead, fit
 from tests.models import OPT, random_params

@@ -1,6 +1,6 @@
 """Measures what selecting heads and neurons costs on this machine's GPU.
 
-    python -m polarjax.measure_overheads [--batches N ...] [--out FILE.json] [--toy]
+    python -m benchmarks.measure_overheads [--batches N ...] [--out FILE.json] [--toy]
 
 Three decode steps of one model at a short context, each as `generate` compiles it:
 dense, half of the heads, half of the neurons. What a sparse step takes beyond dense,
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import polarjax
+from benchmarks.shapes import draw, opt
+from benchmarks.steps import STEPS, make_chunk, make_state, times
 from pallas_kernels.tuning.table import file_name
-from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.evaluation.record import commit
 from polarjax.generation.crossover import Measured, Overhead, fit
-from polarjax.generation.loop import State, decode_chunk
-from polarjax.generation.requests import make_sampling
 from polarjax.generation.stats import read_bandwidth
 from polarjax.params import Params
 from polarjax.planning import abstract_params
@@ -39,32 +37,12 @@ from polarjax.sparsity import Polar
 from polarjax.sparsity.cost import step_cost
 from polarjax.sparsity.select import with_density
 
-STEPS, REPEATS, CAPACITY = 16, 7, 128
+REPEATS, CAPACITY = 7, 128
 
 
 def model(layers: int = 8, dim: int = 4096, heads: int = 32) -> ModelConfig:
     """Layers of OPT-6.7B, which have both kinds of sparsity."""
-    return ModelConfig(
-        family="opt",
-        vocab_size=512,
-        dim=dim,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=dim // heads,
-        neurons=4 * dim,
-        context=2048,
-        norm="layer",
-        norm_eps=1e-5,
-        activation="relu",
-        gated_mlp=False,
-        rope=None,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        tied_embeddings=True,
-        embed_dim=dim,
-    )
+    return opt(layers, dim, heads, vocab=512)
 
 
 def measure(
@@ -80,7 +58,7 @@ def measure(
       rank: of the neuron routers.
     """
     shapes = abstract_params(config, dtype, 64, min(rank, config.dim))
-    params = with_density(jax.tree.map(_draw, shapes), 1.0)
+    params = with_density(draw(shapes, 0), 1.0)
     context = CAPACITY - STEPS // 2  # the mean of a chunk
     cost = step_cost(params, batch=batch, context=context)
     k, layers = config.kv_heads, config.layers
@@ -98,51 +76,19 @@ def measure(
     )
 
 
-def _draw(spec: jax.ShapeDtypeStruct) -> jax.Array:
-    return _normal(spec.shape, spec.dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _normal(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return 0.02 * jax.random.normal(jax.random.key(len(shape)), shape, dtype)
-
-
 def _seconds(params: Params, policy: SelectionPolicy, batch: int) -> float:
     """Of one decode step, the median of chunks."""
-    config = params.config
     weights, bound = policy.bind(params, batch)
-    start = jnp.full(batch, CAPACITY - STEPS, jnp.int32)
-    cache = KVCache.empty(config, batch, CAPACITY, params.dtype)
-    state = State(
-        dataclasses.replace(cache, lengths=start + 0),  # each is donated
-        token=jnp.zeros(batch, jnp.int32),
-        live=jnp.ones(batch, bool),
-        remaining=jnp.full(batch, 10**6, jnp.int32),
-    )
-    del cache
-    go_on, end_ids = jnp.ones(batch, bool), jnp.array([-1])
-    sampling = make_sampling(config, batch, 0.0, 0, 1.0, 0)
-    times = []
-    for _ in range(REPEATS + 1):  # the first one compiles
-        begin = time.perf_counter()
-        state, _ = decode_chunk(
-            *(weights, bound, state, go_on, sampling, end_ids),
-            config=config.architecture,
-            steps=STEPS,
-            implementation=None,
-        )
-        jax.block_until_ready(state)
-        times.append(time.perf_counter() - begin)
-        state = dataclasses.replace(
-            state, cache=dataclasses.replace(state.cache, lengths=start + 0)
-        )
-    return statistics.median(times[1:]) / STEPS
+    chunk = make_chunk(params, weights, bound, batch)
+    state = make_state(params, batch, CAPACITY)
+    _, seconds, _ = times(chunk, state, CAPACITY, REPEATS)
+    return statistics.median(seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m polarjax.measure_overheads",
+        prog="python -m benchmarks.measure_overheads",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -175,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{found[-1].neurons_us:.1f} us for neurons",
             flush=True,
         )
-    packaged = Path(__file__).parent / "overheads" / file_name(device.device_kind)
+    packaged = Path(polarjax.__file__).parent / "overheads"
+    packaged /= file_name(device.device_kind)
     out = args.out or (None if args.toy else packaged)
     if out is None:
         print("nothing written: no --out")
