@@ -80,8 +80,15 @@ def add_arguments(add: Any) -> None:
         action="store_true",
         help="time it on every whole LLaMA or Mistral, not only where the table asks",
     )
-    add("--profile", action="store_true", help="trace one chunk of each and sum it up")
-    add("--repeats", type=int, default=5, help="warm chunks or prefills timed")
+    add(
+        "--profile", action="store_true", help="trace some chunks of each and sum it up"
+    )
+    add(
+        "--repeats",
+        type=int,
+        default=5,
+        help="warm rounds of chunks, or prefills, timed",
+    )
     add("--head-rank", type=int, default=0, help="of random head routers; 0 is linear")
     add(
         *("--memory-fraction",),

@@ -53,9 +53,11 @@ from benchmarks.shapes import (
     random_params,
     router_shapes,
 )
+from polarjax.generation.crossover import bind_where_it_pays
 from polarjax.generation.stats import read_bandwidth
 from polarjax.model import weight_shapes
 from polarjax.params import Params
+from polarjax.sparsity.select import with_density
 from polarjax.sparsity.cost import kv_row_bytes
 
 # Where torch's dense attention reads fastest, see the kernels' table.
@@ -74,7 +76,8 @@ def load_model(model: str, adapter: str | None, dtype: Any, head_rank: int) -> P
     config, count = found
     if count:
         config = layers_alone(config, count)
-    return random_params(config, dtype, head_rank=head_rank, alone=bool(count))
+    params = random_params(config, dtype, head_rank=head_rank, alone=bool(count))
+    return with_density(params, 0.5)
 
 
 def run_case(
@@ -104,8 +107,9 @@ def run_case(
             if sparse:
                 policy = polarjax.Polar(sparse.heads, sparse.neurons)
             # Nothing of it outlives this round: the next policy needs its room.
+            asked = sparse is None or bool(sparse.heads or sparse.neurons)
             state, seconds, read, compiling, summary = time_policy(
-                *(params, policy, state, case, alone, args)
+                *(params, policy, asked, state, case, alone, args)
             )
         except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
             rows.add(error_row("decode", name, case, label, error))
@@ -136,6 +140,7 @@ def run_case(
 def time_policy(
     params: Params,
     policy: polarjax.SelectionPolicy,
+    asked: bool,
     state: Any,
     case: Case,
     alone: bool,
@@ -146,6 +151,7 @@ def time_policy(
     Args:
       params: the model.
       policy: not bound.
+      asked: whether it is done as it is, or only where it pays.
       state: donated.
       case: the case.
       alone: whether the model is layers alone.
@@ -155,11 +161,18 @@ def time_policy(
       The state; seconds of a step, several; bytes of weights and KV of a step; what is
       known of the compiled program; and the profile, if wanted.
     """
-    weights, bound = policy.bind(params, case.batch)
+    notes: tuple[str, ...] = ()
+    if alone:  # layer 0 is not there to be costed
+        weights, bound = policy.bind(params, case.batch)
+    else:
+        weights, bound, notes = bind_where_it_pays(
+            *(params, policy, asked, case.batch, case.context)
+        )
     chunk = steps.make_chunk(params, weights, bound, case.batch, alone=alone)
     compiled, known = steps.timed_compile(lambda: chunk.lower(state))
     hlo = compiled.as_text()
     cache = state.cache.keys[0].shape
+    known["notes"] = list(notes)
     known["cache_copies"] = profiling.cache_copies(hlo, cache)
     state, seconds, drawn = steps.times(chunk, state, case.context, args.repeats)
     read = steps.step_bytes(params, weights, bound, drawn)
@@ -169,10 +182,10 @@ def time_policy(
 
     def once() -> None:
         nonlocal state
-        state, drawn = chunk(state)
-        jax.block_until_ready((state, drawn))
+        state, _ = steps.follow(chunk, state, case.context)
 
-    summary = profiling.profile(once, steps.STEPS, hlo)
+    count = steps.STEPS * steps.chunks_in(case.context)
+    summary = profiling.profile(once, count, hlo)
     return state, seconds, read, known, summary
 
 

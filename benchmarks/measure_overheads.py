@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 import polarjax
 from benchmarks.shapes import draw, opt
-from benchmarks.steps import STEPS, make_chunk, make_state, times
+from benchmarks.steps import STEPS, chunks_in, make_chunk, make_state, times
 from pallas_kernels.tuning.table import file_name
 from polarjax.config import ModelConfig
 from polarjax.evaluation.record import commit
@@ -59,7 +59,7 @@ def measure(
     """
     shapes = abstract_params(config, dtype, 64, min(rank, config.dim))
     params = with_density(draw(shapes, 0), 1.0)
-    context = CAPACITY - STEPS // 2  # the mean of a chunk
+    context = CAPACITY - STEPS * chunks_in(CAPACITY) // 2  # the mean of the steps
     cost = step_cost(params, batch=batch, context=context)
     k, layers = config.kv_heads, config.layers
     everything, half = (k,) * layers, (k, *(k // 2,) * (layers - 1))

@@ -1,4 +1,4 @@
-"""What a device did in one chunk of decode steps, from jax's profiler.
+"""What a device did in some chunks of decode steps, from jax's profiler.
 
 Events become a small summary: how long kernels ran, how long none did, which of them
 took the time, and what was copied.

@@ -165,7 +165,7 @@ def transformers_row(
 
 
 def profile_row(name: str, case: Case, policy: str, found: dict[str, Any]) -> Row:
-    """What a profile of one chunk showed."""
+    """What a profile of some chunks showed."""
     return {**_about("profile", name, case, policy), **found}
 
 
@@ -207,6 +207,7 @@ def line(row: Row) -> str:
         + (f", {row['over_dense']:.2f}x dense" if row["over_dense"] else "")
         + (f", {over:.2f}x transformers" if over else "")
         + f"; trace {row['trace_s']:.1f} s, compile {row['compile_s']:.1f} s"
+        + "".join(f"; {note}" for note in row.get("notes", ()))
     )
 
 

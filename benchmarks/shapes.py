@@ -91,7 +91,8 @@ class Sparsity:
     """One sparse policy, and what is wanted of it on an H100.
 
     Attributes:
-      heads: fraction of the KV groups read; None for the adapter's own budgets.
+      heads: fraction of the KV groups read; None for the adapter's own budgets where
+        they pay, as `generate` decides. Random weights have budgets of half the groups.
       neurons: fraction of the MLP neurons read; None for all of them (or, without
         `heads`, the adapter's own).
       floor: wanted floor / time.
@@ -106,7 +107,7 @@ class Sparsity:
     @property
     def label(self) -> str:
         """How rows call it."""
-        heads = f"heads {self.heads:.3g}" if self.heads else "adapter"
+        heads = f"heads {self.heads:.3g}" if self.heads else "as generate decides"
         return heads + (f", neurons {self.neurons:.3g}" if self.neurons else "")
 
 
@@ -148,7 +149,8 @@ CASES = {
         prefill=((8, 2048),),
     ),
     "llama-3.1-8b-b1": Case(
-        "llama-3.1-8b", 1, 2048, (Sparsity(0.5, over_dense=1.0),), 0.85
+        *("llama-3.1-8b", 1, 2048),
+        *((Sparsity(0.5), Sparsity(None, over_dense=1.0)), 0.85),
     ),
     "opt-6.7b-b48": Case(
         *("opt-6.7b", 48, 1920),

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from polarjax.model.layer import Layer
 from polarjax.sparsity.cost import kv_row_bytes, step_weight_bytes
 
 STEPS = 16  # a chunk, as in generate
+CHUNKS = 4  # timed at once, each sent to the device before the one before has ended
 
 
 @jax.tree_util.register_dataclass
@@ -178,45 +179,62 @@ def make_state(params: Params, batch: int, context: int, alone: bool = False) ->
     return State(cache, token, live, jnp.full(batch, 10**8, jnp.int32))
 
 
+def chunks_in(context: int) -> int:
+    """How many chunks are timed at once: as many as fit, at most `CHUNKS`."""
+    return max(1, min(CHUNKS, (context - 1) // STEPS))
+
+
 def rewind(state: Any, context: int) -> Any:
-    """The state from which one chunk ends with a full context."""
-    lengths = jnp.full(state.cache.lengths.shape, context - STEPS, jnp.int32)
+    """The state from which the chunks end with a full context."""
+    begin = context - STEPS * chunks_in(context)
+    lengths = jnp.full(state.cache.lengths.shape, begin, jnp.int32)
     cache = dataclasses.replace(state.cache, lengths=lengths)
     return dataclasses.replace(state, cache=cache)
 
 
-def times(
-    chunk: Chunk, state: Any, context: int, repeats: int
-) -> tuple[Any, list[float], Drawn]:
-    """Seconds of one step, for each of several warm chunks over the same tokens.
+def follow(chunk: Chunk, state: Any, context: int) -> tuple[Any, list[Drawn]]:
+    """Chunks after one another, as `generate` has them, up to a full context.
 
     Returns:
-      The state; the seconds; what the last chunk brought.
+      The state, and what each chunk brought, when all are done.
     """
-    drawn, seconds = None, []
+    drawn = []
+    for _ in range(chunks_in(context)):
+        state, found = chunk(state)
+        drawn.append(found)
+    return jax.block_until_ready((state, drawn))
+
+
+def times(
+    chunk: Chunk, state: Any, context: int, repeats: int
+) -> tuple[Any, list[float], list[Drawn]]:
+    """Seconds of one step, for each of several warm rounds over the same tokens.
+
+    Returns:
+      The state; the seconds; what the chunks of the last round brought.
+    """
+    drawn, seconds = [], []
     for _ in range(repeats + 1):  # the first is to warm up
         state = jax.block_until_ready(rewind(state, context))
         begin = time.perf_counter()
-        state, drawn = chunk(state)
-        jax.block_until_ready((state, drawn))
-        seconds.append((time.perf_counter() - begin) / STEPS)
-    assert drawn is not None
+        state, drawn = follow(chunk, state, context)
+        seconds.append((time.perf_counter() - begin) / STEPS / len(drawn))
     return state, seconds[1:], drawn
 
 
 def step_bytes(
-    params: Params, weights: Any, policy: SelectionPolicy, drawn: Drawn
+    params: Params, weights: Any, policy: SelectionPolicy, drawn: Sequence[Drawn]
 ) -> tuple[int, float]:
-    """Bytes of weights, and of keys and values, that one step must read.
+    """Bytes of weights, and of keys and values, that a step must read, the mean.
 
     Args:
       params: the model.
       weights: bound.
       policy: bound.
-      drawn: what a chunk brought.
+      drawn: what each chunk brought.
     """
     config = params.config
-    rows = kv_rows(drawn, config)[0] / STEPS
+    rows = sum(kv_rows(each, config)[0] for each in drawn) / STEPS / len(drawn)
     kv = rows * kv_row_bytes(config, params.dtype)
     return step_weight_bytes(weights, config, policy), kv
 

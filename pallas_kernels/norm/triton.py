@@ -55,6 +55,9 @@ def _kernel(
     for part in range(1, parts_ref.shape[0]):
         total += load(parts_ref.at[part, row, cols])
     dtype = x_ref.dtype
+    # On their way before the row is summed, which waits for it.
+    scale = load(scale_ref.at[cols])
+    shift = None if shift_ref is None else load(shift_ref.at[cols])
     # Rounded where the model's own arithmetic rounds.
     y = load(x_ref.at[row, cols]) + total.astype(dtype).astype(jnp.float32)
     y = y.astype(dtype)
@@ -64,7 +67,7 @@ def _kernel(
         y = y - jnp.sum(y) / m
         y = y if mask is None else jnp.where(mask, y, 0.0)
     factor = jax.lax.rsqrt(jnp.sum(y * y) / m + eps)
-    y = y * (factor * load(scale_ref.at[cols]))
-    if shift_ref is not None:
-        y = y + load(shift_ref.at[cols])
+    y = y * (factor * scale)
+    if shift is not None:
+        y = y + shift
     pltriton.store(out_ref.at[row, cols], y.astype(dtype), mask=mask)
