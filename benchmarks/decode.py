@@ -57,8 +57,8 @@ from polarjax.generation.crossover import bind_where_it_pays
 from polarjax.generation.stats import read_bandwidth
 from polarjax.model import weight_shapes
 from polarjax.params import Params
-from polarjax.sparsity.select import with_density
 from polarjax.sparsity.cost import kv_row_bytes
+from polarjax.sparsity.select import with_density
 
 # Where torch's dense attention reads fastest, see the kernels' table.
 RATE_SHAPES = {name: KERNEL_CASES[name] for name in ("llama-2-7b", "opt-66b")}
@@ -169,10 +169,10 @@ def time_policy(
             *(params, policy, asked, case.batch, case.context)
         )
     chunk = steps.make_chunk(params, weights, bound, case.batch, alone=alone)
-    compiled, known = steps.timed_compile(lambda: chunk.lower(state))
+    compiled, seconds_taken = steps.timed_compile(lambda: chunk.lower(state))
+    known: dict[str, Any] = {**seconds_taken, "notes": list(notes)}
     hlo = compiled.as_text()
     cache = state.cache.keys[0].shape
-    known["notes"] = list(notes)
     known["cache_copies"] = profiling.cache_copies(hlo, cache)
     state, seconds, drawn = steps.times(chunk, state, case.context, args.repeats)
     read = steps.step_bytes(params, weights, bound, drawn)

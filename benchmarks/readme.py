@@ -133,7 +133,7 @@ def decode_table(path: Path) -> str:
     if profiles:
         lines += [
             "",
-            "| profile of some chunks | policy | us a step | gaps | long gaps, in which "
+            "| profile | policy | us a step | gaps | long gaps, in which "
             "the host is waited for | kernels | in graphs | copied, bytes a step "
             "| where the time goes |",
             "|---" * 9 + "|",
