@@ -129,6 +129,7 @@ def decode_table(path: Path) -> str:
                 f"{row['model']}: {_range(row)} ms, {row['tflop_s']:.0f} TFLOP/s"
                 f"{share} ({row['flops_are']}).",
             ]
+    lines += ["", _compile_times(path, report["rows"])]
     profiles = [row for row in report["rows"] if row.get("groups")]
     if profiles:
         lines += [
@@ -149,6 +150,22 @@ def decode_table(path: Path) -> str:
             f"| {row['copied_bytes']:,.0f} | {parts} |"
         )
     return "\n".join(lines)
+
+
+def _compile_times(path: Path, rows: list[dict]) -> str:
+    """What it takes until a program runs, and what with the command's kept programs."""
+
+    def spread(rows: list[dict]) -> str:
+        found = [row["trace_s"] + row["compile_s"] for row in rows if "trace_s" in row]
+        return f"{min(found):.1f} to {max(found):.1f} s"
+
+    text = f"To trace and compile one of these programs took {spread(rows)}"
+    warm = path.with_name(path.name.replace("-bench", "-warm-start"))
+    if warm.exists():
+        kept = spread(read_rows(warm)["rows"])
+        text += f"; once compiled, with the cache that `polarjax` keeps, {kept}"
+        text += f" (`benchmarks/results/{warm.name}`)"
+    return text + "."
 
 
 def _range(row: dict) -> str:

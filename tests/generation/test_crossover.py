@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 import polarjax
@@ -93,7 +94,10 @@ def test_an_explicit_request_is_honoured_and_told(params, overheads):
     assert bind(params, polarjax.Polar(0.5), context=4096)[2] == ()
 
 
-def test_generate_says_so_and_reads_all(params, overheads):
+def test_generate_says_so_and_reads_all(params, overheads, monkeypatch):
+    monkeypatch.setattr(crossover, "mlp_dense_above", lambda **_: None)
+    overheads(0, 0)
+
     def generate(**settings):
         return polarjax.generate(params, PROMPTS, max_new_tokens=5, **settings)
 
@@ -135,7 +139,8 @@ def test_adaptive_budgets_are_means(params, overheads):
     assert bound.budget.thresholds is not None and "by 1999." in notes[0]
 
 
-def test_nothing_is_turned_off_where_nothing_was_measured(params):
+def test_nothing_is_turned_off_where_nothing_was_measured(params, monkeypatch):
+    monkeypatch.setattr(crossover, "shipped", lambda kind: ())
     _, bound, notes = bind(params)
     assert bound.budget.limits == (None, 3, 3, 2) and notes == ()
     # An adapter's absence is still told by the policy.
@@ -186,10 +191,11 @@ def test_tables_in_the_package_are_whole():
 def test_the_command_measures_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure_overheads, "read_bandwidth", lambda device: 1e10)
     out = tmp_path / "toy.json"
-    assert measure_overheads.main(["--batches", "2"]) == 1
-    assert "needs a GPU" in capsys.readouterr().err
+    if jax.default_backend() != "gpu":  # there it would measure
+        assert measure_overheads.main(["--batches", "2"]) == 1
+        assert "needs a GPU" in capsys.readouterr().err
     arguments = ["--toy", "--batches", "2", "--out", str(out)]
     assert measure_overheads.main(arguments) == 0
     [found] = crossover.parse(out.read_text(), str(out))
     assert found.batch == 2 and f"{found.heads_us:.1f} us" in capsys.readouterr().out
-    assert json.loads(out.read_text())["device"] == "cpu"
+    assert json.loads(out.read_text())["device"] == jax.devices()[0].device_kind

