@@ -21,7 +21,7 @@ from polarjax.folder import CARD_FILE, CONFIG_FILE, locked
 from polarjax.model import check_weights
 from polarjax.params import TENSORS, Params, read_folder
 from polarjax.repository import Repository
-from polarjax.sharding import replicate, sharding
+from polarjax.sharding import model_shapes, place_routers, placement
 from polarjax.sparsity import load_adapter, read_card
 from polarjax.sparsity.adapter import ROUTERS_FILE
 from polarjax.sparsity.routers import check_routers
@@ -61,19 +61,23 @@ def load(
       ValueError: if one of them is damaged, cannot be converted, or they do not belong
         together.
     """
-    place = partial(sharding, mesh=mesh) if mesh else None
+    place = partial(placement, mesh=mesh) if mesh else None
     params = read_folder(find_checkpoint(path, dtype), dtype, place)
+    shapes = model_shapes(params.weights, params.config)
     try:
-        check_weights(params.weights, params.config)
+        check_weights(shapes, params.config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if adapter is None:
-        check_routers(params.routers, params.weights, params.config)
+        check_routers(params.routers, shapes, params.config)
     else:
-        params = load_adapter(params, find_adapter(adapter))
+        found = dataclasses.replace(params, weights=shapes)
+        found = load_adapter(found, find_adapter(adapter))
+        params = dataclasses.replace(found, weights=params.weights)
     if mesh is None:
         return params
-    return dataclasses.replace(params, routers=replicate(params.routers, mesh))
+    routers = place_routers(params.routers, params.config, mesh)
+    return dataclasses.replace(params, routers=routers)
 
 
 def find_checkpoint(path: str | Path, dtype=None) -> Path:

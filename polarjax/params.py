@@ -27,8 +27,23 @@ from polarjax.config import ModelConfig
 from polarjax.folder import CONFIG_FILE, new_folder, write_tensors
 
 Tree = dict[str, Any]
-Place = Callable[[str, tuple[int, ...]], Sharding]
-"""(path in `Params.weights`, joined by "/", shape) -> the devices it goes to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a weight goes.
+
+    Attributes:
+      sharding: the devices, and how it is cut over them.
+      rows: int[n], those of the file that it then has, in this order; None for all.
+    """
+
+    sharding: Sharding
+    rows: np.ndarray | None = None
+
+
+Place = Callable[[str, tuple[int, ...], ModelConfig], Placement]
+"""(path in `Params.weights`, joined by "/", shape, model) -> where it goes."""
 
 CHECKSUMS_FILE = "checksums.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -248,7 +263,7 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
             f"{path} is no polarjax checkpoint. If it is a Hugging Face folder, "
             f"convert it first: `python -m convert {path} DST`"
         ) from None
-    default = SingleDeviceSharding(jax.devices()[0])
+    default = Placement(SingleDeviceSharding(jax.devices()[0]))
     found: dict[str, dict[str, jax.Array]] = {_WEIGHTS: {}, _ROUTERS: {}}
     for file in _checked_files(path):
         try:
@@ -259,7 +274,7 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
                         raise ValueError(f"{file} is damaged: it holds {name!r}")
                     rows, weight = tensors.get_slice(name), part == _WEIGHTS
                     shape = tuple(rows.get_shape())
-                    where = place(leaf, shape) if place and weight else default
+                    where = place(leaf, shape, config) if place and weight else default
                     kind = dtype if weight else None
                     found[part][leaf] = _read(rows, shape, where, kind)
         except SafetensorError as error:
@@ -271,12 +286,21 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
     return Params(weights, routers, config)
 
 
-def _read(rows: Any, shape: tuple[int, ...], where: Sharding, dtype) -> jax.Array:
+def _read(rows: Any, shape: tuple[int, ...], where: Placement, dtype) -> jax.Array:
     def part(index: Any) -> np.ndarray:
-        array = rows[index]
+        array = rows[index] if where.rows is None else picked(index)
         return array if dtype is None else array.astype(dtype)
 
-    return jax.make_array_from_callback(shape, where, part)
+    def picked(index: Any) -> np.ndarray:
+        wanted = where.rows[index[0]]
+        # What lies behind one another is read at once.
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        parts = [rows[(slice(run[0], run[-1] + 1), *index[1:])] for run in runs]
+        return np.concatenate(parts)
+
+    if where.rows is not None:
+        shape = (len(where.rows), *shape[1:])
+    return jax.make_array_from_callback(shape, where.sharding, part)
 
 
 def _checked_files(path: Path) -> Iterator[Path]:

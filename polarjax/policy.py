@@ -8,7 +8,7 @@ layer's compile into one program.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ class SelectionPolicy(Protocol):
         scores: jax.Array | None,
         live: jax.Array,
         implementation: Implementation | None = None,
+        share: Any = None,
     ) -> jax.Array | None:
         """Choose the MLP neurons that the whole batch reads.
 
@@ -81,9 +82,12 @@ class SelectionPolicy(Protocol):
           scores: as in `heads`.
           live: bool[b], False for finished rows and padding: they have no say.
           implementation: as in `heads`.
+          share: `polarjax.model.Share` of one device of several; `live` is then of its
+            part of the batch.
 
         Returns:
-          int32[n], distinct. None means every neuron.
+          int32[n], distinct. None means every neuron. Of a share, numbers among its
+          own neurons; those beyond are none.
         """
         ...
 
@@ -125,6 +129,6 @@ class Dense:
         """Every KV group."""
         del layer, scores, norms, implementation
 
-    def neurons(self, layer, scores, live, implementation=None) -> None:
+    def neurons(self, layer, scores, live, implementation=None, share=None) -> None:
         """Every neuron."""
-        del layer, scores, live, implementation
+        del layer, scores, live, implementation, share

@@ -1,113 +1,297 @@
-"""Where weights go on a mesh of devices: rules from paths to partitions.
+"""A model over a mesh of devices: what each of them has, and where it goes.
 
-XLA inserts the communication. The Pallas kernels are not partitioned yet, so that on
-more than one device `implementation="xla"` has to be named.
+Tensor parallelism (axis "tp", arXiv 1909.08053) cuts attention by heads, the MLP by
+neurons, the vocabulary by rows: a device runs the same model with fewer of each, and
+sums what the layers' halves put out. Data parallelism (axis "dp") cuts the batch. Both
+are `jax.shard_map` over one step; XLA does the communication.
+
+A device's query heads lie behind one another, as in the model, and it holds the KV
+groups that they read: where there are fewer groups than devices, several hold the same
+one. Its rows of the QKV matrix are its queries', keys' and values', in this order, so
+that cutting the matrix by rows gives each device its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from polarjax.config import ModelConfig
-from polarjax.params import Params, Tree
+from polarjax.params import Params, Placement, Tree
 
+DP, TP = "dp", "tp"
 # First match wins. Heads, neurons and the vocabulary are rows in every matrix.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embed/(tokens|head)$", PartitionSpec("tp", None)),
-    (r"attention/(qkv|out)$", PartitionSpec("tp", None)),
-    (r"attention/qkv_bias$", PartitionSpec("tp")),
-    (r"mlp/(gate|up|down)$", PartitionSpec("tp", None)),
-    (r"mlp/up_bias$", PartitionSpec("tp")),
+    (r"embed/(tokens|head)$", PartitionSpec(TP)),
+    (r"attention/(qkv|out|qkv_bias)$", PartitionSpec(TP)),
+    (r"mlp/(gate|up|down|up_bias)$", PartitionSpec(TP)),
     (r".*", PartitionSpec()),
 )
 
 
-def make_mesh(tp: int | None = None) -> Mesh:
-    """A mesh with the axis "tp" for tensor parallelism.
+def make_mesh(tp: int | None = None, dp: int | None = None) -> Mesh:
+    """A mesh with the axes "dp" and "tp".
 
     Args:
-      tp: number of devices; None for all that are visible.
+      tp: devices that share a model; None for all that `dp` leaves, or all.
+      dp: copies of the model, which share a batch; None for 1.
 
     Raises:
-      ValueError: if there are fewer devices.
+      ValueError: if there are fewer devices, or not so many that they divide.
     """
-    return _make_mesh("tp", tp)
+    devices = jax.devices()
+    for name, count in ((TP, tp), (DP, dp)):
+        if count is not None and not 1 <= count <= len(devices):
+            raise ValueError(f"{name} is {count}, but there are {len(devices)} devices")
+    dp = dp or 1
+    if tp is None and len(devices) % dp:
+        raise ValueError(f"dp {dp} does not divide the {len(devices)} devices")
+    tp = tp or len(devices) // dp
+    if dp * tp > len(devices):
+        raise ValueError(
+            f"dp {dp} x tp {tp} needs {dp * tp} devices, but there are {len(devices)}"
+        )
+    types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((dp, tp), (DP, TP), types, devices=devices[: dp * tp])
 
 
-def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
+    """The mesh with both axes, Auto, if a model can be cut over it.
+
+    Raises:
+      ValueError: naming the axis or the size that does not divide.
+    """
+    if TP not in mesh.shape or not {DP, TP} >= set(mesh.axis_names):
+        raise ValueError(
+            f"the mesh has the axes {', '.join(mesh.axis_names)}, but weights are cut "
+            'along "tp" and batches along "dp": make one with '
+            "polarjax.sharding.make_mesh()"
+        )
+    tp = mesh.shape[TP]
+    for name, size in (("query heads", config.heads), ("neurons", config.neurons)):
+        if size % tp:
+            raise ValueError(
+                f"tp {tp} does not divide the model's {size} {name}: it may be "
+                f"{_all_divisors(config)}"
+            )
+    devices = mesh.devices if mesh.axis_names[-1] == TP else mesh.devices.T
+    types = (AxisType.Auto, AxisType.Auto)
+    return Mesh(devices.reshape(-1, tp), (DP, TP), axis_types=types)
+
+
+def _all_divisors(config: ModelConfig) -> str:
+    both = math.gcd(config.heads, config.neurons)
+    found = [str(n) for n in range(1, both + 1) if both % n == 0]
+    return " or ".join([", ".join(found[:-1])] * (len(found) > 1) + found[-1:])
+
+
+@functools.cache
+def shard_groups(config: ModelConfig, tp: int) -> tuple[tuple[int, ...], ...]:
+    """The KV group of the model that each group of each device is, tp x k of a device.
+
+    Where a device's heads begin or end within a group, its groups are parts of the
+    model's, all equally many heads.
+    """
+    own, g = config.heads // tp, config.heads // config.kv_heads
+    part = math.gcd(own, g)
+    firsts = range(0, config.heads, part)
+    groups = [first // g for first in firsts]
+    each = own // part
+    return tuple(tuple(groups[i : i + each]) for i in range(0, len(groups), each))
+
+
+@functools.cache
+def local_config(config: ModelConfig, tp: int) -> ModelConfig:
+    """The model that one of tp devices runs."""
+    return dataclasses.replace(
+        config,
+        heads=config.heads // tp,
+        kv_heads=len(shard_groups(config, tp)[0]),
+        neurons=config.neurons // tp,
+        vocab_size=config.vocab_size // (tp if _cuts_vocabulary(config, tp) else 1),
+    )
+
+
+def _cuts_vocabulary(config: ModelConfig, tp: int) -> bool:
+    return config.vocab_size % tp == 0
+
+
+@functools.cache
+def _qkv_rows(config: ModelConfig, tp: int) -> np.ndarray:
+    """Where each row of the QKV matrix on a mesh lies in the model's."""
+    d, heads, k = config.head_dim, config.heads, config.kv_heads
+    own = heads // tp
+    rows = []
+    for shard, groups in enumerate(shard_groups(config, tp)):
+        parts = [np.arange(shard * own, (shard + 1) * own)]
+        parts += [heads + np.array(groups), heads + k + np.array(groups)]
+        rows.append(np.concatenate(parts))
+    heads_rows = np.concatenate(rows)
+    return (heads_rows[:, None] * d + np.arange(d)).reshape(-1)
+
+
+def placement(
+    path: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mesh
+) -> Placement:
     """How one weight is cut.
 
     Args:
       path: as in `Params.weights`, joined by "/".
-      shape: of the weight. An axis that the mesh does not divide is not cut: each
-        device then has all of it.
-      mesh: with an axis "tp".
+      shape: of the weight in the model.
+      config: of the model.
+      mesh: with an axis "tp", Auto or Explicit.
 
     Raises:
-      ValueError: if it has none.
+      ValueError: if the model cannot be cut over the mesh.
     """
-    if "tp" not in mesh.shape:
-        raise ValueError(
-            f"the mesh has the axes {', '.join(mesh.axis_names)}, but weights are cut "
-            'along "tp": make one with polarjax.sharding.make_mesh()'
-        )
+    mesh = check_mesh(mesh, config)
+    tp, rows = mesh.shape[TP], None
+    if re.search(r"attention/qkv(_bias)?$", path):
+        rows = _qkv_rows(config, tp)
+        if len(_qkv_rows(config, 1)) != shape[0]:
+            raise ValueError("its weights are not those of its config.json")
+        shape = (len(rows), *shape[1:])
+    return Placement(NamedSharding(mesh, _spec(path, shape, tp)), rows)
+
+
+def mesh_of(weights: Tree) -> Mesh | None:
+    """The mesh that a model is cut over; None if it is on none with an axis "tp"."""
+    qkv = next(x for name, x in weights.items() if name.startswith("layers_"))
+    qkv = qkv["attention"]["qkv"]
+    if isinstance(qkv, jax.core.Tracer):  # of a training step, which is on no "tp"
+        return None
+    where = getattr(qkv, "sharding", None)
+    on_mesh = isinstance(where, NamedSharding) and TP in where.mesh.shape
+    return where.mesh if on_mesh else None
+
+
+def axis_size(mesh: Mesh | None, name: str) -> int:
+    """Devices along an axis; 1 without a mesh, or without the axis."""
+    return 1 if mesh is None else mesh.shape.get(name, 1)
+
+
+def weight_specs(weights: Tree, mesh: Mesh) -> Any:
+    """How weights on a mesh are cut, for `over_mesh`."""
+    tp = mesh.shape[TP]
+
+    def spec(path: tuple, leaf: jax.Array) -> PartitionSpec:
+        return _spec("/".join(str(key.key) for key in path), leaf.shape, tp)
+
+    return jax.tree_util.tree_map_with_path(spec, weights)
+
+
+def _spec(path: str, shape: tuple[int, ...], tp: int) -> PartitionSpec:
     spec = next(spec for rule, spec in RULES if re.search(rule, path))
-    parts = (
-        name if name is None or size % mesh.shape[name] == 0 else None
-        for name, size in zip(spec, shape, strict=False)
-    )
-    return PartitionSpec(*parts)
+    # Of a vocabulary that does not divide each device has all.
+    return PartitionSpec() if len(spec) and shape[0] % tp else spec
 
 
-def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """`partition` on its mesh; arguments as there."""
-    return NamedSharding(mesh, partition(path, shape, mesh))
-
-
-def cache_sharding(weights: Tree, config: ModelConfig) -> NamedSharding | None:
-    """Where a layer's keys and values [b, k, s, d] go: groups where they are made.
+def over_mesh(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """A function of one device's share, over the shares of all.
 
     Args:
-      weights: of a model, on any devices.
-      config: of the model.
-
-    Returns:
-      None if the weights are on no mesh with an axis "tp".
+      function: of arrays as one device has them.
+      mesh: of the arrays.
+      in_specs: how arguments are cut, a pytree as they are, or a prefix of one.
+      out_specs: how what it returns is cut.
     """
-    where = getattr(weights["layers_0"]["attention"]["qkv"], "sharding", None)
-    if not isinstance(where, NamedSharding) or "tp" not in where.mesh.shape:
-        return None
-    divides = config.kv_heads % where.mesh.shape["tp"] == 0
-    return NamedSharding(where.mesh, PartitionSpec(None, "tp" if divides else None))
+    # Explicit axes would ask each array of the step for its sharding.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def shard(params: Params, mesh: Mesh) -> Params:
     """Place a model on a mesh.
 
     Args:
-      params: the model, on any devices.
-      mesh: with an axis "tp", Auto or Explicit.
+      params: the model, on any devices, but not yet cut.
+      mesh: with an axis "tp", Auto or Explicit, and optionally "dp".
 
     Returns:
       The same model, its weights cut by `RULES`, its routers on every device.
+
+    Raises:
+      ValueError: if the mesh has no axis "tp", or its size does not divide heads or
+        neurons.
     """
 
-    def place(path, leaf: jax.Array) -> jax.Array:
+    def place(path: tuple, leaf: jax.Array) -> jax.Array:
         name = "/".join(str(key.key) for key in path)
-        return jax.device_put(leaf, sharding(name, leaf.shape, mesh))
+        where = placement(name, leaf.shape, params.config, mesh)
+        leaf = leaf if where.rows is None else leaf[where.rows]
+        return jax.device_put(leaf, where.sharding)
 
     weights = jax.tree_util.tree_map_with_path(place, params.weights)
-    routers = replicate(params.routers, mesh)
+    routers = place_routers(params.routers, params.config, mesh)
     return dataclasses.replace(params, weights=weights, routers=routers)
 
 
+def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh) -> Tree:
+    """Routers on every device; updates of the QKV matrix with its rows on the mesh."""
+    mesh = check_mesh(mesh, config)
+    rows = _qkv_rows(config, mesh.shape[TP])
+
+    def order(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = "/".join(str(key.key) for key in path)
+        permuted = re.search(r"updates/attention/qkv(_bias)?/(b|delta)$", name)
+        return leaf[rows] if permuted else leaf
+
+    return replicate(jax.tree_util.tree_map_with_path(order, routers), mesh)
+
+
+def whole(params: Params) -> Params:
+    """A model that is cut over a mesh, as it is without one, in the host's memory.
+
+    Args:
+      params: the model; one on no mesh is returned as it is.
+    """
+    mesh = mesh_of(params.weights)
+    if mesh is None:
+        return params
+    rows = _qkv_rows(params.config, mesh.shape[TP])
+    first = np.unique(rows, return_index=True)[1]
+
+    def take(path: tuple, leaf: jax.Array) -> np.ndarray:
+        name = "/".join(str(key.key) for key in path)
+        cut = re.search(r"attention/qkv(_bias)?(/b|/delta)?$", name)
+        return np.asarray(leaf)[first] if cut else np.asarray(leaf)
+
+    mapped = jax.tree_util.tree_map_with_path
+    return dataclasses.replace(
+        params,
+        weights=mapped(take, params.weights),
+        routers=mapped(take, params.routers),
+    )
+
+
+def model_shapes(weights: Tree, config: ModelConfig) -> Tree:
+    """Weights as `jax.ShapeDtypeStruct`, of their shapes without a mesh."""
+    mesh = mesh_of(weights)
+    tp = 1 if mesh is None else mesh.shape[TP]
+    wide, narrow = len(_qkv_rows(config, tp)), len(_qkv_rows(config, 1))
+
+    def shape(path: tuple, leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        found = leaf.shape
+        if str(path[-1].key) in ("qkv", "qkv_bias") and found[0] == wide:
+            found = (narrow, *found[1:])
+        return jax.ShapeDtypeStruct(found, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(shape, weights)
+
+
 def make_data_mesh(devices: int | None = None) -> Mesh:
-    """A mesh with the axis "dp" for data parallelism.
+    """A mesh with the axis "dp" alone, for training.
 
     Args:
       devices: how many; None for all that are visible.
@@ -115,15 +299,11 @@ def make_data_mesh(devices: int | None = None) -> Mesh:
     Raises:
       ValueError: if there are fewer devices.
     """
-    return _make_mesh("dp", devices)
-
-
-def _make_mesh(axis: str, count: int | None) -> Mesh:
-    devices = jax.devices()
-    count = len(devices) if count is None else count
-    if not 1 <= count <= len(devices):
-        raise ValueError(f"{axis} is {count}, but there are {len(devices)} devices")
-    return jax.make_mesh((count,), (axis,), (AxisType.Auto,), devices=devices[:count])
+    found = jax.devices()
+    count = len(found) if devices is None else devices
+    if not 1 <= count <= len(found):
+        raise ValueError(f"dp is {count}, but there are {len(found)} devices")
+    return jax.make_mesh((count,), (DP,), (AxisType.Auto,), devices=found[:count])
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

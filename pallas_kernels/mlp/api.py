@@ -69,6 +69,7 @@ def partial_mlp(
     neurons: Int32[Array, " n"] | None = None,
     *,
     activation: Activation,
+    padded: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "p b m"]:
     """As `gathered_mlp`, as parts whose sum is the output, for `add_norm` to add.
@@ -78,6 +79,8 @@ def partial_mlp(
         weights: as there.
         neurons: as there.
         activation: as there.
+        padded: whether numbers from f on stand among `neurons`, which are none and
+            cost nothing.
         implementation: as there, but that with None few inputs of 16 bit are served
             by the default backend's own even where all neurons are read.
 
@@ -90,7 +93,9 @@ def partial_mlp(
     """
     if neurons is None:
         implementation = few_inputs(x, implementation)
-    return _mlp(x, weights, neurons, activation, implementation, parts=True)
+    return _mlp(
+        *(x, weights, neurons, activation, implementation), parts=True, padded=padded
+    )
 
 
 def partial_product(
@@ -155,7 +160,7 @@ def few_inputs(
     return None if few else "xla"
 
 
-def _mlp(x, weights, neurons, activation, implementation, *, parts):
+def _mlp(x, weights, neurons, activation, implementation, *, parts, padded=False):
     # Weights that are None count as absent: a params tree may carry them so.
     weights = {name: w for name, w in weights.items() if w is not None}
     _check(x, weights, neurons, activation)
@@ -167,13 +172,15 @@ def _mlp(x, weights, neurons, activation, implementation, *, parts):
         if dense or implementation == "xla":
             serve = reference.masked_mlp if dense else reference.mlp
             dtype = jnp.float32 if parts else x.dtype
-            out = serve(x, weights, neurons, activation=activation, dtype=dtype)
+            options = {"activation": activation, "dtype": dtype, "padded": padded}
+            out = serve(x, weights, neurons, **options)
             return out[None] if parts else out
         return triton.mlp(
             *(x, weights, neurons),
             activation=activation,
             interpret=implementation == "triton_interpret",
             parts=parts,
+            padded=padded,
         )
 
 

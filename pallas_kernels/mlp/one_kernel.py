@@ -16,11 +16,11 @@ from pallas_kernels.mlp import tiles
 from pallas_kernels.mlp.configs import Config
 
 
-def mlp(x, weights, neurons, n, act, config: Config, interpret):
+def mlp(x, weights, neurons, n, act, config: Config, interpret, padded=False):
     """See `gathered_mlp`; the output [b, m], float32."""
     b, m = x.shape
     sums = pl.pallas_call(
-        functools.partial(_both_products, n=n, act=act, config=config),
+        functools.partial(_both_products, n=n, act=act, config=config, padded=padded),
         grid=(config.fused,),
         out_shape=jax.ShapeDtypeStruct((config.fused, b, m), jnp.float32),
         interpret=interpret,
@@ -41,6 +41,7 @@ def _both_products(
     n: int,
     act,
     config: Config,
+    padded: bool,
 ):
     b, m = x_ref.shape
     f = weights_refs["up"].shape[0]
@@ -51,7 +52,9 @@ def _both_products(
     entering = [name for name in weights_refs if "down" not in name]
 
     def select(place):
-        return tiles.selected(neurons_ref, place, place < last), place < last
+        neuron = tiles.selected(neurons_ref, place, place < last)
+        inside = place < last
+        return neuron, inside & (neuron < f) if padded else inside
 
     def load(name, selected):
         neuron, mask = selected

@@ -17,13 +17,13 @@ _ACTIVATIONS = {
 }
 
 
-def mlp(x, weights, neurons, *, activation, dtype):
-    """See `gathered_mlp`, in dtype; the arguments are checked there."""
+def mlp(x, weights, neurons, *, activation, dtype, padded=False):
+    """See `partial_mlp`, in dtype; the arguments are checked there."""
     if neurons is None:
         rows = weights
     else:  # every tensor but down_bias is neuron-major
         rows = {
-            name: tensor if name == "down_bias" else _take(tensor, neurons)
+            name: tensor if name == "down_bias" else _take(tensor, neurons, padded)
             for name, tensor in weights.items()
         }
     rounded = neurons is None and x.shape[0] >= _MANY
@@ -31,7 +31,7 @@ def mlp(x, weights, neurons, *, activation, dtype):
     return _leave(hidden.astype(x.dtype), rows, dtype)
 
 
-def masked_mlp(x, weights, neurons, *, activation, dtype=None):
+def masked_mlp(x, weights, neurons, *, activation, dtype=None, padded=False):
     """As `gathered_mlp`, by dense products: what is not selected is set to 0.
 
     Args:
@@ -40,9 +40,11 @@ def masked_mlp(x, weights, neurons, *, activation, dtype=None):
         neurons: int32 [n].
         activation: as there.
         dtype: of the output; None for that of x.
+        padded: as in `partial_mlp`.
     """
     f = weights["up"].shape[0]
-    selected = jnp.zeros(f, bool).at[neurons].set(True, mode="clip")
+    mode = "drop" if padded else "clip"
+    selected = jnp.zeros(f, bool).at[neurons].set(True, mode=mode)
     hidden = jnp.where(selected, _enter(x, weights, activation), 0.0)
     return _leave(hidden.astype(x.dtype), weights, dtype or x.dtype)
 
@@ -72,5 +74,6 @@ def _leave(hidden, rows, dtype):
     return partial_product(hidden, rows["down"], rows.get("down_bias"), 0, dtype)
 
 
-def _take(tensor, neurons):
-    return jnp.take(tensor, neurons, axis=0, mode="clip")
+def _take(tensor, neurons, padded):
+    mode = "fill" if padded else "clip"
+    return jnp.take(tensor, neurons, axis=0, mode=mode, fill_value=0)

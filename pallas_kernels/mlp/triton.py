@@ -34,7 +34,7 @@ from pallas_kernels.mlp.configs import Config, heuristic, product_config
 from pallas_kernels.tuning import table
 
 
-@once("activation", "interpret", "config", "parts")
+@once("activation", "interpret", "config", "parts", "padded")
 def mlp(
     x,
     weights,
@@ -44,6 +44,7 @@ def mlp(
     interpret=False,
     config: Config | None = None,
     parts=False,
+    padded=False,
 ) -> jax.Array:
     """See `gathered_mlp` and `partial_mlp`; the arguments are checked there."""
     b, m = x.shape
@@ -54,11 +55,13 @@ def mlp(
         config = table.mlp_config(heuristic(**facts), **facts)
     act = ACTIVATIONS[activation]
     if config.fused:
-        sums = one_kernel.mlp(x, weights, neurons, n, act, config, interpret)
+        args = (x, weights, neurons, n, act, config, interpret)
+        sums = one_kernel.mlp(*args, padded=padded)
         # So many that XLA adds them up faster than whoever takes parts.
         return sums[None] if parts else sums.astype(x.dtype)
-    hidden = _enter(x, weights, neurons, n, act, config, interpret)
-    sums = _leave(hidden, weights, neurons, n, config, interpret, parts)
+    options = {"padded": padded}
+    hidden = _enter(x, weights, neurons, n, act, config, interpret, **options)
+    sums = _leave(hidden, weights, neurons, n, config, interpret, parts, **options)
     if parts:
         return sums
     return sums[0] if len(sums) == 1 else jnp.sum(sums, axis=0).astype(x.dtype)
@@ -87,7 +90,7 @@ def partial_product(
     return parts
 
 
-def _enter(x, weights, neurons, n, act, config: Config, interpret):
+def _enter(x, weights, neurons, n, act, config: Config, interpret, padded):
     """The activations [b, n or more]; 0 from n to the next multiple of 16."""
     b = x.shape[0]
     entering = {name: w for name, w in weights.items() if "down" not in name}
@@ -99,7 +102,8 @@ def _enter(x, weights, neurons, n, act, config: Config, interpret):
         names, dtype = ("hidden",), x.dtype
     outs = [jax.ShapeDtypeStruct(shape, dtype) for _ in names]
     parts = _enter_call(
-        *(x, entering, neurons, n, act, config, interpret, outs, "mlp_enter")
+        *(x, entering, neurons, n, act, config, interpret, outs, "mlp_enter"),
+        padded=padded,
     )
     if splits == 1:
         return parts[0][0]
@@ -107,10 +111,12 @@ def _enter(x, weights, neurons, n, act, config: Config, interpret):
     return tiles.activations(sums, act).astype(x.dtype)
 
 
-def _enter_call(x, entering, neurons, n, act, config: Config, interpret, outs, name):
+def _enter_call(
+    x, entering, neurons, n, act, config: Config, interpret, outs, name, padded=False
+):
     programs = pl.cdiv(ceil_multiple(n, 16), config.up_neurons)
     return pl.pallas_call(
-        functools.partial(_enter_kernel, n=n, act=act, config=config),
+        functools.partial(_enter_kernel, n=n, act=act, config=config, padded=padded),
         grid=(pl.cdiv(x.shape[0], config.batch), programs, config.up_splits),
         out_shape=outs,
         interpret=interpret,
@@ -122,7 +128,15 @@ def _enter_call(x, entering, neurons, n, act, config: Config, interpret, outs, n
 
 
 def _leave(
-    hidden, weights, neurons, n, config: Config, interpret, parts, name="mlp_leave"
+    hidden,
+    weights,
+    neurons,
+    n,
+    config: Config,
+    interpret,
+    parts,
+    name="mlp_leave",
+    padded=False,
 ):
     """The output from the activations, [splits, b, m], in float32 if it is parts."""
     b = hidden.shape[0]
@@ -135,7 +149,7 @@ def _leave(
         # ahead of their product.
         stages = 2 * stages - 1
     return pl.pallas_call(
-        functools.partial(_leave_kernel, n=n, config=config),
+        functools.partial(_leave_kernel, n=n, config=config, padded=padded),
         grid=(pl.cdiv(b, config.batch), pl.cdiv(m, config.down_columns), splits),
         out_shape=jax.ShapeDtypeStruct((splits, b, m), dtype),
         interpret=interpret,
@@ -154,6 +168,7 @@ def _enter_kernel(
     n: int,
     act,
     config: Config,
+    padded: bool,
 ):
     b, m = x_ref.shape
     split, folds = pl.program_id(2), config.up_folds
@@ -181,7 +196,10 @@ def _enter_kernel(
     row, row_mask = inputs(own)
     own, parts = _fold(size, folds)
     place, place_mask = neurons(own)
-    neuron = tiles.clip(tiles.selected(neurons_ref, place, place_mask), f)
+    neuron = tiles.selected(neurons_ref, place, place_mask)
+    if padded:
+        place_mask = tiles.both(place_mask, neuron < f)
+    neuron = tiles.clip(neuron, f)
 
     def step(index, sums):
         x = load(x_ref, row, row_mask, input_parts, index)
@@ -232,6 +250,7 @@ def _leave_kernel(
     *,
     n: int,
     config: Config,
+    padded: bool,
 ):
     b = hidden_ref.shape[0]
     f, m = down_ref.shape
@@ -253,7 +272,10 @@ def _leave_kernel(
         hidden_mask = tiles.below(places, limit, places.size)
         hidden = tiles.load_tile(hidden_ref, rows, places, row_mask, hidden_mask)
         place_mask = tiles.below(places, n, places.size)
-        neuron = tiles.clip(tiles.selected(neurons_ref, places, place_mask), f)
+        neuron = tiles.selected(neurons_ref, places, place_mask)
+        if padded:
+            place_mask = tiles.both(place_mask, neuron < f)
+        neuron = tiles.clip(neuron, f)
         down = tiles.load_tile(down_ref, neuron, cols, place_mask, col_mask)
         return total + dot(hidden, down, 0)
 

@@ -29,6 +29,7 @@ from polarjax.generation.tokenizer import Tokenizer
 from polarjax.model import BLOCK_TOKENS
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
+from polarjax.sharding import mesh_of
 from polarjax.sparsity import Density, Polar
 
 Stream = Callable[[int, str, list[int]], None]
@@ -130,6 +131,7 @@ def generate(
     lengths = np.array([len(ids) for ids in encoded], np.int32)
     remaining = np.minimum(most, config.context - lengths).astype(np.int32)
     visible = math.ceil((lengths + remaining / 2).mean())
+    mesh = mesh_of(params.weights)
     weights, bound, notes = bind_where_it_pays(params, policy, asked, batch, visible)
     capacity = cache_capacity(
         *(params, batch, int((lengths + remaining).max())),
@@ -144,6 +146,7 @@ def generate(
     ]
     end_ids = jnp.asarray(ends or (-1,), jnp.int32)
     common = {"config": config.architecture, "implementation": implementation}
+    on_mesh = {} if mesh is None else {"mesh": mesh}
     clock = _Clock()
     # Prompts are read as the dense model reads them, with the original weights.
     state, drawn = loop.read_prompts(
@@ -163,7 +166,7 @@ def generate(
         if more:
             state, following = clock.run(
                 *(loop.decode_chunk, weights, bound, state, go_on, sampling, end_ids),
-                **{"steps": chunk, **common},
+                **{"steps": chunk, **common, **on_mesh},
             )
         if not stops:  # while the device is at the next chunk
             _deliver(requests, drawn, live, stream)
@@ -236,10 +239,12 @@ def logits(
         whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == (b,)
         if not whole or lengths.min() < 1 or lengths.max() > t:
             raise ValueError(f"lengths must be {b} integers from 1 to {t}: {lengths}")
+    mesh = mesh_of(params.weights)
     return loop.all_logits(
         *(params.weights, jnp.asarray(tokens, jnp.int32)),
         config=config.architecture,
         implementation=implementation,
+        **({} if mesh is None else {"mesh": mesh}),
     )
 
 

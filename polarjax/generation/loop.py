@@ -10,16 +10,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.generation.blocks import plan_blocks
 from polarjax.generation.sampling import Sampling, sample
-from polarjax.model import BLOCK_TOKENS, Decoder, run
+from polarjax.model import BLOCK_TOKENS, Decoder, Share, run
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
-from polarjax.sharding import cache_sharding
+from polarjax.sharding import (
+    DP,
+    TP,
+    axis_size,
+    local_config,
+    mesh_of,
+    over_mesh,
+    weight_specs,
+)
+
+# How a cache on a mesh is cut: batch, and KV groups.
+CACHE: Any = KVCache(P(DP, TP), P(DP, TP), P(DP))
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +93,7 @@ def _advance(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "most", "implementation"),
+    static_argnames=("config", "most", "implementation", "mesh"),
     donate_argnames=("cache", "logits"),
 )
 def prefill(
@@ -94,6 +107,7 @@ def prefill(
     config: ModelConfig,
     most: int,
     implementation: Implementation | None,
+    mesh: Mesh | None = None,
 ) -> tuple[KVCache, jax.Array]:
     """Read some prompts of a batch, dense.
 
@@ -102,19 +116,31 @@ def prefill(
       tokens: int32[r, t].
       lengths: int32[r].
       rows: int32[r], the places of the prompts in the batch; distinct numbers from b
-        on for rows that are none.
+        on for rows that are none. On a mesh rows and places are each of a device's
+        part of the batch, one part behind the other.
       cache: donated: it is updated in place.
       logits: float32[b, v], after each prompt's last token; donated.
       config: of the model.
       most: tokens computed at once, attention apart.
       implementation: of the kernels.
+      mesh: that the model is cut over; None for one device.
 
     Returns:
       The cache and the logits, the rows filled in.
     """
-    model = Decoder(config, _dtype(weights), implementation=implementation)
-    last, cache = run(model, weights, "read", tokens, lengths, rows, cache, most)
-    return cache, logits.at[rows].set(last, mode="drop", unique_indices=True)
+    model = _decoder(config, weights, (), implementation, mesh)
+
+    def read(weights: Tree, tokens, lengths, rows, cache: KVCache, logits):
+        last, cache = run(model, weights, "read", tokens, lengths, rows, cache, most)
+        put = {"mode": "drop", "unique_indices": True}
+        return cache, logits.at[rows].set(last, **put)
+
+    args = weights, tokens, lengths, rows, cache, logits
+    if mesh is None:
+        return read(*args)
+    batch = P(DP)
+    specs = weight_specs(weights, mesh), batch, batch, batch, CACHE, batch
+    return over_mesh(read, mesh, specs, (CACHE, batch))(*args)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -172,29 +198,67 @@ def read_prompts(
       most: tokens that are computed at once, see `plan_blocks`.
       call: runs each compiled program, as call(function, *args, **kwargs).
     """
-    b = len(prompts)
+    b, mesh = len(prompts), mesh_of(weights)
+    dp = axis_size(mesh, DP)
+    if b % dp:
+        raise ValueError(f"dp {dp} does not divide the batch of {b}")
     lengths = np.array([len(ids) for ids in prompts], np.int32)
-    where = cache_sharding(weights, config)
-    cache = KVCache.empty(config, b, capacity, _dtype(weights), where)
-    logits = jnp.zeros((b, config.vocab_size), jnp.float32)
-    for block in plan_blocks(lengths.tolist(), config.context, most):
-        tokens = np.zeros((block.rows, block.width), np.int32)
-        counts = np.ones(block.rows, np.int32)
-        rows = b + np.arange(block.rows, dtype=np.int32)
-        for i, prompt in enumerate(block.prompts):
-            tokens[i, : lengths[prompt]] = prompts[prompt]
-            counts[i], rows[i] = lengths[prompt], prompt
+    cache = empty_cache(config, b, capacity, _dtype(weights), mesh)
+    logits = _zeros((b, config.vocab_size), mesh)
+    # What lies at one place of every device's part of the batch is read together.
+    each = b // dp
+    longest = lengths.reshape(dp, each).max(axis=0)
+    for block in plan_blocks(longest.tolist(), config.context, most):
+        tokens = np.zeros((dp, block.rows, block.width), np.int32)
+        counts = np.ones((dp, block.rows), np.int32)
+        rows = np.empty((dp, block.rows), np.int32)
+        rows[:] = each + np.arange(block.rows, dtype=np.int32)
+        for i, place in enumerate(block.prompts):
+            rows[:, i] = place
+            for part in range(dp):
+                prompt = part * each + place
+                tokens[part, i, : lengths[prompt]] = prompts[prompt]
+                counts[part, i] = lengths[prompt]
+        tokens = tokens.reshape(-1, block.width)
         cache, logits = call(
-            *(prefill, weights, tokens, counts, rows, cache, logits),
+            *(prefill, weights, tokens, counts.reshape(-1), rows.reshape(-1)),
+            *(cache, logits),
             **{"config": config, "most": most, "implementation": implementation},
+            **({} if mesh is None else {"mesh": mesh}),
         )
     remaining = jnp.asarray(remaining, jnp.int32)
     return call(first_token, cache, logits, remaining, sampling, stop_ids)
 
 
+def empty_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: Any, mesh: Mesh | None
+) -> KVCache:
+    """A cache of no tokens, where the model is.
+
+    Args:
+      config: of the model.
+      batch: sequences, b.
+      capacity: positions, s.
+      dtype: of keys and values.
+      mesh: that the model is cut over; None for one device.
+    """
+    if mesh is None:
+        return KVCache.empty(config, batch, capacity, dtype)
+    tp = mesh.shape[TP]
+    groups = tp * local_config(config, tp).kv_heads
+    config = dataclasses.replace(config, heads=groups, kv_heads=groups)
+    where = NamedSharding(mesh, CACHE.keys)
+    return KVCache.empty(config, batch, capacity, dtype, where)
+
+
+def _zeros(shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
+    where = None if mesh is None else NamedSharding(mesh, P(DP))
+    return jnp.zeros(shape, jnp.float32, device=where)
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "steps", "implementation"),
+    static_argnames=("config", "steps", "implementation", "mesh"),
     donate_argnames=("state",),
 )
 def decode_chunk(
@@ -208,6 +272,7 @@ def decode_chunk(
     config: ModelConfig,
     steps: int,
     implementation: Implementation | None,
+    mesh: Mesh | None = None,
 ) -> tuple[State, Drawn]:
     """A fixed number of decode steps, with no word to the host between them.
 
@@ -221,38 +286,84 @@ def decode_chunk(
       config: of the model.
       steps: trip count.
       implementation: of the kernels.
+      mesh: that the model is cut over; None for one device.
 
     Returns:
       The new state, and what was drawn, each leaf with a leading axis of `steps`.
     """
-    model = Decoder(config, _dtype(weights), policy.score_rows, implementation)
+    model = _decoder(config, weights, policy.score_rows, implementation, mesh)
 
-    def step(state: State, _) -> tuple[State, Drawn]:
-        live = state.live
-        logits, cache, reads = run(
-            model, weights, "decode", state.token, state.cache, policy, live
-        )
-        visible = jnp.where(live, cache.lengths, 0)
-        after, logprob, valid = _advance(
-            logits, cache, live, state.remaining, sampling, stop_ids
-        )
-        return after, Drawn(after.token, logprob, valid, reads, visible)
+    def follow(weights, policy, state, go_on, sampling, stop_ids):
+        def step(state: State, _) -> tuple[State, Drawn]:
+            live = state.live
+            logits, cache, reads = run(
+                model, weights, "decode", state.token, state.cache, policy, live
+            )
+            visible = jnp.where(live, cache.lengths, 0)
+            after, logprob, valid = _advance(
+                logits, cache, live, state.remaining, sampling, stop_ids
+            )
+            return after, Drawn(after.token, logprob, valid, reads, visible)
 
-    state = dataclasses.replace(state, live=state.live & go_on)
-    return jax.lax.scan(step, state, length=steps)
+        state = dataclasses.replace(state, live=state.live & go_on)
+        return jax.lax.scan(step, state, length=steps)
+
+    args = weights, policy, state, go_on, sampling, stop_ids
+    if mesh is None:
+        return follow(*args)
+    batch, later = P(DP), P(None, DP)
+    kept = State(CACHE, batch, batch, batch)
+    drawn = Drawn(later, later, later, P(None, None, DP), later)
+    specs = weight_specs(weights, mesh), policy_specs(policy), kept, batch, batch, P()
+    return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+def policy_specs(policy: SelectionPolicy) -> Any:
+    """How a bound policy on a mesh is cut: by requests, and routers by neurons."""
+    cut = {"counts": P(DP), "ranking": P(None, DP), "neuron_routers": P(TP)}
+
+    def spec(path: tuple, _) -> P:
+        names = {getattr(key, "name", None) for key in path}
+        return next((cut[name] for name in cut if name in names), P())
+
+    return jax.tree_util.tree_map_with_path(spec, policy)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
 def all_logits(
     weights: Tree,
     tokens: jax.Array,
     *,
     config: ModelConfig,
     implementation: Implementation | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Logits of every position, dense, float32[b, t, v]."""
-    model = Decoder(config, _dtype(weights), implementation=implementation)
-    return run(model, weights, "__call__", tokens)[0]
+    model = _decoder(config, weights, (), implementation, mesh)
+
+    def read(weights: Tree, tokens: jax.Array) -> jax.Array:
+        return run(model, weights, "__call__", tokens)[0]
+
+    if mesh is None:
+        return read(weights, tokens)
+    specs = weight_specs(weights, mesh), P()
+    return over_mesh(read, mesh, specs, P())(weights, tokens)
+
+
+def _decoder(
+    config: ModelConfig,
+    weights: Tree,
+    rows: tuple[int, ...],
+    implementation: Implementation | None,
+    mesh: Mesh | None,
+) -> Decoder:
+    """The model, or what one device of a mesh runs of it."""
+    if mesh is None:
+        return Decoder(config, _dtype(weights), rows, implementation)
+    tp = mesh.shape[TP]
+    share = Share.of(config, tp)
+    local = local_config(config, tp)
+    return Decoder(local, _dtype(weights), rows, implementation, share)
 
 
 def _dtype(weights: Tree):

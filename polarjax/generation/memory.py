@@ -12,7 +12,7 @@ from polarjax.generation.blocks import filled_rows
 from polarjax.generation.requests import bucket
 from polarjax.model.causal import BLOCK, flash_serves
 from polarjax.params import Params
-from polarjax.sharding import cache_sharding
+from polarjax.sharding import DP, TP, axis_size, local_config, mesh_of
 from polarjax.sparsity.cost import kv_row_bytes
 
 # A cache for which memory is short has a multiple of so many positions.
@@ -121,18 +121,18 @@ def cache_capacity(
     free = min(_free(device, memory_fraction) for device in devices)
     platform = next(iter(devices)).platform
     width = min(bucket(prompt_tokens), config.context)
-    shares = 1  # the devices that each have a part of the cache
-    if where := cache_sharding(params.weights, config):
-        shares = config.kv_heads // where.shard_shape((1, config.kv_heads))[1]
+    mesh = mesh_of(params.weights)
+    dp, own = axis_size(mesh, DP), local_config(config, axis_size(mesh, TP))
 
     def needed(batch: int, capacity: int) -> float:
-        cache = cache_bytes(config, batch, capacity, params.dtype)
+        batch = -(-batch // dp)  # a device's part, of all heads that it has
+        cache = cache_bytes(own, batch, capacity, params.dtype)
         prefill = prefill_bytes(
             *(config, batch, width, params.dtype),
             platform=platform,
             prefill_tokens=prefill_tokens,
         )
-        return cache / shares + prefill + sampling_bytes(config, batch)
+        return cache + prefill + sampling_bytes(config, batch)
 
     roomy, capacity = capacities(config, tokens)
     for positions in (roomy, capacity):

@@ -9,6 +9,7 @@ from polarjax.model.decoder import (
     run,
     weight_shapes,
 )
+from polarjax.model.share import Share
 
 __all__ = [
     "BLOCK_TOKENS",
@@ -16,6 +17,7 @@ __all__ = [
     "Gates",
     "Observe",
     "Prefix",
+    "Share",
     "check_weights",
     "run",
     "weight_shapes",

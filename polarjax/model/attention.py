@@ -18,12 +18,22 @@ from pallas_kernels import (
     rotate,
     select_head_attention,
     split_heads,
+    top_heads,
 )
 from polarjax.config import ModelConfig
 from polarjax.model.causal import causal_attention
 from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
 from polarjax.model.positions import angles
+from polarjax.model.share import (
+    Share,
+    add_up,
+    add_up_groups,
+    add_up_parts,
+    gather,
+    once,
+    own_groups,
+)
 from polarjax.policy import SelectionPolicy, groups_read
 
 
@@ -58,6 +68,7 @@ class Attention(nn.Module):
       score_rows: further rows of the QKV matrix, the policy's: what they yield is
         handed to it.
       implementation: of the decode kernel.
+      share: of one device of several.
     """
 
     config: ModelConfig
@@ -65,11 +76,14 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     score_rows: int = 0
     implementation: Implementation | None = None
+    share: Share | None = None
 
     def setup(self) -> None:
         c = self.config
         zeros = nn.initializers.zeros
-        rows = (c.heads + 2 * c.kv_heads) * c.head_dim + self.score_rows
+        # Devices share the rows that a policy appends, as the model's own.
+        added = -(-self.score_rows // (self.share.tp if self.share else 1))
+        rows = (c.heads + 2 * c.kv_heads) * c.head_dim + added
         # All matrices head-major: what belongs to a head is a block of rows.
         self.qkv = self.param("qkv", _normal, (rows, c.dim), self.dtype)
         self.out = self.param("out", _normal, (c.heads * c.head_dim, c.dim), self.dtype)
@@ -137,13 +151,19 @@ class Attention(nn.Module):
             implementation=kernel,
         )
         if not c.qk_norm:
-            return split(parts, *turn)
+            q, k, v, scores = split(parts, *turn)
+            return q, k, v, self._all_scores(scores)
         q, k, v, scores = split(parts, None, None)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope:
             cos, sin = (x[:, None] for x in angles(positions, rope, c.head_dim))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q, k, v, scores
+        return q, k, v, self._all_scores(scores)
+
+    def _all_scores(self, scores: jax.Array | None) -> jax.Array | None:
+        if scores is None or self.share is None:
+            return scores
+        return gather(scores, self.share)[:, : self.score_rows]
 
     def _qkv_bias(self) -> jax.Array | None:
         return self.qkv_bias if self.config.qkv_bias or self.score_rows else None
@@ -151,18 +171,21 @@ class Attention(nn.Module):
     def output(self, o: jax.Array) -> jax.Array:
         """Head outputs [..., h, d] to the residual stream [..., m]."""
         flat = o.reshape(*o.shape[:-2], -1)
-        return linear(flat, self.out.T, self._out_bias(), o.dtype)
+        dtype = jnp.float32 if self.share else o.dtype
+        y = linear(flat, self.out.T, self._out_bias(), dtype)
+        return add_up(y, self.share).astype(o.dtype)
 
     def output_parts(self, o: jax.Array) -> jax.Array:
         """`output` of [b, h, d] as parts of a sum, float32[p, b, m]."""
-        return partial_product(
+        parts = partial_product(
             *(o.reshape(o.shape[0], -1), self.out, self._out_bias()),
             axis=0,
             implementation=gathering(self.implementation),
         )
+        return add_up_parts(parts, self.share)
 
     def _out_bias(self) -> jax.Array | None:
-        return self.out_bias if self.config.out_bias else None
+        return once(self.out_bias, self.share) if self.config.out_bias else None
 
     def prefill(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Causal attention of whole sequences; padding at the end is never seen.
@@ -264,18 +287,25 @@ class Attention(nn.Module):
         if policy.wants_norms:
             # Every group is computed once to be measured, before any is chosen.
             o, keys, values = append(q, k, v, keys, values, visible)
-            norms = head_norms(o, c.kv_heads)
-        chosen = policy.heads(self.layer, scores, norms, gathering(self.implementation))
+            norms = add_up_groups(head_norms(o, c.kv_heads), self.share)
+        kernel = gathering(self.implementation)
+        chosen = policy.heads(self.layer, scores, norms, kernel)
         heads, n_active = (None, None) if chosen is None else chosen
+        groups = self.share.kv_heads if self.share else c.kv_heads
+        reads = jnp.full(b, groups, jnp.int32) if n_active is None else n_active
+        if self.share and chosen is not None:
+            mine = own_groups(groups_read(chosen, b, groups), self.share)
+            n_active = mine.sum(axis=1, dtype=jnp.int32)
+            # The chosen ones first, in their order.
+            ranking = mine.astype(jnp.float32)
+            heads = top_heads(ranking, c.kv_heads, implementation=kernel)
         if policy.wants_norms:
             o = select_head_attention(
                 q, keys, values, visible, heads, n_active, **options
             )
         else:
             o, keys, values = append(q, k, v, keys, values, visible, heads, n_active)
-        if n_active is None:
-            n_active = jnp.full(b, c.kv_heads, jnp.int32)
-        return o, keys, values, scores, jnp.where(live, n_active, 0)
+        return o, keys, values, scores, jnp.where(live, reads, 0)
 
 
 def head_norms(o: jax.Array, kv_heads: int) -> jax.Array:

@@ -18,6 +18,7 @@ from polarjax.model.layer import Layer
 from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
 from polarjax.model.positions import LEARNED_OFFSET
+from polarjax.model.share import Share, add_up, gather, place
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
 
@@ -36,6 +37,7 @@ class Embed(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    share: Share | None = None
 
     def setup(self) -> None:
         c, normal = self.config, nn.initializers.normal(0.02)
@@ -55,7 +57,7 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """Token ids int32[...] at positions int32[...] to [..., m]."""
-        x = jnp.take(self.tokens, tokens, axis=0)
+        x = self._look_up(tokens)
         if self.config.embed_dim != self.config.dim:
             x = linear(x, self.project_in).astype(x.dtype)
         if self.config.rope is None:
@@ -66,7 +68,20 @@ class Embed(nn.Module):
         """Final hidden states [..., m] to float32[..., v]."""
         if self.config.embed_dim != self.config.dim:
             x = linear(x, self.project_out).astype(x.dtype)
-        return linear(x, self.tokens if self.config.tied_embeddings else self.head)
+        logits = linear(x, self.tokens if self.config.tied_embeddings else self.head)
+        return gather(logits, self.share) if self._is_cut() else logits
+
+    def _look_up(self, tokens: jax.Array) -> jax.Array:
+        if not self._is_cut():
+            return jnp.take(self.tokens, tokens, axis=0)
+        # Each device has some rows; the sum has one term that is not zero.
+        own = tokens - place(self.share) * self.config.vocab_size
+        mine = (own >= 0) & (own < self.config.vocab_size)
+        x = jnp.take(self.tokens, own, axis=0, mode="clip")
+        return add_up(jnp.where(mine[..., None], x, 0), self.share)
+
+    def _is_cut(self) -> bool:
+        return bool(self.share and self.share.cuts_vocabulary)
 
 
 class Decoder(nn.Module):
@@ -77,18 +92,21 @@ class Decoder(nn.Module):
       dtype: of weights and activations.
       score_rows: per layer, rows that a policy appended to the QKV matrix.
       implementation: of the decode kernels; None chooses by device.
+      share: of one device of several that run the model together; its `config` is
+        then that of what it has.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     score_rows: tuple[int, ...] = ()
     implementation: Implementation | None = None
+    share: Share | None = None
 
     def setup(self) -> None:
         c = self.config
-        self.embed = Embed(c, self.dtype)
+        self.embed = Embed(c, self.dtype, self.share)
         self.layers = [
-            Layer(c, i, self.dtype, rows, self.implementation)
+            Layer(c, i, self.dtype, rows, self.implementation, self.share)
             for i, rows in enumerate(self.score_rows or (0,) * c.layers)
         ]
         if c.final_norm:

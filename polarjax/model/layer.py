@@ -16,6 +16,7 @@ from polarjax.model.attention import Attention, Gates, Prefix
 from polarjax.model.causal import long_attention
 from polarjax.model.mlp import MLP
 from polarjax.model.norms import Norm
+from polarjax.model.share import Share
 from polarjax.policy import SelectionPolicy
 
 
@@ -30,15 +31,17 @@ class Layer(nn.Module):
     dtype: jnp.dtype
     score_rows: int = 0
     implementation: Implementation | None = None
+    share: Share | None = None
 
     def setup(self) -> None:
         c = self.config
         self.attention_norm = Norm(c, c.dim, self.dtype)
         self.attention = Attention(
-            *(c, self.layer, self.dtype, self.score_rows, self.implementation)
+            *(c, self.layer, self.dtype, self.score_rows, self.implementation),
+            share=self.share,
         )
         self.mlp_norm = Norm(c, c.dim, self.dtype)
-        self.mlp = MLP(c, self.dtype, self.implementation)
+        self.mlp = MLP(c, self.dtype, self.implementation, self.share)
 
     def before(self, norm: nn.Module, x: jax.Array) -> jax.Array:
         """What a half of the layer reads of the residual stream."""
@@ -152,7 +155,7 @@ class Layer(nn.Module):
         o, keys, values, scores, reads = self.attention.decode(
             u, keys, values, lengths, live, policy
         )
-        neurons = policy.neurons(self.layer, scores, live, kernel)
+        neurons = policy.neurons(self.layer, scores, live, kernel, self.share)
         norm = self.attention_norm if post else self.mlp_norm
         x, z = norm.add(x, self.attention.output_parts(o), kernel)
         parts = self.mlp.decode(z, neurons)

@@ -14,6 +14,7 @@ from pallas_kernels import (
     partial_mlp,
 )
 from polarjax.config import ModelConfig
+from polarjax.model.share import Share, add_up, add_up_parts, once
 
 
 class MLP(nn.Module):
@@ -22,6 +23,7 @@ class MLP(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     implementation: Implementation | None = None
+    share: Share | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -59,7 +61,7 @@ class MLP(nn.Module):
             activation=c.activation,
             implementation=gathering(self.implementation),
         )
-        return y.reshape(x.shape)
+        return add_up(y, self.share).reshape(x.shape)
 
     def decode(self, x: jax.Array, neurons: jax.Array | None) -> jax.Array:
         """Of one token of each sequence, as parts of a sum.
@@ -71,11 +73,13 @@ class MLP(nn.Module):
         Returns:
           float32[p, b, m], for `Norm.add`.
         """
-        return partial_mlp(
+        parts = partial_mlp(
             *(x, self._weights(), neurons),
             activation=self.config.activation,
+            padded=self.share is not None and neurons is not None,
             implementation=gathering(self.implementation),
         )
+        return add_up_parts(parts, self.share)
 
     def _weights(self) -> dict[str, jax.Array]:
         c = self.config
@@ -83,5 +87,8 @@ class MLP(nn.Module):
         if c.gated_mlp:
             weights["gate"] = self.gate
         if c.mlp_bias:
-            weights |= {"up_bias": self.up_bias, "down_bias": self.down_bias}
+            weights |= {
+                "up_bias": self.up_bias,
+                "down_bias": once(self.down_bias, self.share),
+            }
         return weights

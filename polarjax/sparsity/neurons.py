@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import product, union_neurons
 from polarjax.config import ModelConfig
+from polarjax.model.share import Share, add_up_batch, gather, place
 
 # Counts between two measured batch sizes are rounded up to this (the paper's step).
 NEURON_STEP = 128
@@ -79,3 +85,39 @@ def check_neuron_budgets(config: ModelConfig) -> None:
                 "layer 0 is dense"
             )
         last = batch
+
+
+def needed_of_share(
+    hidden: jax.Array,
+    up: jax.Array,
+    live: jax.Array,
+    n: int,
+    share: Share,
+    implementation: Any = None,
+) -> jax.Array:
+    """Of the neurons that `needed_neurons` finds for the whole batch, a device's own.
+
+    Args:
+      hidden: as there, of the device's part of the batch.
+      up: as there, of the device's neurons, [f, r].
+      live: as there, of its part of the batch.
+      n: how many neurons of the whole model to keep.
+      share: of the device.
+      implementation: of the selection.
+
+    Returns:
+      int32[min(n, f)], numbers among the device's neurons, ascending; f where it has
+      fewer.
+    """
+    f, r = up.shape
+    scores = jax.nn.softplus(product(hidden[:, -r:].astype(up.dtype), up))
+    counts = live[:, None] & (scores > 0)
+    own = add_up_batch(jnp.where(counts, scores, 0.0).sum(axis=0), share)
+    # The sum of a batch of one is what it is.
+    totals, one = gather(own, share)[None], jnp.ones(1, bool)
+    chosen = union_neurons(totals, one, n, implementation=implementation)
+    chosen -= place(share) * f
+    mine = (
+        jnp.zeros(f, bool).at[jnp.where(chosen < 0, f, chosen)].set(True, mode="drop")
+    )
+    return jnp.nonzero(mine, size=min(n, f), fill_value=f)[0].astype(jnp.int32)

@@ -11,7 +11,7 @@ import numpy as np
 from pallas_kernels import needed_neurons
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
-from polarjax.sparsity.neurons import neuron_counts
+from polarjax.sparsity.neurons import needed_of_share, neuron_counts
 from polarjax.sparsity.routers import append_rows, head_scores
 from polarjax.sparsity.select import (
     Density,
@@ -129,7 +129,7 @@ class Polar:
             ranking = head_scores(scores, up, self.kv_heads)
         return self.budget.choose(layer, ranking, implementation)
 
-    def neurons(self, layer, scores, live, implementation=None):
+    def neurons(self, layer, scores, live, implementation=None, share=None):
         """The neurons that the live batch is least likely to do without.
 
         The paper's sum of positive scores cannot tell apart neurons of which no
@@ -138,6 +138,8 @@ class Polar:
         if not self.neuron_budget[layer]:
             return None
         n, up = self.neuron_budget[layer], self.neuron_routers[layer]
+        if share is not None:
+            return needed_of_share(scores, up, live, n, share, implementation)
         return needed_neurons(scores, up, live, n, implementation=implementation)
 
 
@@ -173,9 +175,9 @@ class Oracle:
         assert self.budget is not None
         return self.budget.choose(layer, norms, implementation)
 
-    def neurons(self, layer, scores, live, implementation=None) -> None:
+    def neurons(self, layer, scores, live, implementation=None, share=None) -> None:
         """Every neuron."""
-        del layer, scores, live, implementation
+        del layer, scores, live, implementation, share
 
 
 @jax.tree_util.register_dataclass
@@ -219,9 +221,9 @@ class Random:
         assert self.budget is not None and self.ranking is not None
         return self.budget.choose(layer, self.ranking[layer], implementation)
 
-    def neurons(self, layer, scores, live, implementation=None) -> None:
+    def neurons(self, layer, scores, live, implementation=None, share=None) -> None:
         """Every neuron."""
-        del layer, scores, live, implementation
+        del layer, scores, live, implementation, share
 
 
 def random_ranking(config: ModelConfig, batch: int, seed: int) -> jax.Array:

@@ -11,14 +11,16 @@ appended to it as further rows and cost no launch of their own.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
+from polarjax.sharding import TP, mesh_of
 from polarjax.sparsity.updates import check_updates
 
 
@@ -107,6 +109,7 @@ def append_rows(
     """
     weights = dict(params.weights)
     rows = [0] * params.config.layers
+    mesh = mesh_of(weights)
     for layer in sorted({*layers, *neurons}):
         name = f"layers_{layer}"
         if "heads" not in params.routers.get(name, {}):
@@ -124,11 +127,11 @@ def append_rows(
         attention = dict(weights[name]["attention"])
         qkv = attention["qkv"]
         bias = attention.get("qkv_bias", jnp.zeros(qkv.shape[0], qkv.dtype))
-        attention["qkv"] = _concatenate(qkv, *added)
-        rows[layer] = attention["qkv"].shape[0] - qkv.shape[0]
+        rows[layer] = sum(map(len, added))
         own = [heads["bias"]] if heads else []
         without = jnp.zeros(rows[layer] - sum(map(len, own)))
-        attention["qkv_bias"] = _concatenate(bias, *own, without)
+        attention["qkv"] = _append(qkv, added, mesh)
+        attention["qkv_bias"] = _append(bias, [*own, without], mesh)
         weights[name] = {**weights[name], "attention": attention}
     return weights, tuple(rows)
 
@@ -152,6 +155,30 @@ def head_scores(rows: jax.Array, up: jax.Array | None, kv_heads: int) -> jax.Arr
     # sums do not depend on n as those of a matrix product may.
     square = jnp.square(hidden)[:, None, :] * up.astype(jnp.float32)
     return scores + square.sum(axis=-1)
+
+
+def _append(
+    first: jax.Array, others: Sequence[jax.Array], mesh: Mesh | None
+) -> jax.Array:
+    """Rows behind the others; on a mesh a part of them behind each device's own.
+
+    Args:
+      first: on a mesh cut along "tp" by rows.
+      others: whole on every device. Rows of zeros make their number a multiple of tp.
+      mesh: of all of them.
+    """
+    if mesh is None:
+        return _concatenate(first, *others)
+    tp = mesh.shape[TP]
+
+    def append(first: jax.Array, *others: jax.Array) -> jax.Array:
+        rows = jnp.concatenate([o.astype(first.dtype) for o in others])
+        rows = jnp.pad(rows, [(0, -len(rows) % tp), *[(0, 0)] * (rows.ndim - 1)])
+        parts = [x.reshape(tp, -1, *x.shape[1:]) for x in (first, rows)]
+        return jnp.concatenate(parts, axis=1).reshape(-1, *first.shape[1:])
+
+    where = NamedSharding(mesh, PartitionSpec(TP))
+    return jax.jit(append, out_shardings=where)(first, *others)
 
 
 @jax.jit

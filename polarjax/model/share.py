@@ -1,0 +1,104 @@
+"""What one device does for a model that several run together.
+
+Inside `polarjax.sharding.over_mesh`: each function is of one device's arrays, and
+speaks to the others along the axis "tp". Without a share they change nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from polarjax.config import ModelConfig
+from polarjax.sharding import DP, TP, local_config, shard_groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How a model is cut over devices.
+
+    Attributes:
+      groups: the KV group of the model that each group of each device is, [tp, k of
+        one device].
+      kv_heads: KV groups of the model.
+      cuts_vocabulary: whether embedding and head are cut too.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    kv_heads: int
+    cuts_vocabulary: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig, tp: int) -> Share:
+        """Of a model over tp devices."""
+        cut = local_config(config, tp).vocab_size != config.vocab_size
+        return cls(shard_groups(config, tp), config.kv_heads, cut)
+
+    @property
+    def tp(self) -> int:
+        """Devices that share the model."""
+        return len(self.groups)
+
+
+def place(share: Share | None) -> jax.Array | int:
+    """Number of this device along "tp"."""
+    return 0 if share is None else lax.axis_index(TP)
+
+
+def add_up(x: jax.Array, share: Share | None) -> jax.Array:
+    """The sum of what the devices have."""
+    return x if share is None else lax.psum(x, TP)
+
+
+def add_up_parts(parts: jax.Array, share: Share | None) -> jax.Array:
+    """[p, b, m] to as many, or to one, with the same sum over all devices."""
+    return parts if share is None else add_up(parts.sum(axis=0, keepdims=True), share)
+
+
+def add_up_batch(x: jax.Array, share: Share | None) -> jax.Array:
+    """The sum over the parts of the batch."""
+    return x if share is None else lax.psum(x, DP)
+
+
+def gather(x: jax.Array, share: Share | None) -> jax.Array:
+    """What the devices have, behind one another along the last axis."""
+    if share is None:
+        return x
+    return lax.all_gather(x, TP, axis=x.ndim - 1, tiled=True)
+
+
+def once(bias: jax.Array | None, share: Share | None) -> jax.Array | None:
+    """A bias of what is summed over devices, on one of them alone."""
+    if share is None or bias is None:
+        return bias
+    return jnp.where(place(share) == 0, bias, jnp.zeros_like(bias))
+
+
+def own_groups(chosen: jax.Array, share: Share) -> jax.Array:
+    """Which of this device's KV groups are chosen.
+
+    Args:
+      chosen: bool[b, k], of the model's.
+      share: of the device.
+    """
+    table = jnp.asarray(np.array(share.groups, np.int32))
+    return jnp.take(chosen, table[place(share)], axis=1)
+
+
+def add_up_groups(norms: jax.Array, share: Share | None) -> jax.Array:
+    """L2 norms of the model's KV groups, from those of every device's.
+
+    Args:
+      norms: float32[b, k of the device].
+      share: of the device.
+    """
+    if share is None:
+        return norms
+    table = jnp.asarray(np.array(share.groups, np.int32))
+    squares = jnp.zeros((norms.shape[0], share.kv_heads), norms.dtype)
+    squares = squares.at[:, table[place(share)]].add(jnp.square(norms))
+    return jnp.sqrt(add_up(squares, share))
