@@ -13,6 +13,7 @@ import ipaddress
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import traceback
@@ -51,13 +52,16 @@ def start(
         then aborts the others.
 
     Raises:
-      ValueError: if the arguments do not describe a process, no launcher is known, or
-        the processes have not all as many devices.
+      ValueError: if the arguments do not describe a process, no launcher is known,
+        the port is taken, or the processes have not all as many devices.
       RuntimeError: if not all processes start in time, or one was started already.
     """
     _check(coordinator, processes, process, start_timeout, heartbeat_timeout)
     if jax.distributed.is_initialized():
         raise RuntimeError("distributed.start() was called already in this process")
+    bind = _bind_address(coordinator)
+    if coordinator and process == 0:
+        _check_port(bind or coordinator, everywhere=bind is None)
     # It would take SIGTERM for a notice, which nobody here reads, and live on.
     jax.config.update("jax_enable_preemption_service", False)
     failed: list[Exception] = []
@@ -71,7 +75,7 @@ def start(
                 # Beyond ours, because jax ends a process that waited in vain by abort.
                 initialization_timeout=2 * start_timeout + 60,
                 heartbeat_timeout_seconds=heartbeat_timeout,
-                coordinator_bind_address=_bind_address(coordinator),
+                coordinator_bind_address=bind,
             )
             jax.devices()  # exchanged between all
         except Exception as error:
@@ -272,6 +276,23 @@ def _bind_address(coordinator: str | None) -> str | None:
         if ipaddress.ip_address(host).is_loopback:
             return coordinator
     return coordinator if host == "localhost" else None
+
+
+def _check_port(address: str, everywhere: bool) -> None:
+    # jaxlib 0.10.2 crashes if it cannot listen.
+    host, _, port = address.rpartition(":")
+    host = "" if everywhere else host.strip("[]")
+    both = everywhere and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    try:
+        socket.create_server(
+            (host, int(port)), family=family, dualstack_ipv6=both
+        ).close()
+    except OSError as error:
+        raise ValueError(
+            f"process 0 cannot listen at {address}: {error.strerror}; another port "
+            "will do, if all processes are given it"
+        ) from None
 
 
 def _own_streams(process: str) -> None:

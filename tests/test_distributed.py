@@ -173,6 +173,14 @@ def test_bad_arguments(given, message):
         distributed.start(*given)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "here"])
+def test_port_that_is_taken(host):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"{host}:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"cannot listen at {where}: Address alr"):
+            distributed.start(where, 2, 0)
+
+
 def test_timeouts_are_at_least_a_second():
     with pytest.raises(ValueError, match="at least 1 s"):
         distributed.start("host:1", 2, 0, start_timeout=0)
