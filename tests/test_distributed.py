@@ -26,16 +26,17 @@ def launch(tmp_path):
     """Starts some of two processes; gives their exit codes, stdouts and stderrs."""
     running = []
 
-    def run(what, *options, only=(0, 1), devices=(2, 2), folder=tmp_path):
+    def run(what, *options, only=(0, 1), devices=(2, 2), told=(2, 2), folder=tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        several = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2")
+        options = (*options, "--coordinator", f"127.0.0.1:{port}")
         for process in only:
             count = f"--xla_force_host_platform_device_count={devices[process]}"
             running.append(
                 subprocess.Popen(
                     [
-                        *(sys.executable, PROGRAM, what, folder, *several, *options),
+                        *(sys.executable, PROGRAM, what, folder, *options),
+                        *("--processes", str(told[process])),
                         *("--process", str(process)),
                     ],
                     env={
@@ -152,6 +153,13 @@ def test_processes_with_other_numbers_of_devices(launch):
         "error: process 0 of 2: every process must have as many devices, but there "
         "are 2 on process 0, 3 on process 1\n"
     )
+
+
+@pytest.mark.slow
+def test_processes_told_other_numbers_of_processes(launch):
+    (other_code, _, _), (code, _, err) = launch("work", told=(2, 3))
+    assert other_code != 0 and code == 1
+    assert err == ("error: process 1 of 3: processes is 3, but process 0 was told 2\n")
 
 
 @pytest.mark.parametrize(
