@@ -63,6 +63,8 @@ FLOORS = {
         polarjax.cache
         polarjax.policy
         polarjax.repository
+        polarjax.native_log
+        polarjax.distributed
     """,
     2: """
         polarjax.sharding

@@ -1,0 +1,85 @@
+"""What each process of test_distributed.py runs."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from polarjax import distributed
+
+PROMPTS = ["Once upon a time", [7, 8, 9], "ünïcode"]
+
+
+def work_together(folder: Path) -> None:
+    """What this process sees, into a file: the other one's stdout leads nowhere."""
+    mesh = jax.make_mesh((4,), ("tp",), (AxisType.Auto,))
+    spec = PartitionSpec("tp")
+    whole = np.arange(8, dtype=np.float32)
+    cut = jax.make_array_from_callback(
+        whole.shape, NamedSharding(mesh, spec), lambda index: whole[index]
+    )
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
+    def add(x):
+        return jax.lax.psum(x.sum(), "tp")
+
+    is_main = distributed.is_main()
+    tree = {"cut": cut, "half": cut.astype(jnp.bfloat16), "here": jnp.ones(2)}
+    tree = distributed.to_host({**tree, "sum": add(cut), "plain": 3})
+    try:
+        # What process 0 cannot send must not leave the other waiting.
+        distributed.from_main(object() if is_main else None)
+    except (TypeError, RuntimeError) as error:
+        unsent = type(error).__name__
+    seen = {
+        "devices": jax.device_count(),
+        "local devices": jax.local_device_count(),
+        "prompts": distributed.from_main(PROMPTS if is_main else ["not these"]),
+        "unsent": unsent,
+        "host": {name: x.astype(float).tolist() for name, x in tree.items()},
+        "numpy": all(isinstance(x, np.ndarray) for x in tree.values()),
+    }
+    (folder / f"{jax.process_index()}.json").write_text(json.dumps(seen))
+    print(f"printed by {jax.process_index()}")
+
+
+def end(how: str) -> None:
+    if how == "ValueError":
+        raise ValueError("no such thing")
+    os.kill(os.getpid(), signal.Signals[how])
+    time.sleep(60)  # where a signal was not heeded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    distributed.add_arguments(parser)
+    parser.add_argument("what")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--victim", type=int)
+    args = parser.parse_args()
+    with distributed.together():
+        distributed.start_from(args)
+        distributed.from_main("all are here")
+        if args.what == "work":
+            work_together(args.folder)
+        elif args.process == args.victim:
+            end(args.what)
+        elif args.folder.name == "in_python":
+            time.sleep(100)
+        else:
+            distributed.from_main("the other one is dead by now")
+            time.sleep(1)
+            distributed.from_main("surely")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
