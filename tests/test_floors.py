@@ -97,6 +97,7 @@ FLOORS = {
         polarjax.generation.memory
         polarjax.generation.api
         polarjax.generation
+        polarjax.per_device
         polarjax.planning
     """,
     4: """
