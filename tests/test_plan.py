@@ -240,7 +240,7 @@ def sent_by(jaxpr, devices):
     [
         (LLAMA, 8, 1, polarjax.Polar(0.5), (4, 0)),
         (dataclasses.replace(LLAMA, vocab_size=332), 4, 2, polarjax.Dense(), (0, 0)),
-        (OPT_12, 4, 2, polarjax.Polar(0.5, 0.3), (5, 8)),
+        (OPT_12, 4, 2, polarjax.Polar(0.5, 0.3), (5, 7)),
     ],
     ids=["fewer groups", "dense", "neurons"],
 )
