@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from jax.sharding import Mesh
 from rich.console import Console
 
 from benchmarks import arguments, decode
@@ -17,7 +18,9 @@ from polarjax.console import POLICIES, fraction, make_policy
 from polarjax.demo import plain
 from polarjax.generation import Tokenizer, generate
 from polarjax.generation.memory import MEMORY_FRACTION
-from polarjax.hub import load
+from polarjax.hub import load, read_config
+from polarjax.sharding import default_mesh, make_mesh
+from polarjax.sparsity import Polar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +102,26 @@ def _parser() -> argparse.ArgumentParser:
         default=MEMORY_FRACTION,
         help="to fill of what XLA may take of the device",
     )
+    add(
+        *("--tp",),
+        type=int,
+        metavar="N",
+        help="devices that share the model, each with its heads and neurons (as many "
+        "of the visible GPUs as divide them)",
+    )
+    add(
+        *("--dp",),
+        type=int,
+        metavar="M",
+        help="copies of the model, which share the prompts (what --tp leaves of the "
+        "visible GPUs)",
+    )
+    add(
+        "--balanced",
+        action="store_true",
+        help="each of --tp devices reads the best of its own KV groups, as many as "
+        "the others: even work, but another model than the best of all",
+    )
     add("--json", action="store_true", help="print the result as JSON")
 
     calibrate_cli.add_commands(command)
@@ -129,8 +152,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _mesh(args: argparse.Namespace) -> Mesh | None:
+    """The devices asked for, or all GPUs; says which."""
+    if args.tp or args.dp:
+        mesh = make_mesh(args.tp, args.dp)
+    else:
+        mesh = default_mesh(read_config(args.checkpoint))
+    if mesh is not None:
+        sizes = " and ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        print(f"over {mesh.size} devices: {sizes}", file=sys.stderr)
+    return mesh
+
+
 def _generate(args: argparse.Namespace) -> None:
-    params = load(args.checkpoint, adapter=args.adapter)
+    if args.balanced and (args.policy not in (None, "polar") or not args.tp):
+        raise ValueError("--balanced is of the policy polar, and goes with --tp")
+    params = load(args.checkpoint, adapter=args.adapter, mesh=_mesh(args))
     prompts: list = args.prompts
     if args.chat:
         tokenizer = Tokenizer.require(params.config, "--chat")
@@ -140,6 +177,8 @@ def _generate(args: argparse.Namespace) -> None:
     policy, density = None, args.density
     if args.policy:
         policy, density = make_policy(args.policy, density), None
+    if args.balanced:
+        policy, density = Polar(args.density, balanced=args.tp), None
     out = generate(
         params,
         prompts,

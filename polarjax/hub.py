@@ -16,7 +16,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from polarjax.config import FORMAT_VERSION
+from polarjax.config import FORMAT_VERSION, ModelConfig
 from polarjax.folder import CARD_FILE, CONFIG_FILE, locked
 from polarjax.model import check_weights
 from polarjax.params import TENSORS, Params, read_folder
@@ -78,6 +78,19 @@ def load(
         return params
     routers = place_routers(params.routers, params.config, mesh)
     return dataclasses.replace(params, routers=routers)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """What the model is that `load` would load.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      ValueError: if its description is damaged.
+    """
+    file = find_checkpoint(path) / CONFIG_FILE
+    if not file.exists():
+        raise FileNotFoundError(f"no checkpoint folder at {path}")
+    return ModelConfig.from_json(file.read_text(encoding="utf-8"))
 
 
 def find_checkpoint(path: str | Path, dtype=None) -> Path:

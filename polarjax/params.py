@@ -214,7 +214,14 @@ def save(params: Params, path: str | Path, *, overwrite: bool = False) -> None:
     Raises:
       FileExistsError: if `path` exists and is not to be overwritten.
       OSError: if the disk is too small or cannot be written.
+      ValueError: if the model is cut over devices.
     """
+    for leaf in jax.tree.leaves(params.weights):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+            raise ValueError(
+                "the model is cut over devices, its rows in their order: save "
+                "polarjax.sharding.whole(params)"
+            )
     write_folder(
         *(path, params.config, params.weights, params.routers),
         files=text_files(params.config),
@@ -287,19 +294,20 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
 
 
 def _read(rows: Any, shape: tuple[int, ...], where: Placement, dtype) -> jax.Array:
+    order = where.rows
+
     def part(index: Any) -> np.ndarray:
-        array = rows[index] if where.rows is None else picked(index)
+        array = rows[index] if order is None else picked(order[index[0]], index[1:])
         return array if dtype is None else array.astype(dtype)
 
-    def picked(index: Any) -> np.ndarray:
-        wanted = where.rows[index[0]]
+    def picked(wanted: np.ndarray, others: tuple) -> np.ndarray:
         # What lies behind one another is read at once.
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-        parts = [rows[(slice(run[0], run[-1] + 1), *index[1:])] for run in runs]
+        parts = [rows[(slice(run[0], run[-1] + 1), *others)] for run in runs]
         return np.concatenate(parts)
 
-    if where.rows is not None:
-        shape = (len(where.rows), *shape[1:])
+    if order is not None:
+        shape = (len(order), *shape[1:])
     return jax.make_array_from_callback(shape, where.sharding, part)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from polarjax.config import ModelConfig
@@ -61,6 +62,22 @@ def make_mesh(tp: int | None = None, dp: int | None = None) -> Mesh:
         )
     types = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((dp, tp), (DP, TP), types, devices=devices[: dp * tp])
+
+
+def default_mesh(config: ModelConfig) -> Mesh | None:
+    """All GPUs that are visible: as many as can share the model, the rest copies of it.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      None for one GPU, or another kind of device.
+    """
+    count = jax.device_count()
+    if count == 1 or jax.default_backend() != "gpu":
+        return None
+    both = math.gcd(count, math.gcd(config.heads, config.neurons))
+    return make_mesh(both, count // both)
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
@@ -175,11 +192,12 @@ def mesh_of(weights: Tree) -> Mesh | None:
     """The mesh that a model is cut over; None if it is on none with an axis "tp"."""
     qkv = next(x for name, x in weights.items() if name.startswith("layers_"))
     qkv = qkv["attention"]["qkv"]
-    if isinstance(qkv, jax.core.Tracer):  # of a training step, which is on no "tp"
+    # A tracer is of a training step, which is cut along no "tp".
+    known = isinstance(qkv, jax.Array) and not isinstance(qkv, Tracer)
+    where = qkv.sharding if known else None
+    if not isinstance(where, NamedSharding) or not isinstance(where.mesh, Mesh):
         return None
-    where = getattr(qkv, "sharding", None)
-    on_mesh = isinstance(where, NamedSharding) and TP in where.mesh.shape
-    return where.mesh if on_mesh else None
+    return where.mesh if TP in where.mesh.shape else None
 
 
 def axis_size(mesh: Mesh | None, name: str) -> int:

@@ -68,6 +68,7 @@ FLOORS = {
         polarjax.sharding
         polarjax.model.linear
         polarjax.model.norms
+        polarjax.model.share
         polarjax.model.positions
         polarjax.model.causal
         polarjax.model.attention

@@ -1,29 +1,95 @@
 """A model cut over host devices computes what it computes on one."""
 
 import dataclasses
+import re
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 from safetensors import safe_open
 
 import polarjax
-from polarjax.sharding import make_data_mesh, make_mesh, partition, shard
+from polarjax import Polar
+from polarjax.generation import loop
+from polarjax.generation.requests import make_sampling
+from polarjax.model.share import place
+from polarjax.sharding import (
+    make_data_mesh,
+    make_mesh,
+    mesh_of,
+    shard,
+    shard_groups,
+    whole,
+)
+from polarjax.sparsity.updates import init_updates
 from tests.models import LLAMA, MHA, OPT, random_params, write_checkpoint
 
 PROMPTS = [[1, 2, 3], [7] * 20, [5, 6]]
-pytestmark = pytest.mark.devices(4)
+SHAPES = [(8, 1), (4, 2)]
+MORE = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+SLOW = [pytest.param(*shape, marks=pytest.mark.slow) for shape in MORE]
+pytestmark = pytest.mark.devices(8)
+
+EIGHT = {"layers": 2, "vocab_size": 336, "heads": 8, "head_dim": 8}
+MODELS = {
+    "gqa": dataclasses.replace(LLAMA, **EIGHT, kv_heads=4),
+    "mha": dataclasses.replace(MHA, **EIGHT, kv_heads=8),
+    "opt": dataclasses.replace(OPT, **EIGHT, kv_heads=8),
+}
 
 
-@pytest.mark.parametrize(
-    ("config", "tp"), [(LLAMA, 4), (MHA, 2), (OPT, 2)], ids=["gqa", "mha", "opt"]
-)
-def test_logits_and_sparse_tokens_are_those_of_one_device(config, tp):
-    config = dataclasses.replace(config, layers=2, vocab_size=332)
-    params = random_params(config, routers=True, head_rank=4)
-    cut = shard(params, make_mesh(tp))
+def make(name, **changes):
+    config = dataclasses.replace(MODELS[name], **changes)
+    neuron_rank = 5 if config.activation == "relu" else 0
+    return random_params(config, routers=True, head_rank=4, neuron_rank=neuron_rank)
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """What policies choose, by layer, as (heads or neurons) of each row, counted."""
+    heads, neurons = Polar.heads, Polar.neurons
+    found = {"heads": Counter(), "neurons": Counter()}
+
+    def count(kind, layer, chosen):
+        found[kind][layer, str(chosen)] += 1
+
+    def spy_heads(self, layer, *args):
+        chosen = heads(self, layer, *args)
+        if chosen is not None:
+
+            def log(indices, n_active):
+                rows = zip(indices, n_active, strict=True)
+                count("heads", layer, [sorted(i[:n].tolist()) for i, n in rows])
+
+            jax.debug.callback(log, *chosen)
+        return chosen
+
+    def spy_neurons(self, layer, scores, live, kernel, share=None):
+        chosen = neurons(self, layer, scores, live, kernel, share)
+        if chosen is not None:
+            f = self.neuron_routers[layer].shape[0]
+
+            def log(indices, place):
+                mine = [int(i + place * f) for i in indices if i < f]
+                count("neurons", layer, mine)
+
+            jax.debug.callback(log, chosen, place(share))
+        return chosen
+
+    monkeypatch.setattr(Polar, "heads", spy_heads)
+    monkeypatch.setattr(Polar, "neurons", spy_neurons)
+    jax.clear_caches()  # of what was traced before
+    yield found
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("tp", "dp"), [*SHAPES, *SLOW])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_sparse_tokens_are_those_of_one_device(name, tp, dp):
+    params = make(name)
+    cut = shard(params, make_mesh(tp, dp))
     qkv = cut.weights["layers_0"]["attention"]["qkv"]
     assert qkv.addressable_shards[0].data.shape[0] * tp == qkv.shape[0]
     tokens = np.arange(24).reshape(2, 12)
@@ -32,13 +98,143 @@ def test_logits_and_sparse_tokens_are_those_of_one_device(config, tp):
         for p in (params, cut)
     )
     assert np.linalg.norm(one - many) < 1e-5 * np.linalg.norm(one)
-    settings = {"max_new_tokens": 8, "density": [1.0, 0.5, 0.5], "chunk": 8}
+    policy = Polar([1.0, 0.5, 0.25])
+    settings = {"max_new_tokens": 8, "policy": policy, "chunk": 8}
     one, many = (
         polarjax.generate(p, PROMPTS, implementation="xla", **settings)
         for p in (params, cut)
     )
     assert one.tokens == many.tokens
     assert one.stats.density == many.stats.density
+    assert one.finish_reasons == many.finish_reasons
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Polar(0.5, 0.4), Polar([0.25, 0.5, 0.9], 0.3), Polar(0.5, 0.4, balanced=4)],
+    ids=["global", "mixed", "balanced"],
+)
+def test_the_same_heads_and_neurons_are_chosen(policy, spied):
+    params, tp = make("opt", layers=3), 4
+
+    def run(params):
+        for counter in spied.values():
+            counter.clear()
+        options = {"max_new_tokens": 4, "chunk": 4, "implementation": "xla"}
+        found = polarjax.generate(params, PROMPTS, policy=policy, **options)
+        jax.effects_barrier()
+        neurons = {}
+        for (layer, text), number in spied["neurons"].items():
+            neurons.setdefault(layer, []).extend(eval(text) * number)
+        counts = {layer: Counter(found) for layer, found in neurons.items()}
+        return found.tokens, dict(spied["heads"]), counts
+
+    tokens, heads, neurons = run(params)
+    cut_tokens, cut_heads, cut_neurons = run(shard(params, make_mesh(tp)))
+    assert tokens == cut_tokens
+    # Each device knows what is read of all groups, and reads its own neurons.
+    assert cut_heads == {key: tp * number for key, number in heads.items()}
+    assert len(heads) > 2 and cut_neurons == neurons and len(neurons) == 2
+
+
+def test_kernels_run_on_each_device():
+    params, policy = make("opt"), Polar(0.5, 0.4)
+    options = {"max_new_tokens": 3, "chunk": 2, "implementation": "triton_interpret"}
+    found = polarjax.generate(
+        params, PROMPTS[:2], policy=policy, mesh=make_mesh(2, 2), **options
+    )
+    options["implementation"] = "xla"
+    want = polarjax.generate(params, PROMPTS[:2], policy=policy, **options)
+    assert found.tokens == want.tokens
+
+
+def test_draws_and_norms_do_not_depend_on_the_mesh():
+    params = make("gqa", qk_norm=True)
+    for policy in (polarjax.Oracle(0.5), polarjax.Random(0.5), polarjax.Dense()):
+        settings = {"max_new_tokens": 6, "temperature": 0.9, "top_p": 0.8}
+        one, many = (
+            polarjax.generate(p, PROMPTS, policy=policy, seed=3, **settings)
+            for p in (params, shard(params, make_mesh(8)))
+        )
+        assert one.tokens == many.tokens
+
+
+def test_heads_of_a_group_may_lie_on_several_devices():
+    """6 heads of 2 groups over 3 devices, and of 3 groups over 2: 2 and 3 each."""
+    for kv_heads, tp, groups in ((2, 3, ((0,), (0, 1), (1,))), (3, 2, None)):
+        config = dataclasses.replace(LLAMA, **{**EIGHT, "heads": 6}, kv_heads=kv_heads)
+        config = dataclasses.replace(config, neurons=72)
+        found = shard_groups(config, tp)
+        assert {g for own in found for g in own} == set(range(kv_heads))
+        if groups:
+            assert [sorted(set(own)) for own in found] == [list(g) for g in groups]
+        params = random_params(config, routers=True)
+        options = {"max_new_tokens": 5, "density": 0.5}
+        one, many = (
+            polarjax.generate(p, PROMPTS, **options)
+            for p in (params, shard(params, make_mesh(tp)))
+        )
+        assert one.tokens == many.tokens and one.stats.density == many.stats.density
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_step_says_to_other_devices_what_it_must(sparse):
+    params = shard(make("opt", layers=3), make_mesh(4))
+    policy = Polar(0.5, 0.4) if sparse else polarjax.Dense()
+    weights, bound = policy.bind(params, 2)
+    mesh = mesh_of(params.weights)
+    config = params.config.architecture
+    cache = loop.empty_cache(config, 2, 16, jnp.float32, mesh)
+    state = loop.State(
+        cache, jnp.zeros(2, jnp.int32), jnp.ones(2, bool), jnp.ones(2, jnp.int32)
+    )
+    sampling = make_sampling(config, 2, 0.0, 0, 1.0, 0)
+    text = (
+        loop.decode_chunk.lower(
+            *(weights, bound, state, jnp.ones(2, bool), sampling, jnp.array([-1])),
+            **{"config": config, "steps": 2, "implementation": "xla", "mesh": mesh},
+        )
+        .compile()
+        .as_text()
+    )
+    reduced, gathered = (
+        len(re.findall(rf"= \S+ {name}(?:-start)?\(", text))
+        for name in ("all-reduce", "all-gather")
+    )
+    # Two a layer and the embedding; the logits, and of two sparse layers what the
+    # routers' rows yield and what neurons are needed.
+    assert reduced == 2 * 3 + 1
+    assert gathered == 1 + (2 * 2 if sparse else 0)
+    assert not re.search(r"= \S+ (all-to-all|collective-permute)\(", text)
+
+
+def test_a_model_comes_back_whole(tmp_path):
+    params = make("gqa")
+    cut = shard(params, make_mesh(8))
+    back = whole(cut)
+    for one, other in zip(*map(jax.tree.leaves, (params, back)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match=r"save polarjax.sharding.whole\(params\)"):
+        polarjax.save(cut, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_what_recovery_changed_is_cut_too():
+    params = make("gqa")
+    updates = init_updates(jax.random.key(0), params.weights, 2, 3)
+    draw = np.random.default_rng(0)
+    updates = jax.tree.map(lambda x: x + 0.1 * draw.normal(size=x.shape), updates)
+    updates = jax.tree.map(lambda x: x.astype(np.float32), updates)
+    routers = dict(params.routers)
+    for name, change in updates.items():
+        routers[name] = {**routers.get(name, {}), "updates": change}
+    params = dataclasses.replace(params, routers=routers)
+    options = {"max_new_tokens": 6, "density": 0.5}
+    one, many = (
+        polarjax.generate(p, PROMPTS, **options)
+        for p in (params, shard(params, make_mesh(8)))
+    )
+    assert one.tokens == many.tokens
 
 
 def test_each_device_reads_its_own_rows(tmp_path, monkeypatch):
@@ -85,17 +281,37 @@ def test_each_device_reads_its_own_rows(tmp_path, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
-def test_what_does_not_divide_is_whole_everywhere():
-    mesh = make_mesh(4)
-    assert partition("layers_3/mlp/up", (80, 48), mesh) == PartitionSpec("tp", None)
-    assert partition("embed/tokens", (331, 48), mesh) == PartitionSpec(None, None)
-    assert partition("final_norm/scale", (48,), mesh) == PartitionSpec()
+def test_a_vocabulary_that_does_not_divide_is_whole_everywhere():
+    params = make("gqa", vocab_size=331)
+    cut = shard(params, make_mesh(4))
+    assert cut.weights["embed"]["tokens"].is_fully_replicated
+    assert not cut.weights["layers_1"]["mlp"]["up"].is_fully_replicated
+    tokens = np.arange(12)[None]
+    one, many = (polarjax.logits(p, tokens) for p in (params, cut))
+    np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-4)
 
 
-def test_too_many_devices():
+def test_meshes_that_cannot_be():
     count = len(jax.devices())
     with pytest.raises(ValueError, match=f"there are {count} devices"):
         make_mesh(count + 1)
+    with pytest.raises(ValueError, match="dp 2 x tp 8 needs 16 devices"):
+        make_mesh(8, 2)
+    with pytest.raises(ValueError, match="dp 3 does not divide the 8 devices"):
+        make_mesh(dp=3)
+    assert dict(make_mesh(dp=2).shape) == {"dp": 2, "tp": 4}
+    params = make("gqa", heads=12, neurons=72)
+    with pytest.raises(ValueError, match=r"tp 8 does not divide .* 12 query heads"):
+        shard(params, make_mesh(8))
+    with pytest.raises(ValueError, match="it may be 1, 2, 3, 4, 6 or 12"):
+        shard(params, make_mesh(5))
+    with pytest.raises(ValueError, match="4 KV groups do not divide into 8"):
+        polarjax.generate(make("gqa"), PROMPTS, policy=Polar(0.5, balanced=8))
+    with pytest.raises(ValueError, match="over 2 devices, but the model is cut over 4"):
+        mesh = make_mesh(4)
+        polarjax.generate(
+            make("gqa"), PROMPTS, policy=Polar(0.5, balanced=2), mesh=mesh
+        )
 
 
 def test_meshes_without_the_axis(tmp_path):

@@ -59,9 +59,9 @@ def mlp(
         sums = one_kernel.mlp(*args, padded=padded)
         # So many that XLA adds them up faster than whoever takes parts.
         return sums[None] if parts else sums.astype(x.dtype)
-    options = {"padded": padded}
-    hidden = _enter(x, weights, neurons, n, act, config, interpret, **options)
-    sums = _leave(hidden, weights, neurons, n, config, interpret, parts, **options)
+    hidden = _enter(x, weights, neurons, n, act, config, interpret, padded)
+    args = (weights, neurons, n, config, interpret, parts)
+    sums = _leave(hidden, *args, padded=padded)
     if parts:
         return sums
     return sums[0] if len(sums) == 1 else jnp.sum(sums, axis=0).astype(x.dtype)

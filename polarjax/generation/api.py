@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pallas_kernels import Implementation
 from polarjax.generation import loop
@@ -29,7 +30,7 @@ from polarjax.generation.tokenizer import Tokenizer
 from polarjax.model import BLOCK_TOKENS
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sharding import mesh_of
+from polarjax.sharding import DP, axis_size, mesh_of, shard
 from polarjax.sparsity import Density, Polar
 
 Stream = Callable[[int, str, list[int]], None]
@@ -71,6 +72,7 @@ def generate(
     chunk: int = 16,
     prefill_tokens: int = BLOCK_TOKENS,
     memory_fraction: float = MEMORY_FRACTION,
+    mesh: Mesh | None = None,
     implementation: Implementation | None = None,
 ) -> Output:
     """Continue a batch of prompts.
@@ -105,6 +107,9 @@ def generate(
         need less memory.
       memory_fraction: of the memory that XLA may take on a device
         (XLA_PYTHON_CLIENT_MEM_FRACTION), how much the batch may fill.
+      mesh: of `polarjax.sharding.make_mesh`: the model is cut over its axis "tp", the
+        batch over "dp". None for where `params` is: on one device, or on the mesh that
+        it was loaded on.
       implementation: of the kernels: "xla", "triton" or "mosaic" (attention alone, on
         Hopper, Triton beside it); None chooses by device.
 
@@ -116,6 +121,8 @@ def generate(
       ValueError: if a prompt or setting is out of range; it is named. If the batch
         does not fit into the device's memory; what would fit is named.
     """
+    if mesh is not None and mesh_of(params.weights) is None:
+        params = shard(params, mesh)
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)
     batch = len(encoded)
@@ -131,10 +138,14 @@ def generate(
     lengths = np.array([len(ids) for ids in encoded], np.int32)
     remaining = np.minimum(most, config.context - lengths).astype(np.int32)
     visible = math.ceil((lengths + remaining / 2).mean())
-    mesh = mesh_of(params.weights)
     weights, bound, notes = bind_where_it_pays(params, policy, asked, batch, visible)
+    mesh = mesh_of(params.weights)
+    rows = batch + -batch % axis_size(mesh, DP)
+    if rows > batch:  # each part of the batch is as large: dead rows fill the last one
+        bound, sampling = loop.widen(bound, rows), loop.widen(sampling, rows)
+        remaining = np.pad(remaining, (0, rows - batch), constant_values=1)
     capacity = cache_capacity(
-        *(params, batch, int((lengths + remaining).max())),
+        *(params, rows, int((lengths + remaining[:batch]).max())),
         prefill_tokens=prefill_tokens,
         prompt_tokens=int(lengths.max()),
         memory_fraction=memory_fraction,
@@ -142,25 +153,28 @@ def generate(
 
     requests = [
         Request(ids, limit, tokenizer, stops)
-        for ids, limit in zip(encoded, remaining.tolist(), strict=True)
+        for ids, limit in zip(encoded, remaining[:batch].tolist(), strict=True)
     ]
     end_ids = jnp.asarray(ends or (-1,), jnp.int32)
     common = {"config": config.architecture, "implementation": implementation}
     on_mesh = {} if mesh is None else {"mesh": mesh}
     clock = _Clock()
     # Prompts are read as the dense model reads them, with the original weights.
+    filled = [*encoded, *[encoded[int(lengths.argmin())]] * (rows - batch)]
     state, drawn = loop.read_prompts(
-        *(params.weights, encoded, remaining, sampling, end_ids),
+        *(params.weights, filled, remaining, sampling, end_ids),
         **{"capacity": capacity, "most": prefill_tokens, **common},
         call=clock.run,
     )
-    drawn, live = jax.tree.map(lambda x: x[None], drawn), np.asarray(state.live)
+    drawn, real = jax.tree.map(lambda x: x[None], drawn), np.arange(rows) < batch
+    live = np.asarray(state.live) & real
     clock.lap("prefill")
-    counted, go_on = [], jnp.ones(batch, bool)
+    counted, go_on = [], jnp.asarray(real)
     while True:
         if stops:  # the host has to look before it knows who goes on
             _deliver(requests, drawn, live, stream)
-            live = np.array([request.going for request in requests])
+            live = np.zeros(rows, bool)
+            live[:batch] = [request.going for request in requests]
             go_on = jnp.asarray(live)
         more = live.any()
         if more:

@@ -32,7 +32,9 @@ from polarjax.sharding import (
 )
 
 # How a cache on a mesh is cut: batch, and KV groups.
-CACHE: Any = KVCache(P(DP, TP), P(DP, TP), P(DP))
+_GROUPS: Any = P(DP, TP)
+_ROWS: Any = P(DP)
+CACHE: Any = KVCache(_GROUPS, _GROUPS, _ROWS)
 
 
 @jax.tree_util.register_dataclass
@@ -138,9 +140,9 @@ def prefill(
     args = weights, tokens, lengths, rows, cache, logits
     if mesh is None:
         return read(*args)
-    batch = P(DP)
-    specs = weight_specs(weights, mesh), batch, batch, batch, CACHE, batch
-    return over_mesh(read, mesh, specs, (CACHE, batch))(*args)
+    each = _ROWS, _ROWS, _ROWS, CACHE, _ROWS
+    specs = weight_specs(weights, mesh), *each
+    return over_mesh(read, mesh, specs, (CACHE, _ROWS))(*args)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -311,10 +313,11 @@ def decode_chunk(
     args = weights, policy, state, go_on, sampling, stop_ids
     if mesh is None:
         return follow(*args)
-    batch, later = P(DP), P(None, DP)
-    kept = State(CACHE, batch, batch, batch)
-    drawn = Drawn(later, later, later, P(None, None, DP), later)
-    specs = weight_specs(weights, mesh), policy_specs(policy), kept, batch, batch, P()
+    later: Any = P(None, DP)
+    reads: Any = P(None, None, DP)
+    kept = State(CACHE, _ROWS, _ROWS, _ROWS)
+    drawn = Drawn(later, later, later, reads, later)
+    specs = weight_specs(weights, mesh), policy_specs(policy), kept, _ROWS, _ROWS, P()
     return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
 
 
@@ -327,6 +330,28 @@ def policy_specs(policy: SelectionPolicy) -> Any:
         return next((cut[name] for name in cut if name in names), P())
 
     return jax.tree_util.tree_map_with_path(spec, policy)
+
+
+def widen(tree: Any, batch: int) -> Any:
+    """A bound policy, or sampling settings, for further rows, which the last one sets.
+
+    Args:
+      tree: the policy or settings.
+      batch: rows that it is for then.
+    """
+    specs = policy_specs(tree)
+    if isinstance(tree, Sampling):
+        specs = jax.tree.map(lambda _: P(DP), tree)
+
+    def pad(leaf: jax.Array, spec: P) -> jax.Array:
+        if DP not in spec:
+            return leaf
+        axis = spec.index(DP)
+        wide = [(0, 0)] * leaf.ndim
+        wide[axis] = (0, batch - leaf.shape[axis])
+        return jnp.pad(leaf, wide, mode="edge")
+
+    return jax.tree.map(pad, tree, specs)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
@@ -361,7 +386,7 @@ def _decoder(
     if mesh is None:
         return Decoder(config, _dtype(weights), rows, implementation)
     tp = mesh.shape[TP]
-    share = Share.of(config, tp)
+    share = Share.of(config, tp, mesh.shape[DP])
     local = local_config(config, tp)
     return Decoder(local, _dtype(weights), rows, implementation, share)
 

@@ -16,6 +16,7 @@ from polarjax.config import ModelConfig
 from polarjax.generation.loop import Drawn
 from polarjax.params import Params, Tree
 from polarjax.policy import SelectionPolicy
+from polarjax.sharding import DP, TP, axis_size, mesh_of
 from polarjax.sparsity.cost import kv_row_bytes, neuron_densities, step_weight_bytes
 
 
@@ -38,8 +39,8 @@ class Stats:
       kv_bytes: KV bytes that the decode steps had to read.
       kv_bytes_dense: what they would have been at density 1.
       weight_bytes: per decode step.
-      bandwidth: bytes per second that this device's memory can be read at, measured
-        once in this process.
+      bandwidth: bytes per second that the memory of all devices in use can be read
+        at, measured on one of them, once in this process.
       floor_seconds: (steps x weight_bytes + kv_bytes) / bandwidth.
       notes: what a reader of the numbers should know.
     """
@@ -185,9 +186,18 @@ def make_stats(
     row_bytes = kv_row_bytes(config, params.dtype)
     steps = steps_per_chunk * len(chunks)
     weight_bytes = step_weight_bytes(weights, config, policy)
-    bandwidth = read_bandwidth(next(iter(weights["embed"]["tokens"].devices())))
+    devices = weights["embed"]["tokens"].devices()
+    bandwidth = read_bandwidth(next(iter(devices))) * len(devices)
+    mesh = mesh_of(params.weights)
+    weight_bytes *= axis_size(mesh, DP)
     neuron_density = neuron_densities(config, policy)
     notes = list(notes)
+    if mesh is not None:
+        notes.append(
+            f"tp {mesh.shape[TP]} x dp {mesh.shape[DP]} = {len(devices)} devices: "
+            "bytes and bandwidth are theirs together, the floor is without what they "
+            "say to each other"
+        )
     if policy.wants_norms:
         notes.append(
             f"{type(policy).__name__} computes dense attention first, to know the "

@@ -26,17 +26,19 @@ class Share:
         one device].
       kv_heads: KV groups of the model.
       cuts_vocabulary: whether embedding and head are cut too.
+      dp: parts of the batch.
     """
 
     groups: tuple[tuple[int, ...], ...]
     kv_heads: int
     cuts_vocabulary: bool
+    dp: int = 1
 
     @classmethod
-    def of(cls, config: ModelConfig, tp: int) -> Share:
-        """Of a model over tp devices."""
+    def of(cls, config: ModelConfig, tp: int, dp: int = 1) -> Share:
+        """Of a model over tp devices, and a batch over dp times as many."""
         cut = local_config(config, tp).vocab_size != config.vocab_size
-        return cls(shard_groups(config, tp), config.kv_heads, cut)
+        return cls(shard_groups(config, tp), config.kv_heads, cut, dp)
 
     @property
     def tp(self) -> int:
@@ -61,7 +63,7 @@ def add_up_parts(parts: jax.Array, share: Share | None) -> jax.Array:
 
 def add_up_batch(x: jax.Array, share: Share | None) -> jax.Array:
     """The sum over the parts of the batch."""
-    return x if share is None else lax.psum(x, DP)
+    return x if share is None or share.dp == 1 else lax.psum(x, DP)
 
 
 def gather(x: jax.Array, share: Share | None) -> jax.Array:

@@ -92,7 +92,8 @@ def needed_of_share(
     up: jax.Array,
     live: jax.Array,
     n: int,
-    share: Share,
+    parts: int,
+    share: Share | None,
     implementation: Any = None,
 ) -> jax.Array:
     """Of the neurons that `needed_neurons` finds for the whole batch, a device's own.
@@ -102,22 +103,33 @@ def needed_of_share(
       up: as there, of the device's neurons, [f, r].
       live: as there, of its part of the batch.
       n: how many neurons of the whole model to keep.
-      share: of the device.
+      parts: of the model's neurons, each of which keeps n / parts; 1 for the best of
+        all, which the devices have to tell each other.
+      share: of the device; None for the whole model.
       implementation: of the selection.
 
     Returns:
-      int32[min(n, f)], numbers among the device's neurons, ascending; f where it has
-      fewer.
+      int32[n of the device], numbers among its neurons, ascending. With one part their
+      number differs by device: it is then min(n, f), and f stands where one has fewer.
     """
     f, r = up.shape
-    scores = jax.nn.softplus(product(hidden[:, -r:].astype(up.dtype), up))
+    scores = jax.nn.softplus(
+        product(hidden[:, hidden.shape[1] - r :].astype(up.dtype), up)
+    )
     counts = live[:, None] & (scores > 0)
     own = add_up_batch(jnp.where(counts, scores, 0.0).sum(axis=0), share)
-    # The sum of a batch of one is what it is.
-    totals, one = gather(own, share)[None], jnp.ones(1, bool)
-    chosen = union_neurons(totals, one, n, implementation=implementation)
-    chosen -= place(share) * f
-    mine = (
-        jnp.zeros(f, bool).at[jnp.where(chosen < 0, f, chosen)].set(True, mode="drop")
-    )
-    return jnp.nonzero(mine, size=min(n, f), fill_value=f)[0].astype(jnp.int32)
+
+    def best(totals: jax.Array, n: int) -> jax.Array:
+        # The sum of a batch of one is what it is.
+        one = jnp.ones(1, bool)
+        return union_neurons(totals[None], one, n, implementation=implementation)
+
+    if parts > 1:
+        mine = parts // (share.tp if share else 1)
+        each = f // mine
+        found = [best(own[i : i + each], n // parts) + i for i in range(0, f, each)]
+        return jnp.concatenate(found)
+    chosen = best(gather(own, share), n) - place(share) * f
+    chosen = jnp.where(chosen < 0, f, chosen)  # below 0 would count from the end
+    kept = jnp.zeros(f, bool).at[chosen].set(True, mode="drop")
+    return jnp.nonzero(kept, size=min(n, f), fill_value=f)[0].astype(jnp.int32)

@@ -11,6 +11,7 @@ import numpy as np
 from pallas_kernels import needed_neurons
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
+from polarjax.sharding import TP, axis_size, mesh_of
 from polarjax.sparsity.neurons import needed_of_share, neuron_counts
 from polarjax.sparsity.routers import append_rows, head_scores
 from polarjax.sparsity.select import (
@@ -43,6 +44,10 @@ class Polar:
       adaptive: let each sequence read, at each step, the groups whose scores pass the
         adapter's thresholds, instead of a fixed number; without a density. An adapter
         whose budgets are means asks for it by itself.
+      balanced: over how many devices the work is even: KV groups and neurons stand in
+        so many equal parts, each of which gets as much of the budget, rounded up, and
+        spends it on its own best. Another model than 1 (the best of all, whatever
+        device they are on), wherever it runs. On a mesh a multiple of its "tp".
       budget: set by `bind`.
       neuron_budget: neurons that each layer reads, set by `bind`; 0 for all.
       head_routers: the second matrices [k, rank] of layers that have them, set by
@@ -55,6 +60,7 @@ class Polar:
     density: Density = dataclasses.field(default=None, metadata=_static)
     neuron_density: float | None = dataclasses.field(default=None, metadata=_static)
     adaptive: bool = dataclasses.field(default=False, metadata=_static)
+    balanced: int = dataclasses.field(default=1, metadata=_static)
     budget: HeadBudget | None = None
     neuron_budget: tuple[int, ...] = dataclasses.field(default=(), metadata=_static)
     head_routers: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
@@ -72,17 +78,28 @@ class Polar:
         config = params.config
         if self.adaptive and self.density is not None:
             raise ValueError("pass either a density or adaptive=True, not both")
+        parts, tp = self.balanced, axis_size(mesh_of(params.weights), TP)
+        if parts > 1 and parts % tp:
+            raise ValueError(
+                f"selection is balanced over {parts} devices, but the model is cut "
+                f"over {tp}: pass balanced={tp}"
+            )
         if self.adaptive or (self.density is None and config.adaptive):
+            if parts > 1:
+                raise ValueError(
+                    "thresholds choose among all KV groups: a balanced selection needs "
+                    "a density, or an adapter with fixed budgets"
+                )
             budget = adaptive_budget(config, batch)
         else:
-            budget = make_budget(config, self.density, batch)
+            budget = make_budget(config, self.density, batch, parts)
         # A request at density 1 is promised its exact MLP, so the batch's is dense. An
         # adapter may leave all heads to all requests: none has asked for that promise.
         wants_dense = False
         if self.density is not None:
             all_heads = np.asarray(budget.counts) == config.kv_heads
             wants_dense = all_heads.all(axis=0).any()
-        counts = self._neuron_counts(config, batch)
+        counts = (-(-n // parts) * parts for n in self._neuron_counts(config, batch))
         neuron_budget = tuple(
             0 if n == config.neurons or wants_dense else n for n in counts
         )
@@ -99,6 +116,7 @@ class Polar:
             for i in by_neurons
         }
         return weights, Polar(
+            balanced=parts,
             budget=budget,
             neuron_budget=neuron_budget,
             head_routers=head_routers,
@@ -138,8 +156,9 @@ class Polar:
         if not self.neuron_budget[layer]:
             return None
         n, up = self.neuron_budget[layer], self.neuron_routers[layer]
-        if share is not None:
-            return needed_of_share(scores, up, live, n, share, implementation)
+        if share is not None or self.balanced > 1:
+            parts = self.balanced
+            return needed_of_share(scores, up, live, n, parts, share, implementation)
         return needed_neurons(scores, up, live, n, implementation=implementation)
 
 

@@ -30,11 +30,13 @@ class HeadBudget:
         step; None where every request reads every group.
       thresholds: float32[layers]; a sequence then reads the groups that score at least
         as much, one at the least, and `counts` are not asked. None for fixed counts.
+      parts: equal parts of the groups, of each of which as many are read.
     """
 
     counts: tuple[jax.Array, ...]
     limits: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     thresholds: jax.Array | None = None
+    parts: int = dataclasses.field(default=1, metadata={"static": True})
 
     def choose(
         self,
@@ -56,11 +58,23 @@ class HeadBudget:
         if limit is None:
             return None
         assert ranking is not None
+        if self.parts > 1:
+            chosen = self._best_of_parts(ranking, limit, implementation)
+            return chosen, self.counts[layer]
         chosen = top_heads(ranking, limit, implementation=implementation)
         if self.thresholds is None:
             return chosen, self.counts[layer]
         above = (ranking >= self.thresholds[layer]).sum(axis=1, dtype=jnp.int32)
         return chosen, jnp.clip(above, 1, limit)
+
+    def _best_of_parts(self, ranking: jax.Array, limit: int, implementation: Any):
+        """The best of each part, then the second best, ..., int32[b, limit]."""
+        b, k = ranking.shape
+        parts, each = ranking.reshape(b * self.parts, -1), limit // self.parts
+        chosen = top_heads(parts, each, implementation=implementation)
+        first = jnp.arange(self.parts, dtype=jnp.int32) * (k // self.parts)
+        chosen = chosen.reshape(b, self.parts, each) + first[:, None]
+        return chosen.swapaxes(1, 2).reshape(b, limit)
 
 
 def static_density(density: Any) -> Any:
@@ -92,7 +106,9 @@ def check_density(density: Any) -> float:
     return float(density)
 
 
-def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget:
+def head_budget(
+    config: ModelConfig, density: Density, batch: int, parts: int = 1
+) -> HeadBudget:
     """Budgets for a batch. Layer 0's attention is always dense.
 
     Args:
@@ -100,12 +116,17 @@ def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget
       density: fraction of the KV groups to read from layer 1 on, one number or one
         per request; None for the adapter's own budgets.
       batch: number of requests, b.
+      parts: equal parts of the groups, each of which gets as much of the budget,
+        rounded up.
 
     Raises:
       ValueError: if a density is outside (0, 1], if there is not one per request, if
-        there is neither density nor adapter, or if the adapter's budgets are means.
+        there is neither density nor adapter, if the adapter's budgets are means, or if
+        the groups do not divide into parts.
     """
     k = config.kv_heads
+    if parts < 1 or k % parts:
+        raise ValueError(f"{k} KV groups do not divide into {parts} equal parts")
     if density is None:
         if not config.budgets:
             raise ValueError(
@@ -125,9 +146,10 @@ def head_budget(config: ModelConfig, density: Density, batch: int) -> HeadBudget
             raise ValueError(f"{len(densities)} densities for {batch} prompts")
         counts = [count(check_density(d), k) for d in densities]
         table = np.array([[k] * batch, *[counts] * (config.layers - 1)], np.int32)
+    table = (-(-table // parts) * parts).astype(np.int32)
     limits = tuple(None if row.min() == k else int(row.max()) for row in table)
     with jax.ensure_compile_time_eval():  # known, also where training binds in a jit
-        return HeadBudget(tuple(map(jnp.asarray, table)), limits)
+        return HeadBudget(tuple(map(jnp.asarray, table)), limits, parts=parts)
 
 
 def with_density(params: Params, density: float) -> Params:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from polarjax.params import Params, Tree
+from polarjax.sharding import mesh_of
 
 Path = tuple[str, ...]
 
@@ -63,10 +64,15 @@ def merge_updates(params: Params) -> Params:
       params: the model. It stays as it is, and shares what does not change.
     """
     weights, routers = dict(params.weights), {}
+    on_mesh = mesh_of(weights) is not None
     for name, parts in params.routers.items():
         kept = {kind: part for kind, part in parts.items() if kind != "updates"}
         if "updates" in parts:
-            weights[name] = _merge(weights[name], parts["updates"])
+            merged = _merge(weights[name], parts["updates"])
+            if on_mesh:  # XLA may have put them elsewhere
+                where = jax.tree.map(lambda leaf: leaf.sharding, weights[name])
+                merged = jax.device_put(merged, where)
+            weights[name] = merged
         if kept:
             routers[name] = kept
     return Params(weights, routers, params.config)

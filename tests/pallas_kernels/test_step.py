@@ -61,6 +61,18 @@ def test_parts_of_an_mlp_add_up_to_its_output(implementation):
         np.testing.assert_allclose(parts.sum(axis=0), whole, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("b", [1, 3])
+def test_numbers_beyond_the_neurons_are_none(b, implementation):
+    x, weights = draw(b, 40), {k: draw(70, 40, seed=i) for i, k in enumerate(NAMES)}
+    weights |= {"up_bias": draw(70, seed=4), "down_bias": draw(40, seed=5)}
+    options = {"activation": "silu", "implementation": implementation}
+    some = jnp.arange(0, 70, 3)
+    padded = jnp.concatenate([some, jnp.full(9, 70)])
+    parts = partial_mlp(x, weights, padded, padded=True, **options)
+    want = gathered_mlp(x, weights, some, **options)
+    np.testing.assert_allclose(parts.sum(axis=0), want, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize(("b", "m", "p"), [(1, 64, 1), (3, 40, 2), (5, 576, 4)])
