@@ -14,7 +14,7 @@ from rich.table import Table
 from convert.describe import read_config
 from polarjax.console import fraction
 from polarjax.generation.memory import MEMORY_FRACTION
-from polarjax.planning import BATCHES, DENSITIES, GPUS, Plan, plan
+from polarjax.planning import BATCHES, DENSITIES, GPUS, LINKS, Plan, plan
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -31,7 +31,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "checkpoint, a Hugging Face folder (its config.json will do), a .gguf (its "
         "header), or an id of the hub. A step's floor is the bytes it must read "
         "(weights and the KV cache of the groups that are on) over the bandwidth; real "
-        "steps take a little longer.",
+        "steps take a little longer. With --tp or --dp all bytes are those of each "
+        "device, and the floor has those that it sends to the others too.",
         "polarjax plan checkpoints/smollm2-135m --device h100 --batches 16 64 "
         "--contexts 2048 --densities 1 1/2",
         checkpoint=False,
@@ -81,6 +82,15 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="to fill of what XLA may take of the device, which is 0.75 of it or "
         "XLA_PYTHON_CLIENT_MEM_FRACTION",
     )
+    add("--tp", type=int, default=1, help="devices that share a model")
+    add("--dp", type=int, default=1, help="copies of the model that share a batch")
+    add(
+        "--link-gb-s",
+        type=float,
+        help="GB per second that a device sends to the others (default: NVLink's, by "
+        f"the datasheet, of {', '.join(name for name in GPUS if name in LINKS)})",
+        default=argparse.SUPPRESS,
+    )
     add("--json", action="store_true", help="print the result as JSON")
 
 
@@ -97,6 +107,9 @@ def _plan(args: argparse.Namespace) -> None:
         head_rank=args.head_rank,
         neuron_rank=args.neuron_rank,
         memory_fraction=args.memory_fraction,
+        tp=args.tp,
+        dp=args.dp,
+        link_gb_s=getattr(args, "link_gb_s", None),
     )
     if args.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
@@ -106,15 +119,28 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _show(found: Plan) -> None:
     console, device = Console(), found.device
+    several = found.tp * found.dp > 1
+    each = " each" if several else ""
     console.print(
         f"{device.name}: {found.usable_bytes / 1e9:.1f} GB to fill, "
         f"{device.bandwidth / 1e9:,.0f} GB/s ({device.source}). Weights: "
-        f"{found.weight_bytes / 1e9:.2f} GB.",
+        f"{found.weight_bytes / 1e9:.2f} GB{each}.",
         markup=False,
         highlight=False,
     )
+    if several:
+        link = f", which send {device.link / 1e9:g} GB/s" if device.link else ""
+        console.print(
+            f"{found.tp * found.dp} devices, tp {found.tp} x dp {found.dp}{link}. All "
+            "bytes are those of each device; what it sends in a step is that of rings. "
+            "The floor is reading, then sending, without the microseconds that a "
+            "collective takes however small.",
+            markup=False,
+            highlight=False,
+        )
     table = Table(
         *("context", "batch", "density", "memory, GB", "fits"),
+        *(("sent, MB", "reading, ms") if several else ()),
         *("floor, ms a step", "tokens/s", "over dense"),
     )
     for column in table.columns[:4] + table.columns[5:]:
@@ -124,9 +150,11 @@ def _show(found: Plan) -> None:
             density = f"{row.density:.3f}"
             if row.neuron_density < 1:
                 density += f", neurons {row.neuron_density:.3f}"
+            sent = f"{row.sent_bytes / 1e6:.2f}", f"{row.read_ms:.3f}"
             table.add_row(
                 *(f"{row.context:,}", f"{row.batch:,}", density),
                 *(f"{row.memory_bytes / 1e9:.2f}", "yes" if row.fits else "no"),
+                *(sent if several else ()),
                 *(f"{row.step_ms:.3f}", f"{row.tokens_per_second:,.0f}"),
                 f"{row.over_dense:.2f}x",
                 style=None if row.fits else "dim",

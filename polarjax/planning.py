@@ -28,9 +28,11 @@ from polarjax.generation.requests import bucket, positive
 from polarjax.generation.stats import read_bandwidth
 from polarjax.model import BLOCK_TOKENS, weight_shapes
 from polarjax.params import Params
+from polarjax.per_device import bound_bytes, device_cost, of_device, step_sent_bytes
+from polarjax.sharding import check_tp
 from polarjax.sparsity.adapter import as_stored
-from polarjax.sparsity.cost import step_cost, tree_bytes
-from polarjax.sparsity.routers import append_rows, router_shapes
+from polarjax.sparsity.cost import StepCost, tree_bytes
+from polarjax.sparsity.routers import router_shapes
 from polarjax.sparsity.select import check_density, count
 
 # From NVIDIA's datasheets: bytes of memory, bytes per second that it is read at.
@@ -44,6 +46,16 @@ GPUS = {
     "l40s": (48e9, 864e9),
     "rtx-3090": (24e9, 936e9),
     "rtx-4090": (24e9, 1008e9),
+}
+# Bytes per second that one of them sends over NVLink, by the datasheets of the SXM
+# modules: half of what is said of both directions. As named there, and by JAX.
+LINKS = {
+    "a100-40gb": 300e9,
+    "a100-80gb": 300e9,
+    "h100": 450e9,
+    "h200": 450e9,
+    "NVIDIA H100 80GB HBM3": 450e9,
+    "NVIDIA H200": 450e9,
 }
 BATCHES = (1, 4, 16, 64, 256)
 CONTEXTS = (2048, 8192, 32768)
@@ -61,6 +73,7 @@ class Memory:
       bandwidth: bytes per second that its memory is read at.
       source: where these numbers come from.
       platform: "gpu", "cpu", ...
+      link: bytes per second that it sends to others of its kind; None if unknown.
     """
 
     name: str
@@ -68,21 +81,28 @@ class Memory:
     bandwidth: float
     source: str
     platform: str
+    link: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One batch at one context and density.
+    """One batch at one context and density. Bytes are those of each device.
 
     Attributes:
-      batch: sequences.
+      batch: sequences, of all devices together.
       context: tokens of each, prompt and continuation.
       density: fraction of the KV groups that are read from layer 1 on; 1 is dense.
       neuron_density: fraction of the MLP neurons; 1 is dense.
       memory_bytes: weights, routers, cache and working memory.
       fits: whether the device has them.
-      step_bytes: that a decode step reads, all sequences at `context`.
-      step_ms: `step_bytes` over the bandwidth: no step can be faster.
+      step_bytes: that a decode step reads, all sequences at `context`. Of several
+        devices, on average, which the slowest cannot be below.
+      sent_bytes: that a decode step sends to other devices, see
+        `polarjax.per_device`.
+      read_ms: `step_bytes` over the bandwidth.
+      sent_ms: `sent_bytes` over the link between devices. Real collectives take longer:
+        each some microseconds, however small.
+      step_ms: both, one after the other: the step's floor.
       tokens_per_second: at that speed.
       over_dense: dense's `step_ms` by this one.
     """
@@ -94,6 +114,9 @@ class Row:
     memory_bytes: int
     fits: bool
     step_bytes: int
+    sent_bytes: int
+    read_ms: float
+    sent_ms: float
     step_ms: float
     tokens_per_second: float
     over_dense: float
@@ -104,15 +127,19 @@ class Plan:
     """What `plan` returns.
 
     Attributes:
-      device: the device.
-      usable_bytes: memory that weights, cache and all else may fill.
-      weight_bytes: of the weights.
+      device: the device, of which there are tp x dp.
+      tp: devices that share a model.
+      dp: copies of the model, which share a batch.
+      usable_bytes: memory of a device that weights, cache and all else may fill.
+      weight_bytes: of the weights that a device has.
       rows: every batch at every context and density.
       largest_batch: by context, the largest batch that fits at every density, 0 for
         none.
     """
 
     device: Memory
+    tp: int
+    dp: int
     usable_bytes: float
     weight_bytes: int
     rows: tuple[Row, ...]
@@ -131,12 +158,18 @@ def plan(
     head_rank: int = 64,
     neuron_rank: int = 1024,
     memory_fraction: float = MEMORY_FRACTION,
+    tp: int = 1,
+    dp: int = 1,
+    link_gb_s: float | None = None,
 ) -> Plan:
     """Which batch x context fits into a device, and what speed its memory allows.
 
     Memory is that of weights, routers (and the QKV matrices that `generate` makes with
     router rows in them, beside the original ones), a KV cache as long as `generate`
     makes it, and an estimate, from above, of what prefill and sampling need meanwhile.
+
+    Over several devices a plan is of one of them, as `polarjax.sharding` cuts the
+    model, with the selection of one device: head scores and neurons' are gathered.
 
     Args:
       config: of the model.
@@ -154,9 +187,15 @@ def plan(
       neuron_rank: of the neuron routers.
       memory_fraction: of the memory that XLA may take, in (0, 1]. XLA takes 0.75 of
         a GPU, or XLA_PYTHON_CLIENT_MEM_FRACTION.
+      tp: devices that share a model.
+      dp: copies of the model, which share a batch, each as large a part as the
+        largest.
+      link_gb_s: GB per second that a device sends to the others; None for NVLink's
+        datasheet value of a GPU that has it.
 
     Raises:
-      ValueError: if a number is out of range, or nothing is known of the device.
+      ValueError: if a number is out of range, if tp does not divide the model, or if
+        nothing is known of the device or of the link that it needs.
     """
     if contexts is None:
         contexts = [s for s in CONTEXTS if s < config.context][:3]
@@ -174,58 +213,91 @@ def plan(
             "leave neuron_density out"
         )
     check_fraction(memory_fraction)
+    tp, dp = positive("tp", tp), positive("dp", dp)
+    check_tp(tp, config)
     dtype = jnp.dtype(dtype)
     params = abstract_params(
         config, dtype, head_rank, neuron_rank if neuron_density < 1 else 0
     )
     memory = known_gpu(device) if isinstance(device, str) else _live(device)
+    if link_gb_s is not None:
+        memory = dataclasses.replace(memory, link=_check_link(link_gb_s) * 1e9)
     usable = memory.limit * memory_fraction
-    weights = tree_bytes(params.weights)
-    sparse = weights + tree_bytes(params.routers) + _bound_bytes(params)
+    own = of_device(params, tp)
+    weights = tree_bytes(own.weights)
+    sparse = weights + bound_bytes(own) + tree_bytes(params.routers)
+    if tp > 1:  # routers lie whole on every device, and a step takes its part of them
+        cut = (router.get("neurons", {}).get("up") for router in own.routers.values())
+        sparse += tree_bytes(list(cut))
 
     def needed(batch: int, context: int, density: float) -> int:
         # As `generate` rounds them.
         capacity, width = capacities(config, context)[1], bucket(context)
+        part = -(-batch // dp)
         return (
             (weights if density == 1 else sparse)
-            + cache_bytes(config, batch, capacity, dtype)
+            + cache_bytes(own.config, part, capacity, dtype)
             + prefill_bytes(
-                *(config, batch, min(width, config.context), dtype),
+                *(own.config, part, min(width, config.context), dtype),
                 platform=memory.platform,
                 prefill_tokens=BLOCK_TOKENS,
             )
-            + sampling_bytes(config, batch)
+            + sampling_bytes(config, part)
         )
 
-    rows = []
     k, layers = config.kv_heads, config.layers
+
+    def step(cost: StepCost, part: int, density: float) -> tuple[float, int, int]:
+        """Fraction of the neurons; bytes read, and sent."""
+        groups = count(density, k)
+        kept = 1.0 if density == 1 else neuron_density
+        kept = count(kept, config.neurons) / config.neurons
+        picks = kept < 1
+        added = (groups < k) * (k + head_rank) + picks * neuron_rank
+        rest = layers - 1
+        sent = step_sent_bytes(
+            *(config, tp, dp, part, dtype),
+            score_rows=(0, *(added,) * rest),
+            picks_neurons=(False, *(picks,) * rest),
+        )
+        read = cost.bytes_read((k, *(groups,) * rest), (1.0, *(kept,) * rest))
+        return kept, read, sent
+
+    def times(read: int, sent: int) -> tuple[float, float]:
+        return read / memory.bandwidth * 1e3, _sent_ms(sent, memory)
+
+    rows = []
     for context in contexts:
         for batch in batches:
-            cost = step_cost(params, batch=batch, context=context)
-            dense = cost.bytes_read((k,) * layers)
+            part = -(-batch // dp)
+            cost = device_cost(own, k, part, context)
+            dense = sum(times(*step(cost, part, 1.0)[1:]))
             for density in densities:
-                budgets = (k, *(count(density, k),) * (layers - 1))
-                part = 1.0 if density == 1 else neuron_density
-                part = count(part, config.neurons) / config.neurons
-                read = cost.bytes_read(budgets, (1.0, *(part,) * (layers - 1)))
+                kept, read, sent = step(cost, part, density)
+                read_ms, sent_ms = times(read, sent)
                 need = needed(batch, context, density)
                 rows.append(
                     Row(
                         batch=batch,
                         context=context,
                         density=density,
-                        neuron_density=part,
+                        neuron_density=kept,
                         memory_bytes=need,
                         fits=need <= usable,
                         step_bytes=read,
-                        step_ms=read / memory.bandwidth * 1e3,
-                        tokens_per_second=batch * memory.bandwidth / read,
-                        over_dense=dense / read,
+                        sent_bytes=sent,
+                        read_ms=read_ms,
+                        sent_ms=sent_ms,
+                        step_ms=read_ms + sent_ms,
+                        tokens_per_second=batch / (read_ms + sent_ms) * 1e3,
+                        over_dense=dense / (read_ms + sent_ms),
                     )
                 )
     sparsest = min(densities)
     return Plan(
         device=memory,
+        tp=tp,
+        dp=dp,
         usable_bytes=usable,
         weight_bytes=weights,
         rows=tuple(rows),
@@ -256,6 +328,7 @@ def known_gpu(name: str) -> Memory:
         source=f"datasheet values, not measured; XLA takes {share:g} of the memory "
         "(XLA_PYTHON_CLIENT_MEM_FRACTION)",
         platform="gpu",
+        link=LINKS.get(name.lower()),
     )
 
 
@@ -278,7 +351,26 @@ def _live(device: Any) -> Memory:
         bandwidth=read_bandwidth(device),
         source=f"{source}, bandwidth measured",
         platform=device.platform,
+        link=LINKS.get(device.device_kind),
     )
+
+
+def _check_link(link_gb_s: Any) -> float:
+    number = isinstance(link_gb_s, int | float) and not isinstance(link_gb_s, bool)
+    if not number or not 0 < link_gb_s < float("inf"):
+        raise ValueError(f"link_gb_s must be GB per second above 0, got {link_gb_s!r}")
+    return float(link_gb_s)
+
+
+def _sent_ms(sent: int, memory: Memory) -> float:
+    if not sent:
+        return 0.0
+    if memory.link is None:
+        raise ValueError(
+            f"how fast {memory.name} sends to others of its kind is not known: pass "
+            "link_gb_s, --link-gb-s, the GB per second that one device sends"
+        )
+    return sent / memory.link * 1e3
 
 
 def _xla_share() -> float:
@@ -305,13 +397,3 @@ def abstract_params(
     routers = {f"layers_{i}": router for i in range(1, config.layers)}
     routers = jax.eval_shape(as_stored, routers)
     return Params(weight_shapes(config, dtype), routers, config)
-
-
-def _bound_bytes(params: Params) -> int:
-    """Of the QKV matrices that binding makes, beside the original ones."""
-    routed = range(1, params.config.layers)
-    neurons = [i for i in routed if "neurons" in params.routers[f"layers_{i}"]]
-    bound = jax.eval_shape(lambda p: append_rows(p, routed, neurons)[0], params)
-    names = ("qkv", "qkv_bias")
-    layers = (bound[f"layers_{i}"]["attention"] for i in routed)
-    return sum(tree_bytes([layer[name] for name in names]) for layer in layers)

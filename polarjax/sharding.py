@@ -93,15 +93,24 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
             "polarjax.sharding.make_mesh()"
         )
     tp = mesh.shape[TP]
+    check_tp(tp, config)
+    devices = mesh.devices if mesh.axis_names[-1] == TP else mesh.devices.T
+    types = (AxisType.Auto, AxisType.Auto)
+    return Mesh(devices.reshape(-1, tp), (DP, TP), axis_types=types)
+
+
+def check_tp(tp: int, config: ModelConfig) -> None:
+    """Raise unless a model can be cut over so many devices.
+
+    Raises:
+      ValueError: naming the size that does not divide.
+    """
     for name, size in (("query heads", config.heads), ("neurons", config.neurons)):
         if size % tp:
             raise ValueError(
                 f"tp {tp} does not divide the model's {size} {name}: it may be "
                 f"{_all_divisors(config)}"
             )
-    devices = mesh.devices if mesh.axis_names[-1] == TP else mesh.devices.T
-    types = (AxisType.Auto, AxisType.Auto)
-    return Mesh(devices.reshape(-1, tp), (DP, TP), axis_types=types)
 
 
 def _all_divisors(config: ModelConfig) -> str:

@@ -100,6 +100,7 @@ FLOORS = {
         polarjax.generation.memory
         polarjax.generation.api
         polarjax.generation
+        polarjax.per_device
         polarjax.planning
     """,
     4: """

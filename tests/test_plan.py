@@ -10,12 +10,16 @@ import pytest
 import polarjax
 from benchmarks.shapes import MODELS
 from polarjax import cli, planning
+from polarjax.generation import loop
 from polarjax.generation.memory import (
+    cache_bytes,
     capacities,
     prefill_bytes,
     sampling_bytes,
 )
+from polarjax.generation.sampling import Sampling
 from polarjax.params import Params
+from polarjax.sharding import local_config, make_mesh, shard
 from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.cost import kv_row_bytes, step_weight_bytes, tree_bytes
 from tests.convert.checkpoints import LLAMA as PUBLISHED
@@ -23,6 +27,7 @@ from tests.convert.checkpoints import write_gguf
 from tests.models import LLAMA, OPT, random_params
 
 WINDOWED = dataclasses.replace(LLAMA, windows=(0, 9, 0, 9))
+OPT_12 = dataclasses.replace(OPT, heads=12, kv_heads=12, vocab_size=336)
 LLAMA_2_7B = dataclasses.replace(MODELS["llama-2-7b"], context=2**17)
 
 
@@ -74,6 +79,7 @@ def test_bytes_are_those_of_the_arrays(config, policy, ranks):
     assert row.step_bytes == pytest.approx(want, rel=1e-2 if neurons < 1 else 1e-9)
     assert row.step_ms == pytest.approx(row.step_bytes / 4.8e12 * 1e3)
     assert row.tokens_per_second == pytest.approx(batch / row.step_ms * 1e3)
+    assert row.sent_bytes == 0 and row.read_ms == row.step_ms
     assert row.density == density and row.neuron_density == pytest.approx(neurons, 0.05)
 
     # Memory: what is there once a policy is bound, the cache, and what comes and goes.
@@ -106,6 +112,188 @@ def test_a_model_that_everybody_knows():
     assert sparse.step_bytes == pytest.approx(read - saved, rel=1e-3)
     assert sparse.over_dense == dense.step_bytes / sparse.step_bytes > 1.3
     assert "datasheet" in found.device.source
+
+
+def by_hand(config, tp, dp, batch, read, sent, **settings):
+    """The rows, dense and sparse, that read and send these bytes."""
+    found = polarjax.plan(
+        config,
+        "h200",
+        tp=tp,
+        dp=dp,
+        batches=[batch],
+        contexts=[1024],
+        densities=[1.0] * (len(read) == 2) + [0.5],
+        **settings,
+    )
+    for row, bytes_read, bytes_sent in zip(found.rows, read, sent, strict=True):
+        assert row.step_bytes == bytes_read and row.sent_bytes == bytes_sent
+        assert row.read_ms == pytest.approx(bytes_read / 4.8e9)
+        assert row.step_ms == pytest.approx(row.read_ms + bytes_sent / 450e6)
+        assert row.tokens_per_second == pytest.approx(batch / row.step_ms * 1e3)
+    return found
+
+
+def test_two_devices_have_half_each():
+    # Norms alone are whole on both. A ring of two sends each byte that is summed once.
+    m, layers, b, v = 4096, 32, 16, 32000
+    norms = 2 * (2 * layers + 1) * m
+    weights = (2 * 6_738_415_616 - norms) // 2 + norms
+    reductions = layers * 2 * 4 * b * m + 2 * b * m
+    gathered = 4 * b * v // 2
+    dense = weights - v * m + b * 1024 * 2**18
+    rows = 31 * 16 * 2 * (m + 1)
+    bias = 31 * 2 * 3 * m // 2  # a policy gives the QKV matrix one
+    sparse = dense + rows + bias - 31 * b * 1024 * 2**13 // 2
+    found = by_hand(
+        *(LLAMA_2_7B, 2, 1, b, (dense, sparse)),
+        (reductions + gathered, reductions + gathered + 31 * 4 * b * 32 // 2),
+        head_rank=0,
+    )
+    assert found.weight_bytes == weights and (found.tp, found.dp) == (2, 1)
+    assert found.rows[1].over_dense == pytest.approx(
+        found.rows[0].step_ms / found.rows[1].step_ms
+    )
+
+
+def test_fewer_groups_than_devices_lie_on_several():
+    # 16 devices, 8 groups: each has one, another has it too. 5 requests: 3 and 2.
+    config, m, b = MODELS["llama-3.1-8b"], 4096, 3
+    layer = (2 + 2) * 128 * m + 2 * 128 * m + 3 * 896 * m + 2 * m
+    weights = 2 * (32 * layer + 2 * 8016 * m + m)
+    cache = 32 * b * 1024 * 2 * 2 * 128
+    dense = weights - 2 * 8016 * m + cache
+    sent = (32 * 2 * 4 * b * m + 2 * b * m) * 30 // 16 + 4 * b * 128256 * 15 // 16
+    # 8 + 64 rows of routers: 5 a device, 80 with those that fill up. The other half of
+    # the head router's quadratic form is whole.
+    added = 31 * 2 * (5 * (m + 1) + 4 * 128 + 8 * 64)
+    sparse = dense + added - (cache - cache // 32) // 2
+    more = 31 * 4 * b * 80 * 15 // 16
+    found = by_hand(config, 16, 2, 5, (dense, sparse), (sent, sent + more))
+    assert found.weight_bytes == weights
+    # Each has an eighth of the cache of its part of the batch.
+    held = cache_bytes(config, b, 1024, jnp.bfloat16) // 8
+    work = sampling_bytes(config, b) + prefill_bytes(
+        *(local_config(config, 16), b, 1024, jnp.bfloat16),
+        platform="gpu",
+        prefill_tokens=2**14,
+    )
+    assert found.rows[0].memory_bytes == weights + held + work
+
+
+@pytest.mark.parametrize("vocabulary", [50272, 50273])
+def test_devices_share_neurons_and_their_routers(vocabulary):
+    config = dataclasses.replace(MODELS["opt-6.7b"], vocab_size=vocabulary)
+    m, f, b, cut = 4096, 16384, 8, vocabulary % 2 == 0
+    neurons = f // 2 * (2 * m + 1)
+    layer = 4 * m * m // 2 + 3 * m // 2 + m + neurons + m + 4 * m
+    table = vocabulary * m // (1 + cut)
+    weights = 2 * (32 * layer + table + 2050 * m + 2 * m)
+    cache = 32 * b * 1024 * 2**13
+    dense = weights - 2 * 2050 * m + cache
+    # Rows of the head and the neuron router; the second matrices, cut by neurons alone.
+    added = 31 * 2 * (560 * (m + 1) + 32 * 64 + f // 2 * 1024)
+    sparse = dense + added - 31 * 2 * neurons // 2 - 31 * b * 1024 * 2**12
+    sent = 32 * 2 * 4 * b * m + cut * (2 * b * m + 4 * b * vocabulary // 2)
+    more = 31 * (4 * b * 1120 // 2 + 4 * f // 2 + 4 * f // 2)
+    found = by_hand(
+        *(config, 2, 2, 16, (dense, sparse), (sent, sent + more)), neuron_density=0.5
+    )
+    assert found.weight_bytes == weights
+    # Kept: the routers whole, as stored, the QKV matrices with rows in them, and the
+    # part of the neuron routers that a step takes.
+    routers = 31 * (4 * 32 * (m + 1) + 2 * (64 * m + 32 * 64 + 1024 * (m + f)))
+    bound = 31 * 2 * (3 * m // 2 + 560) * (m + 1)
+    kept = routers + bound + 31 * 2 * f // 2 * 1024
+    assert found.rows[1].memory_bytes - found.rows[0].memory_bytes == kept
+
+
+OTHERS = ("pmax", "pmin", "ppermute", "all_to_all", "reduce_scatter", "pbroadcast")
+
+
+def on_first_device(tree):
+    """Bytes of what lies there, each array once."""
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+
+
+def sent_by(jaxpr, devices):
+    """Bytes that the collectives of a traced program send, each counted once."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, settings = equation.primitive.name, equation.params
+        if name in ("psum", "all_gather"):
+            axes = settings["axes" if name == "psum" else "axis_name"]
+            axes = axes if isinstance(axes, tuple) else (axes,)
+            [n] = [devices[axis] for axis in axes]
+            whole = sum(x.aval.size * x.aval.dtype.itemsize for x in equation.outvars)
+            total += (1 + (name == "psum")) * (n - 1) * whole / n
+        assert name not in OTHERS
+        for value in settings.values():
+            inner = getattr(value, "jaxpr", value)
+            total += sent_by(inner, devices) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize(
+    ("config", "tp", "dp", "policy", "ranks"),
+    [
+        (LLAMA, 8, 1, polarjax.Polar(0.5), (4, 0)),
+        (dataclasses.replace(LLAMA, vocab_size=332), 4, 2, polarjax.Dense(), (0, 0)),
+        (OPT_12, 4, 2, polarjax.Polar(0.5, 0.3), (5, 7)),
+    ],
+    ids=["fewer groups", "dense", "neurons"],
+)
+@pytest.mark.devices(8)
+def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks):
+    batch, context = 6, 20
+    params, mesh = shard(real(config, *ranks), make_mesh(tp, dp)), make_mesh(tp, dp)
+    weights, bound = policy.bind(params, batch)
+    neurons = getattr(policy, "neuron_density", None) or 1.0
+    found = polarjax.plan(
+        config,
+        "h200",
+        densities=[getattr(policy, "density", 1.0)],
+        neuron_density=neurons,
+        batches=[batch],
+        contexts=[context],
+        head_rank=ranks[0],
+        neuron_rank=ranks[1],
+        tp=tp,
+        dp=dp,
+    )
+    [row] = found.rows
+    assert found.weight_bytes == on_first_device(params.weights)
+    capacity = capacities(config, context)[1]
+    cache = loop.empty_cache(config, batch, capacity, jnp.bfloat16, mesh)
+    held = on_first_device((cache.keys, cache.values))
+    if isinstance(policy, polarjax.Dense):
+        held += on_first_device(params.weights)
+    else:
+        held += on_first_device((params.weights, params.routers, weights))
+        held += tree_bytes(bound.neuron_routers) // tp
+    held += sampling_bytes(config, batch // dp) + prefill_bytes(
+        *(local_config(config, tp), batch // dp, 32, jnp.bfloat16),
+        platform="gpu",
+        prefill_tokens=2**14,
+    )
+    assert row.memory_bytes == held
+
+    numbers = jnp.zeros(batch, jnp.int32)
+    live = numbers == 0
+    traced = loop.decode_chunk.trace(
+        weights,
+        bound,
+        loop.State(cache, numbers, live, numbers + 9),
+        live,
+        Sampling(numbers, numbers, numbers, numbers, greedy=True, filtered=False),
+        jnp.array([-1]),
+        config=config,
+        steps=3,
+        implementation="xla",
+        mesh=mesh,
+    )
+    assert sent_by(traced.jaxpr, mesh.shape) == row.sent_bytes > 0
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
@@ -171,6 +359,11 @@ def test_contexts_go_as_far_as_the_model():
         ({"densities": [0.0]}, "density must be a number above 0"),
         ({"neuron_density": 0.5}, "needs a ReLU MLP"),
         ({"memory_fraction": 1.5}, "memory_fraction must be above 0"),
+        ({"tp": 0}, "tp must be a positive integer"),
+        ({"dp": 1.5}, "dp must be a positive integer"),
+        ({"tp": 3}, r"tp 3 does not divide the model's 8 query heads: .* 1, 2, 4 or 8"),
+        ({"tp": 2, "device": "l4"}, "how fast l4 sends .*--link-gb-s"),
+        ({"tp": 2, "link_gb_s": 0}, "link_gb_s must be GB per second above 0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -213,6 +406,18 @@ def test_the_command_needs_no_weights(sources, capsys, monkeypatch):
         and "largest batch that fits" in shown
     )
     assert f"{rows[-1]['tokens_per_second']:,.0f}" in shown
+    assert "sent" not in shown
+    options += "--tp 2 --dp 2 --link-gb-s 0.5".split()
+    assert cli.main(["plan", str(sources[0]), *options, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    row = record["rows"][-1]
+    assert (record["tp"], record["dp"], record["device"]["link"]) == (2, 2, 0.5e9)
+    assert row["sent_ms"] == row["sent_bytes"] / 0.5e9 * 1e3 > 0
+    assert cli.main(["plan", str(sources[0]), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "4 devices, tp 2 x dp 2, which send 0.5 GB/s" in shown and "sent" in shown
+    for number in (row["sent_bytes"] / 1e6, row["read_ms"], row["step_ms"]):
+        assert f"{number:.3f}"[:4] in shown
 
 
 @pytest.mark.parametrize(

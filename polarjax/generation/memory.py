@@ -128,7 +128,7 @@ def cache_capacity(
         batch = -(-batch // dp)  # a device's part, of all heads that it has
         cache = cache_bytes(own, batch, capacity, params.dtype)
         prefill = prefill_bytes(
-            *(config, batch, width, params.dtype),
+            *(own, batch, width, params.dtype),
             platform=platform,
             prefill_tokens=prefill_tokens,
         )

@@ -74,7 +74,8 @@ class StepCost:
       weights: bytes of the original weights that a step reads.
       routers: per layer, bytes of its head router, most of them rows that ride in its
         QKV matrix, as soon as it reads less than every group.
-      group: per layer, bytes of one KV group's cache over the whole batch.
+      group: per layer, bytes of one KV group's cache over the whole batch; of one
+        device of several, what it has of a group on average.
       kv_heads: k, groups of a dense layer.
       neurons: per layer, bytes of the MLP that belong to its neurons.
       neuron_routers: per layer, bytes of its neuron router, as soon as it reads less
@@ -83,7 +84,7 @@ class StepCost:
 
     weights: int
     routers: tuple[int, ...]
-    group: tuple[int, ...]
+    group: tuple[float, ...]
     kv_heads: int
     neurons: tuple[int, ...] = ()
     neuron_routers: tuple[int, ...] = ()

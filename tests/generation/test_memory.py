@@ -111,6 +111,36 @@ def test_the_estimate_is_above_what_xla_takes(change):
     assert taken < estimate < 4 * taken
 
 
+@pytest.mark.devices(4)
+def test_the_estimate_is_above_what_xla_takes_of_each_device(device):
+    if jax.default_backend() == "gpu":
+        pytest.skip("its libraries' work space there is larger than this model")
+    config = dataclasses.replace(CONFIG, dim=256, vocab_size=4096)
+    batch, width, mesh = 2, 256, sharding.make_mesh(4)
+    params = sharding.shard(random_params(config), mesh)
+    numbers = jnp.arange(batch, dtype=jnp.int32)
+    compiled = loop.prefill.lower(
+        *(params.weights, jnp.zeros((batch, width), jnp.int32), numbers, numbers),
+        loop.empty_cache(config, batch, width, jnp.float32, mesh),
+        jnp.zeros((batch, config.vocab_size)),
+        **{"config": config, "most": 2**14, "implementation": None, "mesh": mesh},
+    ).compile()
+    taken = compiled.memory_analysis().temp_size_in_bytes
+    estimate = memory.prefill_bytes(
+        *(sharding.local_config(config, 4), batch, width, jnp.float32),
+        platform="cpu",
+        prefill_tokens=2**14,
+    ) + memory.sampling_bytes(config, batch)
+    assert taken < estimate < 4 * taken
+    needs = estimate + memory.cache_bytes(config, batch, width, jnp.float32) // 4
+    fits = {"prefill_tokens": 2**14, "prompt_tokens": width, "memory_fraction": 1.0}
+    device(limit=needs)
+    assert memory.cache_capacity(params, batch, width, **fits) == width
+    device(limit=needs - 1)
+    with pytest.raises(ValueError, match="needs"):
+        memory.cache_capacity(params, batch, width, **fits)
+
+
 def test_few_tokens_at_once_need_less():
     def needed(prefill_tokens):
         return memory.prefill_bytes(
