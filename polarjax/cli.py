@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from benchmarks import arguments, decode
-from polarjax import calibrate_cli, demo, evaluate_cli, plan_cli
+from polarjax import calibrate_cli, demo, distributed, evaluate_cli, plan_cli
 from polarjax.compile_cache import use_compile_cache
 from polarjax.console import POLICIES, fraction, make_policy
 from polarjax.demo import plain
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.no_compile_cache:
         use_compile_cache()
     try:
-        args.run(args)
+        with distributed.together():
+            args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -80,11 +81,12 @@ def _parser() -> argparse.ArgumentParser:
             )
         return new
 
-    add = command(
+    new = command(
         *("generate", _generate, "Continue prompts, sparsely with an adapter."),
         'polarjax generate checkpoints/smollm2-135m "Once upon a time" --adapter '
         "smollm2-135m --density 2/3",
-    ).add_argument
+    )
+    add = new.add_argument
     add("prompts", nargs="+", help="texts to continue")
     add("--adapter", help="folder of routers, name of one that ships, or id")
     add("--density", type=fraction, help="fraction of KV groups to read, in (0, 1]")
@@ -123,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "the others: even work, but another model than the best of all",
     )
     add("--json", action="store_true", help="print the result as JSON")
+    distributed.add_arguments(new)
 
     calibrate_cli.add_commands(command)
     evaluate_cli.add_commands(command)
@@ -165,6 +168,7 @@ def _mesh(args: argparse.Namespace) -> Mesh | None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    distributed.start_from(args)
     if args.balanced and (args.policy not in (None, "polar") or not args.tp):
         raise ValueError("--balanced is of the policy polar, and goes with --tp")
     params = load(args.checkpoint, adapter=args.adapter, mesh=_mesh(args))

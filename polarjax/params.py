@@ -270,7 +270,7 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
             f"{path} is no polarjax checkpoint. If it is a Hugging Face folder, "
             f"convert it first: `python -m convert {path} DST`"
         ) from None
-    default = Placement(SingleDeviceSharding(jax.devices()[0]))
+    default = Placement(SingleDeviceSharding(jax.local_devices()[0]))
     found: dict[str, dict[str, jax.Array]] = {_WEIGHTS: {}, _ROUTERS: {}}
     for file in _checked_files(path):
         try:

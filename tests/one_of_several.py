@@ -1,6 +1,7 @@
 """What each process of test_distributed.py runs."""
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -13,8 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import polarjax
 from polarjax import distributed
+from polarjax.sharding import make_mesh
+from tests.models import OPT, random_params
 
+TOKENS = [[1, 2, 3], [7] * 20, [5, 6]]
 PROMPTS = ["Once upon a time", [7, 8, 9], "ünïcode"]
 
 
@@ -52,6 +57,27 @@ def work_together(folder: Path) -> None:
     print(f"printed by {jax.process_index()}")
 
 
+def generate_together(folder: Path) -> None:
+    """A model over both processes; what it says, into a file."""
+    found = polarjax.generate(
+        small_model(),
+        TOKENS if distributed.is_main() else [[1]],
+        policy=polarjax.Polar([0.5, 0.25, 0.9], 0.4),
+        max_new_tokens=6,
+        chunk=4,
+        mesh=make_mesh(4, 2),
+    )
+    numbers = [found.tokens, found.stats.density]
+    (folder / f"{jax.process_index()}.json").write_text(json.dumps(numbers))
+
+
+def small_model() -> polarjax.Params:
+    """OPT with head and neuron routers, eight heads."""
+    shape = {"layers": 3, "vocab_size": 336, "heads": 8, "kv_heads": 8, "head_dim": 8}
+    config = dataclasses.replace(OPT, **shape)
+    return random_params(config, routers=True, neuron_rank=5)
+
+
 def end(how: str) -> None:
     if how == "ValueError":
         raise ValueError("no such thing")
@@ -71,6 +97,8 @@ def main() -> None:
         distributed.from_main("all are here")
         if args.what == "work":
             work_together(args.folder)
+        elif args.what == "generate":
+            generate_together(args.folder)
         elif args.process == args.victim:
             end(args.what)
         elif args.folder.name == "in_python":

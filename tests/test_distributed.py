@@ -14,8 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+import polarjax
 from polarjax import distributed
 from polarjax.native_log import one_line
+from tests.one_of_several import TOKENS, small_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = Path(__file__).with_name("one_of_several.py")
@@ -82,6 +84,17 @@ def test_two_processes_share_devices_prompts_and_arrays(launch, tmp_path):
         },
         "numpy": True,
     }
+
+
+def test_two_processes_say_what_one_says(launch, tmp_path):
+    ended = launch("generate", devices=(4, 4))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    policy = polarjax.Polar([0.5, 0.25, 0.9], 0.4)
+    options = {"max_new_tokens": 6, "chunk": 4}
+    want = polarjax.generate(small_model(), TOKENS, policy=policy, **options)
+    for i in range(2):
+        tokens, density = json.loads((tmp_path / f"{i}.json").read_text())
+        assert tokens == want.tokens and tuple(density) == want.stats.density
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import Implementation
+from polarjax.distributed import from_main, to_host
 from polarjax.generation import loop
 from polarjax.generation.crossover import bind_where_it_pays
 from polarjax.generation.memory import MEMORY_FRACTION, cache_capacity
@@ -109,7 +110,8 @@ def generate(
         (XLA_PYTHON_CLIENT_MEM_FRACTION), how much the batch may fill.
       mesh: of `polarjax.sharding.make_mesh`: the model is cut over its axis "tp", the
         batch over "dp". None for where `params` is: on one device, or on the mesh that
-        it was loaded on.
+        it was loaded on. Where it spans processes (`polarjax.distributed`), all of them
+        call this alike; the prompts are those of process 0.
       implementation: of the kernels: "xla", "triton" or "mosaic" (attention alone, on
         Hopper, Triton beside it); None chooses by device.
 
@@ -125,6 +127,8 @@ def generate(
         params = shard(params, mesh)
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)
+    if mesh_of(params.weights) is not None:  # perhaps of several processes
+        encoded = from_main(encoded)
     batch = len(encoded)
     most = min(positive("max_new_tokens", max_new_tokens), config.context)
     chunk = positive("chunk", chunk)
@@ -150,12 +154,14 @@ def generate(
         prompt_tokens=int(lengths.max()),
         memory_fraction=memory_fraction,
     )
+    if mesh is not None:
+        capacity = from_main(capacity)
 
     requests = [
         Request(ids, limit, tokenizer, stops)
         for ids, limit in zip(encoded, remaining[:batch].tolist(), strict=True)
     ]
-    end_ids = jnp.asarray(ends or (-1,), jnp.int32)
+    end_ids = np.asarray(ends or (-1,), np.int32)
     common = {"config": config.architecture, "implementation": implementation}
     on_mesh = {} if mesh is None else {"mesh": mesh}
     clock = _Clock()
@@ -167,15 +173,15 @@ def generate(
         call=clock.run,
     )
     drawn, real = jax.tree.map(lambda x: x[None], drawn), np.arange(rows) < batch
-    live = np.asarray(state.live) & real
+    live = to_host(state.live) & real
     clock.lap("prefill")
-    counted, go_on = [], jnp.asarray(real)
+    counted, go_on = [], real
     while True:
         if stops:  # the host has to look before it knows who goes on
             _deliver(requests, drawn, live, stream)
             live = np.zeros(rows, bool)
             live[:batch] = [request.going for request in requests]
-            go_on = jnp.asarray(live)
+            go_on = live
         more = live.any()
         if more:
             state, following = clock.run(
@@ -187,11 +193,11 @@ def generate(
         if not more:
             break
         counted.append(following)
-        drawn, live = following, np.asarray(state.live)
+        drawn, live = following, to_host(state.live)
     clock.lap("decode")
 
     stats = make_stats(
-        *(params, weights, bound, counted, chunk, clock.seconds),
+        *(params, weights, bound, to_host(counted), chunk, clock.seconds),
         prompt_tokens=int(lengths.sum()),
         new_tokens=sum(len(request.tokens) for request in requests),
         notes=notes,
@@ -308,7 +314,7 @@ def _deliver(
     live: np.ndarray,
     stream: Stream | None,
 ) -> None:
-    token, logprob, valid = map(np.asarray, (drawn.token, drawn.logprob, drawn.valid))
+    token, logprob, valid = to_host((drawn.token, drawn.logprob, drawn.valid))
     for i, request in enumerate(requests):
         if not request.going:
             continue

@@ -178,7 +178,7 @@ def read_prompts(
     prompts: Sequence[Sequence[int]],
     remaining: Any,
     sampling: Sampling,
-    stop_ids: jax.Array,
+    stop_ids: Any,
     *,
     config: ModelConfig,
     capacity: int,
@@ -228,7 +228,7 @@ def read_prompts(
             **{"config": config, "most": most, "implementation": implementation},
             **({} if mesh is None else {"mesh": mesh}),
         )
-    remaining = jnp.asarray(remaining, jnp.int32)
+    remaining = np.asarray(remaining, np.int32)
     return call(first_token, cache, logits, remaining, sampling, stop_ids)
 
 

@@ -117,7 +117,7 @@ def cache_capacity(
     """
     check_fraction(memory_fraction)
     config = params.config
-    devices = params.weights["embed"]["tokens"].devices()
+    devices = params.weights["embed"]["tokens"].sharding.addressable_devices
     free = min(_free(device, memory_fraction) for device in devices)
     platform = next(iter(devices)).platform
     width = min(bucket(prompt_tokens), config.context)

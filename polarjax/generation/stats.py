@@ -187,7 +187,8 @@ def make_stats(
     steps = steps_per_chunk * len(chunks)
     weight_bytes = step_weight_bytes(weights, config, policy)
     devices = weights["embed"]["tokens"].devices()
-    bandwidth = read_bandwidth(next(iter(devices))) * len(devices)
+    [here, *_] = weights["embed"]["tokens"].sharding.addressable_devices
+    bandwidth = read_bandwidth(here) * len(devices)
     mesh = mesh_of(params.weights)
     weight_bytes *= axis_size(mesh, DP)
     neuron_density = neuron_densities(config, policy)
