@@ -200,6 +200,19 @@ def mesh_of(weights: Tree) -> Mesh | None:
     return where.mesh if TP in where.mesh.shape else None
 
 
+def check_whole(params: Params) -> None:
+    """Raise if a model is cut over a mesh, where its rows are in another order.
+
+    Raises:
+      ValueError: saying what would be right.
+    """
+    if mesh_of(params.weights) is not None:
+        raise ValueError(
+            "the model is cut over devices, where `generate` and `logits` alone run: "
+            "load it without mesh="
+        )
+
+
 def axis_size(mesh: Mesh | None, name: str) -> int:
     """Devices along an axis; 1 without a mesh, or without the axis."""
     return 1 if mesh is None else mesh.shape.get(name, 1)
@@ -249,9 +262,16 @@ def shard(params: Params, mesh: Mesh) -> Params:
       The same model, its weights cut by `RULES`, its routers on every device.
 
     Raises:
-      ValueError: if the mesh has no axis "tp", or its size does not divide heads or
-        neurons.
+      ValueError: if the mesh has no axis "tp", its size does not divide heads or
+        neurons, or the model is on another mesh.
     """
+    if (there := mesh_of(params.weights)) is not None:
+        if there != check_mesh(mesh, params.config):
+            raise ValueError(
+                f"the model is cut over {dict(there.shape)}, not {dict(mesh.shape)}: "
+                "load it with the mesh that it shall be on"
+            )
+        return params
 
     def place(path: tuple, leaf: jax.Array) -> jax.Array:
         name = "/".join(str(key.key) for key in path)

@@ -12,6 +12,8 @@ from safetensors import safe_open
 
 import polarjax
 from polarjax import Polar
+from polarjax.evaluation.recall import router_recall
+from polarjax.evaluation.scoring import Scorer
 from polarjax.generation import loop
 from polarjax.generation.requests import make_sampling
 from polarjax.model.share import place
@@ -217,6 +219,19 @@ def test_a_model_comes_back_whole(tmp_path):
     with pytest.raises(ValueError, match=r"save polarjax.sharding.whole\(params\)"):
         polarjax.save(cut, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
+
+
+def test_what_runs_on_one_device_alone_says_so():
+    params, mesh = make("gqa"), make_mesh(4)
+    cut = shard(params, mesh)
+    assert shard(cut, mesh) is cut
+    with pytest.raises(ValueError, match=r"cut over {'dp': 1, 'tp': 4}, not .*: load"):
+        polarjax.generate(cut, PROMPTS, mesh=make_mesh(2))
+    blocks = np.zeros((2, 8), np.int32)
+    with pytest.raises(ValueError, match="load it without mesh="):
+        router_recall(cut, blocks)
+    with pytest.raises(ValueError, match="load it without mesh="):
+        Scorer(cut, {"dense": polarjax.Dense()})
 
 
 def test_what_recovery_changed_is_cut_too():

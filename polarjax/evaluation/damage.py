@@ -24,6 +24,7 @@ from polarjax.generation.requests import bucket
 from polarjax.model import Decoder
 from polarjax.params import Params, Tree
 from polarjax.policy import Dense, SelectionPolicy
+from polarjax.sharding import check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ def measure_damage(
     Raises:
       ValueError: if there is no prompt, or the context is too short for one.
     """
+    check_whole(params)
     check_lengths(
         [len(prompt) for prompt in prompts], new_tokens, params.config.context
     )

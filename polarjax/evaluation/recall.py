@@ -13,6 +13,7 @@ import numpy as np
 
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
+from polarjax.sharding import check_whole
 from polarjax.sparsity.updates import merge_updates
 from polarjax.training.collect import observe_heads, top_labels
 from polarjax.training.losses import kept_norm, recall, router_scores
@@ -67,6 +68,7 @@ def router_recall(
     Raises:
       ValueError: if there are no routers.
     """
+    check_whole(params)
     config = params.config
     if not params.routers:
         raise ValueError("the model has no routers: load it with adapter=")

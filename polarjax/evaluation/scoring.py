@@ -28,6 +28,7 @@ from polarjax.generation.requests import positive
 from polarjax.model import Decoder, run
 from polarjax.params import Params, Tree
 from polarjax.policy import SelectionPolicy, groups_read
+from polarjax.sharding import check_whole
 
 # Positions of which the logits are in memory at once.
 _CHUNK = 128
@@ -81,6 +82,7 @@ class Scorer:
         if mode not in get_args(Mode):
             names = ", ".join(get_args(Mode))
             raise ValueError(f"no mode {mode!r}: there are {names}")
+        check_whole(params)
         self.params = params
         self.mode: Mode = mode
         self.batch = positive("batch", batch)

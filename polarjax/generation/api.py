@@ -110,8 +110,9 @@ def generate(
         (XLA_PYTHON_CLIENT_MEM_FRACTION), how much the batch may fill.
       mesh: of `polarjax.sharding.make_mesh`: the model is cut over its axis "tp", the
         batch over "dp". None for where `params` is: on one device, or on the mesh that
-        it was loaded on. Where it spans processes (`polarjax.distributed`), all of them
-        call this alike; the prompts are those of process 0.
+        it was loaded on, which spares each call the moving. Where it spans processes
+        (`polarjax.distributed`), all of them call this alike; the prompts are those of
+        process 0.
       implementation: of the kernels: "xla", "triton" or "mosaic" (attention alone, on
         Hopper, Triton beside it); None chooses by device.
 
@@ -123,7 +124,7 @@ def generate(
       ValueError: if a prompt or setting is out of range; it is named. If the batch
         does not fit into the device's memory; what would fit is named.
     """
-    if mesh is not None and mesh_of(params.weights) is None:
+    if mesh is not None:
         params = shard(params, mesh)
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)

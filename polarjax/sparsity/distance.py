@@ -13,6 +13,7 @@ import numpy as np
 from polarjax.config import ModelConfig
 from polarjax.model import Decoder, Gates, Observe, Prefix, run
 from polarjax.params import Params, Tree
+from polarjax.sharding import check_whole
 from polarjax.sparsity.polar import Polar
 
 # Positions of which the logits are in memory at once, each 8 bytes a word.
@@ -35,6 +36,7 @@ def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
     batch = min(batch, len(blocks))
     if not batch:
         raise ValueError("there is no text to measure the divergence on")
+    check_whole(params)
     config = params.config
     static = dataclasses.replace(config.architecture, budgets=config.budgets)
     found = [

@@ -19,6 +19,7 @@ import numpy as np
 from polarjax.config import ModelConfig
 from polarjax.model import Decoder, run
 from polarjax.params import Params, Tree
+from polarjax.sharding import check_whole
 from polarjax.sparsity.neurons import NEURON_STEP
 from polarjax.sparsity.updates import merge_updates
 from polarjax.training.neurons import active_neurons, neuron_scores, union_curve
@@ -102,6 +103,7 @@ def measure_unions(
       ValueError: if the model has no ReLU MLP, no layer or no neuron router to measure,
         or an argument is out of range.
     """
+    check_whole(params)
     config = params.config
     _check(params, blocks, batches, rules, samples, step)
     params = merge_updates(params)

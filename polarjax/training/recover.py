@@ -17,7 +17,7 @@ from polarjax.config import ModelConfig
 from polarjax.model import Gates, Observe
 from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree
-from polarjax.sharding import first_copy, replicate
+from polarjax.sharding import check_whole, first_copy, replicate
 from polarjax.sparsity.distance import distance
 from polarjax.sparsity.updates import init_updates
 from polarjax.training.loop import (
@@ -140,6 +140,7 @@ def recover(
       ValueError: if it has no routers, the text is none of its tokens, or a setting is
         out of range.
     """
+    check_whole(params)
     config = params.config
     check_model(params)
     check_blocks(blocks, config)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from polarjax.config import ModelConfig
 from polarjax.model import Prefix
 from polarjax.params import Params, Tree
-from polarjax.sharding import first_copy, replicate
+from polarjax.sharding import check_whole, first_copy, replicate
 from polarjax.sparsity import Polar
 from polarjax.sparsity.select import check_density, count
 from polarjax.training.collect import observe_layers, top_labels
@@ -151,6 +151,7 @@ def train_routers(
       ValueError: if the density leaves nothing to choose, a setting does not fit the
         model, or the text is none of its tokens.
     """
+    check_whole(params)
     config = params.config
     n = count(training.density, config.kv_heads)
     if config.layers < 2 or (n == config.kv_heads and not training.neuron_rank):
