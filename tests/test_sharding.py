@@ -139,6 +139,24 @@ def test_the_same_heads_and_neurons_are_chosen(policy, spied):
     assert len(heads) > 2 and cut_neurons == neurons and len(neurons) == 2
 
 
+@pytest.mark.parametrize("balanced", [1, 4])
+def test_how_uneven_the_work_is(balanced, monkeypatch):
+    """Scores of its last two groups of eight put all a sequence reads on one device."""
+    params = make("mha", layers=2)
+    bias = np.zeros(8, np.float32)
+    bias[-2:] = 1e3
+    routers = {"layers_1": {"heads": {**params.routers["layers_1"]["heads"]}}}
+    routers["layers_1"]["heads"]["bias"] = bias
+    params = dataclasses.replace(params, routers=routers)
+    options = {"max_new_tokens": 5, "chunk": 4, "mesh": make_mesh(4)}
+    policy = Polar(0.25, balanced=balanced)
+    stats = polarjax.generate(params, PROMPTS, policy=policy, **options).stats
+    # Layer 0 reads 2 a device; layer 1 2, 0, 0, 0, or one each where it is balanced.
+    assert stats.imbalance == pytest.approx((2 + 2) / (2 + 0.5) if balanced == 1 else 1)
+    assert "times the mean" in stats.notes[0]
+    assert stats.density[1] == (0.25 if balanced == 1 else 0.5)
+
+
 def test_kernels_run_on_each_device():
     params, policy = make("opt"), Polar(0.5, 0.4)
     options = {"max_new_tokens": 3, "chunk": 2, "implementation": "triton_interpret"}

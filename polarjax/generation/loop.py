@@ -66,6 +66,8 @@ class Drawn:
       valid: bool[b], whether the token belongs to the output.
       reads: int32[layers, b], KV groups read.
       visible: int32[b], tokens in the cache of each live request, its newest included.
+      own: int32[layers, dp, tp], KV groups that each device of a mesh read of all its
+        live requests; None on one device, and of what prefill draws.
     """
 
     token: jax.Array
@@ -73,6 +75,7 @@ class Drawn:
     valid: jax.Array
     reads: jax.Array
     visible: jax.Array
+    own: jax.Array | None = None
 
 
 def _advance(
@@ -298,14 +301,18 @@ def decode_chunk(
     def follow(weights, policy, state, go_on, sampling, stop_ids):
         def step(state: State, _) -> tuple[State, Drawn]:
             live = state.live
-            logits, cache, reads = run(
-                model, weights, "decode", state.token, state.cache, policy, live
+            (logits, cache, reads), shares = model.apply(
+                {"params": weights},
+                *(state.token, state.cache, policy, live),
+                method="decode",
+                mutable="shares",
             )
             visible = jnp.where(live, cache.lengths, 0)
             after, logprob, valid = _advance(
                 logits, cache, live, state.remaining, sampling, stop_ids
             )
-            return after, Drawn(after.token, logprob, valid, reads, visible)
+            own = None if mesh is None else _own_reads(shares["shares"])
+            return after, Drawn(after.token, logprob, valid, reads, visible, own)
 
         state = dataclasses.replace(state, live=state.live & go_on)
         return jax.lax.scan(step, state, length=steps)
@@ -316,9 +323,16 @@ def decode_chunk(
     later: Any = P(None, DP)
     reads: Any = P(None, None, DP)
     kept = State(CACHE, _ROWS, _ROWS, _ROWS)
-    drawn = Drawn(later, later, later, reads, later)
+    own: Any = P(None, None, DP, TP)
+    drawn = Drawn(later, later, later, reads, later, own)
     specs = weight_specs(weights, mesh), policy_specs(policy), kept, _ROWS, _ROWS, P()
     return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
+
+
+def _own_reads(shares: Any) -> jax.Array:
+    """What each layer's attention said of this device, int32[layers, 1, 1]."""
+    layers = (shares[f"layers_{i}"]["attention"]["reads"] for i in range(len(shares)))
+    return jnp.stack([reads for (reads,) in layers])[:, None, None]
 
 
 def policy_specs(policy: SelectionPolicy) -> Any:

@@ -43,6 +43,9 @@ class Stats:
         at, measured on one of them, once in this process.
       floor_seconds: (steps x weight_bytes + kv_bytes) / bandwidth.
       notes: what a reader of the numbers should know.
+      imbalance: KV groups that the busiest of the devices that share the model reads in
+        a layer / their mean, over layers and steps; 1 on one device, and where all
+        read as many.
     """
 
     policy: str
@@ -61,6 +64,7 @@ class Stats:
     bandwidth: float
     floor_seconds: float
     notes: tuple[str, ...] = ()
+    imbalance: float = 1.0
 
     @property
     def floor_fraction(self) -> float:
@@ -173,10 +177,17 @@ def make_stats(
     """
     config = params.config
     reads = np.zeros(config.layers, np.int64)
+    busiest, mean = 0.0, 0.0
     live_steps, kv_read, kv_whole, decoded = 0, 0.0, 0.0, 0
     for drawn in chunks:
         by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
         reads += by_layer.sum(axis=(0, 2))
+        if drawn.own is not None:
+            own = np.asarray(drawn.own, np.int64)  # [steps, layers, dp, tp]
+            busiest, mean = (
+                busiest + own.max(axis=3).sum(),
+                mean + own.mean(axis=3).sum(),
+            )
         # Layer 0 is always dense: it counts the steps.
         live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
         read, whole = kv_rows(drawn, config)
@@ -193,11 +204,13 @@ def make_stats(
     weight_bytes *= axis_size(mesh, DP)
     neuron_density = neuron_densities(config, policy)
     notes = list(notes)
+    imbalance = float(busiest / mean) if mean else 1.0
     if mesh is not None:
         notes.append(
             f"tp {mesh.shape[TP]} x dp {mesh.shape[DP]} = {len(devices)} devices: "
             "bytes and bandwidth are theirs together, the floor is without what they "
-            "say to each other"
+            "say to each other; in a layer the busiest of those that share the model "
+            f"reads {imbalance:.2f} times the mean of their KV groups"
         )
     if policy.wants_norms:
         notes.append(
@@ -228,4 +241,5 @@ def make_stats(
         bandwidth=bandwidth,
         floor_seconds=(steps * weight_bytes + kv_read * row_bytes) / bandwidth,
         notes=tuple(notes),
+        imbalance=imbalance,
     )

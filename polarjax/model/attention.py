@@ -299,6 +299,9 @@ class Attention(nn.Module):
             # The chosen ones first, in their order.
             ranking = mine.astype(jnp.float32)
             heads = top_heads(ranking, c.kv_heads, implementation=kernel)
+        if self.share:
+            own = jnp.full(b, c.kv_heads, jnp.int32) if n_active is None else n_active
+            self.sow("shares", "reads", jnp.where(live, own, 0).sum())
         if policy.wants_norms:
             o = select_head_attention(
                 q, keys, values, visible, heads, n_active, **options
