@@ -225,10 +225,10 @@ def plan(
     usable = memory.limit * memory_fraction
     own = of_device(params, tp)
     weights = tree_bytes(own.weights)
+    # Routers lie whole on every device, but for the rows that neurons have in them.
     sparse = weights + bound_bytes(own) + tree_bytes(params.routers)
-    if tp > 1:  # routers lie whole on every device, and a step takes its part of them
-        cut = (router.get("neurons", {}).get("up") for router in own.routers.values())
-        sparse += tree_bytes(list(cut))
+    ups = (router.get("neurons", {}).get("up") for router in params.routers.values())
+    sparse -= (tp - 1) * tree_bytes(list(ups)) // tp
 
     def needed(batch: int, context: int, density: float) -> int:
         # As `generate` rounds them.

@@ -285,16 +285,21 @@ def shard(params: Params, mesh: Mesh) -> Params:
 
 
 def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh) -> Tree:
-    """Routers on every device; updates of the QKV matrix with its rows on the mesh."""
+    """Routers on every device, the rows of neurons where the neurons are.
+
+    Updates of the QKV matrix get its rows' order on the mesh.
+    """
     mesh = check_mesh(mesh, config)
     rows = _qkv_rows(config, mesh.shape[TP])
 
-    def order(path: tuple, leaf: jax.Array) -> jax.Array:
+    def place(path: tuple, leaf: jax.Array) -> jax.Array:
         name = "/".join(str(key.key) for key in path)
-        permuted = re.search(r"updates/attention/qkv(_bias)?/(b|delta)$", name)
-        return leaf[rows] if permuted else leaf
+        if re.search(r"updates/attention/qkv(_bias)?/(b|delta)$", name):
+            leaf = leaf[rows]
+        spec = PartitionSpec(TP) if name.endswith("neurons/up") else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
 
-    return replicate(jax.tree_util.tree_map_with_path(order, routers), mesh)
+    return jax.tree_util.tree_map_with_path(place, routers)
 
 
 def whole(params: Params) -> Params:

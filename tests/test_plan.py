@@ -200,11 +200,11 @@ def test_devices_share_neurons_and_their_routers(vocabulary):
         *(config, 2, 2, 16, (dense, sparse), (sent, sent + more)), neuron_density=0.5
     )
     assert found.weight_bytes == weights
-    # Kept: the routers whole, as stored, the QKV matrices with rows in them, and the
-    # part of the neuron routers that a step takes.
-    routers = 31 * (4 * 32 * (m + 1) + 2 * (64 * m + 32 * 64 + 1024 * (m + f)))
+    # Kept: the routers as stored, whole but for what is cut by neurons, and the QKV
+    # matrices with rows in them.
+    routers = 31 * (4 * 32 * (m + 1) + 2 * (64 * m + 32 * 64 + 1024 * (m + f // 2)))
     bound = 31 * 2 * (3 * m // 2 + 560) * (m + 1)
-    kept = routers + bound + 31 * 2 * f // 2 * 1024
+    kept = routers + bound
     assert found.rows[1].memory_bytes - found.rows[0].memory_bytes == kept
 
 
@@ -271,7 +271,6 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
         held += on_first_device(params.weights)
     else:
         held += on_first_device((params.weights, params.routers, weights))
-        held += tree_bytes(bound.neuron_routers) // tp
     held += sampling_bytes(config, batch // dp) + prefill_bytes(
         *(local_config(config, tp), batch // dp, 32, jnp.bfloat16),
         platform="gpu",
