@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -159,11 +160,12 @@ def _mesh(args: argparse.Namespace) -> Mesh | None:
     """The devices asked for, or all GPUs; says which."""
     if args.tp or args.dp:
         mesh = make_mesh(args.tp, args.dp)
-    else:
+    elif jax.default_backend() == "gpu" and jax.device_count() > 1:
         mesh = default_mesh(read_config(args.checkpoint))
-    if mesh is not None:
-        sizes = " and ".join(f"{name} {size}" for name, size in mesh.shape.items())
-        print(f"over {mesh.size} devices: {sizes}", file=sys.stderr)
+    else:
+        return None
+    sizes = " and ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(f"over {mesh.size} devices: {sizes}", file=sys.stderr)
     return mesh
 
 

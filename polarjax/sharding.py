@@ -64,20 +64,11 @@ def make_mesh(tp: int | None = None, dp: int | None = None) -> Mesh:
     return jax.make_mesh((dp, tp), (DP, TP), types, devices=devices[: dp * tp])
 
 
-def default_mesh(config: ModelConfig) -> Mesh | None:
-    """All GPUs that are visible: as many as can share the model, the rest copies of it.
-
-    Args:
-      config: of the model.
-
-    Returns:
-      None for one GPU, or another kind of device.
-    """
+def default_mesh(config: ModelConfig) -> Mesh:
+    """All devices: as many as can share the model, the rest for copies of it."""
     count = jax.device_count()
-    if count == 1 or jax.default_backend() != "gpu":
-        return None
-    both = math.gcd(count, math.gcd(config.heads, config.neurons))
-    return make_mesh(both, count // both)
+    tp = math.gcd(count, config.heads, config.neurons)
+    return make_mesh(tp, count // tp)
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:

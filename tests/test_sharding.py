@@ -18,6 +18,7 @@ from polarjax.generation import loop
 from polarjax.generation.requests import make_sampling
 from polarjax.model.share import place
 from polarjax.sharding import (
+    default_mesh,
     make_data_mesh,
     make_mesh,
     mesh_of,
@@ -333,6 +334,8 @@ def test_meshes_that_cannot_be():
     with pytest.raises(ValueError, match="dp 3 does not divide the 8 devices"):
         make_mesh(dp=3)
     assert dict(make_mesh(dp=2).shape) == {"dp": 2, "tp": 4}
+    assert dict(default_mesh(MODELS["mha"]).shape) == {"dp": 1, "tp": 8}
+    assert dict(default_mesh(MHA).shape) == {"dp": 4, "tp": 2}  # 6 heads
     params = make("gqa", heads=12, neurons=72)
     with pytest.raises(ValueError, match=r"tp 8 does not divide .* 12 query heads"):
         shard(params, make_mesh(8))
