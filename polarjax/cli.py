@@ -106,18 +106,18 @@ def _parser() -> argparse.ArgumentParser:
         help="to fill of what XLA may take of the device",
     )
     add(
-        *("--tp",),
+        "--tp",
         type=int,
         metavar="N",
-        help="devices that share the model, each with its heads and neurons (as many "
-        "of the visible GPUs as divide them)",
+        help="devices that share the model, each with its heads and neurons (without "
+        "--dp too: of all GPUs, as many as divide them; else all that --dp leaves)",
     )
     add(
-        *("--dp",),
+        "--dp",
         type=int,
         metavar="M",
-        help="copies of the model, which share the prompts (what --tp leaves of the "
-        "visible GPUs)",
+        help="copies of the model, which share the prompts (without --tp too: as many "
+        "as the GPUs hold; else 1)",
     )
     add(
         "--balanced",

@@ -214,9 +214,13 @@ def weight_specs(weights: Tree, mesh: Mesh) -> Any:
     tp = mesh.shape[TP]
 
     def spec(path: tuple, leaf: jax.Array) -> PartitionSpec:
-        return _spec("/".join(str(key.key) for key in path), leaf.shape, tp)
+        return _spec(_name(path), leaf.shape, tp)
 
     return jax.tree_util.tree_map_with_path(spec, weights)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _spec(path: str, shape: tuple[int, ...], tp: int) -> PartitionSpec:
@@ -250,7 +254,8 @@ def shard(params: Params, mesh: Mesh) -> Params:
       mesh: with an axis "tp", Auto or Explicit, and optionally "dp".
 
     Returns:
-      The same model, its weights cut by `RULES`, its routers on every device.
+      The same model, its weights cut by `RULES`, its routers as
+      `place_routers` places them.
 
     Raises:
       ValueError: if the mesh has no axis "tp", its size does not divide heads or
@@ -265,7 +270,7 @@ def shard(params: Params, mesh: Mesh) -> Params:
         return params
 
     def place(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = "/".join(str(key.key) for key in path)
+        name = _name(path)
         where = placement(name, leaf.shape, params.config, mesh)
         leaf = leaf if where.rows is None else leaf[where.rows]
         return jax.device_put(leaf, where.sharding)
@@ -284,7 +289,7 @@ def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh) -> Tree:
     rows = _qkv_rows(config, mesh.shape[TP])
 
     def place(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = "/".join(str(key.key) for key in path)
+        name = _name(path)
         if re.search(r"updates/attention/qkv(_bias)?/(b|delta)$", name):
             leaf = leaf[rows]
         spec = PartitionSpec(TP) if name.endswith("neurons/up") else PartitionSpec()
@@ -306,7 +311,7 @@ def whole(params: Params) -> Params:
     first = np.unique(rows, return_index=True)[1]
 
     def take(path: tuple, leaf: jax.Array) -> np.ndarray:
-        name = "/".join(str(key.key) for key in path)
+        name = _name(path)
         cut = re.search(r"attention/qkv(_bias)?(/b|/delta)?$", name)
         return np.asarray(leaf)[first] if cut else np.asarray(leaf)
 

@@ -126,9 +126,11 @@ def generate(
     """
     if mesh is not None:
         params = shard(params, mesh)
+    mesh = mesh_of(params.weights)
+    many = mesh is not None and mesh.is_multi_process
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)
-    if mesh_of(params.weights) is not None:  # perhaps of several processes
+    if many:
         encoded = from_main(encoded)
     batch = len(encoded)
     most = min(positive("max_new_tokens", max_new_tokens), config.context)
@@ -144,7 +146,6 @@ def generate(
     remaining = np.minimum(most, config.context - lengths).astype(np.int32)
     visible = math.ceil((lengths + remaining / 2).mean())
     weights, bound, notes = bind_where_it_pays(params, policy, asked, batch, visible)
-    mesh = mesh_of(params.weights)
     rows = batch + -batch % axis_size(mesh, DP)
     if rows > batch:  # each part of the batch is as large: dead rows fill the last one
         bound, sampling = loop.widen(bound, rows), loop.widen(sampling, rows)
@@ -155,7 +156,7 @@ def generate(
         prompt_tokens=int(lengths.max()),
         memory_fraction=memory_fraction,
     )
-    if mesh is not None:
+    if many:
         capacity = from_main(capacity)
 
     requests = [
@@ -164,7 +165,6 @@ def generate(
     ]
     end_ids = np.asarray(ends or (-1,), np.int32)
     common = {"config": config.architecture, "implementation": implementation}
-    on_mesh = {} if mesh is None else {"mesh": mesh}
     clock = _Clock()
     # Prompts are read as the dense model reads them, with the original weights.
     filled = [*encoded, *[encoded[int(lengths.argmin())]] * (rows - batch)]
@@ -187,7 +187,7 @@ def generate(
         if more:
             state, following = clock.run(
                 *(loop.decode_chunk, weights, bound, state, go_on, sampling, end_ids),
-                **{"steps": chunk, **common, **on_mesh},
+                **{"steps": chunk, "mesh": mesh, **common},
             )
         if not stops:  # while the device is at the next chunk
             _deliver(requests, drawn, live, stream)
@@ -260,12 +260,11 @@ def logits(
         whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == (b,)
         if not whole or lengths.min() < 1 or lengths.max() > t:
             raise ValueError(f"lengths must be {b} integers from 1 to {t}: {lengths}")
-    mesh = mesh_of(params.weights)
     return loop.all_logits(
         *(params.weights, jnp.asarray(tokens, jnp.int32)),
         config=config.architecture,
         implementation=implementation,
-        **({} if mesh is None else {"mesh": mesh}),
+        mesh=mesh_of(params.weights),
     )
 
 

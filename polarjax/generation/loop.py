@@ -229,7 +229,7 @@ def read_prompts(
             *(prefill, weights, tokens, counts.reshape(-1), rows.reshape(-1)),
             *(cache, logits),
             **{"config": config, "most": most, "implementation": implementation},
-            **({} if mesh is None else {"mesh": mesh}),
+            mesh=mesh,
         )
     remaining = np.asarray(remaining, np.int32)
     return call(first_token, cache, logits, remaining, sampling, stop_ids)

@@ -184,10 +184,8 @@ def make_stats(
         reads += by_layer.sum(axis=(0, 2))
         if drawn.own is not None:
             own = np.asarray(drawn.own, np.int64)  # [steps, layers, dp, tp]
-            busiest, mean = (
-                busiest + own.max(axis=3).sum(),
-                mean + own.mean(axis=3).sum(),
-            )
+            busiest += own.max(axis=3).sum()
+            mean += own.mean(axis=3).sum()
         # Layer 0 is always dense: it counts the steps.
         live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
         read, whole = kv_rows(drawn, config)
