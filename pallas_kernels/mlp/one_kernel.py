@@ -52,13 +52,11 @@ def _both_products(
     entering = [name for name in weights_refs if "down" not in name]
 
     def select(place):
-        neuron = tiles.selected(neurons_ref, place, place < last)
-        inside = place < last
-        return neuron, inside & (neuron < f) if padded else inside
+        return tiles.selected(neurons_ref, place, place < last, f, padded)
 
     def load(name, selected):
         neuron, mask = selected
-        ref, neuron = weights_refs[name], tiles.clip(neuron, f)
+        ref = weights_refs[name]
         if name == "up_bias":
             return tiles.load(ref.at[neuron], mask)
         return tiles.load(ref.at[neuron, cols], mask & col_mask)

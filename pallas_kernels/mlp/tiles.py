@@ -53,14 +53,21 @@ def row(mask):
     return None if mask is None else mask[None, :]
 
 
-def selected(neurons_ref, places, mask):
-    """The rows to read for these places in the selection."""
-    return places if neurons_ref is None else load(neurons_ref.at[places], mask)
+def selected(neurons_ref, places, mask, f, padded):
+    """The rows to read for these places in the selection, and where they count.
 
-
-def clip(neuron, f):
-    """Keeps a wrong index from reading outside of the weights."""
-    return jnp.clip(neuron, 0, f - 1)
+    Args:
+        neurons_ref: the selection [n], or None for all f.
+        places: in it.
+        mask: where they are of it; None everywhere.
+        f: rows of the weights.
+        padded: whether numbers from f on stand for nothing.
+    """
+    neuron = places if neurons_ref is None else load(neurons_ref.at[places], mask)
+    if padded:
+        mask = both(mask, neuron < f)
+    # Keeps a wrong index from reading outside of the weights.
+    return jnp.clip(neuron, 0, f - 1), mask
 
 
 def load(ref, mask):

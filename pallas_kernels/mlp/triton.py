@@ -196,10 +196,7 @@ def _enter_kernel(
     row, row_mask = inputs(own)
     own, parts = _fold(size, folds)
     place, place_mask = neurons(own)
-    neuron = tiles.selected(neurons_ref, place, place_mask)
-    if padded:
-        place_mask = tiles.both(place_mask, neuron < f)
-    neuron = tiles.clip(neuron, f)
+    neuron, place_mask = tiles.selected(neurons_ref, place, place_mask, f, padded)
 
     def step(index, sums):
         x = load(x_ref, row, row_mask, input_parts, index)
@@ -272,10 +269,7 @@ def _leave_kernel(
         hidden_mask = tiles.below(places, limit, places.size)
         hidden = tiles.load_tile(hidden_ref, rows, places, row_mask, hidden_mask)
         place_mask = tiles.below(places, n, places.size)
-        neuron = tiles.selected(neurons_ref, places, place_mask)
-        if padded:
-            place_mask = tiles.both(place_mask, neuron < f)
-        neuron = tiles.clip(neuron, f)
+        neuron, place_mask = tiles.selected(neurons_ref, places, place_mask, f, padded)
         down = tiles.load_tile(down_ref, neuron, cols, place_mask, col_mask)
         return total + dot(hidden, down, 0)
 
