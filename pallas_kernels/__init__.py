@@ -20,7 +20,12 @@ from pallas_kernels.mlp import (
     partial_product,
 )
 from pallas_kernels.norm import add_norm, normalize
-from pallas_kernels.select import needed_neurons, top_heads, union_neurons
+from pallas_kernels.select import (
+    needed_neurons,
+    needed_totals,
+    top_heads,
+    union_neurons,
+)
 
 __all__ = [
     "Implementation",
@@ -30,6 +35,7 @@ __all__ = [
     "gathering",
     "masked_mlp",
     "needed_neurons",
+    "needed_totals",
     "normalize",
     "partial_mlp",
     "partial_product",

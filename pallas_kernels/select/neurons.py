@@ -49,7 +49,7 @@ def union_neurons(
     scores = lax.stop_gradient(scores)
     with jax.named_scope("union_neurons"):
         if implementation == "xla":
-            return _reference(scores, live, n)
+            return _best(_total(scores, live), n)
         _check_held(f)
         return triton.union_neurons(
             scores, live, n, interpret=implementation == "triton_interpret"
@@ -89,17 +89,33 @@ def needed_neurons(
             f"hidden has shape {hidden.shape} and up {up.shape}; they must be [b, w] "
             "and [f, r], w no less than r"
         )
-    f, r = up.shape
+    f = len(up)
     _check(live, hidden.shape[0], n, f)
     implementation = resolve_without_mosaic(implementation, "needed_neurons")
     hidden, up = lax.stop_gradient((hidden, up))
     with jax.named_scope("needed_neurons"):
         if implementation == "xla":
-            x = hidden[:, hidden.shape[1] - r :].astype(up.dtype)
-            return _reference(jax.nn.softplus(product(x, up)), live, n)
+            return _best(needed_totals(hidden, up, live), n)
         _check_held(f)
         interpret = implementation == "triton_interpret"
         return triton.needed_neurons(hidden, up, live, n, interpret=interpret)
+
+
+def needed_totals(
+    hidden: Float[Array, "b w"], up: Float[Array, "f r"], live: Bool[Array, " b"]
+) -> Float[Array, " f"]:
+    """What `needed_neurons` ranks neurons by, in XLA; those of two batches add up.
+
+    Args:
+        hidden: as there.
+        up: as there.
+        live: as there.
+
+    Returns:
+        Of each neuron, the live sequences' sum; a score that is NaN counts as 0.
+    """
+    x = hidden[:, hidden.shape[1] - up.shape[1] :].astype(up.dtype)
+    return _total(jax.nn.softplus(product(x, up)), live)
 
 
 def _check(live, b: int, n: int, f: int) -> None:
@@ -119,7 +135,10 @@ def _check_held(f: int) -> None:
         )
 
 
-def _reference(scores, live, n):
+def _best(totals, n: int):
+    return jnp.sort(lax.top_k(totals, n)[1])
+
+
+def _total(scores, live):
     counts = live[:, None] & (scores > 0)
-    total = jnp.sum(jnp.where(counts, scores.astype(jnp.float32), 0.0), axis=0)
-    return jnp.sort(lax.top_k(total, n)[1])
+    return jnp.sum(jnp.where(counts, scores.astype(jnp.float32), 0.0), axis=0)

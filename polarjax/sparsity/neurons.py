@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import product, union_neurons
+from pallas_kernels import needed_totals, union_neurons
 from polarjax.config import ModelConfig
 from polarjax.model.share import Share, add_up_batch, gather, place
 
@@ -112,12 +112,8 @@ def needed_of_share(
       int32[n of the device], numbers among its neurons, ascending. With one part their
       number differs by device: it is then min(n, f), and f stands where one has fewer.
     """
-    f, r = up.shape
-    scores = jax.nn.softplus(
-        product(hidden[:, hidden.shape[1] - r :].astype(up.dtype), up)
-    )
-    counts = live[:, None] & (scores > 0)
-    own = add_up_batch(jnp.where(counts, scores, 0.0).sum(axis=0), share)
+    f = len(up)
+    own = add_up_batch(needed_totals(hidden, up, live), share)
 
     def best(totals: jax.Array, n: int) -> jax.Array:
         # The sum of a batch of one is what it is.
