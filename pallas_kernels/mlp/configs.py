@@ -199,12 +199,17 @@ def _leave(b, n, m, itemsize, wider: float = 1) -> dict[str, int]:
         # waste less, but each has a start, and more sums to write.
         splits = min(range(1, 9), key=lambda x: -(-programs * x // _SMS) / x + x / 20)
     splits = min(splits, -(-n // rows))
+    stages = _stages((size + batch) * rows * itemsize)
+    # A sum of few steps would be over before all of its stages are in use; to have
+    # more of them instead was no faster.
+    while rows > 64 and n < 16 * splits * rows:
+        rows //= 2
     return {
         "down_columns": size,
         "down_neurons": rows,
         "down_splits": splits,
         "down_warps": _warps(size, batch, itemsize),
-        "down_stages": _stages((size + batch) * rows * itemsize),
+        "down_stages": stages,
     }
 
 
