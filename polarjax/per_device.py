@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
+from polarjax.generation.sampling import SAID_BYTES
 from polarjax.model import weight_shapes
 from polarjax.params import Params, Tree
 from polarjax.sharding import local_config
@@ -90,7 +91,7 @@ def step_sent_bytes(
 
     Of n devices each sends 2 (n - 1) / n of what is summed over them, and (n - 1) / n
     of what is gathered. Only switches that add up themselves (NVLink SHARP) let it send
-    less: what is summed once.
+    less: what is summed once. With a top_k or top_p the logits come on top.
 
     Args:
       config: of the model.
@@ -105,7 +106,7 @@ def step_sent_bytes(
     total = 2 * config.layers * _summed(_FLOAT32 * b * config.dim, tp)
     if local_config(config, tp).vocab_size != vocab:
         total += _summed(jnp.dtype(dtype).itemsize * b * config.embed_dim, tp)
-        total += _gathered(_FLOAT32 * b * vocab, tp)
+        total += _gathered(SAID_BYTES * b * tp, tp)
     for rows, picks in zip(score_rows, picks_neurons, strict=True):
         total += _gathered(_FLOAT32 * b * tp * -(-rows // tp), tp)
         if picks:  # what the whole batch has of each device's neurons, then of all

@@ -137,10 +137,11 @@ def by_hand(config, tp, dp, batch, read, sent, **settings):
 def test_two_devices_have_half_each():
     # Norms alone are whole on both. A ring of two sends each byte that is summed once.
     m, layers, b, v = 4096, 32, 16, 32000
+    best = 16  # a token, its score and logit, and all logits' sum
     norms = 2 * (2 * layers + 1) * m
     weights = (2 * 6_738_415_616 - norms) // 2 + norms
     reductions = layers * 2 * 4 * b * m + 2 * b * m
-    gathered = 4 * b * v // 2
+    gathered = best * b
     dense = weights - v * m + b * 1024 * 2**18
     rows = 31 * 16 * 2 * (m + 1)
     bias = 31 * 2 * 3 * m // 2  # a policy gives the QKV matrix one
@@ -163,7 +164,7 @@ def test_fewer_groups_than_devices_lie_on_several():
     weights = 2 * (32 * layer + 2 * 8016 * m + m)
     cache = 32 * b * 1024 * 2 * 2 * 128
     dense = weights - 2 * 8016 * m + cache
-    sent = (32 * 2 * 4 * b * m + 2 * b * m) * 30 // 16 + 4 * b * 128256 * 15 // 16
+    sent = (32 * 2 * 4 * b * m + 2 * b * m) * 30 // 16 + 16 * b * 15
     # 8 + 64 rows of routers: 5 a device, 80 with those that fill up. The other half of
     # the head router's quadratic form is whole.
     added = 31 * 2 * (5 * (m + 1) + 4 * 128 + 8 * 64)
@@ -194,7 +195,7 @@ def test_devices_share_neurons_and_their_routers(vocabulary):
     # Rows of the head and the neuron router; the second matrices, cut by neurons alone.
     added = 31 * 2 * (560 * (m + 1) + 32 * 64 + f // 2 * 1024)
     sparse = dense + added - 31 * 2 * neurons // 2 - 31 * b * 1024 * 2**12
-    sent = 32 * 2 * 4 * b * m + cut * (2 * b * m + 4 * b * vocabulary // 2)
+    sent = 32 * 2 * 4 * b * m + cut * (2 * b * m + 16 * b)
     more = 31 * (4 * b * 1120 // 2 + 4 * f // 2 + 4 * f // 2)
     found = by_hand(
         *(config, 2, 2, 16, (dense, sparse), (sent, sent + more)), neuron_density=0.5
