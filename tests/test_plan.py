@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import polarjax
@@ -242,8 +243,10 @@ def sent_by(jaxpr, devices):
         (LLAMA, 8, 1, polarjax.Polar(0.5), (4, 0)),
         (dataclasses.replace(LLAMA, vocab_size=332), 4, 2, polarjax.Dense(), (0, 0)),
         (OPT_12, 4, 2, polarjax.Polar(0.5, 0.3), (5, 7)),
+        (LLAMA, 2, 2, polarjax.Polar(0.3, balanced=2), (4, 0)),
+        (OPT_12, 4, 2, polarjax.Polar(0.5, 0.28, balanced=4), (5, 7)),
     ],
-    ids=["fewer groups", "dense", "neurons"],
+    ids=["fewer groups", "dense", "neurons", "balanced", "balanced neurons"],
 )
 @pytest.mark.devices(8)
 def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks):
@@ -251,6 +254,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     params, mesh = shard(real(config, *ranks), make_mesh(tp, dp)), make_mesh(tp, dp)
     weights, bound = policy.bind(params, batch)
     neurons = getattr(policy, "neuron_density", None) or 1.0
+    balanced = getattr(policy, "balanced", 1) > 1
     found = polarjax.plan(
         config,
         "h200",
@@ -262,6 +266,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
         neuron_rank=ranks[1],
         tp=tp,
         dp=dp,
+        balanced=balanced,
     )
     [row] = found.rows
     assert found.weight_bytes == on_first_device(params.weights)
@@ -281,19 +286,29 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
 
     numbers = jnp.zeros(batch, jnp.int32)
     live = numbers == 0
-    traced = loop.decode_chunk.trace(
+    cache = dataclasses.replace(cache, lengths=numbers + context - 1)
+    args = (
         weights,
         bound,
-        loop.State(cache, numbers, live, numbers + 9),
+        loop.State(cache, numbers + 0, live | live, numbers + 9),  # donated
         live,
         Sampling(numbers, numbers, numbers, numbers, greedy=True, filtered=False),
         jnp.array([-1]),
-        config=config,
-        steps=3,
-        implementation="xla",
-        mesh=mesh,
     )
+    settings = {"steps": 1, "config": config, "implementation": "xla", "mesh": mesh}
+    traced = loop.decode_chunk.trace(*args, **settings)
     assert sent_by(traced.jaxpr, mesh.shape) == row.sent_bytes > 0
+
+    # A bias that two kinds of rows share is counted for both.
+    _, drawn = loop.decode_chunk(*args, **settings)
+    # Of each device, over layers and requests.
+    groups = np.asarray(drawn.own, np.int64).sum(axis=(0, 1))
+    own = jax.tree.map(lambda x: x.addressable_shards[0].data, (weights, bound))
+    read = step_weight_bytes(own[0], config, own[1])
+    read += groups.mean() * context * kv_row_bytes(config, jnp.bfloat16)
+    assert row.step_bytes == pytest.approx(read, rel=1e-2 if neurons < 1 else 1e-9)
+    assert not balanced or groups.min() == groups.max()
+    assert row.density == (drawn.reads[0, 1] / config.kv_heads).min()
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
@@ -363,6 +378,7 @@ def test_contexts_go_as_far_as_the_model():
         ({"dp": 1.5}, "dp must be a positive integer"),
         ({"tp": 3}, r"tp 3 does not divide the model's 8 query heads: .* 1, 2, 4 or 8"),
         ({"tp": 2, "device": "l4"}, "how fast l4 sends .*--link-gb-s"),
+        ({"tp": 8, "balanced": True}, "4 KV groups do not divide into 8 equal parts"),
         ({"tp": 2, "link_gb_s": 0}, "link_gb_s must be GB per second above 0"),
     ],
 )
@@ -408,6 +424,8 @@ def test_the_command_needs_no_weights(sources, capsys, monkeypatch):
     assert f"{rows[-1]['tokens_per_second']:,.0f}" in shown
     assert "sent" not in shown
     options += "--tp 2 --dp 2 --link-gb-s 0.5".split()
+    assert cli.main(["plan", str(sources[0]), *options, "--balanced"]) == 0
+    assert "as many of its own groups" in capsys.readouterr().out.replace("\n", " ")
     assert cli.main(["plan", str(sources[0]), *options, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     row = record["rows"][-1]
@@ -416,6 +434,7 @@ def test_the_command_needs_no_weights(sources, capsys, monkeypatch):
     assert cli.main(["plan", str(sources[0]), *options]) == 0
     shown = capsys.readouterr().out
     assert "4 devices, tp 2 x dp 2, which send 0.5 GB/s" in shown and "sent" in shown
+    assert "taken to lie evenly" in shown.replace("\n", " ")
     for number in (row["sent_bytes"] / 1e6, row["read_ms"], row["step_ms"]):
         assert f"{number:.3f}"[:4] in shown
 
