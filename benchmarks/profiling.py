@@ -6,6 +6,7 @@ took the time, and what was copied.
 
 import collections
 import dataclasses
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,15 @@ PLACES = {
     "head": ("logits", "embed", "sample", "argmax", "final_norm"),
     "products": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "dot"),
 }
-GROUPS = (*PLACES, "copies", "rest")
+GROUPS = (*PLACES, "collectives", "copies", "rest")
+# What each of n devices sends of a collective's result, in rings.
+SENT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +84,14 @@ def profile(run: Callable[[], Any], steps: int, hlo: str) -> dict[str, Any]:
 
 
 def events(data: Any) -> list[Event]:
-    """What ran on the streams of the GPUs of a `jax.profiler.ProfileData`."""
+    """What ran on the streams of the first GPU that ran anything.
+
+    Args:
+      data: a `jax.profiler.ProfileData`.
+    """
     found = []
     for plane in data.planes:
-        if not plane.name.startswith("/device:GPU"):
+        if found or not plane.name.startswith("/device:GPU"):
             continue
         for line in plane.lines:
             if not line.name.startswith("Stream"):
@@ -114,6 +127,8 @@ def group(event: Event, places: Mapping[str, str]) -> str:
     """Which part of the model an event belongs to, one of `GROUPS`."""
     if _is_copy(event):
         return "copies"
+    if "nccl" in event.name or event.op.startswith(tuple(SENT)):
+        return "collectives"
     place = places.get(event.op) or places.get(event.name, "")
     for text in (place, event.name):
         for name, marks in PLACES.items():
@@ -192,6 +207,62 @@ def cache_copies(hlo: str, shape: Sequence[int]) -> int:
     """
     dims = ",".join(map(str, shape))
     return len(re.findall(rf"= \(?\w+\[{dims}\][^=]* copy(?:-start)?\(", hlo))
+
+
+def collectives(hlo: str) -> dict[str, dict[str, float]]:
+    """What the devices of a compiled program say to each other in one run of it.
+
+    Args:
+      hlo: its text.
+
+    Returns:
+      By kind, how many collectives there are, and the bytes that a device sends in
+      them, in rings. Those in a loop count as often as it runs.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        if start := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            lines = bodies[start[2]] = []
+            entry = start[2] if start[1] else entry
+        else:
+            lines.append(line)
+    kinds = "|".join(SENT)
+    found = collections.defaultdict(lambda: {"count": 0.0, "bytes": 0.0})
+
+    def add(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+                n = _group_size(line)
+                size = _type_bytes(match[1])
+                if match[3] and match[2] == "all-gather":
+                    size *= n / (n + 1)  # the operand stands beside the result
+                found[match[2]]["count"] += times
+                found[match[2]]["bytes"] += times * size * SENT[match[2]](n)
+                continue
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
+                add(callee, times * (int(trips[1]) if trips else 1))
+
+    add(entry, 1)
+    return dict(found)
+
+
+def _group_size(line: str) -> int:
+    """Devices that a collective is of: the first of its groups, or how many in each."""
+    match = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
+    if not match:
+        raise ValueError(f"a collective of unknown devices: {line.strip()}")
+    return int(match[2]) if match[2] else len(match[1].split(","))
+
+
+def _type_bytes(text: str) -> int:
+    """Bytes of an HLO type, such as (f32[2,3]{1,0}, s32[])."""
+    total = 0
+    for name, bits, dims in re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", text):
+        size = 1 if name == "pred" else int(bits) // 8
+        total += size * math.prod(map(int, filter(None, dims.split(","))))
+    return total
 
 
 def _is_copy(event: Event) -> bool:
