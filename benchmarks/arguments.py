@@ -102,7 +102,8 @@ def add_arguments(add: Any) -> None:
     add(
         *("--balanced",),
         action="store_true",
-        help="each of --tp devices reads as many of its own KV groups and neurons",
+        help="each of --tp devices reads as many of its own KV groups and neurons, "
+        "rounded up",
     )
     add(
         *("--link-gb-s",),

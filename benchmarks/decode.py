@@ -231,7 +231,9 @@ def time_policy(
             "sent_bytes": sent_bytes(params, bound, case.batch, where),
             "imbalance": imbalance(drawn),
             "collectives": {
-                kind: {name: total / steps.STEPS for name, total in each.items()}
+                kind: {
+                    name: total and total / steps.STEPS for name, total in each.items()
+                }
                 for kind, each in profiling.collectives(hlo).items()
             },
         }

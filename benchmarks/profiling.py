@@ -209,7 +209,7 @@ def cache_copies(hlo: str, shape: Sequence[int]) -> int:
     return len(re.findall(rf"= \(?\w+\[{dims}\][^=]* copy(?:-start)?\(", hlo))
 
 
-def collectives(hlo: str) -> dict[str, dict[str, float]]:
+def collectives(hlo: str) -> dict[str, dict[str, float | None]]:
     """What the devices of a compiled program say to each other in one run of it.
 
     Args:
@@ -217,7 +217,8 @@ def collectives(hlo: str) -> dict[str, dict[str, float]]:
 
     Returns:
       By kind, how many collectives there are, and the bytes that a device sends in
-      them, in rings. Those in a loop count as often as it runs.
+      them, in rings; None where the text does not say between which devices. Those in
+      a loop count as often as it runs.
     """
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -228,38 +229,47 @@ def collectives(hlo: str) -> dict[str, dict[str, float]]:
         else:
             lines.append(line)
     kinds = "|".join(SENT)
-    found = collections.defaultdict(lambda: {"count": 0.0, "bytes": 0.0})
+    found: dict[str, dict[str, float | None]] = {}
 
     def add(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
             if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
-                n = _group_size(line)
-                size = _type_bytes(match[1])
-                if match[3] and match[2] == "all-gather":
+                kind, n, size = match[2], _group_size(line), _type_bytes(match[1])
+                if n and match[3] and kind == "all-gather":
                     size *= n / (n + 1)  # the operand stands beside the result
-                found[match[2]]["count"] += times
-                found[match[2]]["bytes"] += times * size * SENT[match[2]](n)
+                count, sent = found.get(kind, {"count": 0, "bytes": 0}).values()
+                known = n is not None and sent is not None
+                found[kind] = {
+                    "count": (count or 0) + times,
+                    "bytes": sent + times * size * SENT[kind](n) if known else None,
+                }
                 continue
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
             for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
                 add(callee, times * (int(trips[1]) if trips else 1))
 
     add(entry, 1)
-    return dict(found)
+    return found
 
 
-def _group_size(line: str) -> int:
-    """Devices that a collective is of: the first of its groups, or how many in each."""
-    match = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
-    if not match:
-        raise ValueError(f"a collective of unknown devices: {line.strip()}")
-    return int(match[2]) if match[2] else len(match[1].split(","))
+def _group_size(line: str) -> int | None:
+    """Devices that a collective is of, in any of XLA's ways to write its groups."""
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{('[\w',]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", match[2]))
+    return None
 
 
 def _type_bytes(text: str) -> int:
     """Bytes of an HLO type, such as (f32[2,3]{1,0}, s32[])."""
     total = 0
-    for name, bits, dims in re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", text):
+    for name, bits, dims in re.findall(
+        r"\b(pred|[a-z]+(?=\d))(\d*)\w*\[([\d,]*)\]", text
+    ):
         size = 1 if name == "pred" else int(bits) // 8
         total += size * math.prod(map(int, filter(None, dims.split(","))))
     return total

@@ -194,8 +194,14 @@ def test_collectives_are_counted_as_often_as_they_run():
         "all-reduce": {"count": 6, "bytes": 3 * (64 + 2 * 3 / 4 * 12)},
         "all-gather": {"count": 1, "bytes": 64},
     }
-    with pytest.raises(ValueError, match="of unknown devices: %s ="):
-        profiling.collectives(HLO.replace("replica_groups={{0,1},{2,3}}, ", ""))
+    groups, axes = "replica_groups={{0,1},{2,3}}", "replica_groups=mesh['dp'=4,'tp'=2]"
+    for other, n in (("{'tp'}", 2), ("{'dp','tp'}", 8)):
+        found = profiling.collectives(HLO.replace(groups, f"{axes} {other}"))
+        sent = 3 * (2 * (n - 1) / n * 64 + 2 * 3 / 4 * 12)
+        assert found["all-reduce"] == {"count": 6, "bytes": sent}
+    found = profiling.collectives(HLO.replace(groups, "replica_groups={}"))
+    assert found["all-reduce"] == {"count": 6, "bytes": None}
+    assert found["all-gather"] == {"count": 1, "bytes": 64}
 
 
 def test_a_profile_is_of_one_device_and_knows_collectives():
