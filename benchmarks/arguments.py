@@ -1,6 +1,7 @@
 """The arguments of the decode benchmark, and the cases that they stand for."""
 
 import argparse
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 from benchmarks.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
 from benchmarks.steps import STEPS
 from polarjax.console import fraction
-from polarjax.sparsity.select import check_density
+from polarjax.sharding import check_tp
+from polarjax.sparsity.select import check_density, check_parts
 
 DESCRIPTION = (
     "Time decode steps at the shapes of real models, on random weights or a "
@@ -89,6 +91,26 @@ def add_arguments(add: Any) -> None:
         default=5,
         help="warm rounds of chunks, or prefills, timed",
     )
+    add(
+        *("--tp",),
+        type=int,
+        help="devices that share the model, each with its heads and neurons; of "
+        "several numbers one after the other, beside 1 as speedups over one device",
+        **several,
+    )
+    add("--dp", type=int, help="copies of the model, which share the batch", **several)
+    add(
+        *("--balanced",),
+        action="store_true",
+        help="each of --tp devices reads as many of its own KV groups and neurons, "
+        "rounded up",
+    )
+    add(
+        *("--link-gb-s",),
+        type=float,
+        help="GB per second that a device sends to the others (default: measured, by "
+        "summing a large array over them)",
+    )
     add("--head-rank", type=int, default=0, help="of random head routers; 0 is linear")
     add(
         *("--memory-fraction",),
@@ -136,7 +158,7 @@ def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
             raise ValueError(f"--{flag} goes with --models: the cases bring their own")
         table = TOY_CASES if args.toy else CASES
         cases = {**CASES, **TOY_CASES}
-        return {name: cases[name] for name in args.cases or table}
+        return {name: _placed(cases[name], args) for name in args.cases or table}
     if args.cases:
         raise ValueError("pass either --cases or --models, not both")
     heads: list[float | None] = args.densities or [None if args.adapter else 0.5]
@@ -154,8 +176,40 @@ def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
         for batch, context in itertools.product(
             args.batches or [16], args.contexts or [2048]
         ):
-            cases[f"{model}-b{batch}-s{context}"] = Case(model, batch, context, sparse)
+            case = Case(model, batch, context, sparse)
+            cases[f"{model}-b{batch}-s{context}"] = _placed(case, args)
     return cases
+
+
+def _placed(case: Case, args: argparse.Namespace) -> Case:
+    """A case on the devices asked for, else on its own, with what is asked for all."""
+    prefill = (*case.prefill, *(args.prefill or ()))
+    case = dataclasses.replace(case, prefill=prefill)
+    if args.balanced:
+        sparse = (dataclasses.replace(each, balanced=True) for each in case.sparse)
+        case = dataclasses.replace(case, sparse=tuple(sparse))
+    if args.tp or args.dp:
+        meshes = itertools.product(args.tp or [1], args.dp or [1])
+        case = dataclasses.replace(case, meshes=tuple(meshes))
+    return case
+
+
+def with_devices(
+    cases: dict[str, Case], args: argparse.Namespace, count: int
+) -> dict[str, Case]:
+    """The cases that so many devices can run; says which others there are.
+
+    Raises:
+      ValueError: if one was asked for.
+    """
+    here = f"{count} {'is' if count == 1 else 'are'} here"
+    short = {name: c.devices for name, c in cases.items() if c.devices > count}
+    for name, needed in short.items():
+        text = f"{name} needs {needed} devices, {here}"
+        if args.cases or args.models or args.tp or args.dp:
+            raise ValueError(text)
+        print(f"left out: {text}")
+    return {name: case for name, case in cases.items() if name not in short}
 
 
 def check(cases: dict[str, Case]) -> None:
@@ -164,6 +218,9 @@ def check(cases: dict[str, Case]) -> None:
     Raises:
       ValueError: naming the case, or the density.
     """
+    for name, case in cases.items():
+        for tp, dp in case.meshes:
+            _check_mesh(name, case, tp, dp)
     for name, case in cases.items():
         if case.batch < 1 or case.context <= STEPS:
             raise ValueError(
@@ -181,3 +238,26 @@ def check(cases: dict[str, Case]) -> None:
             relu = found[0].activation == "relu"
             if not relu and any(s.neurons for s in case.sparse):
                 raise ValueError(f"{name}: {case.model} has no ReLU: leave neurons out")
+
+
+def _check_mesh(name: str, case: Case, tp: int, dp: int) -> None:
+    if min(tp, dp) < 1:
+        raise ValueError(f"--tp and --dp must be positive, got {tp} and {dp}")
+    sizes = [case.batch, *(prompts for prompts, _ in case.prefill)]
+    if odd := [size for size in sizes if size % dp]:
+        raise ValueError(f"{name}: dp {dp} does not divide the batch of {odd[0]}")
+    found = parse_model(case.model)
+    if not found:
+        return  # a checkpoint: who loads it checks
+    config, alone = found
+    if alone and tp * dp > 1:
+        raise ValueError(
+            f"{name}: layers alone run on one device: leave --tp and --dp out, or time "
+            f"{case.model.partition(':')[0]} whole"
+        )
+    try:
+        check_tp(tp, config)
+        if any(sparse.balanced for sparse in case.sparse):
+            check_parts(config.kv_heads, tp)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

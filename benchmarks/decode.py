@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -31,14 +32,18 @@ from benchmarks.arguments import (
     add_arguments,
     check,
     chosen_cases,
+    with_devices,
 )
 from benchmarks.cases import CASES as KERNEL_CASES
+from benchmarks.meshes import Devices, of_one, sent_bytes
 from benchmarks.report import REPOSITORY, best_rates, commit
 from benchmarks.rows import (
+    ONE,
     Rows,
     best_transformers,
     decode_row,
     error_row,
+    one_device_ms,
     prefill_row,
     profile_row,
     shown_case,
@@ -47,14 +52,13 @@ from benchmarks.rows import (
 from benchmarks.rows import read as read_rows
 from benchmarks.shapes import (
     Case,
-    draw,
     layers_alone,
     parse_model,
     random_params,
-    router_shapes,
+    random_routers,
 )
 from polarjax.generation.crossover import bind_where_it_pays
-from polarjax.generation.stats import read_bandwidth
+from polarjax.generation.stats import imbalance, read_bandwidth
 from polarjax.model import weight_shapes
 from polarjax.params import Params
 from polarjax.sparsity.cost import kv_row_bytes
@@ -64,24 +68,37 @@ from polarjax.sparsity.select import with_density
 RATE_SHAPES = {name: KERNEL_CASES[name] for name in ("llama-2-7b", "opt-66b")}
 
 
-def load_model(model: str, adapter: str | None, dtype: Any, head_rank: int) -> Params:
-    """Random weights, or those of a checkpoint."""
+def load_model(
+    model: str,
+    adapter: str | None,
+    dtype: Any,
+    head_rank: int,
+    mesh: Mesh | None = None,
+) -> Params:
+    """Random weights, or those of a checkpoint, on one device or cut over several."""
     found = parse_model(model)
     if found is None:
-        params = polarjax.load(model, adapter=adapter, dtype=dtype)
+        params = polarjax.load(model, adapter=adapter, dtype=dtype, mesh=mesh)
         if adapter:
             return params
-        routers = draw(router_shapes(params.config, params.dtype, head_rank), 1)
+        routers = random_routers(params.config, params.dtype, head_rank, mesh)
         return Params(params.weights, routers, params.config)
     config, count = found
     if count:
         config = layers_alone(config, count)
-    params = random_params(config, dtype, head_rank=head_rank, alone=bool(count))
+    params = random_params(
+        config, dtype, head_rank=head_rank, alone=bool(count), mesh=mesh
+    )
     return with_density(params, 0.5)
 
 
 def run_case(
-    name: str, case: Case, params: Params, args: argparse.Namespace, rows: Rows
+    name: str,
+    case: Case,
+    params: Params,
+    args: argparse.Namespace,
+    rows: Rows,
+    where: Devices = ONE,
 ) -> None:
     """Time dense and the sparse policies, one after the other, on one cache.
 
@@ -91,50 +108,81 @@ def run_case(
       params: its model.
       args: of the command.
       rows: where the results go.
+      where: the devices that the model is on.
     """
     run = rows.runs[-1]
     found = parse_model(case.model)
     alone = bool(found and found[1])
     r = run["r_gb_s"] * 1e9
-    beside = best_transformers(rows.own, name)
+    beside = best_transformers(rows.own, name) if where.count == 1 else None
     state, dense_ms = None, None
-    for sparse in (None, *case.sparse):
-        label = sparse.label if sparse else "dense"
+    # Two policies that differ in their balance alone are one on one device.
+    policies = {sparse.label(where.tp): sparse for sparse in reversed(case.sparse)}
+    for label, sparse in [("dense", None), *reversed(policies.items())]:
         try:
             if state is None:
                 state = steps.make_state(params, case.batch, case.context, alone)
             policy = polarjax.Dense()
             if sparse:
-                policy = polarjax.Polar(sparse.heads, sparse.neurons)
+                parts = where.tp if sparse.balanced else 1
+                policy = polarjax.Polar(sparse.heads, sparse.neurons, balanced=parts)
             # Nothing of it outlives this round: the next policy needs its room.
             asked = sparse is None or bool(sparse.heads or sparse.neurons)
             state, seconds, read, compiling, summary = time_policy(
-                *(params, policy, asked, state, case, alone, args)
+                *(params, policy, asked, state, case, alone, args, where)
             )
         except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
-            rows.add(error_row("decode", name, case, label, error))
+            rows.add(error_row("decode", name, case, label, error, where))
             state = None  # it may have been donated
             continue
         spread = steps.spread(seconds)
-        row = decode_row(name, case, sparse, spread, read, r, dense_ms)
+        sent = compiling.pop("sent_bytes", 0)
+        row = decode_row(name, case, sparse, spread, read, r, dense_ms, where, sent)
         if sparse is None:
             dense_ms = row["ms"]
-        rows.add(
-            {**row, **compiling, "over_transformers": beside and beside / row["ms"]}
-        )
+        row |= compiling | {"over_transformers": beside and beside / row["ms"]}
+        if where.count > 1:
+            one = one_device_ms(rows.own, name, sparse)
+            row["over_one_device"] = one and one / row["ms"]
+        rows.add(row)
         if summary:
-            rows.add(profile_row(name, case, label, summary))
+            rows.add(profile_row(name, case, label, summary, where))
     state = None
-    for prompts, tokens in () if alone else (*case.prefill, *(args.prefill or ())):
+    for prompts, tokens in () if alone else case.prefill:
         size = prompts, tokens
         try:
             seconds, compiling = steps.prefill_times(params, *size, args.repeats)
         except jax.errors.JaxRuntimeError as error:
-            rows.add(error_row("prefill", name, case, f"{prompts}x{tokens}", error))
+            policy = f"{prompts}x{tokens}"
+            rows.add(error_row("prefill", name, case, policy, error, where))
             continue
         flops, spread = steps.prefill_flops(params.config, *size), steps.spread(seconds)
-        row = prefill_row(name, case, size, spread, flops, run["device"])
+        row = prefill_row(name, case, size, spread, flops, run["device"], where)
         rows.add({**row, **compiling})
+
+
+def run_model(
+    model: str,
+    where: Devices,
+    cases: dict[str, Case],
+    args: argparse.Namespace,
+    rows: Rows,
+) -> None:
+    """Make a model on some devices, time its cases there, and let it go."""
+    own = {
+        name: case
+        for name, case in cases.items()
+        if case.model == model and (where.tp, where.dp) in case.meshes
+    }
+    dtype = jnp.dtype(rows.runs[-1]["dtype"])
+    try:
+        params = load_model(model, args.adapter, dtype, args.head_rank, where.mesh)
+    except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
+        for name, case in own.items():
+            rows.add(error_row("decode", name, case, "dense", error, where))
+        return
+    for name, case in own.items():
+        run_case(name, case, params, args, rows, where)
 
 
 def time_policy(
@@ -145,6 +193,7 @@ def time_policy(
     case: Case,
     alone: bool,
     args: argparse.Namespace,
+    where: Devices,
 ) -> tuple[Any, list[float], tuple[int, float], dict[str, Any], dict[str, Any] | None]:
     """Bind a policy, compile its chunk and run it.
 
@@ -156,6 +205,7 @@ def time_policy(
       case: the case.
       alone: whether the model is layers alone.
       args: of the command.
+      where: the devices that the model is on.
 
     Returns:
       The state; seconds of a step, several; bytes of weights and KV of a step; what is
@@ -172,10 +222,21 @@ def time_policy(
     compiled, seconds_taken = steps.timed_compile(lambda: chunk.lower(state))
     known: dict[str, Any] = {**seconds_taken, "notes": list(notes)}
     hlo = compiled.as_text()
-    cache = state.cache.keys[0].shape
+    cache = of_one(state.cache.keys[0]).shape
     known["cache_copies"] = profiling.cache_copies(hlo, cache)
     state, seconds, drawn = steps.times(chunk, state, case.context, args.repeats)
     read = steps.step_bytes(params, weights, bound, drawn)
+    if where.count > 1:
+        known |= {
+            "sent_bytes": sent_bytes(params, bound, case.batch, where),
+            "imbalance": imbalance(drawn),
+            "collectives": {
+                kind: {
+                    name: total and total / steps.STEPS for name, total in each.items()
+                }
+                for kind, each in profiling.collectives(hlo).items()
+            },
+        }
     if not args.profile:
         return state, seconds, read, known, None
     state = jax.block_until_ready(steps.rewind(state, case.context))
@@ -219,6 +280,8 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.repeats < 1:
         raise ValueError(f"--repeats must be positive, got {args.repeats}")
+    if args.link_gb_s is not None and not 0 < args.link_gb_s < float("inf"):
+        raise ValueError(f"--link-gb-s must be above 0, got {args.link_gb_s}")
     cases = chosen_cases(args)
     check(cases)
     if args.plot:
@@ -234,10 +297,12 @@ def run(args: argparse.Namespace) -> None:
         beside = {
             name: transformers_times(case.model, case.batch, case.context, args.toy)
             for name, case in cases.items()
-            if case.transformers or (args.transformers and is_timed(case.model))
+            if case.transformers
+            or (args.transformers and case.devices == 1 and is_timed(case.model))
         }
         if not args.toy:
             version, rates = kernels.torch_results(RATE_SHAPES)
+    cases = with_devices(cases, args, jax.device_count())
     device = jax.devices()[0]
     stream = read_bandwidth(device)
     r = max(best_rates(RATE_SHAPES, rates, stream).values())
@@ -246,6 +311,7 @@ def run(args: argparse.Namespace) -> None:
         "command": shlex.join(args.command),
         "commit": commit(),
         "device": device.device_kind,
+        "devices": jax.device_count(),
         "jax": jax.__version__,
         "torch": version,
         "transformers": [timed.get("transformers") for timed in beside.values()],
@@ -268,13 +334,12 @@ def run(args: argparse.Namespace) -> None:
         )
     for name, timed in beside.items():
         against_transformers(name, cases[name], timed, rows)
-    dtype = jnp.dtype(head["dtype"])
-    for model in dict.fromkeys(case.model for case in cases.values()):
-        params = load_model(model, args.adapter, dtype, args.head_rank)
-        for name, case in cases.items():
-            if case.model == model:
-                run_case(name, case, params, args, rows)
-        del params  # before the next one is made
+    placed = ((case.model, mesh) for case in cases.values() for mesh in case.meshes)
+    links: dict[tuple[int, int], Devices] = {}
+    for model, mesh in dict.fromkeys(placed):
+        if mesh not in links:  # before anything else is in the devices' memory
+            links[mesh] = Devices.of(*mesh, args.link_gb_s)
+        run_model(model, links[mesh], cases, args, rows)
     console = Console()
     wide = console if console.is_terminal else Console(width=150)
     wide.print(table(rows.own))
@@ -299,7 +364,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
     made = Table(box=None)
     for column in ("model, batch, context", "policy"):
         made.add_column(column)
-    for column in ("ms", "tokens/s", "floor ms", "floor / time", "wanted", "x dense"):
+    several = any("sent_ms" in row for row in rows)
+    columns = "ms", "tokens/s", "floor ms", "floor / time", "wanted", "x dense"
+    for column in (*columns, *(("x one device", "wanted") if several else ())):
         made.add_column(column, justify="right")
     for row in rows:
         if row["kind"] not in ("decode", "transformers"):
@@ -310,11 +377,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
             made.add_row(case, kind + row["policy"], row["error"])
             continue
         wanted, over = row.get("wanted_floor_fraction"), row.get("over_dense")
+        one = (row.get("over_one_device"), row.get("wanted_over_one_device"))
         made.add_row(
             *(case, kind + row["policy"], f"{row['ms']:.3f}"),
             *(f"{row['tokens_per_second']:,.0f}", f"{row['floor_ms']:.3f}"),
             *(f"{row['floor_fraction']:.3f}", f"{wanted:.2f}" if wanted else ""),
             f"{over:.2f}" if over else "",
+            *((f"{x:.2f}" if x else "" for x in one) if several else ()),
         )
     return made
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.profiling import GROUPS
 from benchmarks.readme import newest
-from benchmarks.rows import Row, read
+from benchmarks.rows import Row, read, shown_case, shown_mesh
 
 COLOURS = ("#343a40", "#0b6e99", "#d9480f", "#2f9e44", "#862e9c", "#e8590c", "#868e96")
 
@@ -63,11 +63,11 @@ def draw(source: Path) -> list[Path]:
 
 
 def _panels(rows: Sequence[Row], x: str, fixed: str) -> dict[str, list[Row]]:
-    """Rows by model and what is fixed, where x takes several values."""
+    """Rows by model, devices and what is fixed, where x takes several values."""
     found = collections.defaultdict(list)
     for row in rows:
         short = "b" if fixed == "batch" else "s"
-        found[f"{row['model']}, {short} {row[fixed]}"].append(row)
+        found[f"{row['model']}{shown_mesh(row)}, {short} {row[fixed]}"].append(row)
     return {
         title: own for title, own in found.items() if len({row[x] for row in own}) > 1
     }
@@ -109,10 +109,7 @@ def _bars(matplotlib: Any, path: Path, rows: Sequence[Row]) -> None:
     )
     axes = figure.subplots()
     colours = matplotlib.colormaps["tab10"]
-    labels = [
-        f"{row['model']} b {row['batch']} s {row['context']}, {row['policy']}"
-        for row in rows
-    ]
+    labels = [f"{shown_case(row)}, {row['policy']}" for row in rows]
     start = [0.0] * len(rows)
     parts = [group for group in GROUPS if any(group in row["groups"] for row in rows)]
     for i, group in enumerate(parts):

@@ -6,6 +6,7 @@ took the time, and what was copied.
 
 import collections
 import dataclasses
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,15 @@ PLACES = {
     "head": ("logits", "embed", "sample", "argmax", "final_norm"),
     "products": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "dot"),
 }
-GROUPS = (*PLACES, "copies", "rest")
+GROUPS = (*PLACES, "collectives", "copies", "rest")
+# What each of n devices sends of a collective's result, in rings.
+SENT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +84,14 @@ def profile(run: Callable[[], Any], steps: int, hlo: str) -> dict[str, Any]:
 
 
 def events(data: Any) -> list[Event]:
-    """What ran on the streams of the GPUs of a `jax.profiler.ProfileData`."""
+    """What ran on the streams of the first GPU that ran anything.
+
+    Args:
+      data: a `jax.profiler.ProfileData`.
+    """
     found = []
     for plane in data.planes:
-        if not plane.name.startswith("/device:GPU"):
+        if found or not plane.name.startswith("/device:GPU"):
             continue
         for line in plane.lines:
             if not line.name.startswith("Stream"):
@@ -114,6 +127,8 @@ def group(event: Event, places: Mapping[str, str]) -> str:
     """Which part of the model an event belongs to, one of `GROUPS`."""
     if _is_copy(event):
         return "copies"
+    if "nccl" in event.name or event.op.startswith(tuple(SENT)):
+        return "collectives"
     place = places.get(event.op) or places.get(event.name, "")
     for text in (place, event.name):
         for name, marks in PLACES.items():
@@ -192,6 +207,72 @@ def cache_copies(hlo: str, shape: Sequence[int]) -> int:
     """
     dims = ",".join(map(str, shape))
     return len(re.findall(rf"= \(?\w+\[{dims}\][^=]* copy(?:-start)?\(", hlo))
+
+
+def collectives(hlo: str) -> dict[str, dict[str, float | None]]:
+    """What the devices of a compiled program say to each other in one run of it.
+
+    Args:
+      hlo: its text.
+
+    Returns:
+      By kind, how many collectives there are, and the bytes that a device sends in
+      them, in rings; None where the text does not say between which devices. Those in
+      a loop count as often as it runs.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        if start := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            lines = bodies[start[2]] = []
+            entry = start[2] if start[1] else entry
+        else:
+            lines.append(line)
+    kinds = "|".join(SENT)
+    found: dict[str, dict[str, float | None]] = {}
+
+    def add(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+                kind, n, size = match[2], _group_size(line), _type_bytes(match[1])
+                if n and match[3] and kind == "all-gather":
+                    size *= n / (n + 1)  # the operand stands beside the result
+                count, sent = found.get(kind, {"count": 0, "bytes": 0}).values()
+                known = n is not None and sent is not None
+                found[kind] = {
+                    "count": (count or 0) + times,
+                    "bytes": sent + times * size * SENT[kind](n) if known else None,
+                }
+                continue
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
+                add(callee, times * (int(trips[1]) if trips else 1))
+
+    add(entry, 1)
+    return found
+
+
+def _group_size(line: str) -> int | None:
+    """Devices that a collective is of, in any of XLA's ways to write its groups."""
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{('[\w',]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", match[2]))
+    return None
+
+
+def _type_bytes(text: str) -> int:
+    """Bytes of an HLO type, such as (f32[2,3]{1,0}, s32[])."""
+    total = 0
+    for name, bits, dims in re.findall(
+        r"\b(pred|[a-z]+(?=\d))(\d*)\w*\[([\d,]*)\]", text
+    ):
+        size = 1 if name == "pred" else int(bits) // 8
+        total += size * math.prod(map(int, filter(None, dims.split(","))))
+    return total
 
 
 def _is_copy(event: Event) -> bool:

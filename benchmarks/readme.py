@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import polarjax
+from benchmarks.rows import counted, shown_case
 from benchmarks.rows import read as read_rows
-from benchmarks.rows import shown_case
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_MESH_COLUMNS = "a step's collectives", "sent", "busiest / mean", "over one device"
 ADAPTERS = Path(polarjax.__file__).parent / "adapters"
 
 
@@ -96,12 +97,21 @@ def decode_table(path: Path) -> str:
             f"| {run['dtype']} | {run['commit']}, {run['date']} "
             f"| {run['r_gb_s']:,.0f} | `{run['command']}` |"
         )
-    lines += [
-        "",
-        "| model, batch, context | policy | run | ms a step | tokens/s | floor, ms "
-        "| floor / time | over our dense | over `transformers` |",
-        "|---" * 9 + "|",
+    several = any("sent_ms" in row for row in report["rows"])
+    if several:
+        lines += [
+            "",
+            "Over several devices a floor is that of the busiest of them in each "
+            "layer, and of what each sends in a step, in rings, as fast as in a large "
+            "all-reduce (or at `--link-gb-s`). The steps of one device that they are "
+            "held against are of the same run.",
+        ]
+    columns = [
+        *("model, batch, context", "policy", "run", "ms a step", "tokens/s"),
+        *("floor, ms", "floor / time", "over our dense", "over `transformers`"),
+        *(_MESH_COLUMNS if several else ()),
     ]
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in report["rows"]:
         if row["kind"] not in ("decode", "transformers"):
             continue
@@ -111,13 +121,14 @@ def decode_table(path: Path) -> str:
             f"| {used.index(row['run']) + 1} |"
         )
         if row["ms"] is None:
-            lines.append(f"{start} {row['error']} |  |  |  |  |  |")
+            lines.append(f"{start} {row['error']} |" + "  |" * (len(columns) - 4))
             continue
         lines.append(
             f"{start} {_range(row)} | {row['tokens_per_second']:,.0f} "
             f"| {row['floor_ms']:.2f} | {row['floor_fraction']:.3f} "
             f"| {_times(row.get('over_dense'))} "
             f"| {_times(row.get('over_transformers'))} |"
+            + (_mesh_cells(row) if several else "")
         )
     for row in report["rows"]:
         if row["kind"] == "prefill" and row["ms"]:
@@ -170,6 +181,14 @@ def _compile_times(path: Path, rows: list[dict]) -> str:
 
 def _range(row: dict) -> str:
     return f"{row['ms']:.2f} ({row['ms_min']:.2f} to {row['ms_max']:.2f})"
+
+
+def _mesh_cells(row: dict) -> str:
+    if "sent_ms" not in row:
+        return "  |" * len(_MESH_COLUMNS)
+    sent = f"{row['sent_bytes'] / 1e6:,.1f} MB, {row['sent_ms']:.2f} ms"
+    cells = counted(row), sent, f"{row['imbalance']:.2f}"
+    return "".join(f" {cell} |" for cell in (*cells, _times(row["over_one_device"])))
 
 
 def _times(ratio: float | None) -> str:

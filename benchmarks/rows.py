@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.meshes import Devices
 from benchmarks.report import write_json
 from benchmarks.shapes import Case, Sparsity
 
@@ -17,6 +18,7 @@ from benchmarks.shapes import Case, Sparsity
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.5, "NVIDIA H200": 989.5}
 
 Row = dict[str, Any]
+ONE = Devices()
 
 
 class Rows:
@@ -58,14 +60,25 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _name(row: Row) -> tuple:
-    return row["kind"], row["case"], row["policy"]
+    return row["kind"], row["case"], row["policy"], *mesh_of(row)
+
+
+def mesh_of(row: Row) -> tuple[int, int]:
+    """Of a row tp and dp; files of before there were several devices have neither."""
+    return row.get("tp", 1), row.get("dp", 1)
 
 
 def shown_case(row: Row) -> str:
-    """Model, batch and context of a row."""
+    """Model, batch and context of a row; tp and dp, if they are more than 1."""
     model, _, count = row["model"].partition(":")
     alone = f" layers 1-{count} alone" if count else ""
-    return f"{model}{alone} b {row['batch']} s {row['context']}"
+    return f"{model}{alone} b {row['batch']} s {row['context']}{shown_mesh(row)}"
+
+
+def shown_mesh(row: Row) -> str:
+    """Such as " tp 2"; "" for one device."""
+    sizes = zip(("tp", "dp"), mesh_of(row), strict=True)
+    return "".join(f" {name} {size}" for name, size in sizes if size > 1)
 
 
 def decode_row(
@@ -76,6 +89,8 @@ def decode_row(
     read: tuple[int, float],
     rate: float,
     dense_ms: float | None,
+    where: Devices = ONE,
+    sent: int = 0,
 ) -> Row:
     """A timed policy.
 
@@ -84,14 +99,27 @@ def decode_row(
       case: the case.
       sparse: the policy; None for dense.
       spread: milliseconds a step.
-      read: bytes of weights, and of keys and values, a step.
+      read: bytes of weights, and of keys and values, a step, of the busiest device.
       rate: R in bytes per second.
       dense_ms: of dense in this run; None where it was not timed, or is this row.
+      where: the devices.
+      sent: bytes that each of them sends in a step.
     """
     ms, total = spread["ms"], sum(read)
-    floor_ms = total / rate * 1e3
+    sent_ms = sent / where.link * 1e3 if where.link else 0.0
+    floor_ms = total / rate * 1e3 + sent_ms
+    label = sparse.label(where.tp) if sparse else "dense"
+    over = {
+        "balanced": bool(sparse and sparse.balanced),
+        "link_gb_s": where.link and where.link / 1e9,
+        "link_is": "measured" if where.measured else "given",
+        "sent_bytes": sent,
+        "sent_ms": sent_ms,
+        "wanted_over_one_device": (sparse or case).over_one,
+    }
     return {
-        **_about("decode", name, case, sparse.label if sparse else "dense"),
+        **_about("decode", name, case, label, where),
+        **(over if where.count > 1 else {}),
         "heads": sparse and sparse.heads,
         "neurons": sparse and sparse.neurons,
         **spread,
@@ -107,11 +135,18 @@ def decode_row(
     }
 
 
-def error_row(kind: str, name: str, case: Case, policy: str, error: Exception) -> Row:
+def error_row(
+    kind: str,
+    name: str,
+    case: Case,
+    policy: str,
+    error: Exception,
+    where: Devices = ONE,
+) -> Row:
     """A policy or prefill that could not be timed, and why."""
     lines = str(error).splitlines() or [""]
     text = f"{type(error).__name__}: {lines[0]}"
-    return {**_about(kind, name, case, policy), "ms": None, "error": text}
+    return {**_about(kind, name, case, policy, where), "ms": None, "error": text}
 
 
 def prefill_row(
@@ -121,12 +156,14 @@ def prefill_row(
     spread: dict[str, float],
     flops: int,
     device: str,
+    where: Devices = ONE,
 ) -> Row:
     """A timed prefill; `flops` as `steps.prefill_flops` counts them."""
     prompts, tokens = size
     rate, peak = flops / spread["ms"] / 1e9, PEAK_TFLOPS.get(device)
+    peak = peak and where.count * peak
     return {
-        **_about("prefill", name, case, f"{prompts}x{tokens}"),
+        **_about("prefill", name, case, f"{prompts}x{tokens}", where),
         **{"batch": prompts, "context": tokens},
         **spread,
         "flops": flops,
@@ -164,15 +201,18 @@ def transformers_row(
     }
 
 
-def profile_row(name: str, case: Case, policy: str, found: dict[str, Any]) -> Row:
-    """What a profile of some chunks showed."""
-    return {**_about("profile", name, case, policy), **found}
+def profile_row(
+    name: str, case: Case, policy: str, found: dict[str, Any], where: Devices = ONE
+) -> Row:
+    """What a profile of some chunks showed, of one device."""
+    return {**_about("profile", name, case, policy, where), **found}
 
 
-def _about(kind: str, name: str, case: Case, policy: str) -> Row:
+def _about(kind: str, name: str, case: Case, policy: str, where: Devices = ONE) -> Row:
     return {
         **{"kind": kind, "case": name, "model": case.model, "policy": policy},
         **{"batch": case.batch, "context": case.context},
+        **{"tp": where.tp, "dp": where.dp},
     }
 
 
@@ -201,14 +241,42 @@ def line(row: Row) -> str:
     )
     if row["kind"] == "transformers":
         return f"{start}, transformers"
-    over = row.get("over_transformers")
+    over, one = row.get("over_transformers"), row.get("over_one_device")
+    if "sent_ms" in row:
+        start += (
+            f", {row['sent_bytes'] / 1e6:,.3f} MB sent ({row['sent_ms']:.3f} ms), "
+            f"busiest {row['imbalance']:.3f}x the mean, {counted(row)}"
+        )
     return (
         start
         + (f", {row['over_dense']:.2f}x dense" if row["over_dense"] else "")
+        + (f", {one:.2f}x one device" if one else "")
         + (f", {over:.2f}x transformers" if over else "")
         + f"; trace {row['trace_s']:.1f} s, compile {row['compile_s']:.1f} s"
         + "".join(f"; {note}" for note in row.get("notes", ()))
     )
+
+
+def counted(row: Row) -> str:
+    """Collectives of a step, by kind."""
+    found = row["collectives"].items()
+    return ", ".join(f"{each['count']:g} {kind}" for kind, each in found)
+
+
+def one_device_ms(
+    rows: Sequence[Row], case: str, sparse: Sparsity | None
+) -> float | None:
+    """Milliseconds a step of the same densities of a case on one device, if timed."""
+    wanted = (sparse.heads, sparse.neurons) if sparse else (None, None)
+    for row in rows:
+        dense = row["policy"] == "dense"
+        if (
+            (row["kind"], row["case"], *mesh_of(row)) == ("decode", case, 1, 1)
+            and dense == (sparse is None)
+            and (row.get("heads"), row.get("neurons")) == wanted
+        ):
+            return row["ms"]
+    return None
 
 
 def best_transformers(rows: Sequence[Row], case: str) -> float | None:

@@ -5,12 +5,17 @@ Times depend on shapes and not on what the weights are, so nothing is downloaded
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 
+from benchmarks.meshes import drawn_apart
 from polarjax import ModelConfig, Params, Rope
 from polarjax.model import weight_shapes
+from polarjax.params import Placement
+from polarjax.sharding import placement, router_sharding
 from polarjax.sparsity import routers
 
 NEURON_RANK = 1024  # of neuron routers, as in the paper
@@ -97,18 +102,23 @@ class Sparsity:
         `heads`, the adapter's own).
       floor: wanted floor / time.
       over_dense: wanted speedup over our dense.
+      balanced: whether each of several devices that share the model reads as many of
+        its own; on one device there is nothing to balance.
+      over_one: wanted speedup over one device, of the same densities.
     """
 
     heads: float | None
     neurons: float | None = None
     floor: float | None = None
     over_dense: float | None = None
+    balanced: bool = False
+    over_one: float | None = None
 
-    @property
-    def label(self) -> str:
-        """How rows call it."""
+    def label(self, tp: int = 1) -> str:
+        """How rows call it, where so many devices share the model."""
         heads = f"heads {self.heads:.3g}" if self.heads else "as generate decides"
-        return heads + (f", neurons {self.neurons:.3g}" if self.neurons else "")
+        neurons = f", neurons {self.neurons:.3g}" if self.neurons else ""
+        return heads + neurons + (", balanced" if self.balanced and tp > 1 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +133,8 @@ class Case:
       floor: wanted floor / time of the dense one.
       prefill: (prompts, tokens of each) to time too, if any.
       transformers: whether `transformers` is timed on it too.
+      meshes: (tp, dp) of the devices that it is timed on, one after the other.
+      over_one: wanted speedup of dense over one device.
     """
 
     model: str
@@ -132,6 +144,13 @@ class Case:
     floor: float | None = None
     prefill: tuple[tuple[int, int], ...] = ()
     transformers: bool = False
+    meshes: tuple[tuple[int, int], ...] = ((1, 1),)
+    over_one: float | None = None
+
+    @property
+    def devices(self) -> int:
+        """How many it needs."""
+        return max(tp * dp for tp, dp in self.meshes)
 
 
 CASES = {
@@ -164,6 +183,16 @@ CASES = {
     ),
     "mistral-7b-b32": Case("mistral-7b", 32, 4096, (Sparsity(0.5, floor=0.89),), 0.92),
     "qwen2.5-7b-b32": Case("qwen2.5-7b", 32, 4096, (Sparsity(0.5, floor=0.89),), 0.92),
+    "llama-3.1-8b-b64-tp2": Case(
+        *("llama-3.1-8b", 64, 4096),
+        (Sparsity(5 / 8, over_one=1.6), Sparsity(6 / 8, balanced=True, over_one=1.7)),
+        meshes=((1, 1), (2, 1)),
+        over_one=1.75,
+    ),
+    # Half of its weights are 71 GB.
+    "llama-3.1-70b-tp2": Case(
+        *("llama-3.1-70b", 8, 2048), floor=0.85, meshes=((2, 1),)
+    ),
 }
 TOY_CASES = {
     "toy-llama": Case(
@@ -173,6 +202,11 @@ TOY_CASES = {
     ),
     "toy-opt": Case("toy-opt", 2, 128, (Sparsity(0.5, 0.5),)),
     "toy-layers": Case("toy-opt:1", 2, 128, (Sparsity(0.5, 0.5),)),
+    "toy-tp2": Case(
+        *("toy-opt", 2, 128),
+        (Sparsity(0.5, 0.5), Sparsity(0.5, 0.5, balanced=True)),
+        meshes=((1, 1), (2, 1)),
+    ),
 }
 
 
@@ -210,9 +244,14 @@ def layers_alone(config: ModelConfig, count: int) -> ModelConfig:
 
 
 def random_params(
-    config: ModelConfig, dtype, *, head_rank: int = 0, alone: bool = False
+    config: ModelConfig,
+    dtype,
+    *,
+    head_rank: int = 0,
+    alone: bool = False,
+    mesh: Mesh | None = None,
 ) -> Params:
-    """Weights and routers of the right shapes, made on the device.
+    """Weights and routers of the right shapes, made where they lie.
 
     Args:
       config: of the model.
@@ -220,13 +259,29 @@ def random_params(
       head_rank: of the head routers' quadratic form; 0 for none.
       alone: leave out embedding, layer 0, last norm and head (see `layers_alone`); a
         token table of one row stays, to say the dtype.
+      mesh: that the model is cut over: each device makes its part. None for one.
     """
     shapes = weight_shapes(config, dtype)
     if alone:
         shapes = {f"layers_{i}": shapes[f"layers_{i}"] for i in range(1, config.layers)}
         shapes["embed"] = {"tokens": jax.ShapeDtypeStruct((1, config.dim), dtype)}
-    weights = draw(shapes, 0)
-    return Params(weights, draw(router_shapes(config, dtype, head_rank), 1), config)
+
+    def place(path: str, shape: tuple[int, ...]) -> Placement | None:
+        return mesh and placement(path, shape, config, mesh)
+
+    drawn = random_routers(config, dtype, head_rank, mesh)
+    return Params(draw(shapes, 0, place), drawn, config)
+
+
+def random_routers(
+    config: ModelConfig, dtype, head_rank: int = 0, mesh: Mesh | None = None
+) -> dict:
+    """Routers of layers 1 and up, as `random_params` has them."""
+
+    def place(path: str, _) -> Placement | None:
+        return mesh and Placement(router_sharding(path, mesh))
+
+    return draw(router_shapes(config, dtype, head_rank), 1, place)
 
 
 def router_shapes(config: ModelConfig, dtype, head_rank: int = 0) -> dict:
@@ -243,14 +298,38 @@ def router_shapes(config: ModelConfig, dtype, head_rank: int = 0) -> dict:
     return {f"layers_{i}": one for i in range(1, config.layers)}
 
 
-def draw(shapes: Any, seed: int) -> Any:
-    """Random numbers of such shapes, made on the device."""
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    pairs = zip(keys, leaves, strict=True)
-    return jax.tree.unflatten(tree, [_normal(k, x.shape, x.dtype) for k, x in pairs])
+def draw(
+    shapes: Any,
+    seed: int,
+    place: Callable[[str, tuple[int, ...]], Placement | None] = lambda *_: None,
+) -> Any:
+    """Random numbers of such shapes, made where they lie.
+
+    Args:
+      shapes: a tree of `jax.ShapeDtypeStruct`.
+      seed: of the numbers.
+      place: where each lies, by its path, joined by "/", and shape.
+    """
+    found, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    keys, leaves = jax.random.split(jax.random.key(seed), len(found)), []
+    for key, (path, leaf) in zip(keys, found, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        where, shape = place(name, leaf.shape), leaf.shape
+        if where is not None and where.rows is not None:
+            shape = (len(where.rows), *shape[1:])
+        sharding = where and where.sharding
+        assert sharding is None or isinstance(sharding, NamedSharding)
+        leaves.append(_normal(key, shape, leaf.dtype, sharding))
+    return jax.tree.unflatten(tree, leaves)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # one program for each shape
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    return 0.02 * jax.random.normal(key, shape, dtype)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one program for each shape
+def _normal(
+    key: jax.Array, shape: tuple[int, ...], dtype, where: NamedSharding | None
+) -> jax.Array:
+    own = shape if where is None else where.shard_shape(shape)
+
+    def normal(key: jax.Array) -> jax.Array:
+        return 0.02 * jax.random.normal(key, own, dtype)
+
+    return normal(key) if where is None else drawn_apart(normal, where)(key)

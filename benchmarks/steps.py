@@ -16,7 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from benchmarks.meshes import busiest_rows, drawn_apart, of_one
 from pallas_kernels import Implementation
 from polarjax import ModelConfig, Params, SelectionPolicy
 from polarjax.cache import KVCache
@@ -25,6 +28,7 @@ from polarjax.generation.loop import Drawn, State
 from polarjax.generation.requests import make_sampling
 from polarjax.generation.stats import kv_rows
 from polarjax.model.layer import Layer
+from polarjax.sharding import DP, TP, axis_size, local_config, mesh_of
 from polarjax.sparsity.cost import kv_row_bytes, step_weight_bytes
 
 STEPS = 16  # a chunk, as in generate
@@ -139,11 +143,12 @@ def make_chunk(
         make_sampling(params.config, batch, 0.0, 0, 1.0, 0),
         jnp.array([-1]),
     )
+    options["mesh"] = mesh_of(params.weights)
     return Chunk(loop.decode_chunk, (weights, policy), after, options)
 
 
 def make_state(params: Params, batch: int, context: int, alone: bool = False) -> Any:
-    """A cache full of noise, and what else a chunk goes on from.
+    """A cache full of noise, and what else a chunk goes on from, where the model is.
 
     Args:
       params: the model.
@@ -151,9 +156,10 @@ def make_state(params: Params, batch: int, context: int, alone: bool = False) ->
       context: positions of the cache.
       alone: whether the model is layers alone.
     """
-    config = params.config
+    config, mesh = params.config, mesh_of(params.weights)
     count = config.layers - 1 if alone else config.layers
-    shape = (config.kv_heads, context, config.head_dim)
+    groups = local_config(config, axis_size(mesh, TP)).kv_heads
+    shape, each = (groups, context, config.head_dim), batch // axis_size(mesh, DP)
 
     # One sequence after the other: drawing takes several times the bytes of what is
     # drawn, and beside a cache that fills the device there is no such room.
@@ -162,21 +168,27 @@ def make_state(params: Params, batch: int, context: int, alone: bool = False) ->
         def draw(key: jax.Array) -> jax.Array:
             return jax.random.normal(key, shape, params.dtype)
 
-        return jax.lax.map(draw, jax.random.split(key, batch))
+        return jax.lax.map(draw, jax.random.split(key, each))
 
+    rows = None
+    if mesh is not None:
+        noise = jax.jit(drawn_apart(noise, NamedSharding(mesh, loop.CACHE.keys)))
+        rows = NamedSharding(mesh, P(DP))
     keys = jax.random.split(jax.random.key(2), 2 * count)
     cache = KVCache(
         keys=tuple(map(noise, keys[::2])),
         values=tuple(map(noise, keys[1::2])),
-        lengths=jnp.zeros(batch, jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32, device=rows),
     )
     if alone:
         x = jax.random.normal(keys[0], (batch, config.dim), params.dtype)
         return Stream(cache, x)
     # Tokens that differ: equal ones would let every sequence choose the same heads.
     token = jax.random.randint(keys[0], (batch,), 0, config.vocab_size, jnp.int32)
-    live = jnp.ones(batch, bool)
-    return State(cache, token, live, jnp.full(batch, 10**8, jnp.int32))
+    token = token if rows is None else jax.device_put(token, rows)
+    live = jnp.ones(batch, bool, device=rows)
+    remaining = jnp.full(batch, 10**8, jnp.int32, device=rows)
+    return State(cache, token, live, remaining)
 
 
 def chunks_in(context: int) -> int:
@@ -187,7 +199,8 @@ def chunks_in(context: int) -> int:
 def rewind(state: Any, context: int) -> Any:
     """The state from which the chunks end with a full context."""
     begin = context - STEPS * chunks_in(context)
-    lengths = jnp.full(state.cache.lengths.shape, begin, jnp.int32)
+    old = state.cache.lengths
+    lengths = jnp.full(old.shape, begin, jnp.int32, device=old.sharding)
     cache = dataclasses.replace(state.cache, lengths=lengths)
     return dataclasses.replace(state, cache=cache)
 
@@ -227,6 +240,9 @@ def step_bytes(
 ) -> tuple[int, float]:
     """Bytes of weights, and of keys and values, that a step must read, the mean.
 
+    Of several devices the busiest, layer by layer; neurons that are chosen of all are
+    taken to lie evenly on them.
+
     Args:
       params: the model.
       weights: bound.
@@ -234,8 +250,12 @@ def step_bytes(
       drawn: what each chunk brought.
     """
     config = params.config
-    rows = sum(kv_rows(each, config)[0] for each in drawn) / STEPS / len(drawn)
-    kv = rows * kv_row_bytes(config, params.dtype)
+    rows = sum(
+        kv_rows(each, config)[0] if each.own is None else busiest_rows(each, config)
+        for each in drawn
+    )
+    kv = rows / STEPS / len(drawn) * kv_row_bytes(config, params.dtype)
+    weights, policy = of_one((weights, policy))
     return step_weight_bytes(weights, config, policy), kv
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
+from polarjax.generation.sampling import SAID_BYTES
 from polarjax.model import weight_shapes
 from polarjax.params import Params, Tree
 from polarjax.sharding import local_config
@@ -58,7 +59,8 @@ def device_cost(own: Params, kv_heads: int, batch: int, context: int) -> StepCos
     """Of a step on one device, by the groups that the whole model reads.
 
     Those that a sequence reads may all be one device's. On average over devices it is
-    the part that each has of a group, and no step is done before the slowest.
+    the part that each has of a group, and no step is done before the slowest. Where
+    selection is balanced it is each one's.
     """
     cost = step_cost(own, batch=batch, context=context)
     part = own.config.kv_heads / kv_heads
@@ -66,11 +68,17 @@ def device_cost(own: Params, kv_heads: int, batch: int, context: int) -> StepCos
     return dataclasses.replace(cost, kv_heads=kv_heads, group=group)
 
 
-def bound_bytes(params: Params) -> int:
-    """Of the QKV matrices that binding makes, beside the original ones."""
-    routed = range(1, params.config.layers)
-    neurons = [i for i in routed if "neurons" in params.routers[f"layers_{i}"]]
-    bound = jax.eval_shape(lambda p: append_rows(p, routed, neurons)[0], params)
+def bound_bytes(params: Params, heads: bool, neurons: bool) -> int:
+    """Of the QKV matrices that binding makes, beside the original ones.
+
+    Args:
+      params: of the device.
+      heads: whether layers from the second on choose heads.
+      neurons: whether they choose neurons.
+    """
+    routed = range(1, params.config.layers) if heads or neurons else ()
+    by = routed if heads else (), routed if neurons else ()
+    bound = jax.eval_shape(lambda p: append_rows(p, *by)[0], params)
     names = ("qkv", "qkv_bias")
     layers = (bound[f"layers_{i}"]["attention"] for i in routed)
     return sum(tree_bytes([layer[name] for name in names]) for layer in layers)
@@ -85,12 +93,13 @@ def step_sent_bytes(
     *,
     score_rows: Sequence[int],
     picks_neurons: Sequence[bool],
+    balanced: bool = False,
 ) -> int:
     """Bytes that each device sends in one decode step, in rings.
 
     Of n devices each sends 2 (n - 1) / n of what is summed over them, and (n - 1) / n
     of what is gathered. Only switches that add up themselves (NVLink SHARP) let it send
-    less: what is summed once.
+    less: what is summed once. With a top_k or top_p the logits come on top.
 
     Args:
       config: of the model.
@@ -100,17 +109,19 @@ def step_sent_bytes(
       dtype: of the weights.
       score_rows: per layer, rows that the policy appended to the QKV matrix.
       picks_neurons: per layer, whether the policy chooses neurons.
+      balanced: whether each device chooses among its own.
     """
     b, vocab = batch, config.vocab_size
     total = 2 * config.layers * _summed(_FLOAT32 * b * config.dim, tp)
     if local_config(config, tp).vocab_size != vocab:
         total += _summed(jnp.dtype(dtype).itemsize * b * config.embed_dim, tp)
-        total += _gathered(_FLOAT32 * b * vocab, tp)
+        total += _gathered(SAID_BYTES * b * tp, tp)
     for rows, picks in zip(score_rows, picks_neurons, strict=True):
         total += _gathered(_FLOAT32 * b * tp * -(-rows // tp), tp)
         if picks:  # what the whole batch has of each device's neurons, then of all
             total += _summed(Fraction(_FLOAT32 * config.neurons, tp), dp)
-            total += _gathered(_FLOAT32 * config.neurons, tp)
+            if not balanced:
+                total += _gathered(_FLOAT32 * config.neurons, tp)
     return round(total)
 
 

@@ -85,6 +85,14 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--tp", type=int, default=1, help="devices that share a model")
     add("--dp", type=int, default=1, help="copies of the model that share a batch")
     add(
+        "--balanced",
+        action="store_true",
+        help="each of --tp devices reads as many of its own KV groups and neurons, "
+        "rounded up, so that the floor is every device's; without it they read the "
+        "best of all, and the floor has them lie evenly, which the busiest device of a "
+        "real step cannot be below",
+    )
+    add(
         "--link-gb-s",
         type=float,
         help="GB per second that a device sends to the others (default: NVLink's, by "
@@ -109,6 +117,7 @@ def _plan(args: argparse.Namespace) -> None:
         memory_fraction=args.memory_fraction,
         tp=args.tp,
         dp=args.dp,
+        balanced=args.balanced,
         link_gb_s=getattr(args, "link_gb_s", None),
     )
     if args.json:
@@ -134,7 +143,12 @@ def _show(found: Plan) -> None:
             f"{found.tp * found.dp} devices, tp {found.tp} x dp {found.dp}{link}. All "
             "bytes are those of each device; what it sends in a step is that of rings. "
             "The floor is reading, then sending, without the microseconds that a "
-            "collective takes however small.",
+            "collective takes however small. "
+            + (
+                "Each device reads as many of its own groups and neurons."
+                if found.balanced
+                else "What is selected is taken to lie evenly on the devices."
+            ),
             markup=False,
             highlight=False,
         )

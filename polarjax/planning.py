@@ -33,7 +33,7 @@ from polarjax.sharding import check_tp
 from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.cost import StepCost, tree_bytes
 from polarjax.sparsity.routers import router_shapes
-from polarjax.sparsity.select import check_density, count
+from polarjax.sparsity.select import check_density, check_parts, count, in_parts
 
 # From NVIDIA's datasheets: bytes of memory, bytes per second that it is read at.
 GPUS = {
@@ -91,12 +91,14 @@ class Row:
     Attributes:
       batch: sequences, of all devices together.
       context: tokens of each, prompt and continuation.
-      density: fraction of the KV groups that are read from layer 1 on; 1 is dense.
+      density: fraction of the KV groups that are read from layer 1 on, a whole number
+        of them; 1 is dense.
       neuron_density: fraction of the MLP neurons; 1 is dense.
       memory_bytes: weights, routers, cache and working memory.
       fits: whether the device has them.
       step_bytes: that a decode step reads, all sequences at `context`. Of several
-        devices, on average, which the slowest cannot be below.
+        devices, on average: what the busiest reads, too, if the selection is balanced,
+        else the least that it can be.
       sent_bytes: that a decode step sends to other devices, see
         `polarjax.per_device`.
       read_ms: `step_bytes` over the bandwidth.
@@ -130,6 +132,7 @@ class Plan:
       device: the device, of which there are tp x dp.
       tp: devices that share a model.
       dp: copies of the model, which share a batch.
+      balanced: whether each device chooses among its own groups and neurons.
       usable_bytes: memory of a device that weights, cache and all else may fill.
       weight_bytes: of the weights that a device has.
       rows: every batch at every context and density.
@@ -140,6 +143,7 @@ class Plan:
     device: Memory
     tp: int
     dp: int
+    balanced: bool
     usable_bytes: float
     weight_bytes: int
     rows: tuple[Row, ...]
@@ -160,6 +164,7 @@ def plan(
     memory_fraction: float = MEMORY_FRACTION,
     tp: int = 1,
     dp: int = 1,
+    balanced: bool = False,
     link_gb_s: float | None = None,
 ) -> Plan:
     """Which batch x context fits into a device, and what speed its memory allows.
@@ -169,7 +174,8 @@ def plan(
     makes it, and an estimate, from above, of what prefill and sampling need meanwhile.
 
     Over several devices a plan is of one of them, as `polarjax.sharding` cuts the
-    model, with the selection of one device: head scores and neurons' are gathered.
+    model. What is selected of all is taken to lie evenly on the devices: how unevenly
+    it does, the weights decide, and `generate` says (`Stats.imbalance`).
 
     Args:
       config: of the model.
@@ -190,12 +196,15 @@ def plan(
       tp: devices that share a model.
       dp: copies of the model, which share a batch, each as large a part as the
         largest.
+      balanced: as `Polar(density, balanced=tp)`: each device reads as many of its own
+        groups and neurons, rounded up; else the best of all, whatever device has them.
       link_gb_s: GB per second that a device sends to the others; None for NVLink's
         datasheet value of a GPU that has it.
 
     Raises:
-      ValueError: if a number is out of range, if tp does not divide the model, or if
-        nothing is known of the device or of the link that it needs.
+      ValueError: if a number is out of range, if tp does not divide the model (or its
+        KV groups, where they are to be balanced), or if nothing is known of the
+        device or of the link that it needs.
     """
     if contexts is None:
         contexts = [s for s in CONTEXTS if s < config.context][:3]
@@ -215,6 +224,8 @@ def plan(
     check_fraction(memory_fraction)
     tp, dp = positive("tp", tp), positive("dp", dp)
     check_tp(tp, config)
+    parts = tp if balanced else 1
+    check_parts(config.kv_heads, parts)
     dtype = jnp.dtype(dtype)
     params = abstract_params(
         config, dtype, head_rank, neuron_rank if neuron_density < 1 else 0
@@ -226,16 +237,30 @@ def plan(
     own = of_device(params, tp)
     weights = tree_bytes(own.weights)
     # Routers lie whole on every device, but for the rows that neurons have in them.
-    sparse = weights + bound_bytes(own) + tree_bytes(params.routers)
+    routers = tree_bytes(params.routers)
     ups = (router.get("neurons", {}).get("up") for router in params.routers.values())
-    sparse -= (tp - 1) * tree_bytes(list(ups)) // tp
+    routers -= (tp - 1) * tree_bytes(list(ups)) // tp
+    k, f, layers = config.kv_heads, config.neurons, config.layers
+
+    def reads(density: float) -> tuple[int, int]:
+        """KV groups and neurons of a sparse layer."""
+        neurons = count(1.0 if density == 1 else neuron_density, f)
+        return in_parts(count(density, k), parts), in_parts(neurons, parts)
+
+    def held(density: float) -> int:
+        """Bytes of weights, bound ones too, and routers."""
+        groups, neurons = reads(density)
+        bound = bound_bytes(own, groups < k, neurons < f)
+        return weights + bound + (density < 1) * routers
+
+    held_bytes = {density: held(density) for density in densities}
 
     def needed(batch: int, context: int, density: float) -> int:
         # As `generate` rounds them.
         capacity, width = capacities(config, context)[1], bucket(context)
         part = -(-batch // dp)
         return (
-            (weights if density == 1 else sparse)
+            held_bytes[density]
             + cache_bytes(own.config, part, capacity, dtype)
             + prefill_bytes(
                 *(own.config, part, min(width, config.context), dtype),
@@ -245,23 +270,20 @@ def plan(
             + sampling_bytes(config, part)
         )
 
-    k, layers = config.kv_heads, config.layers
-
-    def step(cost: StepCost, part: int, density: float) -> tuple[float, int, int]:
-        """Fraction of the neurons; bytes read, and sent."""
-        groups = count(density, k)
-        kept = 1.0 if density == 1 else neuron_density
-        kept = count(kept, config.neurons) / config.neurons
-        picks = kept < 1
+    def step(cost: StepCost, part: int, density: float) -> tuple[int, int]:
+        """Bytes read, and sent."""
+        groups, neurons = reads(density)
+        picks = neurons < f
         added = (groups < k) * (k + head_rank) + picks * neuron_rank
         rest = layers - 1
         sent = step_sent_bytes(
             *(config, tp, dp, part, dtype),
             score_rows=(0, *(added,) * rest),
             picks_neurons=(False, *(picks,) * rest),
+            balanced=balanced,
         )
-        read = cost.bytes_read((k, *(groups,) * rest), (1.0, *(kept,) * rest))
-        return kept, read, sent
+        read = cost.bytes_read((k, *(groups,) * rest), (1.0, *(neurons / f,) * rest))
+        return read, sent
 
     def times(read: int, sent: int) -> tuple[float, float]:
         return read / memory.bandwidth * 1e3, _sent_ms(sent, memory)
@@ -271,17 +293,18 @@ def plan(
         for batch in batches:
             part = -(-batch // dp)
             cost = device_cost(own, k, part, context)
-            dense = sum(times(*step(cost, part, 1.0)[1:]))
+            dense = sum(times(*step(cost, part, 1.0)))
             for density in densities:
-                kept, read, sent = step(cost, part, density)
+                groups, neurons = reads(density)
+                read, sent = step(cost, part, density)
                 read_ms, sent_ms = times(read, sent)
                 need = needed(batch, context, density)
                 rows.append(
                     Row(
                         batch=batch,
                         context=context,
-                        density=density,
-                        neuron_density=kept,
+                        density=groups / k,
+                        neuron_density=neurons / f,
                         memory_bytes=need,
                         fits=need <= usable,
                         step_bytes=read,
@@ -298,6 +321,7 @@ def plan(
         device=memory,
         tp=tp,
         dp=dp,
+        balanced=balanced,
         usable_bytes=usable,
         weight_bytes=weights,
         rows=tuple(rows),

@@ -292,10 +292,15 @@ def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh) -> Tree:
         name = _name(path)
         if re.search(r"updates/attention/qkv(_bias)?/(b|delta)$", name):
             leaf = leaf[rows]
-        spec = PartitionSpec(TP) if name.endswith("neurons/up") else PartitionSpec()
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        return jax.device_put(leaf, router_sharding(name, mesh))
 
     return jax.tree_util.tree_map_with_path(place, routers)
+
+
+def router_sharding(path: str, mesh: Mesh) -> NamedSharding:
+    """How one array of `Params.routers` is cut, its path joined by "/"."""
+    spec = PartitionSpec(TP) if path.endswith("neurons/up") else PartitionSpec()
+    return NamedSharding(mesh, spec)
 
 
 def whole(params: Params) -> Params:

@@ -230,7 +230,7 @@ def test_lists_become_cases():
         *("opt-6.7b-b1-s512", "opt-6.7b-b16-s512"),
         *("opt-66b:8-b1-s512", "opt-66b:8-b16-s512"),
     ]
-    labels = [sparse.label for sparse in cases["opt-6.7b-b1-s512"].sparse]
+    labels = [sparse.label() for sparse in cases["opt-6.7b-b1-s512"].sparse]
     assert labels == ["heads 0.5", "heads 0.5, neurons 0.3"]
     arguments.check(cases)
     assert list(arguments.chosen_cases(options())) == list(shapes.CASES)

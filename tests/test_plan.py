@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import polarjax
@@ -137,10 +138,11 @@ def by_hand(config, tp, dp, batch, read, sent, **settings):
 def test_two_devices_have_half_each():
     # Norms alone are whole on both. A ring of two sends each byte that is summed once.
     m, layers, b, v = 4096, 32, 16, 32000
+    best = 16  # a token, its score and logit, and all logits' sum
     norms = 2 * (2 * layers + 1) * m
     weights = (2 * 6_738_415_616 - norms) // 2 + norms
     reductions = layers * 2 * 4 * b * m + 2 * b * m
-    gathered = 4 * b * v // 2
+    gathered = best * b
     dense = weights - v * m + b * 1024 * 2**18
     rows = 31 * 16 * 2 * (m + 1)
     bias = 31 * 2 * 3 * m // 2  # a policy gives the QKV matrix one
@@ -163,7 +165,7 @@ def test_fewer_groups_than_devices_lie_on_several():
     weights = 2 * (32 * layer + 2 * 8016 * m + m)
     cache = 32 * b * 1024 * 2 * 2 * 128
     dense = weights - 2 * 8016 * m + cache
-    sent = (32 * 2 * 4 * b * m + 2 * b * m) * 30 // 16 + 4 * b * 128256 * 15 // 16
+    sent = (32 * 2 * 4 * b * m + 2 * b * m) * 30 // 16 + 16 * b * 15
     # 8 + 64 rows of routers: 5 a device, 80 with those that fill up. The other half of
     # the head router's quadratic form is whole.
     added = 31 * 2 * (5 * (m + 1) + 4 * 128 + 8 * 64)
@@ -194,7 +196,7 @@ def test_devices_share_neurons_and_their_routers(vocabulary):
     # Rows of the head and the neuron router; the second matrices, cut by neurons alone.
     added = 31 * 2 * (560 * (m + 1) + 32 * 64 + f // 2 * 1024)
     sparse = dense + added - 31 * 2 * neurons // 2 - 31 * b * 1024 * 2**12
-    sent = 32 * 2 * 4 * b * m + cut * (2 * b * m + 4 * b * vocabulary // 2)
+    sent = 32 * 2 * 4 * b * m + cut * (2 * b * m + 16 * b)
     more = 31 * (4 * b * 1120 // 2 + 4 * f // 2 + 4 * f // 2)
     found = by_hand(
         *(config, 2, 2, 16, (dense, sparse), (sent, sent + more)), neuron_density=0.5
@@ -241,8 +243,10 @@ def sent_by(jaxpr, devices):
         (LLAMA, 8, 1, polarjax.Polar(0.5), (4, 0)),
         (dataclasses.replace(LLAMA, vocab_size=332), 4, 2, polarjax.Dense(), (0, 0)),
         (OPT_12, 4, 2, polarjax.Polar(0.5, 0.3), (5, 7)),
+        (LLAMA, 2, 2, polarjax.Polar(0.3, balanced=2), (4, 0)),
+        (OPT_12, 4, 2, polarjax.Polar(0.5, 0.28, balanced=4), (5, 7)),
     ],
-    ids=["fewer groups", "dense", "neurons"],
+    ids=["fewer groups", "dense", "neurons", "balanced", "balanced neurons"],
 )
 @pytest.mark.devices(8)
 def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks):
@@ -250,6 +254,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     params, mesh = shard(real(config, *ranks), make_mesh(tp, dp)), make_mesh(tp, dp)
     weights, bound = policy.bind(params, batch)
     neurons = getattr(policy, "neuron_density", None) or 1.0
+    balanced = getattr(policy, "balanced", 1) > 1
     found = polarjax.plan(
         config,
         "h200",
@@ -261,6 +266,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
         neuron_rank=ranks[1],
         tp=tp,
         dp=dp,
+        balanced=balanced,
     )
     [row] = found.rows
     assert found.weight_bytes == on_first_device(params.weights)
@@ -280,19 +286,29 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
 
     numbers = jnp.zeros(batch, jnp.int32)
     live = numbers == 0
-    traced = loop.decode_chunk.trace(
+    cache = dataclasses.replace(cache, lengths=numbers + context - 1)
+    args = (
         weights,
         bound,
-        loop.State(cache, numbers, live, numbers + 9),
+        loop.State(cache, numbers + 0, live | live, numbers + 9),  # donated
         live,
         Sampling(numbers, numbers, numbers, numbers, greedy=True, filtered=False),
         jnp.array([-1]),
-        config=config,
-        steps=3,
-        implementation="xla",
-        mesh=mesh,
     )
+    settings = {"steps": 1, "config": config, "implementation": "xla", "mesh": mesh}
+    traced = loop.decode_chunk.trace(*args, **settings)
     assert sent_by(traced.jaxpr, mesh.shape) == row.sent_bytes > 0
+
+    # A bias that two kinds of rows share is counted for both.
+    _, drawn = loop.decode_chunk(*args, **settings)
+    # Of each device, over layers and requests.
+    groups = np.asarray(drawn.own, np.int64).sum(axis=(0, 1))
+    own = jax.tree.map(lambda x: x.addressable_shards[0].data, (weights, bound))
+    read = step_weight_bytes(own[0], config, own[1])
+    read += groups.mean() * context * kv_row_bytes(config, jnp.bfloat16)
+    assert row.step_bytes == pytest.approx(read, rel=1e-2 if neurons < 1 else 1e-9)
+    assert not balanced or groups.min() == groups.max()
+    assert row.density == (drawn.reads[0, 1] / config.kv_heads).min()
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
@@ -362,6 +378,7 @@ def test_contexts_go_as_far_as_the_model():
         ({"dp": 1.5}, "dp must be a positive integer"),
         ({"tp": 3}, r"tp 3 does not divide the model's 8 query heads: .* 1, 2, 4 or 8"),
         ({"tp": 2, "device": "l4"}, "how fast l4 sends .*--link-gb-s"),
+        ({"tp": 8, "balanced": True}, "4 KV groups do not divide into 8 equal parts"),
         ({"tp": 2, "link_gb_s": 0}, "link_gb_s must be GB per second above 0"),
     ],
 )
@@ -407,6 +424,8 @@ def test_the_command_needs_no_weights(sources, capsys, monkeypatch):
     assert f"{rows[-1]['tokens_per_second']:,.0f}" in shown
     assert "sent" not in shown
     options += "--tp 2 --dp 2 --link-gb-s 0.5".split()
+    assert cli.main(["plan", str(sources[0]), *options, "--balanced"]) == 0
+    assert "as many of its own groups" in capsys.readouterr().out.replace("\n", " ")
     assert cli.main(["plan", str(sources[0]), *options, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     row = record["rows"][-1]
@@ -415,6 +434,7 @@ def test_the_command_needs_no_weights(sources, capsys, monkeypatch):
     assert cli.main(["plan", str(sources[0]), *options]) == 0
     shown = capsys.readouterr().out
     assert "4 devices, tp 2 x dp 2, which send 0.5 GB/s" in shown and "sent" in shown
+    assert "taken to lie evenly" in shown.replace("\n", " ")
     for number in (row["sent_bytes"] / 1e6, row["read_ms"], row["step_ms"]):
         assert f"{number:.3f}"[:4] in shown
 

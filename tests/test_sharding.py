@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 
 import polarjax
@@ -16,12 +17,14 @@ from polarjax.evaluation.recall import router_recall
 from polarjax.evaluation.scoring import Scorer
 from polarjax.generation import loop
 from polarjax.generation.requests import make_sampling
-from polarjax.model.share import place
+from polarjax.generation.sampling import sample
+from polarjax.model.share import Share, place
 from polarjax.sharding import (
     default_mesh,
     make_data_mesh,
     make_mesh,
     mesh_of,
+    over_mesh,
     shard,
     shard_groups,
     whole,
@@ -169,15 +172,42 @@ def test_kernels_run_on_each_device():
     assert found.tokens == want.tokens
 
 
-def test_draws_and_norms_do_not_depend_on_the_mesh():
+@pytest.mark.parametrize(
+    ("policy", "top_p"),
+    [(polarjax.Oracle(0.5), 0.8), (polarjax.Random(0.5), 1.0), (polarjax.Dense(), 0.8)],
+)
+def test_draws_and_norms_do_not_depend_on_the_mesh(policy, top_p):
     params = make("gqa", qk_norm=True)
-    for policy in (polarjax.Oracle(0.5), polarjax.Random(0.5), polarjax.Dense()):
-        settings = {"max_new_tokens": 6, "temperature": 0.9, "top_p": 0.8}
-        one, many = (
-            polarjax.generate(p, PROMPTS, policy=policy, seed=3, **settings)
-            for p in (params, shard(params, make_mesh(8)))
-        )
-        assert one.tokens == many.tokens
+    settings = {"max_new_tokens": 6, "temperature": [0.9, 0, 2.0], "top_p": top_p}
+    one, many = (
+        polarjax.generate(p, PROMPTS, policy=policy, seed=3, **settings)
+        for p in (params, shard(params, make_mesh(8)))
+    )
+    assert one.tokens == many.tokens
+    for a, b in zip(one.logprobs, many.logprobs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_best_of_all_devices_is_the_best(temperature):
+    """Of equal ones the first, and the first NaN, as on one device."""
+    mesh, config = make_mesh(4, 2), MODELS["gqa"]
+    rows, v = 64, config.vocab_size
+    logits = np.random.default_rng(0).integers(0, 9, (rows, v)).astype(np.float32)
+    logits[-1, 200:], logits[-2] = np.nan, -1e30
+    logits[-3] = -np.arange(v)
+    sampling = make_sampling(config, rows, temperature, 0, 1.0, 0)
+    position = np.arange(rows, dtype=np.int32)
+    token, logprob = sample(logits, sampling, position)
+    share = Share.of(config, 4, 2)
+    where = P("dp", "tp"), P("dp"), P("dp")
+    found, found_logprob = over_mesh(
+        lambda *args: sample(*args, share), mesh, where, P("dp")
+    )(logits, sampling, position)
+    np.testing.assert_array_equal(found, token)
+    np.testing.assert_allclose(found_logprob, logprob, rtol=1e-5)
+    assert token[-1] == 200 and np.isnan(found_logprob[-1])
+    assert len(np.unique(token[:-3])) > 9 or not temperature
 
 
 def test_heads_of_a_group_may_lie_on_several_devices():
@@ -198,8 +228,10 @@ def test_heads_of_a_group_may_lie_on_several_devices():
         assert one.tokens == many.tokens and one.stats.density == many.stats.density
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_the_step_says_to_other_devices_what_it_must(sparse):
+@pytest.mark.parametrize(
+    ("sparse", "temperature", "top_p"), [(False, 0, 1), (True, 1, 1), (False, 1, 0.5)]
+)
+def test_the_step_says_to_other_devices_what_it_must(sparse, temperature, top_p):
     params = shard(make("opt", layers=3), make_mesh(4))
     policy = Polar(0.5, 0.4) if sparse else polarjax.Dense()
     weights, bound = policy.bind(params, 2)
@@ -209,7 +241,7 @@ def test_the_step_says_to_other_devices_what_it_must(sparse):
     state = loop.State(
         cache, jnp.zeros(2, jnp.int32), jnp.ones(2, bool), jnp.ones(2, jnp.int32)
     )
-    sampling = make_sampling(config, 2, 0.0, 0, 1.0, 0)
+    sampling = make_sampling(config, 2, temperature, 0, top_p, 0)
     text = (
         loop.decode_chunk.lower(
             *(weights, bound, state, jnp.ones(2, bool), sampling, jnp.array([-1])),
@@ -222,10 +254,13 @@ def test_the_step_says_to_other_devices_what_it_must(sparse):
         len(re.findall(rf"= \S+ {name}(?:-start)?\(", text))
         for name in ("all-reduce", "all-gather")
     )
-    # Two a layer and the embedding; the logits, and of two sparse layers what the
-    # routers' rows yield and what neurons are needed.
+    # Two a layer and the embedding; each device's best token, and of two sparse layers
+    # what the routers' rows yield and what neurons are needed.
     assert reduced == 2 * 3 + 1
     assert gathered == 1 + (2 * 2 if sparse else 0)
+    # Logits of all the vocabulary are needed where a draw is from a part of it.
+    everything = re.findall(rf"= f32\[2,{config.vocab_size}\]\S* all-gather", text)
+    assert len(everything) == (top_p < 1)
     assert not re.search(r"= \S+ (all-to-all|collective-permute)\(", text)
 
 

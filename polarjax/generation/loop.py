@@ -85,8 +85,9 @@ def _advance(
     remaining: jax.Array,
     sampling: Sampling,
     stop_ids: jax.Array,
+    share: Share | None = None,
 ) -> tuple[State, jax.Array, jax.Array]:
-    token, logprob = sample(logits, sampling, cache.lengths)
+    token, logprob = sample(logits, sampling, cache.lengths, share)
     stops = (token[:, None] == stop_ids[None, :]).any(axis=1)
     # The best of NaN logits is token 0: no stop token, but an error for the host.
     stops &= ~jnp.isnan(logprob)
@@ -297,6 +298,7 @@ def decode_chunk(
       The new state, and what was drawn, each leaf with a leading axis of `steps`.
     """
     model = _decoder(config, weights, policy.score_rows, implementation, mesh)
+    cut = model.share if model.share and model.share.cuts_vocabulary else None
 
     def follow(weights, policy, state, go_on, sampling, stop_ids):
         def step(state: State, _) -> tuple[State, Drawn]:
@@ -309,7 +311,7 @@ def decode_chunk(
             )
             visible = jnp.where(live, cache.lengths, 0)
             after, logprob, valid = _advance(
-                logits, cache, live, state.remaining, sampling, stop_ids
+                logits, cache, live, state.remaining, sampling, stop_ids, cut
             )
             own = None if mesh is None else _own_reads(shares["shares"])
             return after, Drawn(after.token, logprob, valid, reads, visible, own)

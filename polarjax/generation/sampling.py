@@ -6,6 +6,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from polarjax.model.share import Share, gather, place
+
+# What a device says to the others of each request's best token of its own.
+SAID_BYTES = 4 * 4
 
 
 @jax.tree_util.register_dataclass
@@ -19,7 +25,8 @@ class Sampling:
       top_p: float32[b], probability mass to keep, in (0, 1].
       seed: uint32[b].
       greedy: whether every request is greedy: the step then only takes the maximum.
-      filtered: whether any request uses top_k or top_p: only then it sorts.
+      filtered: whether any request uses top_k or top_p: only then it sorts, and
+        devices that share a vocabulary send each other their logits.
     """
 
     temperature: jax.Array
@@ -31,7 +38,10 @@ class Sampling:
 
 
 def sample(
-    logits: jax.Array, sampling: Sampling, position: jax.Array
+    logits: jax.Array,
+    sampling: Sampling,
+    position: jax.Array,
+    share: Share | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw one token per request.
 
@@ -43,21 +53,56 @@ def sample(
       logits: float32[b, v].
       sampling: settings.
       position: int32[b], tokens before the drawn one.
+      share: of one device of several whose logits are of its part of the vocabulary;
+        None where they are of all of it.
 
     Returns:
       Tokens int32[b], and their log-probabilities under the model itself (temperature
       1, no filter), float32[b].
     """
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    token = best
+    if sampling.filtered:  # what passes is known of all logits alone
+        logits, share = gather(logits, share), None
+    scores = logits
     if not sampling.greedy:
-        drawn = _draw(logits, sampling, position)
-        token = jnp.where(sampling.temperature > 0, drawn, best)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+        drawn = _scores(logits, sampling, position, share)
+        scores = jnp.where(sampling.temperature[:, None] > 0, drawn, logits)
+    token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    best, chosen = (
+        jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0] for x in (scores, logits)
+    )
+    mass = jax.nn.logsumexp(logits, axis=-1)
+    if share is not None:
+        token += place(share) * logits.shape[-1]
+        token, chosen, mass = _best_of_all(token, best, chosen, mass, share)
+    return token, chosen - mass
 
 
-def _draw(logits: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Array:
+def _best_of_all(
+    token: jax.Array,
+    best: jax.Array,
+    chosen: jax.Array,
+    mass: jax.Array,
+    share: Share,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The token of the best score, its logit, and log-sum-exp, from each device's.
+
+    Of equal scores, and of NaN, the first is the best, as on one device.
+    """
+    bits = (lax.bitcast_convert_type(x, jnp.int32) for x in (best, chosen, mass))
+    said = gather(jnp.stack([token, *bits], axis=-1), share)  # one collective for all
+    token, *bits = jnp.moveaxis(said.reshape(len(token), share.tp, -1), -1, 0)
+    best, chosen, mass = (lax.bitcast_convert_type(x, jnp.float32) for x in bits)
+    winner = jnp.argmax(best, axis=-1)[:, None]
+    token, chosen = (
+        jnp.take_along_axis(x, winner, axis=-1)[:, 0] for x in (token, chosen)
+    )
+    return token, chosen, jax.nn.logsumexp(mass, axis=-1)
+
+
+def _scores(
+    logits: jax.Array, sampling: Sampling, position: jax.Array, share: Share | None
+) -> jax.Array:
+    """What is largest for the token that is drawn, [b, v]."""
     warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
     scaled = logits / warm[:, None]
     if sampling.filtered:
@@ -75,9 +120,9 @@ def _draw(logits: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Arr
         scaled = jnp.take_along_axis(kept, inverse, axis=-1)
 
     def noise(seed: jax.Array, at: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), at)
-        return jax.random.gumbel(key, scaled.shape[-1:])
+        key, own = jax.random.fold_in(jax.random.key(seed), at), scaled.shape[-1]
+        # That of the whole vocabulary, so that a draw does not depend on the mesh.
+        whole = jax.random.gumbel(key, (own * (share.tp if share else 1),))
+        return whole.reshape(-1, own)[place(share)]
 
-    return jnp.argmax(
-        scaled + jax.vmap(noise)(sampling.seed, position), axis=-1
-    ).astype(jnp.int32)
+    return scaled + jax.vmap(noise)(sampling.seed, position)

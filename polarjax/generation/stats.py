@@ -132,6 +132,21 @@ def _repeat_rate(one: Any, values: jax.Array, repeats: int) -> float:
     return repeats * values.nbytes / min(times)
 
 
+def seen_tokens(drawn: Drawn, config: ModelConfig) -> np.ndarray:
+    """Tokens of each request that a layer's attention sees, int64[steps, layers, b]."""
+    windows = [config.window(i) or config.context for i in range(config.layers)]
+    visible = np.asarray(drawn.visible, np.int64)[..., None, :]  # [steps, 1, b]
+    return np.minimum(visible, np.array(windows)[:, None])
+
+
+def imbalance(chunks: Sequence[Drawn]) -> float:
+    """See `Stats`, of what chunks of steps brought."""
+    own = [np.asarray(drawn.own, np.int64) for drawn in chunks if drawn.own is not None]
+    busiest = sum(each.max(axis=3).sum() for each in own)  # of [steps, layers, dp, tp]
+    mean = sum(each.mean(axis=3).sum() for each in own)
+    return float(busiest / mean) if mean else 1.0
+
+
 def kv_rows(drawn: Drawn, config: ModelConfig) -> tuple[int, int]:
     """Keys (and as many values) that a chunk of decode steps had to read.
 
@@ -143,9 +158,7 @@ def kv_rows(drawn: Drawn, config: ModelConfig) -> tuple[int, int]:
       Over steps, layers, groups and requests: those read, and what they would have
       been with every group.
     """
-    windows = [config.window(i) or config.context for i in range(config.layers)]
-    visible = np.asarray(drawn.visible, np.int64)[..., None, :]  # [steps, 1, b]
-    seen = np.minimum(visible, np.array(windows)[:, None])
+    seen = seen_tokens(drawn, config)
     read = (np.asarray(drawn.reads) * seen).sum()
     return int(read), int(config.kv_heads * seen.sum())
 
@@ -177,15 +190,10 @@ def make_stats(
     """
     config = params.config
     reads = np.zeros(config.layers, np.int64)
-    busiest, mean = 0.0, 0.0
     live_steps, kv_read, kv_whole, decoded = 0, 0.0, 0.0, 0
     for drawn in chunks:
         by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
         reads += by_layer.sum(axis=(0, 2))
-        if drawn.own is not None:
-            own = np.asarray(drawn.own, np.int64)  # [steps, layers, dp, tp]
-            busiest += own.max(axis=3).sum()
-            mean += own.mean(axis=3).sum()
         # Layer 0 is always dense: it counts the steps.
         live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
         read, whole = kv_rows(drawn, config)
@@ -201,14 +209,13 @@ def make_stats(
     mesh = mesh_of(params.weights)
     weight_bytes *= axis_size(mesh, DP)
     neuron_density = neuron_densities(config, policy)
-    notes = list(notes)
-    imbalance = float(busiest / mean) if mean else 1.0
+    notes, uneven = list(notes), imbalance(chunks)
     if mesh is not None:
         notes.append(
             f"tp {mesh.shape[TP]} x dp {mesh.shape[DP]} = {len(devices)} devices: "
             "bytes and bandwidth are theirs together, the floor is without what they "
             "say to each other; in a layer the busiest of those that share the model "
-            f"reads {imbalance:.2f} times the mean of their KV groups"
+            f"reads {uneven:.2f} times the mean of their KV groups"
         )
     if policy.wants_norms:
         notes.append(
@@ -239,5 +246,5 @@ def make_stats(
         bandwidth=bandwidth,
         floor_seconds=(steps * weight_bytes + kv_read * row_bytes) / bandwidth,
         notes=tuple(notes),
-        imbalance=imbalance,
+        imbalance=uneven,
     )

@@ -65,23 +65,19 @@ class Embed(nn.Module):
         return x
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Final hidden states [..., m] to float32[..., v]."""
+        """Final hidden states [..., m] to float32[..., v of the device]."""
         if self.config.embed_dim != self.config.dim:
             x = linear(x, self.project_out).astype(x.dtype)
-        logits = linear(x, self.tokens if self.config.tied_embeddings else self.head)
-        return gather(logits, self.share) if self._is_cut() else logits
+        return linear(x, self.tokens if self.config.tied_embeddings else self.head)
 
     def _look_up(self, tokens: jax.Array) -> jax.Array:
-        if not self._is_cut():
+        if not (self.share and self.share.cuts_vocabulary):
             return jnp.take(self.tokens, tokens, axis=0)
         # Each device has some rows; the sum has one term that is not zero.
         own = tokens - place(self.share) * self.config.vocab_size
         mine = (own >= 0) & (own < self.config.vocab_size)
         x = jnp.take(self.tokens, own, axis=0, mode="clip")
         return add_up(jnp.where(mine[..., None], x, 0), self.share)
-
-    def _is_cut(self) -> bool:
-        return bool(self.share and self.share.cuts_vocabulary)
 
 
 class Decoder(nn.Module):
@@ -257,6 +253,12 @@ class Decoder(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The last layer's output [..., m] to float32[..., v]."""
+        own = self.own_logits(x)
+        cut = self.share and self.share.cuts_vocabulary
+        return gather(own, self.share) if cut else own
+
+    def own_logits(self, x: jax.Array) -> jax.Array:
+        """Those of the device's part of the vocabulary, as `Share` has it."""
         return self.embed.logits(self.final_norm(x) if self.config.final_norm else x)
 
     def decode(
@@ -276,7 +278,8 @@ class Decoder(nn.Module):
             stays as it is and their logits mean nothing.
 
         Returns:
-          Logits float32[b, v]; the cache; int32[layers, b], KV groups read.
+          Logits float32[b, v], of a share its `own_logits`; the cache;
+          int32[layers, b], KV groups read.
         """
         if live is None:
             live = jnp.ones(token.shape, bool)
@@ -292,7 +295,7 @@ class Decoder(nn.Module):
         lengths = cache.lengths + live.astype(jnp.int32)
         if parts is not None:
             x = x + parts.sum(axis=0).astype(x.dtype)
-        logits = self.logits(x)
+        logits = self.own_logits(x)
         return logits, KVCache(tuple(keys), tuple(values), lengths), jnp.stack(reads)
 
 

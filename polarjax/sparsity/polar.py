@@ -20,6 +20,7 @@ from polarjax.sparsity.select import (
     adaptive_budget,
     check_density,
     count,
+    in_parts,
     static_density,
 )
 from polarjax.sparsity.select import head_budget as make_budget
@@ -99,7 +100,7 @@ class Polar:
         if self.density is not None:
             all_heads = np.asarray(budget.counts) == config.kv_heads
             wants_dense = all_heads.all(axis=0).any()
-        counts = (-(-n // parts) * parts for n in self._neuron_counts(config, batch))
+        counts = (in_parts(n, parts) for n in self._neuron_counts(config, batch))
         neuron_budget = tuple(
             0 if n == config.neurons or wants_dense else n for n in counts
         )

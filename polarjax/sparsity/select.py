@@ -92,6 +92,21 @@ def count(density: float, total: int) -> int:
     return max(1, math.floor(density * total + 1e-4))
 
 
+def in_parts(n: Any, parts: int) -> Any:
+    """The least number not below n of which equal parts have as many each."""
+    return -(-n // parts) * parts
+
+
+def check_parts(kv_heads: int, parts: int) -> None:
+    """Raise unless KV groups stand in equal parts.
+
+    Raises:
+      ValueError: naming both numbers.
+    """
+    if parts < 1 or kv_heads % parts:
+        raise ValueError(f"{kv_heads} KV groups do not divide into {parts} equal parts")
+
+
 def check_density(density: Any) -> float:
     """Raise unless a density is a number in (0, 1].
 
@@ -125,8 +140,7 @@ def head_budget(
         the groups do not divide into parts.
     """
     k = config.kv_heads
-    if parts < 1 or k % parts:
-        raise ValueError(f"{k} KV groups do not divide into {parts} equal parts")
+    check_parts(k, parts)
     if density is None:
         if not config.budgets:
             raise ValueError(
@@ -146,7 +160,7 @@ def head_budget(
             raise ValueError(f"{len(densities)} densities for {batch} prompts")
         counts = [count(check_density(d), k) for d in densities]
         table = np.array([[k] * batch, *[counts] * (config.layers - 1)], np.int32)
-    table = (-(-table // parts) * parts).astype(np.int32)
+    table = in_parts(table, parts).astype(np.int32)
     limits = tuple(None if row.min() == k else int(row.max()) for row in table)
     with jax.ensure_compile_time_eval():  # known, also where training binds in a jit
         return HeadBudget(tuple(map(jnp.asarray, table)), limits, parts=parts)
