@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
 import polarjax
 from benchmarks import kernels, plots, profiling, steps
@@ -46,7 +45,6 @@ from benchmarks.rows import (
     one_device_ms,
     prefill_row,
     profile_row,
-    shown_case,
     transformers_row,
 )
 from benchmarks.rows import read as read_rows
@@ -57,6 +55,7 @@ from benchmarks.shapes import (
     random_params,
     random_routers,
 )
+from benchmarks.table import table
 from polarjax.generation.crossover import bind_where_it_pays
 from polarjax.generation.stats import imbalance, read_bandwidth
 from polarjax.model import weight_shapes
@@ -357,35 +356,6 @@ def default_path(head: dict[str, Any]) -> Path:
         return Path(f"{head['date']}-{slug}-bench.json")
     file = f"{head['date']}-{slug}-{head['commit']}-bench.json"
     return REPOSITORY / "benchmarks" / "results" / file
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """What was timed, with what issue 7 wants of it."""
-    made = Table(box=None)
-    for column in ("model, batch, context", "policy"):
-        made.add_column(column)
-    several = any("sent_ms" in row for row in rows)
-    columns = "ms", "tokens/s", "floor ms", "floor / time", "wanted", "x dense"
-    for column in (*columns, *(("x one device", "wanted") if several else ())):
-        made.add_column(column, justify="right")
-    for row in rows:
-        if row["kind"] not in ("decode", "transformers"):
-            continue
-        case = shown_case(row)
-        kind = "transformers, " if row["kind"] == "transformers" else ""
-        if row["ms"] is None:
-            made.add_row(case, kind + row["policy"], row["error"])
-            continue
-        wanted, over = row.get("wanted_floor_fraction"), row.get("over_dense")
-        one = (row.get("over_one_device"), row.get("wanted_over_one_device"))
-        made.add_row(
-            *(case, kind + row["policy"], f"{row['ms']:.3f}"),
-            *(f"{row['tokens_per_second']:,.0f}", f"{row['floor_ms']:.3f}"),
-            *(f"{row['floor_fraction']:.3f}", f"{wanted:.2f}" if wanted else ""),
-            f"{over:.2f}" if over else "",
-            *((f"{x:.2f}" if x else "" for x in one) if several else ()),
-        )
-    return made
 
 
 def main(argv: list[str] | None = None) -> int:

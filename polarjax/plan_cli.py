@@ -13,8 +13,9 @@ from rich.table import Table
 
 from convert.describe import read_config
 from polarjax.console import fraction
+from polarjax.devices import GPUS, LINKS
 from polarjax.generation.memory import MEMORY_FRACTION
-from polarjax.planning import BATCHES, DENSITIES, GPUS, LINKS, Plan, plan
+from polarjax.planning import BATCHES, DENSITIES, Plan, plan
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:

@@ -7,7 +7,6 @@ and the speed is the floor, those bytes over the bandwidth of the device's memor
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
+from polarjax.devices import Memory, check_link, known_gpu, live, sending_ms
 from polarjax.generation.memory import (
     MEMORY_FRACTION,
     cache_bytes,
@@ -25,7 +25,6 @@ from polarjax.generation.memory import (
     sampling_bytes,
 )
 from polarjax.generation.requests import bucket, positive
-from polarjax.generation.stats import read_bandwidth
 from polarjax.model import BLOCK_TOKENS, weight_shapes
 from polarjax.params import Params
 from polarjax.per_device import bound_bytes, device_cost, of_device, step_sent_bytes
@@ -35,53 +34,10 @@ from polarjax.sparsity.cost import StepCost, tree_bytes
 from polarjax.sparsity.routers import router_shapes
 from polarjax.sparsity.select import check_density, check_parts, count, in_parts
 
-# From NVIDIA's datasheets: bytes of memory, bytes per second that it is read at.
-GPUS = {
-    "a100-40gb": (40e9, 1.555e12),
-    "a100-80gb": (80e9, 2.039e12),
-    "h100": (80e9, 3.35e12),
-    "h100-pcie": (80e9, 2.0e12),
-    "h200": (141e9, 4.8e12),
-    "l4": (24e9, 300e9),
-    "l40s": (48e9, 864e9),
-    "rtx-3090": (24e9, 936e9),
-    "rtx-4090": (24e9, 1008e9),
-}
-# Bytes per second that one of them sends over NVLink, by the datasheets of the SXM
-# modules: half of what is said of both directions. As named there, and by JAX.
-LINKS = {
-    "a100-40gb": 300e9,
-    "a100-80gb": 300e9,
-    "h100": 450e9,
-    "h200": 450e9,
-    "NVIDIA H100 80GB HBM3": 450e9,
-    "NVIDIA H200": 450e9,
-}
 BATCHES = (1, 4, 16, 64, 256)
 CONTEXTS = (2048, 8192, 32768)
 DENSITIES = (1.0, 0.5)
 _MOST = 2**20  # of a batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """A device, as far as a plan knows it.
-
-    Attributes:
-      name: of the device.
-      limit: bytes that XLA may take.
-      bandwidth: bytes per second that its memory is read at.
-      source: where these numbers come from.
-      platform: "gpu", "cpu", ...
-      link: bytes per second that it sends to others of its kind; None if unknown.
-    """
-
-    name: str
-    limit: float
-    bandwidth: float
-    source: str
-    platform: str
-    link: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +186,9 @@ def plan(
     params = abstract_params(
         config, dtype, head_rank, neuron_rank if neuron_density < 1 else 0
     )
-    memory = known_gpu(device) if isinstance(device, str) else _live(device)
+    memory = known_gpu(device) if isinstance(device, str) else live(device)
     if link_gb_s is not None:
-        memory = dataclasses.replace(memory, link=_check_link(link_gb_s) * 1e9)
+        memory = dataclasses.replace(memory, link=check_link(link_gb_s) * 1e9)
     usable = memory.limit * memory_fraction
     own = of_device(params, tp)
     weights = tree_bytes(own.weights)
@@ -286,7 +242,7 @@ def plan(
         return read, sent
 
     def times(read: int, sent: int) -> tuple[float, float]:
-        return read / memory.bandwidth * 1e3, _sent_ms(sent, memory)
+        return read / memory.bandwidth * 1e3, sending_ms(sent, memory)
 
     rows = []
     for context in contexts:
@@ -330,75 +286,6 @@ def plan(
             for s in contexts
         },
     )
-
-
-def known_gpu(name: str) -> Memory:
-    """A GPU that is not at hand, by its name.
-
-    Raises:
-      ValueError: if it is not in the table.
-    """
-    if name.lower() not in GPUS:
-        raise ValueError(
-            f"device {name!r} is not known: there are {', '.join(GPUS)}; or leave it "
-            "out for the device that is here"
-        )
-    total, bandwidth = GPUS[name.lower()]
-    share = _xla_share()
-    return Memory(
-        name=name.lower(),
-        limit=total * share,
-        bandwidth=bandwidth,
-        source=f"datasheet values, not measured; XLA takes {share:g} of the memory "
-        "(XLA_PYTHON_CLIENT_MEM_FRACTION)",
-        platform="gpu",
-        link=LINKS.get(name.lower()),
-    )
-
-
-def _live(device: Any) -> Memory:
-    device = jax.devices()[0] if device is None else device
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        limit, source = stats["bytes_limit"], "memory as the device says"
-    elif device.platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        source = "memory of this machine"
-    else:
-        raise ValueError(
-            f"{device.device_kind} does not say how much memory it has; name a GPU: "
-            f"{', '.join(GPUS)}"
-        )
-    return Memory(
-        name=device.device_kind,
-        limit=limit,
-        bandwidth=read_bandwidth(device),
-        source=f"{source}, bandwidth measured",
-        platform=device.platform,
-        link=LINKS.get(device.device_kind),
-    )
-
-
-def _check_link(link_gb_s: Any) -> float:
-    number = isinstance(link_gb_s, int | float) and not isinstance(link_gb_s, bool)
-    if not number or not 0 < link_gb_s < float("inf"):
-        raise ValueError(f"link_gb_s must be GB per second above 0, got {link_gb_s!r}")
-    return float(link_gb_s)
-
-
-def _sent_ms(sent: int, memory: Memory) -> float:
-    if not sent:
-        return 0.0
-    if memory.link is None:
-        raise ValueError(
-            f"how fast {memory.name} sends to others of its kind is not known: pass "
-            "link_gb_s, --link-gb-s, the GB per second that one device sends"
-        )
-    return sent / memory.link * 1e3
-
-
-def _xla_share() -> float:
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
 
 
 def abstract_params(

@@ -101,6 +101,7 @@ FLOORS = {
         polarjax.generation.api
         polarjax.generation
         polarjax.per_device
+        polarjax.devices
         polarjax.planning
     """,
     4: """

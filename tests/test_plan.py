@@ -10,7 +10,7 @@ import pytest
 
 import polarjax
 from benchmarks.shapes import MODELS
-from polarjax import cli, planning
+from polarjax import cli, devices
 from polarjax.generation import loop
 from polarjax.generation.memory import (
     cache_bytes,
@@ -344,7 +344,7 @@ class Device:
 
 
 def test_a_live_device_is_asked_and_measured(monkeypatch):
-    monkeypatch.setattr(planning, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(devices, "read_bandwidth", lambda device: 1e9)
     live = Device({"bytes_limit": 10**6, "bytes_in_use": 5})
     found = polarjax.plan(LLAMA, live, batches=[1, 10**4], contexts=[32])
     assert found.usable_bytes == 0.95e6 and found.device.bandwidth == 1e9
