@@ -18,7 +18,7 @@ from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.generation.blocks import plan_blocks
 from polarjax.generation.sampling import Sampling, sample
-from polarjax.model import BLOCK_TOKENS, Decoder, Share, run
+from polarjax.model import BLOCK_TOKENS, make_decoder, run
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
 from polarjax.sharding import (
@@ -33,8 +33,8 @@ from polarjax.sharding import (
 
 # How a cache on a mesh is cut: batch, and KV groups.
 _GROUPS: Any = P(DP, TP)
-_ROWS: Any = P(DP)
-CACHE: Any = KVCache(_GROUPS, _GROUPS, _ROWS)
+ROWS: Any = P(DP)
+CACHE: Any = KVCache(_GROUPS, _GROUPS, ROWS)
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +133,7 @@ def prefill(
     Returns:
       The cache and the logits, the rows filled in.
     """
-    model = _decoder(config, weights, (), implementation, mesh)
+    model = make_decoder(config, _dtype(weights), (), implementation, mesh)
 
     def read(weights: Tree, tokens, lengths, rows, cache: KVCache, logits):
         last, cache = run(model, weights, "read", tokens, lengths, rows, cache, most)
@@ -141,11 +141,9 @@ def prefill(
         return cache, logits.at[rows].set(last, **put)
 
     args = weights, tokens, lengths, rows, cache, logits
-    if mesh is None:
-        return read(*args)
-    each = _ROWS, _ROWS, _ROWS, CACHE, _ROWS
+    each = ROWS, ROWS, ROWS, CACHE, ROWS
     specs = weight_specs(weights, mesh), *each
-    return over_mesh(read, mesh, specs, (CACHE, _ROWS))(*args)
+    return over_mesh(read, mesh, specs, (CACHE, ROWS))(*args)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -253,7 +251,9 @@ def empty_cache(
     groups = tp * local_config(config, tp).kv_heads
     config = dataclasses.replace(config, heads=groups, kv_heads=groups)
     where = NamedSharding(mesh, CACHE.keys)
-    return KVCache.empty(config, batch, capacity, dtype, where)
+    cache = KVCache.empty(config, batch, capacity, dtype, where)
+    lengths = jnp.zeros(batch, jnp.int32, device=NamedSharding(mesh, ROWS))
+    return dataclasses.replace(cache, lengths=lengths)
 
 
 def _zeros(shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
@@ -296,7 +296,9 @@ def decode_chunk(
     Returns:
       The new state, and what was drawn, each leaf with a leading axis of `steps`.
     """
-    model = _decoder(config, weights, policy.score_rows, implementation, mesh)
+    model = make_decoder(
+        config, _dtype(weights), policy.score_rows, implementation, mesh
+    )
 
     def follow(weights, policy, state, go_on, sampling, stop_ids):
         def step(state: State, _) -> tuple[State, Drawn]:
@@ -318,14 +320,12 @@ def decode_chunk(
         return jax.lax.scan(step, state, length=steps)
 
     args = weights, policy, state, go_on, sampling, stop_ids
-    if mesh is None:
-        return follow(*args)
     later: Any = P(None, DP)
     reads: Any = P(None, None, DP)
-    kept = State(CACHE, _ROWS, _ROWS, _ROWS)
+    kept = State(CACHE, ROWS, ROWS, ROWS)
     own: Any = P(None, None, DP, TP)
     drawn = Drawn(later, later, later, reads, later, own)
-    specs = weight_specs(weights, mesh), policy_specs(policy), kept, _ROWS, _ROWS, P()
+    specs = weight_specs(weights, mesh), policy_specs(policy), kept, ROWS, ROWS, P()
     return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
 
 
@@ -378,31 +378,13 @@ def all_logits(
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Logits of every position, dense, float32[b, t, v]."""
-    model = _decoder(config, weights, (), implementation, mesh)
+    model = make_decoder(config, _dtype(weights), (), implementation, mesh)
 
     def read(weights: Tree, tokens: jax.Array) -> jax.Array:
         return run(model, weights, "__call__", tokens)[0]
 
-    if mesh is None:
-        return read(weights, tokens)
     specs = weight_specs(weights, mesh), P()
     return over_mesh(read, mesh, specs, P())(weights, tokens)
-
-
-def _decoder(
-    config: ModelConfig,
-    weights: Tree,
-    rows: tuple[int, ...],
-    implementation: Implementation | None,
-    mesh: Mesh | None,
-) -> Decoder:
-    """The model, or what one device of a mesh runs of it."""
-    if mesh is None:
-        return Decoder(config, _dtype(weights), rows, implementation)
-    tp = mesh.shape[TP]
-    share = Share.of(config, tp, mesh.shape[DP])
-    local = local_config(config, tp)
-    return Decoder(local, _dtype(weights), rows, implementation, share)
 
 
 def _dtype(weights: Tree):
