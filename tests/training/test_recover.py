@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.sharding import make_data_mesh
+from polarjax.sharding import make_mesh
 from polarjax.sparsity.distance import divergence
 from polarjax.training import Recovery, Resume, recover
 from polarjax.training.recover import parameters
@@ -20,7 +20,7 @@ BLOCKS = text(20)
 
 @functools.cache
 def recovered(devices=None, **changes):
-    mesh = devices and make_data_mesh(devices)
+    mesh = devices and make_mesh(1, devices)
     recovery = dataclasses.replace(SHORT, **changes)
     return recover(model(GQA, updates=False), BLOCKS, recovery, mesh=mesh)
 

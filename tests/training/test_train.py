@@ -10,7 +10,7 @@ import polarjax
 from polarjax.evaluation import router_recall
 from polarjax.model import Decoder, Prefix
 from polarjax.model.attention import head_norms
-from polarjax.sharding import make_data_mesh
+from polarjax.sharding import make_mesh
 from polarjax.training import Resume, RouterTraining, train_routers
 from polarjax.training.collect import observe_heads, observe_layers
 from polarjax.training.neurons import active_neurons, neuron_scores, union_recall
@@ -126,7 +126,7 @@ TRAINING = RouterTraining(density=0.5, steps=6, batch=4, sparse=0.5, seed=1)
 @functools.cache
 def trained_small(devices=None, **changes):
     """Routers of a short training, by its settings."""
-    mesh = devices and make_data_mesh(devices)
+    mesh = devices and make_mesh(1, devices)
     training = dataclasses.replace(TRAINING, **changes)
     blocks = text(SMALL, 20, 8)
     return train_routers(random_params(SMALL), blocks, training, mesh=mesh).routers
@@ -191,7 +191,7 @@ def test_a_training_on_several_devices_serves_on_one():
         asked.append(router_recall(model, [blocks]).mean)
         return step == 2
 
-    mesh = make_data_mesh(2)
+    mesh = make_mesh(1, 2)
     trained = train_routers(params, blocks, TRAINING, mesh=mesh, stop=stop)
     assert len(asked) == 2
     assert asked[1] == router_recall(trained, [blocks]).mean
