@@ -136,6 +136,7 @@ FLOORS = {
         polarjax.training
         polarjax.evaluation.statistics
         polarjax.evaluation.batches
+        polarjax.evaluation.programs
         polarjax.evaluation.scoring
         polarjax.evaluation.measure
         polarjax.evaluation.perplexity

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from polarjax.params import Params
+from polarjax.sharding import whole_routers
 
 
 def now() -> str:
@@ -46,7 +47,7 @@ def model(params: Params, adapter: str | Path | None) -> dict[str, Any]:
     routers = None
     if params.routers:
         digest = hashlib.sha256()
-        for path, leaf in jax.tree.leaves_with_path(params.routers):
+        for path, leaf in jax.tree.leaves_with_path(whole_routers(params)):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.asarray(leaf).tobytes())
         routers = {
