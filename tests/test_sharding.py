@@ -19,7 +19,7 @@ from polarjax.generation.requests import make_sampling
 from polarjax.model.share import place
 from polarjax.sharding import (
     default_mesh,
-    make_data_mesh,
+
     make_mesh,
     mesh_of,
     shard,
@@ -354,4 +354,4 @@ def test_meshes_without_the_axis(tmp_path):
     params = random_params(dataclasses.replace(LLAMA, layers=1))
     write_checkpoint(tmp_path / "model", params)
     with pytest.raises(ValueError, match=r'has the axes dp, but .* along "tp"'):
-        polarjax.load(tmp_path / "model", mesh=make_data_mesh())
+        polarjax.load(tmp_path / "model", mesh=jax.make_mesh((8,), ("dp",)))
