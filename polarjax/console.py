@@ -23,7 +23,7 @@ from rich.progress import (
 
 from polarjax.hub import read_config
 from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sharding import default_mesh, make_mesh
+from polarjax.sharding import check_mesh, default_mesh, make_mesh
 from polarjax.sparsity import Oracle, Polar, Random
 
 POLICIES = {"polar": Polar, "adaptive": Polar, "oracle": Oracle, "random": Random}
@@ -70,6 +70,7 @@ def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | No
     """
     if args.tp or args.dp:
         mesh = make_mesh(args.tp, args.dp)
+        check_mesh(mesh, read_config(args.checkpoint))
     elif jax.default_backend() == "gpu" and jax.device_count() > 1:
         mesh = default_mesh(read_config(args.checkpoint), batch)
     else:

@@ -303,11 +303,18 @@ def shard(params: Params, mesh: Mesh) -> Params:
         name = _name(path)
         where = placement(name, leaf.shape, params.config, mesh)
         leaf = leaf if where.rows is None else leaf[where.rows]
-        return jax.device_put(leaf, where.sharding)
+        return _put(leaf, where.sharding)
 
     weights = jax.tree_util.tree_map_with_path(place, params.weights)
     routers = place_routers(params.routers, params.config, mesh)
     return dataclasses.replace(params, weights=weights, routers=routers)
+
+
+def _put(leaf: jax.Array, where: NamedSharding) -> jax.Array:
+    # What one process has on a device of its own cannot go to another's from there.
+    here = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+    leaves = here and not where.is_fully_addressable
+    return jax.device_put(np.asarray(leaf) if leaves else leaf, where)
 
 
 def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh | None) -> Tree:
@@ -324,7 +331,7 @@ def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh | None) -> Tree
     ordered = order_updates(routers, config, mesh)
 
     def place(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        return _put(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, ordered, router_specs(ordered, mesh))
 
