@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from polarjax.config import ModelConfig
 from polarjax.distributed import to_host
@@ -71,16 +71,22 @@ def default_mesh(config: ModelConfig, batch: int | None = None) -> Mesh:
 
     Args:
       config: of the model.
-      batch: of a training, whose copies must have equal parts of it: there are then as
-        many as divide it, and the rest of the devices shares the model as far as it
-        divides. None for requests, which are filled up.
+      batch: of a training, whose copies must have equal parts of it: as many devices
+        as that leaves, and of these as many copies. None for requests, which are filled
+        up.
     """
-    count = jax.device_count()
+    count, both = jax.device_count(), math.gcd(config.heads, config.neurons)
     if batch is None:
-        tp = math.gcd(count, config.heads, config.neurons)
+        tp = math.gcd(count, both)
         return make_mesh(tp, count // tp)
-    dp = math.gcd(count, batch)
-    return make_mesh(math.gcd(count // dp, config.heads, config.neurons), dp)
+    fitting = [
+        (dp * tp, dp, tp)
+        for dp in range(1, count + 1)
+        for tp in range(1, count // dp + 1)
+        if batch % dp == 0 and both % tp == 0
+    ]
+    _, dp, tp = max(fitting)
+    return make_mesh(tp, dp)
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
@@ -310,7 +316,7 @@ def shard(params: Params, mesh: Mesh) -> Params:
     return dataclasses.replace(params, weights=weights, routers=routers)
 
 
-def _put(leaf: jax.Array, where: NamedSharding) -> jax.Array:
+def _put(leaf: jax.Array, where: Sharding) -> jax.Array:
     # What one process has on a device of its own cannot go to another's from there.
     here = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
     leaves = here and not where.is_fully_addressable

@@ -101,7 +101,7 @@ def evaluate_together(folder: Path) -> None:
 
 
 def eval_settings(folder: Path) -> Settings:
-    """Two batches."""
+    """Three batches."""
     policies = {"Polar": polarjax.Polar(0.5, 0.4)}
     return Settings(policies, batch=15, tasks=[folder / "words.jsonl"])
 

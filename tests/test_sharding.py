@@ -332,6 +332,7 @@ def test_meshes_that_cannot_be():
     # A training's copies have equal parts of the batch.
     assert dict(default_mesh(MHA, 1).shape) == {"dp": 1, "tp": 2}
     assert dict(default_mesh(MHA, 12).shape) == {"dp": 4, "tp": 2}
+    assert dict(default_mesh(MHA, 6).shape) == {"dp": 6, "tp": 1}
     assert dict(default_mesh(MHA, 16).shape) == {"dp": 8, "tp": 1}
     params = make("gqa", heads=12, neurons=72)
     with pytest.raises(ValueError, match=r"tp 8 does not divide .* 12 query heads"):

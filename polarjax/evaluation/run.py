@@ -281,14 +281,12 @@ class _Work:
     def facts(self, adapter: str | Path | None) -> dict[str, Any]:
         """What decides the numbers, but for the texts and tasks."""
         s, config = self.settings, self.params.config
-        mesh = mesh_of(self.params.weights)
         return {
             **model(self.params, adapter),
             "mode": s.mode,
             "batch": s.batch,
             "implementation": resolve(s.implementation),
             "bootstrap_seed": statistics.SEED,
-            "mesh": None if mesh is None else dict(mesh.shape),
             "layers": config.layers,
             "kv_heads": config.kv_heads,
             "policies": {k: _describe(policy) for k, policy in self.policies.items()},
