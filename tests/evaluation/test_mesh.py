@@ -55,7 +55,7 @@ def make(name):
 )
 def test_every_figure_is_that_of_one_device(name, mode, tp, dp):
     params, policies = make(name), POLICIES[name]
-    items = make_items(params.config)
+    items = make_items(params.config, choices=5)
 
     def found(params):  # 5 rows, which two copies do not share evenly
         return measure(Scorer(params, policies, mode=mode, batch=5), items)
