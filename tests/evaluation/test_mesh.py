@@ -85,7 +85,7 @@ def test_balanced_is_another_model_on_the_same_rows(tmp_path):
         tasks=[tmp_path / "words.jsonl"],
         text=tmp_path / "text.txt",
         tokens=200,
-        window=40,
+        kinds=(),
         new_tokens=5,
         prompts=3,
         prompt_tokens=9,
