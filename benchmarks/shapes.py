@@ -15,7 +15,7 @@ from benchmarks.meshes import drawn_apart
 from polarjax import ModelConfig, Params, Rope
 from polarjax.model import weight_shapes
 from polarjax.params import Placement
-from polarjax.sharding import placement, router_sharding
+from polarjax.sharding import placement, router_spec
 from polarjax.sparsity import routers
 
 NEURON_RANK = 1024  # of neuron routers, as in the paper
@@ -278,8 +278,10 @@ def random_routers(
 ) -> dict:
     """Routers of layers 1 and up, as `random_params` has them."""
 
-    def place(path: str, _) -> Placement | None:
-        return mesh and Placement(router_sharding(path, mesh))
+    def place(path: str, shape: tuple[int, ...]) -> Placement | None:
+        if mesh is None:
+            return None
+        return Placement(NamedSharding(mesh, router_spec(path, shape, mesh)))
 
     return draw(router_shapes(config, dtype, head_rank), 1, place)
 

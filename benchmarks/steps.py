@@ -23,7 +23,7 @@ from benchmarks.meshes import busiest_rows, drawn_apart, of_one
 from pallas_kernels import Implementation
 from polarjax import ModelConfig, Params, SelectionPolicy
 from polarjax.cache import KVCache
-from polarjax.generation import loop
+from polarjax.generation import loop, places
 from polarjax.generation.loop import Drawn, State
 from polarjax.generation.requests import make_sampling
 from polarjax.generation.stats import kv_rows
@@ -172,7 +172,7 @@ def make_state(params: Params, batch: int, context: int, alone: bool = False) ->
 
     rows = None
     if mesh is not None:
-        noise = jax.jit(drawn_apart(noise, NamedSharding(mesh, loop.CACHE.keys)))
+        noise = jax.jit(drawn_apart(noise, NamedSharding(mesh, places.CACHE.keys)))
         rows = NamedSharding(mesh, P(DP))
     keys = jax.random.split(jax.random.key(2), 2 * count)
     cache = KVCache(

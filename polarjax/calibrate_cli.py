@@ -9,20 +9,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from polarjax.calibration import Terms, Texts, calibrate
-from polarjax.console import counting_bar, fraction
+from polarjax.console import (
+    add_mesh_arguments,
+    choose_mesh,
+    counting_bar,
+    fraction,
+)
 from polarjax.evaluation import Mode, Perplexity, Recall
 from polarjax.evaluation.record import environment, now
 from polarjax.folder import check_destination
 from polarjax.hub import load
 from polarjax.params import Params
 from polarjax.recovery import recover_on_text
-from polarjax.sharding import make_data_mesh
 from polarjax.sparsity import save_adapter
 from polarjax.sparsity.select import with_density
 from polarjax.training import Recovery, RouterTraining, Source
@@ -160,7 +163,7 @@ def _add_run(add: Callable[..., Any]) -> None:
         default="decode",
         help="how perplexities are measured: see `polarjax eval`",
     )
-    add("--dp", type=int, help="devices to share batches; default all that divide them")
+    add_mesh_arguments(add, "batch, which they must divide")
     add(
         "--work",
         help="folder that keeps the training while it runs: the same command goes on "
@@ -193,16 +196,8 @@ def _texts(args: argparse.Namespace) -> Texts:
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
-    mesh = None
-    devices = args.dp
-    if devices is None:
-        devices = len(jax.devices())
-        while args.batch % devices:
-            devices -= 1
-    if devices > 1:
-        mesh = make_data_mesh(devices)
     work = Path(args.work) if args.work else None
-    return {"mode": args.mode, "mesh": mesh, "work": work}
+    return {"mode": args.mode, "work": work}
 
 
 class _Bar:
@@ -232,7 +227,8 @@ def _made() -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_destination(out, args.overwrite)  # before the work, not after
-    params, console = load(args.checkpoint), Console()
+    mesh = choose_mesh(args, args.batch)
+    params, console = load(args.checkpoint, mesh=mesh), Console()
     training = RouterTraining(
         args.density,
         batch=args.batch,
@@ -279,7 +275,9 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _recover(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_destination(out, args.overwrite)
-    params, console = load(args.checkpoint, adapter=args.adapter), Console()
+    mesh = choose_mesh(args, args.batch)
+    params = load(args.checkpoint, adapter=args.adapter, mesh=mesh)
+    console = Console()
     if args.density is not None:
         params = with_density(params, args.density)
     recovery = Recovery(

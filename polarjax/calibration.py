@@ -25,6 +25,7 @@ from polarjax.quality import (
     quality_card,
     windows,
 )
+from polarjax.sharding import shard
 from polarjax.sparsity.adapter import as_stored
 from polarjax.training import (
     Corpus,
@@ -200,7 +201,9 @@ def calibrate(
       target_recall: stop the training when the routers' mean recall on the held-out
         text reaches it; None to go on to the end.
       mode: how perplexities are measured; a contract has its own.
-      mesh: with an axis "dp"; None for one device.
+      mesh: of `polarjax.sharding.make_mesh`, for everything that is done: the model
+        is cut over its axis "tp", batches over "dp", which must divide
+        `training.batch`. None for where `params` is.
       work: folder that keeps an interrupted training; None for none.
       progress: called as the work goes on.
 
@@ -214,6 +217,8 @@ def calibrate(
             f"loss {training.loss!r} gives scores that do not compare between tokens, "
             "as budgets that are means need: use loss 'bce', or fixed budgets (--fixed)"
         )
+    if mesh is not None:
+        params = shard(params, mesh)
     corpus = texts.read(params, say)
     # Before the training, not after it.
     if terms and any(len(held) < 3 for held in corpus.held_out.values()):
@@ -245,7 +250,6 @@ def calibrate(
     begin = time.perf_counter()
     trained = train_routers(
         *(params, corpus.blocks, training),
-        mesh=mesh,
         resume=resume,
         progress=lambda p: say(
             f"training: loss {p.metrics['loss']:.4f}, recall {p.metrics['recall']:.3f}",

@@ -8,19 +8,22 @@ import json
 import sys
 from collections.abc import Sequence
 
-import jax
-from jax.sharding import Mesh
 from rich.console import Console
 
 from benchmarks import arguments, decode
 from polarjax import calibrate_cli, demo, distributed, evaluate_cli, plan_cli
 from polarjax.compile_cache import use_compile_cache
-from polarjax.console import POLICIES, fraction, make_policy
+from polarjax.console import (
+    POLICIES,
+    add_mesh_arguments,
+    choose_mesh,
+    fraction,
+    make_policy,
+)
 from polarjax.demo import plain
 from polarjax.generation import Tokenizer, generate
 from polarjax.generation.memory import MEMORY_FRACTION
-from polarjax.hub import load, read_config
-from polarjax.sharding import default_mesh, make_mesh
+from polarjax.hub import load
 from polarjax.sparsity import Polar
 
 
@@ -105,20 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         default=MEMORY_FRACTION,
         help="to fill of what XLA may take of the device",
     )
-    add(
-        "--tp",
-        type=int,
-        metavar="N",
-        help="devices that share the model, each with its heads and neurons (without "
-        "--dp too: of all GPUs, as many as divide them; else all that --dp leaves)",
-    )
-    add(
-        "--dp",
-        type=int,
-        metavar="M",
-        help="copies of the model, which share the prompts (without --tp too: as many "
-        "as the GPUs hold; else 1)",
-    )
+    add_mesh_arguments(add, "prompts")
     add(
         "--balanced",
         action="store_true",
@@ -156,24 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _mesh(args: argparse.Namespace) -> Mesh | None:
-    """The devices asked for, or all GPUs; says which."""
-    if args.tp or args.dp:
-        mesh = make_mesh(args.tp, args.dp)
-    elif jax.default_backend() == "gpu" and jax.device_count() > 1:
-        mesh = default_mesh(read_config(args.checkpoint))
-    else:
-        return None
-    sizes = " and ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(f"over {mesh.size} devices: {sizes}", file=sys.stderr)
-    return mesh
-
-
 def _generate(args: argparse.Namespace) -> None:
     distributed.start_from(args)
     if args.balanced and (args.policy not in (None, "polar") or not args.tp):
         raise ValueError("--balanced is of the policy polar, and goes with --tp")
-    params = load(args.checkpoint, adapter=args.adapter, mesh=_mesh(args))
+    params = load(args.checkpoint, adapter=args.adapter, mesh=choose_mesh(args))
     prompts: list = args.prompts
     if args.chat:
         tokenizer = Tokenizer.require(params.config, "--chat")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import fractions
+import sys
+from collections.abc import Callable
+from typing import Any
 
+import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,7 +21,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from polarjax.hub import read_config
 from polarjax.policy import Dense, SelectionPolicy
+from polarjax.sharding import check_mesh, default_mesh, make_mesh
 from polarjax.sparsity import Oracle, Polar, Random
 
 POLICIES = {"polar": Polar, "adaptive": Polar, "oracle": Oracle, "random": Random}
@@ -29,6 +36,48 @@ def fraction(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         message = f"{text!r} is no number such as 0.5 or 2/3"
         raise argparse.ArgumentTypeError(message) from None
+
+
+def add_mesh_arguments(add: Callable[..., Any], shared: str) -> None:
+    """The options that say over which devices a model is cut.
+
+    Args:
+      add: of a parser.
+      shared: what copies of the model have parts of.
+    """
+    add(
+        "--tp",
+        type=int,
+        metavar="N",
+        help="devices that share the model, each with its heads and neurons; alone, "
+        "there is one copy",
+    )
+    add(
+        "--dp",
+        type=int,
+        metavar="M",
+        help=f"copies of the model, which share the {shared}; alone, each is over as "
+        "many devices as there are for it. Without both: all GPUs",
+    )
+
+
+def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | None:
+    """The devices asked for, or all GPUs; says which.
+
+    Args:
+      args: that a parser with `add_mesh_arguments` made, and with a checkpoint.
+      batch: of a training, see `default_mesh`.
+    """
+    if args.tp or args.dp:
+        mesh = make_mesh(args.tp, args.dp)
+        check_mesh(mesh, read_config(args.checkpoint))
+    elif jax.default_backend() == "gpu" and jax.device_count() > 1:
+        mesh = default_mesh(read_config(args.checkpoint), batch)
+    else:
+        return None
+    sizes = " and ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(f"over {mesh.size} devices: {sizes}", file=sys.stderr)
+    return mesh
 
 
 def make_policy(
@@ -57,7 +106,10 @@ def make_policy(
 
 
 def make_policies(
-    names: str, densities: str, neuron_density: float | None = None
+    names: str,
+    densities: str,
+    neuron_density: float | None = None,
+    balanced: int | None = None,
 ) -> dict[str, SelectionPolicy]:
     """Every policy at every density, by label; without densities, the adapter's own.
 
@@ -65,6 +117,7 @@ def make_policies(
       names: such as "dense,polar".
       densities: such as "1/2,2/3"; may be empty.
       neuron_density: see `make_policy`.
+      balanced: beside "polar", that of so many parts; see `Polar`.
 
     Raises:
       ValueError: if a name or a density is none, or stands there twice.
@@ -74,12 +127,18 @@ def make_policies(
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--densities: {error}") from None
     policies: dict[str, SelectionPolicy] = {}
-    for name in map(str.strip, names.split(",")):
+    wanted_names = [name.strip() for name in names.split(",")]
+    if balanced is not None and "polar" not in wanted_names:
+        raise ValueError("--balanced is of the policy polar: name it in --policies")
+    for name in wanted_names:
         for density in [None] if name in ("dense", "adaptive") else wanted:
             label = name.capitalize() + (f" {density:.3f}" if density else "")
             if label in policies:
                 raise ValueError(f"--policies, --densities: {label} is there twice")
             policies[label] = make_policy(name, density, neuron_density)
+            if name == "polar" and balanced is not None:
+                label = label.replace("Polar", f"Polar balanced {balanced}")
+                policies[label] = Polar(density, neuron_density, balanced=balanced)
     return policies
 
 

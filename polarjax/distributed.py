@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
 import ipaddress
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -318,6 +320,10 @@ def _own_streams(process: str) -> None:
         os.close(fd)
     sys.stdout = open(out, "w", encoding=sys.stdout.encoding, buffering=1)
     sys.stderr = open(err, "w", encoding=sys.stderr.encoding, buffering=1)
+    # Python's own handlers wait for the main thread, which jax's abort does not: the
+    # process ends with the signal's number instead, and no shell adds to our line.
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, libc._exit)
 
 
 def _report(error: BaseException) -> str:

@@ -14,7 +14,14 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from pallas_kernels import Implementation
-from polarjax.console import fraction, make_policies, share_bar
+from polarjax import distributed
+from polarjax.console import (
+    add_mesh_arguments,
+    choose_mesh,
+    fraction,
+    make_policies,
+    share_bar,
+)
 from polarjax.demo import plain
 from polarjax.evaluation import Mode, Settings, evaluate, lm_eval
 from polarjax.evaluation.record import about
@@ -22,6 +29,7 @@ from polarjax.evaluation.report import make_report
 from polarjax.evaluation.results import DENSE
 from polarjax.evaluation.run import Kind
 from polarjax.hub import find_adapter, load
+from polarjax.policy import SelectionPolicy
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -30,7 +38,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     Args:
       command: makes one, from its name, function, text and example.
     """
-    add = command(
+    parser = command(
         "eval",
         _eval,
         "Quality of policies on tasks, on a text and in what the model writes, each "
@@ -38,7 +46,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "stopped when the same command is given again.",
         "polarjax eval checkpoints/smollm2-135m --adapter smollm2-135m --tasks "
         "arc_easy.jsonl --text book.txt --generation 64 --policies polar,oracle,random",
-    ).add_argument
+    )
+    add = parser.add_argument
     add("--tasks", nargs="+", default=[], help="JSONL files of rows to get right")
     add("--limit", type=int, help="most rows of each task; default all")
     add("--adapter", help="folder of routers, name of one that ships, or id")
@@ -78,6 +87,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="JSON file to write, or a folder in which it is named after its contents",
     )
     add("--overwrite", action="store_true", help="measure again what is there")
+    distributed.add_arguments(parser)
 
     add = command(
         "lm-eval",
@@ -123,6 +133,14 @@ def _add_policies(add: Callable[..., Any]) -> None:
         help="fraction of the MLP neurons that polar reads, for ReLU models whose "
         "adapter has neuron routers; default its own budgets, or all",
     )
+    add(
+        "--balanced",
+        type=int,
+        metavar="N",
+        help="beside polar, also the model that N devices run with even work: each of "
+        "N equal parts of the KV groups and neurons reads its own best; a multiple of "
+        "--tp, on as few devices as you have",
+    )
 
 
 def _add_scoring(add: Callable[..., Any]) -> None:
@@ -135,6 +153,7 @@ def _add_scoring(add: Callable[..., Any]) -> None:
         "model",
     )
     add("--batch", type=int, default=16, help="rows computed together")
+    add_mesh_arguments(add, "rows of a batch")
     add(
         "--implementation",
         choices=[i for i in get_args(Implementation) if "interpret" not in i],
@@ -146,8 +165,8 @@ def _lm_eval(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else None
     if out and out.exists() and not args.overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or --overwrite it")
-    policies = make_policies(args.policies, args.densities, args.neuron_density)
-    params = load(args.checkpoint, adapter=args.adapter)
+    policies = _policies(args)
+    params = load(args.checkpoint, adapter=args.adapter, mesh=choose_mesh(args))
     console = Console()
     with share_bar(console) as bar:
         tasks: dict[str, TaskID] = {}
@@ -182,9 +201,10 @@ def _lm_eval(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    policies = make_policies(args.policies, args.densities, args.neuron_density)
+    distributed.start_from(args)
+    policies = _policies(args)
     adapter = find_adapter(args.adapter) if args.adapter else None
-    params = load(args.checkpoint, adapter=adapter)
+    params = load(args.checkpoint, adapter=adapter, mesh=choose_mesh(args))
     settings = Settings(
         policies=policies,
         mode=args.mode,
@@ -219,6 +239,11 @@ def _eval(args: argparse.Namespace) -> None:
     for table in tables(result):
         console.print(table)
     console.print(f"written to {path}; draw it: polarjax report {path}", soft_wrap=True)
+
+
+def _policies(args: argparse.Namespace) -> dict[str, SelectionPolicy]:
+    chosen = args.policies, args.densities, args.neuron_density, args.balanced
+    return make_policies(*chosen)
 
 
 def _command() -> list[str]:

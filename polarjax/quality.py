@@ -18,6 +18,7 @@ from polarjax.evaluation import (
 from polarjax.evaluation.measure import Progress
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
+from polarjax.sharding import model_shapes, whole_routers
 from polarjax.sparsity import Oracle, Polar, Random
 from polarjax.sparsity.cost import step_cost
 
@@ -78,6 +79,8 @@ def cost_card(params: Params, batch: int = 16, context: int = 2048) -> dict[str,
     The speed-up is that of memory's floor: no step is faster, and few as fast.
     """
     config = params.config
+    shapes = model_shapes(params.weights, config)
+    params = Params(shapes, whole_routers(params), config)
     cost = step_cost(params, batch=batch, context=context)
     dense = cost.bytes_read((config.kv_heads,) * config.layers)
     sparse = cost.bytes_read(config.budgets)

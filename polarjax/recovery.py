@@ -19,6 +19,7 @@ from polarjax.evaluation import Mode, Perplexity, Recall
 from polarjax.evaluation.measure import Progress
 from polarjax.params import Params, Tree
 from polarjax.quality import cost_card, measure_quality, measure_recall, quality_card
+from polarjax.sharding import mesh_of, place_routers, shard, whole_routers
 from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.distance import divergence
 from polarjax.training import Recovery, Resume, recover
@@ -119,7 +120,7 @@ def recover_on_text(
         steps, without a new best one, after which the training ends. What was best is
         what is kept.
       mode: how perplexities are measured.
-      mesh: with an axis "dp"; None for one device.
+      mesh: as in `polarjax.calibrate`.
       work: folder that keeps an interrupted training; None for none.
       progress: called as the work goes on.
 
@@ -130,6 +131,8 @@ def recover_on_text(
     """
     say = progress or (lambda *_: None)
     check_model(params)  # before any text is read or written
+    if mesh is not None:
+        params = shard(params, mesh)
     corpus = texts.read(params, say)
     recovery = with_steps(recovery, len(corpus.blocks), passes)
     facts = {
@@ -138,7 +141,8 @@ def recover_on_text(
         "budgets": list(params.config.budgets),
         "weights_dtype": str(params.dtype),
     }
-    start = [np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(params.routers)]
+    before = whole_routers(params)
+    start = [np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(before)]
     whose = {
         "model_hash": params.config.model_hash,
         "routers_sha256": digest(np.concatenate([*start, np.zeros(0, np.float32)])),
@@ -146,7 +150,7 @@ def recover_on_text(
     resume = Resume(work, facts={**facts, **whose}) if work else None
     watched = np.concatenate([held[:_WATCHED] for held in corpus.held_out.values()])
     every = max(1, (recovery.steps or 1) // 20)
-    best = _Best(divergence(params, watched), 0, params.routers)
+    best = _Best(divergence(params, watched), 0, before)
     last, file = best.kl, work / _BEST if work else None
     if file and file.exists():
         best = _Best.load(file)
@@ -158,7 +162,8 @@ def recover_on_text(
         last = divergence(trained, watched)
         if last < best.kl:
             # The step takes its own.
-            best = _Best(last, step, jax.tree.map(np.array, trained.routers))
+            mine = jax.tree.map(np.array, whole_routers(trained))
+            best = _Best(last, step, mine)
             if file:
                 best.save(file)
         return step // every - best.step // every >= patience
@@ -166,7 +171,6 @@ def recover_on_text(
     begin = time.perf_counter()
     recover(
         *(params, corpus.blocks, recovery),
-        mesh=mesh,
         resume=resume,
         progress=lambda p: say(
             f"recovering: KL {p.metrics['kl']:.4f}, held out {last:.4f}",
@@ -178,6 +182,8 @@ def recover_on_text(
     routers = as_stored(jax.tree.map(jnp.asarray, best.routers))
     # Thresholds were of the routers before.
     config = dataclasses.replace(params.config, thresholds=())
+    facts["parameters"] = parameters(routers)
+    routers = place_routers(routers, config, mesh_of(params.weights))
     found = dataclasses.replace(params, routers=routers, config=config)
     say("divergence on held-out text", 0, 1)
     before, after = (
@@ -187,7 +193,6 @@ def recover_on_text(
     say("divergence on held-out text", 1, 1)
     recall = measure_recall(found, corpus.held_out)
     quality = measure_quality(found, corpus.held_out, mode, say)
-    facts["parameters"] = parameters(found.routers)
     if resume:
         resume.clear()
     return Recovered(found, before, after, recall, quality, facts)

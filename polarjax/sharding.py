@@ -23,9 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from polarjax.config import ModelConfig
+from polarjax.distributed import to_host
 from polarjax.params import Params, Placement, Tree
 
 DP, TP = "dp", "tp"
@@ -36,6 +37,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"mlp/(gate|up|down|up_bias)$", PartitionSpec(TP)),
     (r".*", PartitionSpec()),
 )
+_QKV_UPDATE = r"updates/attention/qkv(_bias)?/(b|delta)$"
 
 
 def make_mesh(tp: int | None = None, dp: int | None = None) -> Mesh:
@@ -64,11 +66,27 @@ def make_mesh(tp: int | None = None, dp: int | None = None) -> Mesh:
     return jax.make_mesh((dp, tp), (DP, TP), types, devices=devices[: dp * tp])
 
 
-def default_mesh(config: ModelConfig) -> Mesh:
-    """All devices: as many as can share the model, the rest for copies of it."""
-    count = jax.device_count()
-    tp = math.gcd(count, config.heads, config.neurons)
-    return make_mesh(tp, count // tp)
+def default_mesh(config: ModelConfig, batch: int | None = None) -> Mesh:
+    """All devices: as many as can share the model, the rest for copies of it.
+
+    Args:
+      config: of the model.
+      batch: of a training, whose copies must have equal parts of it: as many devices
+        as that leaves, and of these as many copies. None for requests, which are filled
+        up.
+    """
+    count, both = jax.device_count(), math.gcd(config.heads, config.neurons)
+    if batch is None:
+        tp = math.gcd(count, both)
+        return make_mesh(tp, count // tp)
+    fitting = [
+        (dp * tp, dp, tp)
+        for dp in range(1, count + 1)
+        for tp in range(1, count // dp + 1)
+        if batch % dp == 0 and both % tp == 0
+    ]
+    _, dp, tp = max(fitting)
+    return make_mesh(tp, dp)
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
@@ -183,7 +201,7 @@ def mesh_of(weights: Tree) -> Mesh | None:
     """The mesh that a model is cut over; None if it is on none with an axis "tp"."""
     qkv = next(x for name, x in weights.items() if name.startswith("layers_"))
     qkv = qkv["attention"]["qkv"]
-    # A tracer is of a training step, which is cut along no "tp".
+    # A tracer inside `over_mesh` is of what one device has.
     known = isinstance(qkv, jax.Array) and not isinstance(qkv, Tracer)
     where = qkv.sharding if known else None
     if not isinstance(where, NamedSharding) or not isinstance(where.mesh, Mesh):
@@ -191,26 +209,15 @@ def mesh_of(weights: Tree) -> Mesh | None:
     return where.mesh if TP in where.mesh.shape else None
 
 
-def check_whole(params: Params) -> None:
-    """Raise if a model is cut over a mesh, where its rows are in another order.
-
-    Raises:
-      ValueError: saying what would be right.
-    """
-    if mesh_of(params.weights) is not None:
-        raise ValueError(
-            "the model is cut over devices, where `generate` and `logits` alone run: "
-            "load it without mesh="
-        )
-
-
 def axis_size(mesh: Mesh | None, name: str) -> int:
     """Devices along an axis; 1 without a mesh, or without the axis."""
     return 1 if mesh is None else mesh.shape.get(name, 1)
 
 
-def weight_specs(weights: Tree, mesh: Mesh) -> Any:
+def weight_specs(weights: Tree, mesh: Mesh | None) -> Any:
     """How weights on a mesh are cut, for `over_mesh`."""
+    if mesh is None:
+        return None
     tp = mesh.shape[TP]
 
     def spec(path: tuple, leaf: jax.Array) -> PartitionSpec:
@@ -229,17 +236,47 @@ def _spec(path: str, shape: tuple[int, ...], tp: int) -> PartitionSpec:
     return PartitionSpec() if len(spec) and shape[0] % tp else spec
 
 
+def batch_spec(mesh: Mesh | None, batch: int) -> PartitionSpec:
+    """Rows along "dp" where it divides them; else each part has them all."""
+    divides = batch % axis_size(mesh, DP) == 0
+    return PartitionSpec(DP) if divides else PartitionSpec()
+
+
+def router_specs(routers: Tree, mesh: Mesh | None) -> Any:
+    """How routers on a mesh are cut, for `over_mesh`: with the neurons and weights.
+
+    Those of heads are whole on every device.
+    """
+    if mesh is None:
+        return None
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: router_spec(_name(path), leaf.shape, mesh), routers
+    )
+
+
+def router_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """As `router_specs`, of one array, its path joined by "/"."""
+    if path.endswith("neurons/up"):
+        return PartitionSpec(TP)
+    if path.endswith(("/b", "/delta")):
+        weight = path.replace("/updates/", "/").rpartition("/")[0]
+        return _spec(weight, shape, mesh.shape[TP])
+    return PartitionSpec()
+
+
 def over_mesh(
-    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+    function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """A function of one device's share, over the shares of all.
 
     Args:
       function: of arrays as one device has them.
-      mesh: of the arrays.
+      mesh: of the arrays; None for one device, which has all.
       in_specs: how arguments are cut, a pytree as they are, or a prefix of one.
       out_specs: how what it returns is cut.
     """
+    if mesh is None:
+        return function
     # Explicit axes would ask each array of the step for its sharding.
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -273,34 +310,49 @@ def shard(params: Params, mesh: Mesh) -> Params:
         name = _name(path)
         where = placement(name, leaf.shape, params.config, mesh)
         leaf = leaf if where.rows is None else leaf[where.rows]
-        return jax.device_put(leaf, where.sharding)
+        return _put(leaf, where.sharding)
 
     weights = jax.tree_util.tree_map_with_path(place, params.weights)
     routers = place_routers(params.routers, params.config, mesh)
     return dataclasses.replace(params, weights=weights, routers=routers)
 
 
-def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh) -> Tree:
-    """Routers on every device, the rows of neurons where the neurons are.
+def _put(leaf: jax.Array, where: Sharding) -> jax.Array:
+    # What one process has on a device of its own cannot go to another's from there.
+    here = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+    leaves = here and not where.is_fully_addressable
+    return jax.device_put(np.asarray(leaf) if leaves else leaf, where)
 
-    Updates of the QKV matrix get its rows' order on the mesh.
+
+def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh | None) -> Tree:
+    """Routers where the heads, neurons and weights that they are for lie on a mesh.
+
+    Args:
+      routers: as they are without one, on any devices.
+      config: of the model.
+      mesh: that the model is cut over; None for none, and the routers as they are.
     """
+    if mesh is None:
+        return routers
     mesh = check_mesh(mesh, config)
+    ordered = order_updates(routers, config, mesh)
+
+    def place(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return _put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, ordered, router_specs(ordered, mesh))
+
+
+def order_updates(routers: Tree, config: ModelConfig, mesh: Mesh | None) -> Tree:
+    """Routers whose updates of the QKV matrix have its rows' order on a mesh."""
+    if mesh is None:
+        return routers
     rows = _qkv_rows(config, mesh.shape[TP])
 
-    def place(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = _name(path)
-        if re.search(r"updates/attention/qkv(_bias)?/(b|delta)$", name):
-            leaf = leaf[rows]
-        return jax.device_put(leaf, router_sharding(name, mesh))
+    def order(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf[rows] if re.search(_QKV_UPDATE, _name(path)) else leaf
 
-    return jax.tree_util.tree_map_with_path(place, routers)
-
-
-def router_sharding(path: str, mesh: Mesh) -> NamedSharding:
-    """How one array of `Params.routers` is cut, its path joined by "/"."""
-    spec = PartitionSpec(TP) if path.endswith("neurons/up") else PartitionSpec()
-    return NamedSharding(mesh, spec)
+    return jax.tree_util.tree_map_with_path(order, routers)
 
 
 def whole(params: Params) -> Params:
@@ -312,20 +364,39 @@ def whole(params: Params) -> Params:
     mesh = mesh_of(params.weights)
     if mesh is None:
         return params
-    rows = _qkv_rows(params.config, mesh.shape[TP])
-    first = np.unique(rows, return_index=True)[1]
+    first = _first_rows(params.config, mesh)
 
     def take(path: tuple, leaf: jax.Array) -> np.ndarray:
-        name = _name(path)
-        cut = re.search(r"attention/qkv(_bias)?(/b|/delta)?$", name)
-        return np.asarray(leaf)[first] if cut else np.asarray(leaf)
+        cut = re.search(r"attention/qkv(_bias)?$", _name(path))
+        return to_host(leaf)[first] if cut else to_host(leaf)
 
-    mapped = jax.tree_util.tree_map_with_path
-    return dataclasses.replace(
-        params,
-        weights=mapped(take, params.weights),
-        routers=mapped(take, params.routers),
-    )
+    weights = jax.tree_util.tree_map_with_path(take, params.weights)
+    return dataclasses.replace(params, weights=weights, routers=whole_routers(params))
+
+
+def whole_routers(params: Params) -> Tree:
+    """A model's routers as they are without a mesh; of one on a mesh, as numpy.
+
+    Every process must call it alike.
+
+    Args:
+      params: the model.
+    """
+    mesh = mesh_of(params.weights)
+    if mesh is None:
+        return params.routers
+    first = _first_rows(params.config, mesh)
+
+    def take(path: tuple, leaf: jax.Array) -> np.ndarray:
+        cut = re.search(_QKV_UPDATE, _name(path))
+        return to_host(leaf)[first] if cut else to_host(leaf)
+
+    return jax.tree_util.tree_map_with_path(take, params.routers)
+
+
+def _first_rows(config: ModelConfig, mesh: Mesh) -> np.ndarray:
+    """Of each row of the model's QKV matrix, the first place on a mesh."""
+    return np.unique(_qkv_rows(config, mesh.shape[TP]), return_index=True)[1]
 
 
 def model_shapes(weights: Tree, config: ModelConfig) -> Tree:
@@ -341,29 +412,3 @@ def model_shapes(weights: Tree, config: ModelConfig) -> Tree:
         return jax.ShapeDtypeStruct(found, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(shape, weights)
-
-
-def make_data_mesh(devices: int | None = None) -> Mesh:
-    """A mesh with the axis "dp" alone, for training.
-
-    Args:
-      devices: how many; None for all that are visible.
-
-    Raises:
-      ValueError: if there are fewer devices.
-    """
-    found = jax.devices()
-    count = len(found) if devices is None else devices
-    if not 1 <= count <= len(found):
-        raise ValueError(f"dp is {count}, but there are {len(found)} devices")
-    return jax.make_mesh((count,), (DP,), (AxisType.Auto,), devices=found[:count])
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Arrays on every device of a mesh, whole."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def first_copy(tree: Any) -> Any:
-    """What `replicate` placed, on the first device alone; nothing is copied."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)

@@ -1,6 +1,7 @@
 """What each process of test_distributed.py runs."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import polarjax
 from polarjax import distributed
+from polarjax.evaluation import Scorer, Settings, evaluate
 from polarjax.sharding import make_mesh
 from tests.models import OPT, random_params
 
@@ -71,6 +73,39 @@ def generate_together(folder: Path) -> None:
     (folder / f"{jax.process_index()}.json").write_text(json.dumps(numbers))
 
 
+def evaluate_together(folder: Path) -> None:
+    """A task, over both processes; stopped once, and asked for when it is done."""
+    params = polarjax.load(folder / "model", mesh=make_mesh(2, 2))
+    scored, result = [], {}
+    score = Scorer.score
+
+    def count(self, batch):
+        scored[-1] += len(batch.rows) > 0
+        return score(self, batch)
+
+    Scorer.score = count
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what != "compiling" and done:
+            raise KeyboardInterrupt
+
+    for progress in (stop, None, stop):
+        scored.append(0)
+        with contextlib.suppress(KeyboardInterrupt):
+            out = folder / "result.json"
+            result, _ = evaluate(
+                params, eval_settings(folder), out=out, progress=progress
+            )
+    found = result["tasks"]["words"]["results"]
+    (folder / f"{jax.process_index()}.json").write_text(json.dumps([found, scored]))
+
+
+def eval_settings(folder: Path) -> Settings:
+    """Three batches."""
+    policies = {"Polar": polarjax.Polar(0.5, 0.4)}
+    return Settings(policies, batch=15, tasks=[folder / "words.jsonl"])
+
+
 def small_model() -> polarjax.Params:
     """OPT with head and neuron routers, eight heads."""
     shape = {"layers": 3, "vocab_size": 336, "heads": 8, "kv_heads": 8, "head_dim": 8}
@@ -99,6 +134,8 @@ def main() -> None:
             work_together(args.folder)
         elif args.what == "generate":
             generate_together(args.folder)
+        elif args.what == "evaluate":
+            evaluate_together(args.folder)
         elif args.process == args.victim:
             end(args.what)
         elif args.folder.name == "in_python":

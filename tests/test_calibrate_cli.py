@@ -6,7 +6,9 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import polarjax
 from polarjax import calibration, cli
@@ -53,6 +55,35 @@ def calibrated(checkpoint, text, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(calibrated):
     return calibrated[0]
+
+
+@pytest.mark.devices(4)
+@pytest.mark.slow
+def test_an_adapter_does_not_depend_on_the_devices(checkpoint, text, tmp_path, capsys):
+    """Searched, measured and mended over four, as on one."""
+    options = f"--text {text} --tokens 256 --context 32 --batch 2 --held-out 192"
+    made = []
+    for devices in ("", "--tp 2 --dp 2"):
+        mine, mended = tmp_path / f"a{len(made)}", tmp_path / f"b{len(made)}"
+        common = f"{options} {devices}"
+        command = f"calibrate {checkpoint} {common} --max-drop 9% --out {mine}"
+        shown_by(*command.split())
+        command = f"recover {checkpoint} {common} --adapter {mine} --density 1/2"
+        shown_by(*f"{command} --rank 2 --out {mended}".split())
+        assert ("over 4 devices" in capsys.readouterr().err) == bool(devices)
+        made.append((mine, mended))
+    for one, other in zip(*made, strict=True):
+        cards = [card_of(folder) for folder in (one, other)]
+        assert cards[0]["budgets"] == pytest.approx(cards[1]["budgets"])
+        assert cards[0]["cost"] == cards[1]["cost"]
+        for card in cards:
+            card["polar"] = card["quality"]["text"]["Polar"]["perplexity"]
+        assert cards[0]["polar"] == pytest.approx(cards[1]["polar"], rel=1e-3)
+        routers = [load_file(folder / "routers.safetensors") for folder in (one, other)]
+        assert routers[0].keys() == routers[1].keys()
+        for name, array in routers[0].items():
+            close = np.isclose(array, routers[1][name], rtol=0.02, atol=1e-3)
+            assert close.mean() > 0.99, name
 
 
 def card_of(folder):

@@ -121,6 +121,35 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
     assert "<svg" in (page / "report.html").read_text()
 
 
+@pytest.mark.devices(4)
+def test_eval_over_devices(checkpoint, adapter, tmp_path, monkeypatch, capsys):
+    """Dense, the global and the balanced selection, on the same rows."""
+    monkeypatch.setenv("COLUMNS", "200")
+    task = tmp_path / "colours.jsonl"
+    rows = [
+        {"context": "green", "choices": ["bottle", "wall"], "label": i % 2}
+        for i in range(5)
+    ]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = f"eval {checkpoint} --adapter {adapter} --tasks {task} --mode mask"
+    options = "--policies polar --balanced 2 --batch 5"
+    found = []
+    for devices in ("--tp 2 --dp 2", ""):
+        out = tmp_path / f"{len(found)}.json"
+        arguments = f"{command} {options} {devices} --out {out}"
+        assert cli.main(arguments.split()) == 0
+        found.append(json.loads(out.read_text())["tasks"]["colours"]["results"])
+        said = capsys.readouterr()
+        assert "Polar balanced 2" in " ".join(said.out.split())
+        assert said.err == ("over 4 devices: dp 2 and tp 2\n" if devices else "")
+    assert list(found[0]) == ["Dense", "Polar", "Polar balanced 2"]
+    for label, result in found[0].items():
+        assert result["right"] == found[1][label]["right"]
+        assert result["nll"] == pytest.approx(found[1][label]["nll"], rel=1e-5)
+    nll = [found[0][label]["nll"] for label in ("Polar", "Polar balanced 2")]
+    assert nll[0] != pytest.approx(nll[1], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,6 +166,14 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
         ("eval {checkpoint} --text {text} --tokens 99", "99 tokens are less than one"),
         ("eval {checkpoint} --text {text} --densities x", "'x' is no number such as"),
         ("eval {checkpoint} --text {text} --densities 1,1 --policies oracle", "twice"),
+        (
+            "eval {checkpoint} --text {text} --policies oracle --balanced 2",
+            "--balanced is of the policy polar",
+        ),
+        (
+            "eval {checkpoint} --text {text} --tp 3",
+            "tp 3 does not divide the model's 8",
+        ),
         ("report nowhere.json --out {tmp}/page", "nowhere.json"),
     ],
 )

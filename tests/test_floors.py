@@ -94,6 +94,7 @@ FLOORS = {
         polarjax.generation.text
         polarjax.generation.requests
         polarjax.generation.blocks
+        polarjax.generation.places
         polarjax.generation.loop
         polarjax.generation.stats
         polarjax.generation.crossover
@@ -137,6 +138,7 @@ FLOORS = {
         polarjax.training
         polarjax.evaluation.statistics
         polarjax.evaluation.batches
+        polarjax.evaluation.programs
         polarjax.evaluation.scoring
         polarjax.evaluation.measure
         polarjax.evaluation.perplexity

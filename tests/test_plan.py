@@ -11,7 +11,7 @@ import pytest
 import polarjax
 from benchmarks.shapes import MODELS
 from polarjax import cli, devices
-from polarjax.generation import loop
+from polarjax.generation import loop, places
 from polarjax.generation.memory import (
     cache_bytes,
     capacities,
@@ -271,7 +271,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     [row] = found.rows
     assert found.weight_bytes == on_first_device(params.weights)
     capacity = capacities(config, context)[1]
-    cache = loop.empty_cache(config, batch, capacity, jnp.bfloat16, mesh)
+    cache = places.empty_cache(config, batch, capacity, jnp.bfloat16, mesh)
     held = on_first_device((cache.keys, cache.values))
     if isinstance(policy, polarjax.Dense):
         held += on_first_device(params.weights)

@@ -13,15 +13,12 @@ from safetensors import safe_open
 
 import polarjax
 from polarjax import Polar
-from polarjax.evaluation.recall import router_recall
-from polarjax.evaluation.scoring import Scorer
-from polarjax.generation import loop
+from polarjax.generation import loop, places
 from polarjax.generation.requests import make_sampling
 from polarjax.generation.sampling import sample
 from polarjax.model.share import Share, place
 from polarjax.sharding import (
     default_mesh,
-    make_data_mesh,
     make_mesh,
     mesh_of,
     over_mesh,
@@ -199,7 +196,7 @@ def test_the_best_of_all_devices_is_the_best(temperature):
     sampling = make_sampling(config, rows, temperature, 0, 1.0, 0)
     position = np.arange(rows, dtype=np.int32)
     token, logprob = sample(logits, sampling, position)
-    share = Share.of(config, 4, 2)
+    share = Share.of(config, mesh)
     where = P("dp", "tp"), P("dp"), P("dp")
     found, found_logprob = over_mesh(
         lambda *args: sample(*args, share), mesh, where, P("dp")
@@ -237,7 +234,7 @@ def test_the_step_says_to_other_devices_what_it_must(sparse, temperature, top_p)
     weights, bound = policy.bind(params, 2)
     mesh = mesh_of(params.weights)
     config = params.config.architecture
-    cache = loop.empty_cache(config, 2, 16, jnp.float32, mesh)
+    cache = places.empty_cache(config, 2, 16, jnp.float32, mesh)
     state = loop.State(
         cache, jnp.zeros(2, jnp.int32), jnp.ones(2, bool), jnp.ones(2, jnp.int32)
     )
@@ -270,22 +267,18 @@ def test_a_model_comes_back_whole(tmp_path):
     back = whole(cut)
     for one, other in zip(*map(jax.tree.leaves, (params, back)), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert whole(params) is params
     with pytest.raises(ValueError, match=r"save polarjax.sharding.whole\(params\)"):
         polarjax.save(cut, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
 
 
-def test_what_runs_on_one_device_alone_says_so():
+def test_a_model_is_not_moved_to_another_mesh():
     params, mesh = make("gqa"), make_mesh(4)
     cut = shard(params, mesh)
     assert shard(cut, mesh) is cut
     with pytest.raises(ValueError, match=r"cut over {'dp': 1, 'tp': 4}, not .*: load"):
         polarjax.generate(cut, PROMPTS, mesh=make_mesh(2))
-    blocks = np.zeros((2, 8), np.int32)
-    with pytest.raises(ValueError, match="load it without mesh="):
-        router_recall(cut, blocks)
-    with pytest.raises(ValueError, match="load it without mesh="):
-        Scorer(cut, {"dense": polarjax.Dense()})
 
 
 def test_what_recovery_changed_is_cut_too():
@@ -371,6 +364,11 @@ def test_meshes_that_cannot_be():
     assert dict(make_mesh(dp=2).shape) == {"dp": 2, "tp": 4}
     assert dict(default_mesh(MODELS["mha"]).shape) == {"dp": 1, "tp": 8}
     assert dict(default_mesh(MHA).shape) == {"dp": 4, "tp": 2}  # 6 heads
+    # A training's copies have equal parts of the batch.
+    assert dict(default_mesh(MHA, 1).shape) == {"dp": 1, "tp": 2}
+    assert dict(default_mesh(MHA, 12).shape) == {"dp": 4, "tp": 2}
+    assert dict(default_mesh(MHA, 6).shape) == {"dp": 6, "tp": 1}
+    assert dict(default_mesh(MHA, 16).shape) == {"dp": 8, "tp": 1}
     params = make("gqa", heads=12, neurons=72)
     with pytest.raises(ValueError, match=r"tp 8 does not divide .* 12 query heads"):
         shard(params, make_mesh(8))
@@ -389,4 +387,4 @@ def test_meshes_without_the_axis(tmp_path):
     params = random_params(dataclasses.replace(LLAMA, layers=1))
     write_checkpoint(tmp_path / "model", params)
     with pytest.raises(ValueError, match=r'has the axes dp, but .* along "tp"'):
-        polarjax.load(tmp_path / "model", mesh=make_data_mesh())
+        polarjax.load(tmp_path / "model", mesh=jax.make_mesh((8,), ("dp",)))

@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import numpy as np
 
 from polarjax.generation.requests import bucket
@@ -82,23 +81,24 @@ class Batch:
     steps: int
     capacity: int
 
-    def arrays(self, batch: int) -> tuple[tuple, tuple]:
+    def arrays(self, batch: int, parts: int = 1) -> tuple[tuple, tuple]:
         """Padded arrays for a batch size.
 
         Args:
           batch: rows, b.
+          parts: a number of which rows and contexts are filled up to a multiple.
 
         Returns:
           (the contexts, int32[c, prefix], their lengths, int32[c], and the context of
           each row, int32[b]), (each row's tokens, int32[b, steps + 1], and how many of
-          the steps it takes, int32[b], 0 for rows that fill up).
+          the steps it takes, int32[b], 0 for rows that fill up). As numpy.
         """
         heads = dict.fromkeys(row.tokens[: row.start] for row in self.rows)
         place = {head: i for i, head in enumerate(heads)}
-        contexts = np.zeros((self.contexts, self.prefix), np.int32)
-        lengths, rows, counts = (
-            np.zeros(n, np.int32) for n in (self.contexts, batch, batch)
-        )
+        most = self.contexts + -self.contexts % parts
+        batch += -batch % parts
+        contexts = np.zeros((most, self.prefix), np.int32)
+        lengths, rows, counts = (np.zeros(n, np.int32) for n in (most, batch, batch))
         for head, i in place.items():
             contexts[i, : len(head)], lengths[i] = head, len(head)
         tokens = np.zeros((batch, self.steps + 1), np.int32)
@@ -106,7 +106,7 @@ class Batch:
             tail = row.tokens[row.start :]
             rows[i], counts[i] = place[row.tokens[: row.start]], len(tail) - 1
             tokens[i, : len(tail)] = tail
-        return jax.device_put(((contexts, lengths, rows), (tokens, counts)))
+        return (contexts, lengths, rows), (tokens, counts)
 
 
 def make_batches(

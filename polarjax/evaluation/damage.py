@@ -13,18 +13,22 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
+from polarjax.distributed import to_host
 from polarjax.evaluation.measure import Journal, Progress
-from polarjax.evaluation.scoring import decode_step, prefill, spread
+from polarjax.evaluation.programs import decode_step, prefill, spread
 from polarjax.generation import generate
+from polarjax.generation.places import CACHE, ROWS, place_rows, policy_specs, widen
 from polarjax.generation.requests import bucket
-from polarjax.model import Decoder
+from polarjax.model import make_decoder
 from polarjax.params import Params, Tree
 from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sharding import check_whole
+from polarjax.sharding import DP, axis_size, mesh_of, over_mesh, weight_specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ def measure_damage(
     the model would stop, so that all have the same length.
 
     Args:
-      params: the model.
+      params: the model, on one device or on the mesh that it was loaded on.
       prompts: token ids of each.
       policies: by label, sparse ones, not yet bound.
       new_tokens: to add to each prompt, at least 2.
@@ -79,7 +83,6 @@ def measure_damage(
     Raises:
       ValueError: if there is no prompt, or the context is too short for one.
     """
-    check_whole(params)
     check_lengths(
         [len(prompt) for prompt in prompts], new_tokens, params.config.context
     )
@@ -149,68 +152,81 @@ def _compare(
         return np.array(out.tokens)
 
     dense = write(Dense())
-    b, config = len(prompts), params.config
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    contexts = np.zeros((b, min(bucket(int(lengths.max())), config.context)), np.int32)
-    for row, prompt in zip(contexts, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    common = {"config": config.architecture, "implementation": implementation}
-    rows, room = np.arange(b, dtype=np.int32), contexts.shape[1] + new_tokens
+    config, mesh = params.config, mesh_of(params.weights)
+    b = len(prompts) + -len(prompts) % axis_size(mesh, DP)
+    lengths = np.zeros(b, np.int32)
+    longest = max(map(len, prompts))
+    contexts = np.zeros((b, min(bucket(longest), config.context)), np.int32)
+    for i, prompt in enumerate(prompts):
+        contexts[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+    tokens = np.pad(dense, ((0, b - len(prompts)), (0, 0)))
+    room = contexts.shape[1] + new_tokens
     capacity = -(-room // 16) * 16  # what kernels like
-    cache = prefill(params.weights, contexts, lengths, **common)
-    cache = spread(cache, rows, capacity)
+    rows = np.arange(b, dtype=np.int32)
+    common = {"config": config.architecture, "implementation": implementation}
+    common["mesh"] = mesh
+    read = place_rows((contexts, lengths, rows, tokens.astype(np.int32)), mesh)
+    cache = prefill(params.weights, *read[:2], **common)
+    cache = spread(cache, read[2], capacity, mesh)
     found = {}
     for label, policy in policies.items():
         differs = write(policy) != dense
         same = np.where(differs.any(axis=1), differs.argmax(axis=1), new_tokens)
-        weights, bound = policy.bind(params, b)
-        args = params.weights, weights, bound, cache, jnp.asarray(dense)
-        kl, agree, read = jax.device_get(_divergences(*args, **common))
+        weights, bound = policy.bind(params, len(prompts))
+        args = params.weights, weights, widen(bound, b), cache, lengths > 0, read[3]
+        kl, agree, groups = to_host(_divergences(*args, **common))
+        kl, agree = kl[: len(prompts)], agree[: len(prompts)]
         if not np.isfinite(kl).all():
             raise ValueError(f"{label} or the dense model yields logits that are NaN")
         found[label] = {
             "same": same.tolist(),
             "kl": kl.astype(float).tolist(),
             "agree": agree.tolist(),
-            "read": int(read),
-            "there": b * (new_tokens - 1) * config.layers * config.kv_heads,
+            "read": int(groups),
+            "there": len(prompts) * (new_tokens - 1) * config.layers * config.kv_heads,
         }
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
 def _divergences(
     dense_weights: Tree,
     weights: Tree,
     policy: SelectionPolicy,
     cache: KVCache,
+    live: jax.Array,
     tokens: jax.Array,
     *,
     config: ModelConfig,
     implementation: Implementation | None,
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Decode the dense text int32[b, n] twice, side by side.
+    """Decode the dense text int32[b, n] of live rows twice, side by side.
 
     Returns float32[b, n - 1], KL divergences of what follows token i; bool[b, n - 1],
     whether the best token is the same; and int32[], KV groups that the policy read.
     """
     dtype = weights["embed"]["tokens"].dtype
-    b = tokens.shape[0]
-    model = Decoder(config, dtype, policy.score_rows, implementation)
-    dense_model = Decoder(config, dtype, implementation=implementation)
-    live = jnp.ones(b, bool)
+    model = make_decoder(config, dtype, policy.score_rows, implementation, mesh)
+    dense_model = make_decoder(config, dtype, (), implementation, mesh)
 
-    def step(caches: tuple[KVCache, KVCache], token: jax.Array):
-        expected, dense, _ = decode_step(
-            *(dense_model, dense_weights, Dense(), token, caches[0], live)
-        )
-        logits, sparse, read = decode_step(
-            model, weights, policy, token, caches[1], live
-        )
-        p, q = jax.nn.log_softmax(expected), jax.nn.log_softmax(logits)
-        kl = (jnp.exp(p) * (p - q)).sum(axis=-1)
-        same = expected.argmax(axis=-1) == logits.argmax(axis=-1)
-        return (dense, sparse), (kl, same, read.sum())
+    def follow(dense_weights, weights, policy, cache, live, tokens):
+        def step(caches: tuple[KVCache, KVCache], token: jax.Array):
+            expected, dense, _ = decode_step(
+                *(dense_model, dense_weights, Dense(), token, caches[0], live)
+            )
+            logits, sparse, read = decode_step(
+                model, weights, policy, token, caches[1], live
+            )
+            p, q = jax.nn.log_softmax(expected), jax.nn.log_softmax(logits)
+            kl = (jnp.exp(p) * (p - q)).sum(axis=-1)
+            same = expected.argmax(axis=-1) == logits.argmax(axis=-1)
+            return (dense, sparse), (kl, same, read.sum())
 
-    _, (kl, same, read) = jax.lax.scan(step, (cache, cache), tokens[:, :-1].T)
-    return kl.T, same.T, read.sum()
+        _, (kl, same, read) = jax.lax.scan(step, (cache, cache), tokens[:, :-1].T)
+        return kl.T, same.T, read.sum()
+
+    args = dense_weights, weights, policy, cache, live, tokens
+    cut = (weight_specs(x, mesh) for x in (dense_weights, weights))
+    specs = *cut, policy_specs(policy), CACHE, ROWS, ROWS
+    return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
-from polarjax.sharding import check_whole
+from polarjax.sharding import mesh_of, over_mesh, weight_specs
 from polarjax.sparsity.updates import merge_updates
 from polarjax.training.collect import observe_heads, top_labels
 from polarjax.training.losses import kept_norm, recall, router_scores
@@ -68,7 +70,6 @@ def router_recall(
     Raises:
       ValueError: if there are no routers.
     """
-    check_whole(params)
     config = params.config
     if not params.routers:
         raise ValueError("the model has no routers: load it with adapter=")
@@ -81,6 +82,7 @@ def router_recall(
                 *(params.routers, params.weights, jnp.asarray(tokens, jnp.int32), key),
                 config=config.architecture,
                 budgets=tuple(map(int, config.budgets)),
+                mesh=mesh_of(params.weights),
             )
         )
     found = np.asarray(total, np.float64).mean(axis=0)
@@ -89,7 +91,7 @@ def router_recall(
     return Recall(routers, chance, kept, sparse)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "budgets"))
+@functools.partial(jax.jit, static_argnames=("config", "budgets", "mesh"))
 def _recall(
     routers: Tree,
     weights: Tree,
@@ -98,13 +100,21 @@ def _recall(
     *,
     config: ModelConfig,
     budgets: tuple[int, ...],
+    mesh: Mesh | None,
 ) -> jax.Array:
-    def learn(layer: int, inputs: jax.Array, norms: jax.Array) -> jax.Array:
-        n = budgets[layer]
-        labels = top_labels(norms, n)
-        scores = router_scores(routers[f"layers_{layer}"]["heads"], inputs)
-        chance = jax.random.uniform(jax.random.fold_in(key, layer), scores.shape)
-        found = [recall(s, labels, n) for s in (scores, chance)]
-        return jnp.stack([*found, kept_norm(scores, norms, n)])
+    def measure(heads: list[Tree], weights: Tree, tokens: jax.Array, key: jax.Array):
+        def learn(layer: int, inputs: jax.Array, norms: jax.Array) -> jax.Array:
+            n = budgets[layer]
+            labels = top_labels(norms, n)
+            scores = router_scores(heads[layer - 1], inputs)
+            chance = jax.random.uniform(jax.random.fold_in(key, layer), scores.shape)
+            found = [recall(s, labels, n) for s in (scores, chance)]
+            return jnp.stack([*found, kept_norm(scores, norms, n)])
 
-    return jnp.stack(observe_heads(weights, tokens, learn, config=config), axis=1)
+        found = observe_heads(weights, tokens, learn, config=config, mesh=mesh)
+        return jnp.stack(found, axis=1)
+
+    heads = [routers[f"layers_{i}"]["heads"] for i in range(1, config.layers)]
+    # Each copy of the model reads the whole batch, which may be of one row.
+    specs = P(), weight_specs(weights, mesh), P(), P()
+    return over_mesh(measure, mesh, specs, P())(heads, weights, tokens, key)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from polarjax.params import Params
+from polarjax.sharding import mesh_of, whole_routers
 
 
 def now() -> str:
@@ -37,16 +38,16 @@ def about(
 
 
 def model(params: Params, adapter: str | Path | None) -> dict[str, Any]:
-    """Which weights were measured: checkpoint, dtype, and a digest of the routers.
+    """Which weights were measured, and where: checkpoint, dtype, digest of routers.
 
     Args:
       params: the model.
       adapter: folder that its routers came from.
     """
-    routers = None
+    routers, mesh = None, mesh_of(params.weights)
     if params.routers:
         digest = hashlib.sha256()
-        for path, leaf in jax.tree.leaves_with_path(params.routers):
+        for path, leaf in jax.tree.leaves_with_path(whole_routers(params)):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.asarray(leaf).tobytes())
         routers = {
@@ -61,6 +62,7 @@ def model(params: Params, adapter: str | Path | None) -> dict[str, Any]:
         "model_hash": params.config.model_hash,
         "architecture": _short(repr(params.config.architecture)),
         "dtype": str(params.dtype),
+        "mesh": None if mesh is None else dict(mesh.shape),
         "adapter": routers,
     }
 

@@ -164,7 +164,9 @@ class Run(NamedTuple):
 
     def kind(self, label: str) -> str:
         """Name of the policy that a label stands for."""
-        return self.record["setup"]["policies"][label]["policy"]
+        policy = self.record["setup"]["policies"][label]
+        parts = policy.get("balanced", 1)
+        return policy["policy"] + (f" balanced {parts}" if parts > 1 else "")
 
     def measured(self, part: str) -> Mapping[str, Any]:
         """Measurements of a part, by name."""
@@ -392,6 +394,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "Dtype": setup.get("dtype"),
         "Implementation": setup.get("implementation"),
         "Device": made.get("device"),
+        "Mesh": ", ".join(f"{k} {n}" for k, n in (setup.get("mesh") or {}).items()),
         "Commit": made.get("commit"),
         "Finished": made.get("finished"),
         "Versions": ", ".join(f"{k} {v}" for k, v in versions.items() if v),

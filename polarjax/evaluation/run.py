@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pallas_kernels import Implementation, resolve
+from polarjax.distributed import from_main, is_main
 from polarjax.evaluation import statistics
 from polarjax.evaluation.batches import Mode
 from polarjax.evaluation.damage import check_lengths, measure_damage
@@ -34,6 +36,7 @@ from polarjax.generation import Tokenizer, start_token
 from polarjax.generation.requests import positive
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
+from polarjax.sharding import mesh_of
 from polarjax.training.text import open_text
 
 Kind = Literal["windows", "strided", "words"]
@@ -92,7 +95,9 @@ def evaluate(
     """Measure the quality of policies on tasks, a text, and what the model writes.
 
     Args:
-      params: the model, with a tokenizer.
+      params: the model, with a tokenizer, on one device or on the mesh that it was
+        loaded on. Where that spans processes, all of them call this alike, with the
+        same texts and tasks; process 0 alone writes.
       settings: what to do.
       out: file to write, if its name ends in ".json"; else a folder in which it is
         named after what decides its numbers; None for none. Work that was cut short is
@@ -116,24 +121,39 @@ def evaluate(
     facts = {"made": made, "setup": setup, "digests": work.digests(), **work.inputs}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def result(journal: Journal) -> dict[str, Any]:
+    mesh = mesh_of(params.weights)
+    many = mesh is not None and mesh.is_multi_process
+    shared = from_main if many else lambda value: value
+    if shared(digest) != digest:
+        raise ValueError(
+            "this process has another model, text or task than process 0: give all of "
+            "them the same files"
+        )
+
+    path = None if out is None else Path(out)
+    if path is not None and (path.suffix != ".json" or path.is_dir()):
+        name = f"{setup['checkpoint'] or 'model'}-{setup['mode']}-{digest[:8]}.json"
+        path /= name
+    file = path if not many or is_main() else None
+    found = None
+    if file is not None and file.exists() and not overwrite:
+        found = _same(file, digest)
+    if found := shared(found):
+        return found, path
+    opened = contextlib.nullcontext({})
+    if file is not None:
+        opened = FileJournal(file, facts, overwrite)
+    with opened as journal:
+        # All processes go on where process 0 stopped.
+        known = shared(dict(journal))
+        journal = known if file is None else journal
         parts = work.run(journal, progress)
         about = {"command": list(command), "finished": now(), **made, "facts": digest}
         head = {"format_version": FORMAT, "kind": "polarjax eval"}
-        return {**head, "made": about, "setup": setup, **parts}
-
-    if out is None:
-        return result({}), None
-    path = Path(out)
-    if path.suffix != ".json" or path.is_dir():
-        name = f"{setup['checkpoint'] or 'model'}-{setup['mode']}-{digest[:8]}.json"
-        path /= name
-    if path.exists() and not overwrite and (found := _same(path, digest)):
-        return found, path
-    with FileJournal(path, facts, overwrite) as journal:
-        made_now = result(journal)
-        journal.finish(made_now)
-    return made_now, path
+        result = {**head, "made": about, "setup": setup, **parts}
+        if isinstance(journal, FileJournal):
+            journal.finish(result)
+    return result, path
 
 
 def _same(path: Path, digest: str) -> dict[str, Any] | None:
@@ -349,6 +369,6 @@ class _Work:
 
 
 def _describe(policy: SelectionPolicy) -> dict[str, Any]:
-    names = ("density", "neuron_density", "adaptive", "seed")
+    names = ("density", "neuron_density", "adaptive", "balanced", "seed")
     facts = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
     return {"policy": type(policy).__name__.lower(), "density": None, **facts}

@@ -17,21 +17,24 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from pallas_kernels import Implementation
 from polarjax.cache import KVCache
-from polarjax.config import ModelConfig
+from polarjax.distributed import to_host
+from polarjax.evaluation import programs
 from polarjax.evaluation.batches import Batch, Continuation, Mode, make_batches
+from polarjax.generation.places import (
+    cache_places,
+    empty_cache,
+    place_rows,
+    widen,
+)
 from polarjax.generation.requests import positive
-from polarjax.model import Decoder, run
-from polarjax.params import Params, Tree
-from polarjax.policy import SelectionPolicy, groups_read
-from polarjax.sharding import check_whole
-
-# Positions of which the logits are in memory at once.
-_CHUNK = 128
+from polarjax.params import Params
+from polarjax.policy import SelectionPolicy
+from polarjax.sharding import DP, axis_size, mesh_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +62,12 @@ class Scorer:
     All policies see the same batches, and share the dense prefill.
 
     Args:
-      params: the model.
+      params: the model, on one device or on the mesh that it was loaded on; of one
+        over several processes all of them call this alike.
       policies: by label, not yet bound.
       mode: see the module.
-      batch: rows computed together; a batch that lacks rows is filled up with rows
-        that are finished.
+      batch: rows computed together; a batch that lacks rows, or does not divide by the
+        mesh's "dp", is filled up with rows that are finished.
       implementation: of the kernels; None chooses by device.
 
     Raises:
@@ -82,16 +86,20 @@ class Scorer:
         if mode not in get_args(Mode):
             names = ", ".join(get_args(Mode))
             raise ValueError(f"no mode {mode!r}: there are {names}")
-        check_whole(params)
         self.params = params
         self.mode: Mode = mode
         self.batch = positive("batch", batch)
-        self._bound = {
-            label: policy.bind(params, self.batch) for label, policy in policies.items()
-        }
+        self._mesh = mesh_of(params.weights)
+        self._parts = axis_size(self._mesh, DP)
+        self._rows = self.batch + -self.batch % self._parts
+        self._bound = {}
+        for label, policy in policies.items():
+            weights, bound = policy.bind(params, self.batch)
+            self._bound[label] = weights, widen(bound, self._rows)
         self._common = {
             "config": params.config.architecture,
             "implementation": implementation,
+            "mesh": self._mesh,
         }
         self._programs: dict[Any, Callable[..., Any]] = {}
 
@@ -136,17 +144,16 @@ class Scorer:
         jobs: dict[Any, Callable[[], Any]] = {}
         distinct = {self._keys(batch): batch for batch in batches}.values()
         for batch in distinct:
-            contexts, arrays = batch.arrays(self.batch)
+            contexts, arrays = self._arrays(batch)
             first, *others = self._keys(batch)
             if batch.prefix and first not in self._programs:
                 jobs[first] = functools.partial(
-                    *(prefill.lower, self.params.weights, *contexts[:2]),
+                    *(programs.prefill.lower, self.params.weights, *contexts[:2]),
                     **self._common,
                 )
-            function = _mask
+            function = programs.mask
             if self.mode != "mask":
-                cache = jax.eval_shape(functools.partial(self._empty, batch))
-                function, arrays = _decode, (cache, *arrays)
+                function, arrays = programs.decode, (self._cache_shapes(batch), *arrays)
             for key, bound in zip(others, self._bound.values(), strict=True):
                 if key not in self._programs:
                     jobs[key] = functools.partial(
@@ -168,19 +175,19 @@ class Scorer:
         Args:
           batch: from `plan`, compiled.
         """
-        contexts, arrays = batch.arrays(self.batch)
+        contexts, arrays = self._arrays(batch)
         first, *others = self._keys(batch)
         if batch.prefix:
             *read, rows = contexts
             cache = self._programs[first](self.params.weights, *read)
-            cache = spread(cache, rows, batch.capacity)
+            cache = programs.spread(cache, rows, batch.capacity, self._mesh)
             arrays = jax.block_until_ready(cache), *arrays
         elif self.mode != "mask":
             arrays = self._empty(batch), *arrays
         found = {}
         for key, (label, bound) in zip(others, self._bound.items(), strict=True):
             begin = time.perf_counter()
-            nll, greedy, use = jax.device_get(self._programs[key](*bound, *arrays))
+            nll, greedy, use = to_host(self._programs[key](*bound, *arrays))
             seconds = time.perf_counter() - begin
             scored = [
                 (i, slice(row.steps - row.scored, row.steps))
@@ -201,183 +208,20 @@ class Scorer:
         first = batch.contexts, batch.prefix
         return first, *((label, *room) for label in self._bound)
 
+    def _arrays(self, batch: Batch) -> tuple[tuple, tuple]:
+        """On the devices, each row where it is computed."""
+        return place_rows(batch.arrays(self.batch, self._parts), self._mesh)
+
     def _empty(self, batch: Batch) -> KVCache:
-        dtype = self.params.dtype
-        return KVCache.empty(self.params.config, self.batch, batch.capacity, dtype)
+        size, params = (self._rows, batch.capacity), self.params
+        return empty_cache(params.config, *size, params.dtype, self._mesh)
 
+    def _cache_shapes(self, batch: Batch) -> KVCache:
+        shapes = jax.eval_shape(functools.partial(self._empty, batch))
+        if self._mesh is None:
+            return shapes
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
-def prefill(
-    weights: Tree,
-    contexts: jax.Array,
-    lengths: jax.Array,
-    *,
-    config: ModelConfig,
-    implementation: Implementation | None,
-) -> KVCache:
-    """Read contexts, dense.
+        def put(shape: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
-    Args:
-      weights: the original ones.
-      contexts: int32[c, t], padded at the end.
-      lengths: int32[c]; 0 for none.
-      config: of the model.
-      implementation: of the kernels.
-    """
-    model = Decoder(config, _dtype(weights), implementation=implementation)
-    return run(model, weights, "prefill", contexts, lengths, contexts.shape[1])[1]
-
-
-@functools.partial(jax.jit, static_argnames=("capacity",))
-def spread(cache: KVCache, rows: jax.Array, capacity: int) -> KVCache:
-    """Give each row a copy of its context's cache.
-
-    Args:
-      cache: of the contexts, [c, k, t, d].
-      rows: int32[b], the context of each row.
-      capacity: positions of the new cache.
-    """
-    room = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
-
-    def take(part: jax.Array) -> jax.Array:
-        return jnp.pad(part[rows], room)
-
-    keys, values = (tuple(map(take, parts)) for parts in (cache.keys, cache.values))
-    return KVCache(keys, values, cache.lengths[rows])
-
-
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
-def _decode(
-    weights: Tree,
-    policy: SelectionPolicy,
-    cache: KVCache,
-    tokens: jax.Array,
-    counts: jax.Array,
-    *,
-    config: ModelConfig,
-    implementation: Implementation | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Teacher-forced decoding: token i is read, then token i + 1 is scored.
-
-    Args:
-      weights: bound.
-      policy: bound.
-      cache: of what comes before.
-      tokens: int32[b, n + 1].
-      counts: int32[b], how many of the n each row scores.
-      config: of the model.
-      implementation: of the kernels.
-
-    Returns:
-      Negative log-likelihoods float32[b, n]; whether each token was the most probable,
-      bool[b, n]; int32[layers, k], how often each KV group was read.
-    """
-    model = Decoder(config, _dtype(weights), policy.score_rows, implementation)
-    b, n = tokens.shape[0], tokens.shape[1] - 1
-
-    def step(i: jax.Array, carry: tuple) -> tuple:
-        cache, nll, greedy, use = carry
-        live = i < counts
-        logits, cache, read = decode_step(
-            model, weights, policy, tokens[:, i], cache, live
-        )
-        found, best = score(logits, tokens[:, i + 1])
-        nll = nll.at[:, i].set(jnp.where(live, found, 0))
-        return cache, nll, greedy.at[:, i].set(best), use + read
-
-    use = jnp.zeros((config.layers, config.kv_heads), jnp.int32)
-    first = cache, jnp.zeros((b, n)), jnp.zeros((b, n), bool), use
-    # As many steps as the longest row needs, not as many as the arrays have room for.
-    return jax.lax.fori_loop(0, counts.max(), step, first)[1:]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
-def _mask(
-    weights: Tree,
-    policy: SelectionPolicy,
-    tokens: jax.Array,
-    counts: jax.Array,
-    *,
-    config: ModelConfig,
-    implementation: Implementation | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `_decode` from an empty cache, by a masked dense model."""
-    model = Decoder(config, _dtype(weights), policy.score_rows, implementation)
-    b, n = tokens.shape[0], tokens.shape[1] - 1
-    x, read, _ = run(model, weights, "masked", tokens[:, :-1], counts, policy)
-    live = jnp.arange(n) < counts[:, None]
-    use = (read & live[None, ..., None]).sum(axis=(1, 2), dtype=jnp.int32)
-
-    def chunks(array: jax.Array) -> jax.Array:  # [b, n, ...] -> [n / 128, b, 128, ...]
-        size = min(n, _CHUNK)
-        rest = ((0, 0), (0, -n % size), *((0, 0),) * (array.ndim - 2))
-        cut = jnp.pad(array, rest).reshape(b, -1, size, *array.shape[2:])
-        return cut.swapaxes(0, 1)
-
-    def part(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return score(run(model, weights, "logits", args[0]), args[1])
-
-    nll, greedy = (
-        out.swapaxes(0, 1).reshape(b, -1)[:, :n]
-        for out in jax.lax.map(part, (chunks(x), chunks(tokens[:, 1:])))
-    )
-    return jnp.where(live, nll, 0), greedy, use
-
-
-def decode_step(
-    model: Decoder,
-    weights: Tree,
-    policy: SelectionPolicy,
-    token: jax.Array,
-    cache: KVCache,
-    live: jax.Array,
-) -> tuple[jax.Array, KVCache, jax.Array]:
-    """One decode step that also counts what it reads.
-
-    Args:
-      model: built with the policy's score rows.
-      weights: bound.
-      policy: bound.
-      token: int32[b].
-      cache: what came before.
-      live: bool[b].
-
-    Returns:
-      Logits float32[b, v], the cache, and int32[layers, k], how many live rows read
-      each KV group.
-    """
-    watched = _Watched(policy, token.shape[0], model.config.kv_heads)
-    logits, cache, _ = run(model, weights, "decode", token, cache, watched, live)
-    read = jnp.stack(watched.read) & live[:, None]
-    return logits, cache, read.sum(axis=1, dtype=jnp.int32)
-
-
-class _Watched:
-    """A policy that notes, for the trace it is made in, what another one chooses."""
-
-    def __init__(self, policy: SelectionPolicy, b: int, k: int) -> None:
-        self.policy, self.shape = policy, (b, k)
-        self.wants_norms, self.score_rows = policy.wants_norms, policy.score_rows
-        self.neurons, self.bind = policy.neurons, policy.bind
-        self.read: list[jax.Array] = []
-
-    def heads(self, layer, scores, norms, implementation=None):
-        chosen = self.policy.heads(layer, scores, norms, implementation)
-        self.read.append(groups_read(chosen, *self.shape))
-        return chosen
-
-
-def score(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihoods float32[...] of targets int32[...], and if each is best.
-
-    Args:
-      logits: float32[..., v].
-      targets: int32[...].
-    """
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return nll, jnp.argmax(logits, axis=-1) == targets
-
-
-def _dtype(weights: Tree):
-    return weights["embed"]["tokens"].dtype
+        return jax.tree.map(put, shapes, cache_places(shapes, self._mesh))

@@ -389,7 +389,7 @@ class _Budgeted(Scorer):
         # The limits, which are compiled, leave room for every group.
         k = self.params.config.kv_heads
         limits = (None, *(k if k > 1 else None,) * (len(budgets) - 1))
-        counts = np.repeat(np.array(budgets, np.int32)[:, None], self.batch, axis=1)
+        counts = np.repeat(np.array(budgets, np.int32)[:, None], self._rows, axis=1)
         passing = None
         if self._thresholds:
             # Layers that are not sparse are compiled like the others: all scores pass.

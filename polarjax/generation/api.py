@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels import Implementation
 from polarjax.distributed import from_main, to_host
-from polarjax.generation import loop
+from polarjax.generation import loop, places
 from polarjax.generation.crossover import bind_where_it_pays
 from polarjax.generation.memory import MEMORY_FRACTION, cache_capacity
 from polarjax.generation.requests import (
@@ -148,7 +148,7 @@ def generate(
     weights, bound, notes = bind_where_it_pays(params, policy, asked, batch, visible)
     rows = batch + -batch % axis_size(mesh, DP)
     if rows > batch:  # each part of the batch is as large: dead rows fill the last one
-        bound, sampling = loop.widen(bound, rows), loop.widen(sampling, rows)
+        bound, sampling = places.widen(bound, rows), places.widen(sampling, rows)
         remaining = np.pad(remaining, (0, rows - batch), constant_values=1)
     capacity = cache_capacity(
         *(params, rows, int((lengths + remaining[:batch]).max())),
@@ -179,7 +179,7 @@ def generate(
     counted, go_on = [], real
     while True:
         if stops:  # the host has to look before it knows who goes on
-            _deliver(requests, drawn, live, stream)
+            seen = _deliver(requests, drawn, live, stream)
             live = np.zeros(rows, bool)
             live[:batch] = [request.going for request in requests]
             go_on = live
@@ -190,15 +190,15 @@ def generate(
                 **{"steps": chunk, "mesh": mesh, **common},
             )
         if not stops:  # while the device is at the next chunk
-            _deliver(requests, drawn, live, stream)
+            seen = _deliver(requests, drawn, live, stream)
+        counted.append(seen)
         if not more:
             break
-        counted.append(following)
         drawn, live = following, to_host(state.live)
     clock.lap("decode")
 
     stats = make_stats(
-        *(params, weights, bound, to_host(counted), chunk, clock.seconds),
+        *(params, weights, bound, counted[1:], chunk, clock.seconds),
         prompt_tokens=int(lengths.sum()),
         new_tokens=sum(len(request.tokens) for request in requests),
         notes=notes,
@@ -313,8 +313,10 @@ def _deliver(
     drawn: loop.Drawn,
     live: np.ndarray,
     stream: Stream | None,
-) -> None:
-    token, logprob, valid = to_host((drawn.token, drawn.logprob, drawn.valid))
+) -> loop.Drawn:
+    """Hand on what a chunk brought; returns it, fetched from the devices."""
+    drawn = to_host(drawn)
+    token, logprob, valid = drawn.token, drawn.logprob, drawn.valid
     for i, request in enumerate(requests):
         if not request.going:
             continue
@@ -330,3 +332,4 @@ def _deliver(
             text, tokens = request.news()
             if text or tokens:
                 stream(i, text, tokens)
+    return drawn

@@ -17,24 +17,19 @@ from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.generation.blocks import plan_blocks
+from polarjax.generation.places import CACHE, ROWS, empty_cache, policy_specs
 from polarjax.generation.sampling import Sampling, sample
-from polarjax.model import BLOCK_TOKENS, Decoder, Share, run
+from polarjax.model import BLOCK_TOKENS, Share, make_decoder, run
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
 from polarjax.sharding import (
     DP,
     TP,
     axis_size,
-    local_config,
     mesh_of,
     over_mesh,
     weight_specs,
 )
-
-# How a cache on a mesh is cut: batch, and KV groups.
-_GROUPS: Any = P(DP, TP)
-_ROWS: Any = P(DP)
-CACHE: Any = KVCache(_GROUPS, _GROUPS, _ROWS)
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +129,7 @@ def prefill(
     Returns:
       The cache and the logits, the rows filled in.
     """
-    model = _decoder(config, weights, (), implementation, mesh)
+    model = make_decoder(config, _dtype(weights), (), implementation, mesh)
 
     def read(weights: Tree, tokens, lengths, rows, cache: KVCache, logits):
         last, cache = run(model, weights, "read", tokens, lengths, rows, cache, most)
@@ -142,11 +137,9 @@ def prefill(
         return cache, logits.at[rows].set(last, **put)
 
     args = weights, tokens, lengths, rows, cache, logits
-    if mesh is None:
-        return read(*args)
-    each = _ROWS, _ROWS, _ROWS, CACHE, _ROWS
+    each = ROWS, ROWS, ROWS, CACHE, ROWS
     specs = weight_specs(weights, mesh), *each
-    return over_mesh(read, mesh, specs, (CACHE, _ROWS))(*args)
+    return over_mesh(read, mesh, specs, (CACHE, ROWS))(*args)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -236,29 +229,8 @@ def read_prompts(
     return call(first_token, cache, logits, remaining, sampling, stop_ids)
 
 
-def empty_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: Any, mesh: Mesh | None
-) -> KVCache:
-    """A cache of no tokens, where the model is.
-
-    Args:
-      config: of the model.
-      batch: sequences, b.
-      capacity: positions, s.
-      dtype: of keys and values.
-      mesh: that the model is cut over; None for one device.
-    """
-    if mesh is None:
-        return KVCache.empty(config, batch, capacity, dtype)
-    tp = mesh.shape[TP]
-    groups = tp * local_config(config, tp).kv_heads
-    config = dataclasses.replace(config, heads=groups, kv_heads=groups)
-    where = NamedSharding(mesh, CACHE.keys)
-    return KVCache.empty(config, batch, capacity, dtype, where)
-
-
 def _zeros(shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
-    where = None if mesh is None else NamedSharding(mesh, P(DP))
+    where = None if mesh is None else NamedSharding(mesh, ROWS)
     return jnp.zeros(shape, jnp.float32, device=where)
 
 
@@ -297,7 +269,9 @@ def decode_chunk(
     Returns:
       The new state, and what was drawn, each leaf with a leading axis of `steps`.
     """
-    model = _decoder(config, weights, policy.score_rows, implementation, mesh)
+    model = make_decoder(
+        config, _dtype(weights), policy.score_rows, implementation, mesh
+    )
     cut = model.share if model.share and model.share.cuts_vocabulary else None
 
     def follow(weights, policy, state, go_on, sampling, stop_ids):
@@ -320,14 +294,12 @@ def decode_chunk(
         return jax.lax.scan(step, state, length=steps)
 
     args = weights, policy, state, go_on, sampling, stop_ids
-    if mesh is None:
-        return follow(*args)
     later: Any = P(None, DP)
     reads: Any = P(None, None, DP)
-    kept = State(CACHE, _ROWS, _ROWS, _ROWS)
+    kept = State(CACHE, ROWS, ROWS, ROWS)
     own: Any = P(None, None, DP, TP)
     drawn = Drawn(later, later, later, reads, later, own)
-    specs = weight_specs(weights, mesh), policy_specs(policy), kept, _ROWS, _ROWS, P()
+    specs = weight_specs(weights, mesh), policy_specs(policy), kept, ROWS, ROWS, P()
     return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
 
 
@@ -335,39 +307,6 @@ def _own_reads(shares: Any) -> jax.Array:
     """What each layer's attention said of this device, int32[layers, 1, 1]."""
     layers = (shares[f"layers_{i}"]["attention"]["reads"] for i in range(len(shares)))
     return jnp.stack([reads for (reads,) in layers])[:, None, None]
-
-
-def policy_specs(policy: SelectionPolicy) -> Any:
-    """How a bound policy on a mesh is cut: by requests, and routers by neurons."""
-    cut = {"counts": P(DP), "ranking": P(None, DP), "neuron_routers": P(TP)}
-
-    def spec(path: tuple, _) -> P:
-        names = {getattr(key, "name", None) for key in path}
-        return next((cut[name] for name in cut if name in names), P())
-
-    return jax.tree_util.tree_map_with_path(spec, policy)
-
-
-def widen(tree: Any, batch: int) -> Any:
-    """A bound policy, or sampling settings, for further rows, which the last one sets.
-
-    Args:
-      tree: the policy or settings.
-      batch: rows that it is for then.
-    """
-    specs = policy_specs(tree)
-    if isinstance(tree, Sampling):
-        specs = jax.tree.map(lambda _: P(DP), tree)
-
-    def pad(leaf: jax.Array, spec: P) -> jax.Array:
-        if DP not in spec:
-            return leaf
-        axis = spec.index(DP)
-        wide = [(0, 0)] * leaf.ndim
-        wide[axis] = (0, batch - leaf.shape[axis])
-        return jnp.pad(leaf, wide, mode="edge")
-
-    return jax.tree.map(pad, tree, specs)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
@@ -380,31 +319,13 @@ def all_logits(
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Logits of every position, dense, float32[b, t, v]."""
-    model = _decoder(config, weights, (), implementation, mesh)
+    model = make_decoder(config, _dtype(weights), (), implementation, mesh)
 
     def read(weights: Tree, tokens: jax.Array) -> jax.Array:
         return run(model, weights, "__call__", tokens)[0]
 
-    if mesh is None:
-        return read(weights, tokens)
     specs = weight_specs(weights, mesh), P()
     return over_mesh(read, mesh, specs, P())(weights, tokens)
-
-
-def _decoder(
-    config: ModelConfig,
-    weights: Tree,
-    rows: tuple[int, ...],
-    implementation: Implementation | None,
-    mesh: Mesh | None,
-) -> Decoder:
-    """The model, or what one device of a mesh runs of it."""
-    if mesh is None:
-        return Decoder(config, _dtype(weights), rows, implementation)
-    tp = mesh.shape[TP]
-    share = Share.of(config, tp, mesh.shape[DP])
-    local = local_config(config, tp)
-    return Decoder(local, _dtype(weights), rows, implementation, share)
 
 
 def _dtype(weights: Tree):

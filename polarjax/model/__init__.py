@@ -6,6 +6,7 @@ from polarjax.model.decoder import (
     Decoder,
     Observe,
     check_weights,
+    make_decoder,
     run,
     weight_shapes,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Prefix",
     "Share",
     "check_weights",
+    "make_decoder",
     "run",
     "weight_shapes",
 ]

@@ -82,7 +82,8 @@ class Attention(nn.Module):
         c = self.config
         zeros = nn.initializers.zeros
         # Devices share the rows that a policy appends, as the model's own.
-        added = -(-self.score_rows // (self.share.tp if self.share else 1))
+        cut = self.share.tp if self.share and self.share.cuts_scores else 1
+        added = -(-self.score_rows // cut)
         rows = (c.heads + 2 * c.kv_heads) * c.head_dim + added
         # All matrices head-major: what belongs to a head is a block of rows.
         self.qkv = self.param("qkv", _normal, (rows, c.dim), self.dtype)
@@ -124,7 +125,7 @@ class Attention(nn.Module):
         if rope := c.rope_of(self.layer):
             cos, sin = (x[:, :, None] for x in angles(positions, rope, c.head_dim))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q, k, v, scores
+        return q, k, v, self._all_scores(scores)
 
     def project_one(
         self, u: jax.Array, positions: jax.Array
@@ -161,9 +162,9 @@ class Attention(nn.Module):
         return q, k, v, self._all_scores(scores)
 
     def _all_scores(self, scores: jax.Array | None) -> jax.Array | None:
-        if scores is None or self.share is None:
+        if scores is None or self.share is None or not self.share.cuts_scores:
             return scores
-        return gather(scores, self.share)[:, : self.score_rows]
+        return gather(scores, self.share)[..., : self.score_rows]
 
     def _qkv_bias(self) -> jax.Array | None:
         return self.qkv_bias if self.config.qkv_bias or self.score_rows else None
@@ -220,9 +221,10 @@ class Attention(nn.Module):
 
         Returns:
           Head outputs [b, t, h, d], masked, and as they were; scores float32[b, t, r]
-          or None; bool[b, t, k], the KV groups that each position reads.
+          or None; bool[b, t, k], the model's KV groups that each position reads.
         """
         c, (b, t, _) = self.config, u.shape
+        groups = self.share.kv_heads if self.share else c.kv_heads
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         q, k, v, scores = self.project(u, positions)
         before = None
@@ -232,20 +234,24 @@ class Attention(nn.Module):
                 k = jnp.where(before[..., None], prefix.keys[self.layer], k)
                 v = jnp.where(before[..., None], prefix.values[self.layer], v)
         o = causal_attention(q, k, v, c.window(self.layer))
-        norms = head_norms(o, c.kv_heads) if policy.wants_norms else None
+        norms = None
+        if policy.wants_norms:
+            norms = head_norms(o, c.kv_heads, self.share)
 
         def choose(_, scores: jax.Array | None, norms: jax.Array | None) -> jax.Array:
             chosen = policy.heads(self.layer, scores, norms, "xla")
-            return groups_read(chosen, b, c.kv_heads)
+            return groups_read(chosen, b, groups)
 
         # A policy answers for one position of each sequence.
         read = jax.vmap(choose, (0, 1, 1), 1)(jnp.arange(t), scores, norms)
         read = read if before is None else read | before
         grouped = o.reshape(b, t, c.kv_heads, -1)
         if gates is None:
-            kept = jnp.where(read[..., None], grouped, 0)
+            own = own_groups(read, self.share)
+            kept = jnp.where(own[..., None], grouped, 0)
         else:
-            kept = grouped * gates(self.layer, u, read)[..., None].astype(o.dtype)
+            own = own_groups(gates(self.layer, u, read), self.share)
+            kept = grouped * own[..., None].astype(o.dtype)
         return kept.reshape(o.shape), o, scores, read
 
     def decode(
@@ -287,7 +293,7 @@ class Attention(nn.Module):
         if policy.wants_norms:
             # Every group is computed once to be measured, before any is chosen.
             o, keys, values = append(q, k, v, keys, values, visible)
-            norms = add_up_groups(head_norms(o, c.kv_heads), self.share)
+            norms = head_norms(o, c.kv_heads, self.share)
         kernel = gathering(self.implementation)
         chosen = policy.heads(self.layer, scores, norms, kernel)
         heads, n_active = (None, None) if chosen is None else chosen
@@ -311,18 +317,19 @@ class Attention(nn.Module):
         return o, keys, values, scores, jnp.where(live, reads, 0)
 
 
-def head_norms(o: jax.Array, kv_heads: int) -> jax.Array:
+def head_norms(o: jax.Array, kv_heads: int, share: Share | None = None) -> jax.Array:
     """L2 norm of each KV group's output, the quantity that routers predict.
 
     Args:
       o: [..., h, d], head outputs before the output projection.
-      kv_heads: k.
+      kv_heads: k of the device.
+      share: of the device; None for the whole model.
 
     Returns:
-      float32[..., k].
+      float32[..., k of the model].
     """
     groups = o.astype(jnp.float32).reshape(*o.shape[:-2], kv_heads, -1)
-    return jnp.sqrt((groups * groups).sum(-1))
+    return add_up_groups(jnp.sqrt((groups * groups).sum(-1)), share)
 
 
 _normal = nn.initializers.normal(0.02)

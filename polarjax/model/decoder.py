@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from pallas_kernels import Implementation
 from polarjax.cache import KVCache
@@ -18,9 +19,10 @@ from polarjax.model.layer import Layer
 from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
 from polarjax.model.positions import LEARNED_OFFSET
-from polarjax.model.share import Share, add_up, gather, place
+from polarjax.model.share import Share, add_up, gather_logits, place
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
+from polarjax.sharding import local_config
 
 # Of a prompt's, computed at once: more are no faster on an H100, and what they need is
 # a gigabyte or two.
@@ -233,8 +235,8 @@ class Decoder(nn.Module):
             pass, and keep its input alone.
 
         Returns:
-          [b, t, m], for `logits`; bool[layers, b, t, k], the KV groups read; and what
-          `observe` returned, by layer.
+          [b, t, m], for `logits`; bool[layers, b, t, k], the model's KV groups read;
+          and what `observe` returned, by layer.
         """
         b, t = tokens.shape
         x = self.embed(tokens, jnp.broadcast_to(jnp.arange(t), (b, t)))
@@ -253,9 +255,7 @@ class Decoder(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The last layer's output [..., m] to float32[..., v]."""
-        own = self.own_logits(x)
-        cut = self.share and self.share.cuts_vocabulary
-        return gather(own, self.share) if cut else own
+        return gather_logits(self.own_logits(x), self.share)
 
     def own_logits(self, x: jax.Array) -> jax.Array:
         """Those of the device's part of the vocabulary, as `Share` has it."""
@@ -297,6 +297,31 @@ class Decoder(nn.Module):
             x = x + parts.sum(axis=0).astype(x.dtype)
         logits = self.own_logits(x)
         return logits, KVCache(tuple(keys), tuple(values), lengths), jnp.stack(reads)
+
+
+def make_decoder(
+    config: ModelConfig,
+    dtype: Any,
+    score_rows: tuple[int, ...] = (),
+    implementation: Implementation | None = None,
+    mesh: Mesh | None = None,
+    cuts_scores: bool = True,
+) -> Decoder:
+    """The model, or what one device of a mesh runs of it, in `over_mesh`.
+
+    Args:
+      config: of the whole model.
+      dtype: of weights and activations.
+      score_rows: see `Decoder`.
+      implementation: see `Decoder`.
+      mesh: that the model is cut over; None for one device.
+      cuts_scores: see `Share`.
+    """
+    share = Share.of(config, mesh)
+    if share:
+        share = dataclasses.replace(share, cuts_scores=cuts_scores)
+        config = local_config(config, share.tp)
+    return Decoder(config, dtype, score_rows, implementation, share)
 
 
 def run(model: Decoder, weights: Tree, method: str, *args: Any) -> Any:

@@ -103,7 +103,7 @@ class Layer(nn.Module):
         prefix: Prefix | None = None,
         gates: Gates | None = None,
     ) -> tuple[jax.Array, ...]:
-        """[b, t, m] to the same; also bool[b, t, k], the KV groups read.
+        """[b, t, m] to the same; also bool[b, t, k], the model's KV groups read.
 
         And what `Observe` is shown, head outputs before they are masked.
         """
@@ -111,7 +111,7 @@ class Layer(nn.Module):
         kept, o, scores, read = self.attention.masked(u, policy, prefix, gates)
 
         def choose(_, scores: jax.Array | None, live: jax.Array) -> jax.Array | None:
-            return policy.neurons(self.layer, scores, live, "xla")
+            return policy.neurons(self.layer, scores, live, "xla", self.share)
 
         t = jnp.arange(x.shape[1])
         neurons = jax.vmap(choose, (0, 1, 1))(t, scores, live)

@@ -52,9 +52,13 @@ class MLP(nn.Module):
         if neurons is not None:
 
             def feed(x: jax.Array, neurons: jax.Array) -> jax.Array:
-                return masked_mlp(x, weights, neurons, activation=c.activation)
+                return masked_mlp(
+                    *(x, weights, neurons),
+                    activation=c.activation,
+                    padded=self.share is not None,
+                )
 
-            return jax.vmap(feed, (1, 0), 1)(x, neurons)
+            return add_up(jax.vmap(feed, (1, 0), 1)(x, neurons), self.share)
         y = gathered_mlp(
             x.reshape(-1, c.dim),
             weights,

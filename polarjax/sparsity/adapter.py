@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from polarjax.config import ModelConfig, tuple_neuron_budgets
 from polarjax.folder import CARD_FILE, new_folder, write_tensors
 from polarjax.params import Params, Tree, check_finite
+from polarjax.sharding import model_shapes, whole_routers
 from polarjax.sparsity.neurons import check_neuron_budgets
 from polarjax.sparsity.routers import check_routers
 
@@ -42,7 +43,7 @@ def save_adapter(
     Args:
       path: the folder to make.
       params: a model with routers, `config.budgets` and, where it has neuron routers,
-        `config.neuron_budgets`.
+        `config.neuron_budgets`; what is written does not depend on its devices.
       card: what else to say in the card (training data, recall); JSON values.
       overwrite: replace what is there.
 
@@ -50,8 +51,10 @@ def save_adapter(
       FileExistsError: if `path` exists and is not to be overwritten.
       ValueError: if the routers or budgets do not fit the model, or hold NaN.
     """
-    _check(params.routers, params.weights, params.config)
-    stored = as_stored(params.routers)
+    shapes = model_shapes(params.weights, params.config)
+    routers = whole_routers(params)
+    _check(routers, shapes, params.config)
+    stored = as_stored(routers)
     tensors = {
         name: jax.device_get(leaf)
         for name, leaf in traverse_util.flatten_dict(stored, sep="/").items()

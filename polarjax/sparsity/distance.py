@@ -9,11 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
-from polarjax.model import Decoder, Gates, Observe, Prefix, run
+from polarjax.model import Gates, Observe, Prefix, make_decoder, run
+from polarjax.model.share import add_up_batch
 from polarjax.params import Params, Tree
-from polarjax.sharding import check_whole
+from polarjax.sharding import (
+    batch_spec,
+    mesh_of,
+    over_mesh,
+    router_specs,
+    weight_specs,
+)
 from polarjax.sparsity.polar import Polar
 
 # Positions of which the logits are in memory at once, each 8 bytes a word.
@@ -36,7 +45,6 @@ def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
     batch = min(batch, len(blocks))
     if not batch:
         raise ValueError("there is no text to measure the divergence on")
-    check_whole(params)
     config = params.config
     static = dataclasses.replace(config.architecture, budgets=config.budgets)
     found = [
@@ -44,6 +52,7 @@ def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
             _divergence(
                 *(params.weights, params.routers, jnp.asarray(blocks[i : i + batch])),
                 config=static,
+                mesh=mesh_of(params.weights),
             )
         )
         for i in range(0, len(blocks) - batch + 1, batch)
@@ -51,12 +60,23 @@ def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
     return float(np.mean(found))
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _divergence(
-    weights: Tree, routers: Tree, tokens: jax.Array, *, config: ModelConfig
+    weights: Tree,
+    routers: Tree,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    mesh: Mesh | None,
 ) -> jax.Array:
-    starts = jnp.zeros(len(tokens), jnp.int32)
-    return distance(Params(weights, routers, config), tokens, starts)[0]
+    def measure(weights: Tree, routers: Tree, tokens: jax.Array) -> jax.Array:
+        starts = jnp.zeros(len(tokens), jnp.int32)
+        params = Params(weights, routers, config)
+        return distance(params, tokens, starts, mesh=mesh)[0]
+
+    cut = weight_specs(weights, mesh), router_specs(routers, mesh)
+    specs = *cut, batch_spec(mesh, len(tokens))
+    return over_mesh(measure, mesh, specs, P())(weights, routers, tokens)
 
 
 def distance(
@@ -66,28 +86,34 @@ def distance(
     gates: Gates | None = None,
     observe: Observe | None = None,
     remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, list[Any]]:
     """Mean KL divergence of the sparse model from the dense one, float32[], nats.
 
     Args:
-      params: the model with routers and budgets; differentiable in its routers.
+      params: the model with routers and budgets; differentiable in its routers. On a
+        mesh, in `over_mesh`, its weights and their updates as one device has them.
       tokens: int32[b, t].
       starts: int32[b], tokens that the dense model reads as a prompt; what it leaves
         in the KV cache is what the sparse one sees. They are not counted.
       gates: see `Decoder.masked`.
       observe: likewise, of the sparse model.
       remat: likewise.
+      mesh: that the model is cut over; None for one device.
 
     Returns:
       The divergence, and what `observe` returned, by layer.
     """
     config, dtype, (b, t) = params.config, params.dtype, tokens.shape
-    dense = Decoder(config.architecture, dtype)
+    dense = make_decoder(config.architecture, dtype, mesh=mesh)
     teacher, keys, values = jax.lax.stop_gradient(
         run(dense, params.weights, "states", tokens)
     )
     weights, policy = Polar().bind(params, b)
-    sparse = Decoder(config.architecture, dtype, policy.score_rows)
+    rows = policy.score_rows
+    sparse = make_decoder(
+        config.architecture, dtype, rows, mesh=mesh, cuts_scores=False
+    )
     args = tokens, jnp.full(b, t), policy, Prefix(starts, keys, values)
     student, _, seen = run(sparse, weights, "masked", *args, gates, observe, remat)
     size = max(1, min(t, _POSITIONS // b))
@@ -109,4 +135,5 @@ def distance(
 
     counted = (jnp.arange(t) >= starts[:, None]).astype(jnp.float32)
     total = jax.lax.map(part, tuple(map(chunks, (teacher, student, counted)))).sum()
-    return total / counted.sum(), seen
+    total, count = (add_up_batch(x, dense.share) for x in (total, counted.sum()))
+    return total / count, seen

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pallas_kernels import top_heads
 from polarjax.config import ModelConfig
-from polarjax.model import Decoder, Prefix, run
+from polarjax.model import Prefix, make_decoder, run
 from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree
 from polarjax.policy import Dense, SelectionPolicy
@@ -26,38 +27,43 @@ def observe_layers(
     learn: Learn,
     policy: SelectionPolicy,
     prefix: Prefix | None,
+    mesh: Mesh | None = None,
 ) -> list[Any]:
     """Run the model over text and hand each sparse layer's tokens to `learn`.
 
     A layer's activations are gone when the next layer's come: what is kept is what
-    `learn` returns. Call it inside jit.
+    `learn` returns. Call it inside jit, and on a mesh inside `over_mesh`.
 
     Args:
-      params: the model.
+      params: the model, its weights as one device has them, all else whole.
       tokens: int32[b, t].
       learn: called for layers 1 and up with all n = b * t tokens.
       policy: reads the positions after the prefix; not yet bound.
       prefix: positions that are read dense; None for all of them, with the original
         weights and no policy.
+      mesh: that the weights are cut over. Inputs and norms are the whole model's on
+        every device that shares it.
 
     Returns:
       What `learn` returned, by layer from 1.
     """
     config, (b, t) = params.config, tokens.shape
+    architecture = config.architecture
 
     def observe(layer: int, u: jax.Array, o: jax.Array, z: jax.Array) -> Any:
         if layer == 0:
             return None
         inputs = u.astype(jnp.float32).reshape(-1, config.dim)
-        norms = head_norms(o, config.kv_heads).reshape(-1, config.kv_heads)
+        norms = head_norms(o, model.config.kv_heads, model.share)
+        norms = norms.reshape(-1, config.kv_heads)
         return learn(layer, inputs, norms, z.reshape(-1, config.dim))
 
-    architecture = config.architecture
     if prefix is None:
-        model = Decoder(architecture, params.dtype)
+        model = make_decoder(architecture, params.dtype, mesh=mesh)
         return run(model, params.weights, "observe", tokens, observe)[1:]
     weights, bound = policy.bind(params, b)
-    model = Decoder(architecture, params.dtype, bound.score_rows)
+    rows = bound.score_rows
+    model = make_decoder(architecture, params.dtype, rows, mesh=mesh, cuts_scores=False)
     lengths = jnp.full(b, t)
     args = tokens, lengths, bound, prefix, None, observe
     return run(model, weights, "masked", *args)[2][1:]
@@ -69,21 +75,23 @@ def observe_heads(
     learn: Callable[[int, jax.Array, jax.Array], Any],
     *,
     config: ModelConfig,
+    mesh: Mesh | None = None,
 ) -> list[Any]:
     """As `observe_layers` of the dense model, for what concerns heads.
 
     Args:
-      weights: the original ones.
+      weights: the original ones, as there.
       tokens: int32[b, t].
       learn: without the MLP's inputs.
       config: of the model.
+      mesh: as there.
     """
     params = Params(weights, {}, config)
 
     def heads(layer: int, inputs: jax.Array, norms: jax.Array, _: jax.Array) -> Any:
         return learn(layer, inputs, norms)
 
-    return observe_layers(params, tokens, heads, Dense(), None)
+    return observe_layers(params, tokens, heads, Dense(), None, mesh)
 
 
 def top_labels(ranking: jax.Array, n: int) -> jax.Array:

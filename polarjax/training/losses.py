@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from polarjax.model.share import Share, batch_mean
 from polarjax.training.collect import top_labels
 
 HeadLoss = Literal["bce", "ranking"]
 
 
 def weighted_bce(
-    scores: jax.Array, labels: jax.Array, counted: jax.Array | None = None
+    scores: jax.Array,
+    labels: jax.Array,
+    counted: jax.Array | None = None,
+    share: Share | None = None,
 ) -> jax.Array:
     """Binary cross-entropy where a negative weighs the share of positives.
 
@@ -24,19 +28,24 @@ def weighted_bce(
       scores: float32[n, k], logits.
       labels: float32[n, k], 0 or 1.
       counted: bool[n], the tokens that count; None for all.
+      share: of one device of several, whose tokens are a part of the batch's.
 
     Returns:
-      float32[], the mean.
+      float32[], the mean over the whole batch.
     """
     tokens = None if counted is None else counted[:, None]
-    share = labels.mean(where=tokens)
-    weight = labels * (1 - share) + share
+    positives = batch_mean(labels, share, tokens)
+    weight = labels * (1 - positives) + positives
     loss = weight * optax.sigmoid_binary_cross_entropy(scores, labels)
-    return loss.mean(where=tokens)
+    return batch_mean(loss, share, tokens)
 
 
 def ranking_loss(
-    scores: jax.Array, norms: jax.Array, n: int, counted: jax.Array | None = None
+    scores: jax.Array,
+    norms: jax.Array,
+    n: int,
+    counted: jax.Array | None = None,
+    share: Share | None = None,
 ) -> jax.Array:
     """What it costs that a head within the budget stands behind one beyond it.
 
@@ -51,6 +60,7 @@ def ranking_loss(
       norms: float32[tokens, k].
       n: heads of the budget.
       counted: bool[tokens], those that count; None for all.
+      share: as in `weighted_bce`.
 
     Returns:
       float32[], the mean over tokens, in shares of a token's norms.
@@ -60,7 +70,8 @@ def ranking_loss(
     lost = norms[:, :, None] - norms[:, None, :]
     loss = jax.nn.softplus(scores[:, None, :] - scores[:, :, None])
     total = jnp.maximum(norms.sum(axis=-1), 1e-20)
-    return ((pairs * lost * loss).sum(axis=(1, 2)) / total).mean(where=counted)
+    cost = (pairs * lost * loss).sum(axis=(1, 2)) / total
+    return batch_mean(cost, share, counted)
 
 
 def head_loss(
@@ -69,22 +80,29 @@ def head_loss(
     norms: jax.Array,
     n: int,
     counted: jax.Array | None = None,
+    share: Share | None = None,
 ) -> jax.Array:
     """The loss of a head router by its name; see `ranking_loss`."""
     if kind == "ranking":
-        return ranking_loss(scores, norms, n, counted)
-    return weighted_bce(scores, top_labels(norms, n), counted)
+        return ranking_loss(scores, norms, n, counted, share)
+    return weighted_bce(scores, top_labels(norms, n), counted, share)
 
 
-def recall(scores: jax.Array, labels: jax.Array, n: int) -> jax.Array:
+def recall(
+    scores: jax.Array, labels: jax.Array, n: int, share: Share | None = None
+) -> jax.Array:
     """Share of the true top n that the n best scores find, float32[]."""
-    return (top_labels(scores, n) * labels).sum(axis=-1).mean() / n
+    found = (top_labels(scores, n) * labels).sum(axis=-1)
+    return batch_mean(found, share) / n
 
 
-def kept_norm(scores: jax.Array, norms: jax.Array, n: int) -> jax.Array:
+def kept_norm(
+    scores: jax.Array, norms: jax.Array, n: int, share: Share | None = None
+) -> jax.Array:
     """Share of all heads' norm that the n best scores keep, float32[]."""
     total = jnp.maximum(norms.sum(axis=-1), 1e-20)
-    return ((top_labels(scores, n) * norms).sum(axis=-1) / total).mean()
+    kept = (top_labels(scores, n) * norms).sum(axis=-1) / total
+    return batch_mean(kept, share)
 
 
 def router_scores(router: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:

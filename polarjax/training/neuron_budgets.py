@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from polarjax.config import ModelConfig
-from polarjax.model import Decoder, run
+from polarjax.model import make_decoder, run
 from polarjax.params import Params, Tree
-from polarjax.sharding import check_whole
+from polarjax.sharding import batch_spec, mesh_of, over_mesh, weight_specs
 from polarjax.sparsity.neurons import NEURON_STEP
 from polarjax.sparsity.updates import merge_updates
 from polarjax.training.neurons import active_neurons, neuron_scores, union_curve
@@ -103,7 +104,6 @@ def measure_unions(
       ValueError: if the model has no ReLU MLP, no layer or no neuron router to measure,
         or an argument is out of range.
     """
-    check_whole(params)
     config = params.config
     _check(params, blocks, batches, rules, samples, step)
     params = merge_updates(params)
@@ -147,6 +147,7 @@ def _part_states(
         _states(
             *(params.weights, tokens[i : i + rows], positions[i : i + rows]),
             config=params.config.architecture,
+            mesh=mesh_of(params.weights),
         )
         for i in range(0, len(tokens), rows)
     ]
@@ -186,22 +187,32 @@ def _check(
         )
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _states(
-    weights: Tree, tokens: jax.Array, positions: jax.Array, *, config: ModelConfig
+    weights: Tree,
+    tokens: jax.Array,
+    positions: jax.Array,
+    *,
+    config: ModelConfig,
+    mesh: Mesh | None,
 ) -> list[tuple[jax.Array, ...]]:
     """Inputs of attention and MLP at some positions, from layer 1.
 
     Each is [rows, samples, m]; positions are int32[rows, samples].
     """
+    model = make_decoder(config, weights["embed"]["tokens"].dtype, mesh=mesh)
 
-    def observe(layer: int, u: jax.Array, o: jax.Array, z: jax.Array):
-        del layer, o
-        at = positions[..., None]
-        return tuple(jnp.take_along_axis(x, at, axis=1) for x in (u, z))
+    def read(weights: Tree, tokens: jax.Array, positions: jax.Array):
+        def observe(layer: int, u: jax.Array, o: jax.Array, z: jax.Array):
+            del layer, o
+            at = positions[..., None]
+            return tuple(jnp.take_along_axis(x, at, axis=1) for x in (u, z))
 
-    model = Decoder(config, weights["embed"]["tokens"].dtype)
-    return run(model, weights, "observe", tokens, observe)[1:]
+        return run(model, weights, "observe", tokens, observe)[1:]
+
+    rows = batch_spec(mesh, len(tokens))
+    specs = weight_specs(weights, mesh), rows, rows
+    return over_mesh(read, mesh, specs, rows)(weights, tokens, positions)
 
 
 @functools.partial(jax.jit, static_argnames=("batches", "rules", "counts"))

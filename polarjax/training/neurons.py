@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from polarjax.model.linear import linear
+from polarjax.model.share import Share, batch_mean, gather
 from polarjax.params import Tree
 
 # Added to the share of active neurons, so that a negative weighs something even where
@@ -19,23 +20,26 @@ from polarjax.params import Tree
 _SHARE_OFFSET = 0.005
 
 
-def active_neurons(mlp_weights: Tree, v: jax.Array) -> jax.Array:
+def active_neurons(
+    mlp_weights: Tree, v: jax.Array, share: Share | None = None
+) -> jax.Array:
     """Which neurons of a ReLU MLP are not zero.
 
     Args:
       mlp_weights: "up" [f, m] and "up_bias" [f] where there is one; of a gated MLP
         also "gate" [f, m], which decides alone.
       v: [n, m], the MLP's input.
+      share: of one device of several, which has some of the neurons.
 
     Returns:
-      bool[n, f].
+      bool[n, f], of the whole model.
     """
     if "gate" in mlp_weights:
         rows, bias = mlp_weights["gate"], None
     else:
         rows, bias = mlp_weights["up"], mlp_weights.get("up_bias")
     # The model's own dtype, as the MLP itself computes it.
-    return linear(v.astype(rows.dtype), rows, bias) > 0
+    return gather(linear(v.astype(rows.dtype), rows, bias) > 0, share)
 
 
 def init_low_rank(
@@ -71,7 +75,9 @@ def neuron_scores(router: Tree, inputs: jax.Array) -> jax.Array:
     return linear(hidden, router["up"])
 
 
-def neuron_loss(router: Tree, inputs: jax.Array, active: jax.Array) -> jax.Array:
+def neuron_loss(
+    router: Tree, inputs: jax.Array, active: jax.Array, share: Share | None = None
+) -> jax.Array:
     """The paper's loss: a positive weighs 1, a negative about the share of positives.
 
     Weighted binary cross-entropy with weight y (1 - w) + w, where w is the mean of the
@@ -81,15 +87,17 @@ def neuron_loss(router: Tree, inputs: jax.Array, active: jax.Array) -> jax.Array
       router: as in `neuron_scores`.
       inputs: [n, m], the attention's input.
       active: bool[n, f], the labels.
+      share: of one device of several, whose tokens are a part of the batch's.
 
     Returns:
-      float32[], the mean over tokens and neurons.
+      float32[], the mean over the whole batch's tokens and neurons.
     """
     labels = active.astype(jnp.float32)
-    share = labels.mean() + _SHARE_OFFSET
-    weight = labels * (1 - share) + share
+    positives = batch_mean(labels, share) + _SHARE_OFFSET
+    weight = labels * (1 - positives) + positives
     scores = neuron_scores(router, inputs)
-    return (weight * optax.sigmoid_binary_cross_entropy(scores, labels)).mean()
+    loss = weight * optax.sigmoid_binary_cross_entropy(scores, labels)
+    return batch_mean(loss, share)
 
 
 def union_recall(scores: jax.Array, active: jax.Array, n: int) -> jax.Array:

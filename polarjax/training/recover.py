@@ -12,12 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
-from polarjax.model import Gates, Observe
+from polarjax.model import Gates, Observe, Share
 from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree
-from polarjax.sharding import check_whole, first_copy, replicate
+from polarjax.sharding import (
+    DP,
+    mesh_of,
+    model_shapes,
+    order_updates,
+    over_mesh,
+    place_routers,
+    router_specs,
+    shard,
+    weight_specs,
+    whole_routers,
+)
 from polarjax.sparsity.distance import distance
 from polarjax.sparsity.updates import init_updates
 from polarjax.training.loop import (
@@ -128,35 +140,40 @@ def recover(
       params: the model with routers and budgets.
       blocks: int32[n, t] token ids.
       recovery: settings.
-      mesh: with an axis "dp", over which batches are cut; None for one device.
-      resume: where the state is kept, and found after an interruption.
+      mesh: of `polarjax.sharding.make_mesh`: the model is cut over its axis "tp", each
+        batch over "dp". None for where `params` is. What is learned is the same.
+      resume: where the state is kept, and found after an interruption, on whichever
+        mesh.
       progress: called after each step, with the "kl" in nats and the routers' "loss".
       stop: called as stop(model so far, step from 1) after each; True ends it.
 
     Returns:
-      The model with updates and routers.
+      The model, on the mesh, with updates and routers.
 
     Raises:
       ValueError: if it has no routers, the text is none of its tokens, or a setting is
         out of range.
     """
-    check_whole(params)
     config = params.config
     check_model(params)
     check_blocks(blocks, config)
     recovery = with_steps(recovery, len(blocks))
-    weights = params.weights if mesh is None else replicate(params.weights, mesh)
-    trained = {name: dict(parts) for name, parts in params.routers.items()}
-    key = jax.random.key(recovery.seed)
-    fresh = init_updates(key, params.weights, config.layers, recovery.rank)
+    if mesh is not None:
+        params = shard(params, mesh)
+    mesh = mesh_of(params.weights)
+    # What is trained is in the model's own order, whole on each device.
+    trained = {name: dict(parts) for name, parts in whole_routers(params).items()}
+    key, shapes = jax.random.key(recovery.seed), model_shapes(params.weights, config)
+    fresh = init_updates(key, shapes, config.layers, recovery.rank)
     for name, updates in fresh.items():
         trained.setdefault(name, {}).setdefault("updates", updates)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     # Neurons are all read meanwhile: which ones a batch shares depends on its size.
     static = dataclasses.replace(config.architecture, budgets=config.budgets)
     gradients = functools.partial(
-        *(_gradients, weights),
+        *(_gradients, params.weights),
         config=static,
+        mesh=mesh,
         prompts=recovery.prompts,
         routers=recovery.routers,
         remat=recovery.remat,
@@ -169,8 +186,7 @@ def recover(
         return _update(state, grads, recovery=recovery), metrics
 
     def model(trained: Tree) -> Params:
-        trained = trained if mesh is None else first_copy(trained)
-        return Params(params.weights, trained, config)
+        return Params(params.weights, place_routers(trained, config, mesh), config)
 
     state = fit(
         step,
@@ -187,7 +203,9 @@ def recover(
     return model(state[0])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "prompts", "routers", "remat"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "prompts", "routers", "remat", "mesh")
+)
 def _gradients(
     weights: Tree,
     trained: Tree,
@@ -198,6 +216,7 @@ def _gradients(
     prompts: float,
     routers: Routers,
     remat: bool,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, jax.Array], Tree]:
     b, t = tokens.shape
     chosen, place = jax.random.split(key)
@@ -206,16 +225,24 @@ def _gradients(
     starts = jax.random.randint(place, (b,), 1, max(2, t - t // 8))
     starts = jnp.where(prompted, starts, 0)
 
-    def loss(trained: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
+    share = Share.of(config, mesh)
+
+    def lose(weights: Tree, trained: Tree, tokens: jax.Array, starts: jax.Array):
         gates = straight_through(trained, config) if routers == "slopes" else None
         observe = None
         if routers == "bce" or routers == "ranking":
-            observe = router_losses(trained, config, starts, routers)
+            observe = router_losses(trained, config, starts, routers, share)
         params = Params(weights, trained, config)
-        kl, losses = distance(params, tokens, starts, gates, observe, remat)
+        kl, losses = distance(params, tokens, starts, gates, observe, remat, mesh)
         # Routers alone feel their loss, and nothing but them: no weight is needed.
         total = sum(losses, start=jnp.zeros(()))
         return kl + total, {"kl": kl, "loss": total / config.layers}
+
+    def loss(trained: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        ordered = order_updates(trained, config, mesh)
+        cut = weight_specs(weights, mesh), router_specs(ordered, mesh)
+        specs = *cut, P(DP), P(DP)
+        return over_mesh(lose, mesh, specs, P())(weights, ordered, tokens, starts)
 
     grads, metrics = jax.grad(loss, has_aux=True)(trained)
     return metrics, grads
@@ -251,7 +278,11 @@ def check_model(params: Params) -> None:
 
 
 def router_losses(
-    trained: Tree, config: ModelConfig, starts: jax.Array, loss: HeadLoss
+    trained: Tree,
+    config: ModelConfig,
+    starts: jax.Array,
+    loss: HeadLoss,
+    share: Share | None = None,
 ) -> Observe:
     """The loss of the routers' own training, on the states that the sparse model has.
 
@@ -261,19 +292,21 @@ def router_losses(
       starts: int32[b], tokens of each prompt, which are not counted: no decode step has
         such states.
       loss: its name.
+      share: of one device of several.
     """
 
     def observe(layer: int, u: jax.Array, o: jax.Array, _: jax.Array) -> jax.Array:
         k, n = config.kv_heads, int(config.budgets[layer])
+        own = len(share.groups[0]) if share else k
         if n == k:
             return jnp.zeros(())
-        u, norms = jax.lax.stop_gradient((u, head_norms(o, k)))
+        u, norms = jax.lax.stop_gradient((u, head_norms(o, own, share)))
         scores = router_scores(
             trained[f"layers_{layer}"]["heads"],
             u.astype(jnp.float32).reshape(-1, config.dim),
         )
         counted = (jnp.arange(u.shape[1]) >= starts[:, None]).reshape(-1)
-        return head_loss(loss, scores, norms.reshape(-1, k), n, counted)
+        return head_loss(loss, scores, norms.reshape(-1, k), n, counted, share)
 
     return observe
 

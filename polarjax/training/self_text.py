@@ -11,6 +11,7 @@ from polarjax.generation import loop
 from polarjax.generation.requests import make_sampling
 from polarjax.params import Params
 from polarjax.policy import Dense
+from polarjax.sharding import DP, axis_size, mesh_of
 
 
 def write_blocks(
@@ -51,7 +52,9 @@ def write_blocks(
         raise ValueError(
             f"blocks of {length} tokens: the model writes from 2 to {config.context}"
         )
+    mesh = mesh_of(params.weights)
     batch = min(batch, blocks)
+    batch += -batch % axis_size(mesh, DP)
     common = {"config": config.architecture, "implementation": None}
     ones = jnp.ones(batch, jnp.int32)
     weights, dense = Dense().bind(params, batch)
@@ -70,6 +73,7 @@ def write_blocks(
             state, drawn = loop.decode_chunk(
                 *(weights, dense, state, ones > 0, sampling, never),
                 steps=length - 2,
+                mesh=mesh,
                 **common,
             )
             rows += [*np.asarray(drawn.token)]

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
+from polarjax.sharding import mesh_of, over_mesh, weight_specs
 from polarjax.sparsity.updates import merge_updates
 from polarjax.training.collect import observe_heads
 from polarjax.training.losses import router_scores
@@ -40,6 +43,7 @@ def sorted_scores(params: Params, blocks: np.ndarray) -> np.ndarray:
             _scores(
                 *(merged.routers, merged.weights, jnp.asarray(block[None])),
                 config=params.config.architecture,
+                mesh=mesh_of(params.weights),
             )
         )
         for block in blocks
@@ -79,13 +83,25 @@ def score_thresholds(
     return tuple(found)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _scores(
-    routers: Tree, weights: Tree, tokens: jax.Array, *, config: ModelConfig
+    routers: Tree,
+    weights: Tree,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    mesh: Mesh | None,
 ) -> jax.Array:
     """float32[layers - 1, tokens, k]."""
 
-    def learn(layer: int, inputs: jax.Array, _: jax.Array) -> jax.Array:
-        return router_scores(routers[f"layers_{layer}"]["heads"], inputs)
+    def measure(heads: list[Tree], weights: Tree, tokens: jax.Array) -> jax.Array:
+        def learn(layer: int, inputs: jax.Array, _: jax.Array) -> jax.Array:
+            return router_scores(heads[layer - 1], inputs)
 
-    return jnp.stack(observe_heads(weights, tokens, learn, config=config))
+        return jnp.stack(
+            observe_heads(weights, tokens, learn, config=config, mesh=mesh)
+        )
+
+    heads = [routers[f"layers_{i}"]["heads"] for i in range(1, config.layers)]
+    specs = P(), weight_specs(weights, mesh), P()
+    return over_mesh(measure, mesh, specs, P())(heads, weights, tokens)

@@ -12,11 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
-from polarjax.model import Prefix
+from polarjax.model import Prefix, Share
+from polarjax.model.share import mean_of_parts
 from polarjax.params import Params, Tree
-from polarjax.sharding import check_whole, first_copy, replicate
+from polarjax.sharding import (
+    DP,
+    mesh_of,
+    over_mesh,
+    place_routers,
+    shard,
+    weight_specs,
+)
 from polarjax.sparsity import Polar
 from polarjax.sparsity.select import check_density, count
 from polarjax.training.collect import observe_layers, top_labels
@@ -138,20 +147,21 @@ def train_routers(
       params: the model; its own routers are left out of account.
       blocks: int32[n, t] token ids.
       training: settings.
-      mesh: with an axis "dp", over which batches are cut; None for one device.
-      resume: where the state is kept, and found after an interruption.
+      mesh: of `polarjax.sharding.make_mesh`: the model is cut over its axis "tp", each
+        batch over "dp". None for where `params` is. What is learned is the same.
+      resume: where the state is kept, and found after an interruption, on whichever
+        mesh.
       progress: called after each step, with means over layers: "loss", "recall" at
         the budget, "kept" (share of the heads' norm), "neuron_loss".
       stop: called as stop(model so far, step from 1) after each; True ends it.
 
     Returns:
-      The model with the trained routers and uniform budgets.
+      The model, on the mesh, with the trained routers and uniform budgets.
 
     Raises:
       ValueError: if the density leaves nothing to choose, a setting does not fit the
         model, or the text is none of its tokens.
     """
-    check_whole(params)
     config = params.config
     n = count(training.density, config.kv_heads)
     if config.layers < 2 or (n == config.kv_heads and not training.neuron_rank):
@@ -167,16 +177,19 @@ def train_routers(
     training = with_steps(training, len(blocks))
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
     made = dataclasses.replace(config, budgets=budgets, neuron_budgets=())
+    if mesh is not None:
+        params = shard(dataclasses.replace(params, routers={}), mesh)
+    mesh = mesh_of(params.weights)
 
     def model(routers: Tree) -> Params:
-        routers = routers if mesh is None else first_copy(routers)
-        return Params(params.weights, unstack(routers, config.layers), made)
+        placed = place_routers(unstack(routers, config.layers), config, mesh)
+        return Params(params.weights, placed, made)
 
-    weights = params.weights if mesh is None else replicate(params.weights, mesh)
     compiled = functools.partial(
-        *(_train_step, weights),
+        *(_train_step, params.weights),
         config=dataclasses.replace(config.architecture, budgets=budgets),
         training=training,
+        mesh=mesh,
     )
     routers = _first_routers(config, training)
     state = fit(
@@ -219,7 +232,9 @@ def _first_routers(config: ModelConfig, training: RouterTraining) -> Tree:
     return routers
 
 
-@functools.partial(jax.jit, static_argnames=("config", "training"), donate_argnums=(1,))
+@functools.partial(
+    jax.jit, static_argnames=("config", "training", "mesh"), donate_argnums=(1,)
+)
 def _train_step(
     weights: Tree,
     state: tuple[Tree, optax.OptState],
@@ -228,24 +243,60 @@ def _train_step(
     *,
     config: ModelConfig,
     training: RouterTraining,
+    mesh: Mesh | None,
 ) -> tuple[tuple[Tree, optax.OptState], Mapping[str, jax.Array]]:
     routers, moments = state
-    n, (b, t) = int(config.budgets[-1]), tokens.shape
+    b, t = tokens.shape
+    starts = None
+    if training.sparse:
+        key = jax.random.fold_in(jax.random.key(training.seed), number)
+        chosen, place = jax.random.split(key)
+        sparse = jax.random.uniform(chosen, (b,)) < training.sparse
+        starts = jnp.where(sparse, jax.random.randint(place, (b,), 0, t), t)
+    gradients = functools.partial(
+        _gradients, config=config, training=training, mesh=mesh
+    )
+    specs = weight_specs(weights, mesh), P(), P(DP), P(DP)
+    grads, metrics = over_mesh(gradients, mesh, specs, P())(
+        weights, routers, tokens, starts
+    )
+    updates, moments = training.optimizer().update(grads, moments, routers)
+    return (optax.apply_updates(routers, updates), moments), metrics  # type: ignore
+
+
+def _gradients(
+    weights: Tree,
+    routers: Tree,
+    tokens: jax.Array,
+    starts: jax.Array | None,
+    *,
+    config: ModelConfig,
+    training: RouterTraining,
+    mesh: Mesh | None,
+) -> tuple[Tree, Mapping[str, jax.Array]]:
+    """Of all layers' routers, stacked, and metrics; by one device, of the whole batch.
+
+    Devices that share a model know the same of it, and learn the same.
+    """
+    n, share = int(config.budgets[-1]), Share.of(config, mesh)
 
     def learn(layer: int, inputs: jax.Array, norms: jax.Array, after: jax.Array):
         labels = top_labels(norms, n)
 
         def loss(router: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
             scores = router_scores(router["heads"], inputs)
-            total = head_loss(training.loss, scores, norms, n)
+            total = head_loss(training.loss, scores, norms, n, share=share)
             found = {
                 "loss": total,
-                "recall": recall(scores, labels, n),
-                "kept": kept_norm(scores, norms, n),
+                "recall": recall(scores, labels, n, share),
+                "kept": kept_norm(scores, norms, n, share),
             }
             if training.neuron_rank:
-                active = active_neurons(weights[f"layers_{layer}"]["mlp"], after)
-                found["neuron_loss"] = neuron_loss(router["neurons"], inputs, active)
+                mlp = weights[f"layers_{layer}"]["mlp"]
+                active = active_neurons(mlp, after, share)
+                found["neuron_loss"] = neuron_loss(
+                    router["neurons"], inputs, active, share
+                )
                 total = total + found["neuron_loss"]
             return total, found
 
@@ -253,15 +304,8 @@ def _train_step(
         grads, found = jax.grad(loss, has_aux=True)(router)
         return grads, found
 
-    prefix, model = None, Params(weights, {}, config)
-    if training.sparse:
-        model = Params(weights, unstack(routers, config.layers), config)
-        key = jax.random.fold_in(jax.random.key(training.seed), number)
-        chosen, place = jax.random.split(key)
-        sparse = jax.random.uniform(chosen, (b,)) < training.sparse
-        prefix = Prefix(jnp.where(sparse, jax.random.randint(place, (b,), 0, t), t))
-    found = observe_layers(model, tokens, learn, Polar(), prefix)
+    model = Params(weights, unstack(routers, config.layers), config)
+    prefix = None if starts is None else Prefix(starts)
+    found = observe_layers(model, tokens, learn, Polar(), prefix, mesh)
     grads, values = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
-    updates, moments = training.optimizer().update(grads, moments, routers)
-    metrics = jax.tree.map(jnp.mean, values)
-    return (optax.apply_updates(routers, updates), moments), metrics  # type: ignore
+    return mean_of_parts(grads, share), jax.tree.map(jnp.mean, values)

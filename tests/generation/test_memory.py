@@ -10,7 +10,7 @@ import pytest
 import polarjax
 from polarjax import sharding
 from polarjax.cache import KVCache
-from polarjax.generation import loop, memory
+from polarjax.generation import loop, memory, places
 from polarjax.model import weight_shapes
 from tests.models import LLAMA, random_params
 
@@ -121,7 +121,7 @@ def test_the_estimate_is_above_what_xla_takes_of_each_device(device):
     numbers = jnp.arange(batch, dtype=jnp.int32)
     compiled = loop.prefill.lower(
         *(params.weights, jnp.zeros((batch, width), jnp.int32), numbers, numbers),
-        loop.empty_cache(config, batch, width, jnp.float32, mesh),
+        places.empty_cache(config, batch, width, jnp.float32, mesh),
         jnp.zeros((batch, config.vocab_size)),
         **{"config": config, "most": 2**14, "implementation": None, "mesh": mesh},
     ).compile()

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from polarjax.sharding import make_data_mesh
+from polarjax.sharding import make_mesh
 from polarjax.training import Resume
 from polarjax.training.loop import fit, warmup_cosine, with_steps
 
@@ -197,13 +197,13 @@ def test_other_trainings_are_left_alone(tmp_path):
 @pytest.mark.devices(4)
 def test_devices_share_a_batch():
     told = []
-    whole = train(batch=4, mesh=make_data_mesh(4), progress=told.append)
+    whole = train(batch=4, mesh=make_mesh(1, 4), progress=told.append)
     alone = train(batch=4)
     assert len(whole["x"].devices()) == 4
     assert int(whole["total"]) == int(alone["total"])
     np.testing.assert_allclose(whole["x"], alone["x"], atol=1e-5)
     with pytest.raises(ValueError, match="batch of 6 blocks does not divide by 4"):
-        train(batch=6, mesh=make_data_mesh(4))
+        train(batch=6, mesh=make_mesh(1, 4))
 
 
 def test_errors():

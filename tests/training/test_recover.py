@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.sharding import make_data_mesh
+from polarjax.sharding import make_mesh, whole_routers
 from polarjax.sparsity.distance import divergence
 from polarjax.training import Recovery, Resume, recover
 from polarjax.training.recover import parameters
@@ -19,8 +19,8 @@ BLOCKS = text(20)
 
 
 @functools.cache
-def recovered(devices=None, **changes):
-    mesh = devices and make_data_mesh(devices)
+def recovered(tp=None, dp=None, **changes):
+    mesh = make_mesh(tp, dp) if tp else None
     recovery = dataclasses.replace(SHORT, **changes)
     return recover(model(GQA, updates=False), BLOCKS, recovery, mesh=mesh)
 
@@ -117,17 +117,38 @@ def test_an_interrupted_recovery_ends_as_an_unbroken_one(tmp_path, at):
     assert_equal(found.routers, recovered().routers)
 
 
-@pytest.mark.devices(2)
-def test_devices_share_a_recovery():
-    one, two = recovered(), recovered(devices=2)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4),
-        *(one.routers, two.routers),
-    )
-    held = text(8, seed=9)  # on one device, as what `load` gives is
-    weights = jax.device_put(two.weights, jax.devices()[0])
-    there = divergence(dataclasses.replace(two, weights=weights), held)
-    np.testing.assert_allclose(divergence(one, held), there, rtol=1e-4)
+@pytest.mark.devices(4)
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((2, 2), {}),
+        pytest.param((1, 2), {}, marks=pytest.mark.slow),
+        pytest.param((2, 2), {"routers": "slopes"}, marks=pytest.mark.slow),
+        # More devices than the KV groups, of which each then has a part.
+        pytest.param((4, 1), {"rank": None}, marks=pytest.mark.slow),
+        pytest.param((2, 2), {"routers": "ranking"}, marks=pytest.mark.slow),
+        pytest.param((2, 2), {"remat": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_devices_share_a_recovery(shape, changes):
+    changes = {"learning_rate": 1e-3} | changes
+    one, many = recovered(**changes), recovered(*shape, **changes)
+    routers = whole_routers(many)
+    assert_close(one.routers, routers, 1e-4)
+    before = model(GQA, updates=False).routers["layers_1"]["heads"]["weight"]
+    assert np.abs(one.routers["layers_1"]["heads"]["weight"] - before).max() > 1e-3
+    # And is measured there as on one device.
+    held = text(8, seed=9)
+    there, here = divergence(many, held), divergence(one, held)
+    np.testing.assert_allclose(there, here, rtol=1e-4)
+    if shape == (2, 2):  # 3 blocks, which two copies cannot share
+        there, here = divergence(many, held, 3), divergence(one, held, 3)
+        np.testing.assert_allclose(there, here, rtol=1e-4)
+
+
+def assert_close(one, other, atol):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), one, other)
 
 
 def test_errors():

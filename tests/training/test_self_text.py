@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax.sharding import make_mesh, shard
 from polarjax.training import write_blocks
 from tests.models import LLAMA, random_params
 
@@ -30,6 +31,14 @@ def test_a_block_depends_on_the_seed_and_its_place_alone(params):
     assert not np.array_equal(write_blocks(params, 3, 9, 7, seed=6), whole)
     shorter = write_blocks(params, 3, 2, 7, seed=5)
     np.testing.assert_array_equal(shorter, whole[:, :2])
+
+
+@pytest.mark.devices(4)
+def test_it_is_written_over_devices_too(params):
+    whole = write_blocks(params, 3, 9, 7, batch=3, seed=5)
+    cut = shard(params, make_mesh(2, 2))
+    again = write_blocks(cut, 3, 9, 7, batch=3, seed=5)
+    np.testing.assert_array_equal(again, whole)
 
 
 def test_it_goes_on_behind_tokens_that_end_a_text(params):

@@ -10,13 +10,18 @@ import polarjax
 from polarjax.evaluation import router_recall
 from polarjax.model import Decoder, Prefix
 from polarjax.model.attention import head_norms
-from polarjax.sharding import make_data_mesh
+from polarjax.sharding import make_mesh, shard, whole_routers
+from polarjax.sparsity import load_adapter, save_adapter
 from polarjax.training import Resume, RouterTraining, train_routers
 from polarjax.training.collect import observe_heads, observe_layers
+from polarjax.training.neuron_budgets import measure_unions
 from polarjax.training.neurons import active_neurons, neuron_scores, union_recall
+from polarjax.training.thresholds import sorted_scores
 from tests.models import LLAMA, MHA, OPT, random_params
 
 SMALL = dataclasses.replace(MHA, layers=3)
+# Three devices have 2 query heads each, and parts of 2 KV groups.
+LLAMA_3 = dataclasses.replace(SMALL, kv_heads=2, neurons=72)
 
 
 def text(config, blocks, length=3, seed=0, words=5):
@@ -124,12 +129,12 @@ TRAINING = RouterTraining(density=0.5, steps=6, batch=4, sparse=0.5, seed=1)
 
 
 @functools.cache
-def trained_small(devices=None, **changes):
+def trained_small(tp=None, dp=None, config=SMALL, **changes):
     """Routers of a short training, by its settings."""
-    mesh = devices and make_data_mesh(devices)
+    mesh = make_mesh(tp, dp) if tp else None
     training = dataclasses.replace(TRAINING, **changes)
-    blocks = text(SMALL, 20, 8)
-    return train_routers(random_params(SMALL), blocks, training, mesh=mesh).routers
+    blocks, params = text(config, 20, 8), random_params(config)
+    return whole_routers(train_routers(params, blocks, training, mesh=mesh))
 
 
 def test_the_seed_decides():
@@ -174,29 +179,66 @@ def test_an_interrupted_training_ends_as_an_unbroken_one(tmp_path, at):
     assert told[at:] == list(range((at - 1) // 2 * 2 + 1, 7))
 
 
+NEURONS = {"config": dataclasses.replace(OPT, layers=3), "neuron_rank": 4}
+
+
+@pytest.mark.devices(4)
 @pytest.mark.parametrize(
-    "devices", [pytest.param(n, marks=pytest.mark.devices(n)) for n in (2, 4)]
+    ("shape", "changes"),
+    [
+        ((1, 2), {}),
+        ((2, 2), NEURONS),
+        pytest.param((2, 2), {"head_rank": 4}, marks=pytest.mark.slow),
+        pytest.param((1, 4), NEURONS, marks=pytest.mark.slow),
+        pytest.param((2, 2), {"loss": "ranking"}, marks=pytest.mark.slow),
+        pytest.param((3, 1), {"config": LLAMA_3}, marks=pytest.mark.slow),
+    ],
 )
-def test_devices_share_a_training(devices):
-    assert_close(trained_small(devices=devices), trained_small())
+def test_devices_share_a_training(shape, changes):
+    """Two that share each batch, and two that share the model."""
+    assert_close(trained_small(*shape, **changes), trained_small(**changes))
 
 
-@pytest.mark.devices(2)
-def test_a_training_on_several_devices_serves_on_one():
-    params, blocks = random_params(SMALL), text(SMALL, 20, 8)
-    params = jax.device_put(params, jax.devices()[0])  # as `load` has it
-    asked = []
+@pytest.mark.devices(4)
+def test_a_training_serves_where_it_was_and_elsewhere(tmp_path):
+    """On a mesh and, by way of an adapter, on one device; interrupted in between."""
+    config = dataclasses.replace(OPT, layers=3, model_hash="abc")
+    blocks, single = text(config, 20, 8), random_params(config)
+    training = dataclasses.replace(TRAINING, neuron_rank=4)
+    params = shard(single, make_mesh(2, 2))
+    resume, asked = Resume(tmp_path / "work", every=2), []
+
+    def interrupt(now):
+        if now.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_routers(single, blocks, training, resume=resume, progress=interrupt)
 
     def stop(model, step):
         asked.append(router_recall(model, [blocks]).mean)
-        return step == 2
+        return False
 
-    mesh = make_data_mesh(2)
-    trained = train_routers(params, blocks, TRAINING, mesh=mesh, stop=stop)
-    assert len(asked) == 2
-    assert asked[1] == router_recall(trained, [blocks]).mean
-    out = polarjax.generate(trained, [[1, 2, 3]], max_new_tokens=4)
-    assert out.stats.density == (1.0, 0.5, 0.5)
+    trained = train_routers(params, blocks, training, resume=resume, stop=stop)
+    assert trained.weights is params.weights and len(asked) == 5
+    there = router_recall(trained, [blocks])
+    assert asked[-1] == there.mean
+    save_adapter(tmp_path / "adapter", trained)
+    loaded = load_adapter(single, tmp_path / "adapter")
+    here = router_recall(loaded, [blocks])
+    np.testing.assert_allclose(there.routers, here.routers, atol=0.01)
+    scores = (sorted_scores(x, blocks[:4]) for x in (loaded, trained))
+    np.testing.assert_allclose(*scores, atol=1e-4)
+    unions = [measure_unions(x, blocks, (1, 4)) for x in (loaded, trained)]
+    np.testing.assert_allclose(unions[0].union, unions[1].union)
+    np.testing.assert_allclose(
+        *(found.recall["noisy_or"] for found in unions), atol=0.05
+    )
+    tokens = [
+        polarjax.generate(x, [[1, 2, 3]], max_new_tokens=4).tokens
+        for x in (loaded, trained)
+    ]
+    assert tokens[0] == tokens[1]
 
 
 def test_neuron_routers_are_trained_along():

@@ -1,0 +1,237 @@
+"""What the devices run to score a batch: prefill, steps that are watched, a mask."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import Implementation
+from polarjax.cache import KVCache
+from polarjax.config import ModelConfig
+from polarjax.generation.places import CACHE, ROWS, cache_places, policy_specs
+from polarjax.model import Decoder, make_decoder, run
+from polarjax.model.share import add_up_batch, gather_logits, largest
+from polarjax.params import Tree
+from polarjax.policy import SelectionPolicy, groups_read
+from polarjax.sharding import over_mesh, weight_specs
+
+# Positions of which the logits are in memory at once.
+_CHUNK = 128
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
+def prefill(
+    weights: Tree,
+    contexts: jax.Array,
+    lengths: jax.Array,
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None,
+    mesh: Mesh | None = None,
+) -> KVCache:
+    """Read contexts, dense.
+
+    Args:
+      weights: the original ones.
+      contexts: int32[c, t], padded at the end.
+      lengths: int32[c]; 0 for none.
+      config: of the model.
+      implementation: of the kernels.
+      mesh: that the model is cut over, and the contexts; None for one device.
+    """
+    model = make_decoder(config, _dtype(weights), (), implementation, mesh)
+
+    def read(weights: Tree, contexts: jax.Array, lengths: jax.Array) -> KVCache:
+        return run(model, weights, "prefill", contexts, lengths, contexts.shape[1])[1]
+
+    specs = weight_specs(weights, mesh), ROWS, ROWS
+    return over_mesh(read, mesh, specs, CACHE)(weights, contexts, lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "mesh"))
+def spread(
+    cache: KVCache, rows: jax.Array, capacity: int, mesh: Mesh | None = None
+) -> KVCache:
+    """Give each row a copy of its context's cache.
+
+    Args:
+      cache: of the contexts, [c, k, t, d].
+      rows: int32[b], the context of each row, on whichever device it is.
+      capacity: positions of the new cache.
+      mesh: that both caches are cut over; None for one device.
+    """
+    room = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
+
+    def take(part: jax.Array) -> jax.Array:
+        return jnp.pad(part[rows], room)
+
+    keys, values = (tuple(map(take, parts)) for parts in (cache.keys, cache.values))
+    found = KVCache(keys, values, cache.lengths[rows])
+    if mesh is None:
+        return found
+    return jax.lax.with_sharding_constraint(found, cache_places(found, mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
+def decode(
+    weights: Tree,
+    policy: SelectionPolicy,
+    cache: KVCache,
+    tokens: jax.Array,
+    counts: jax.Array,
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Teacher-forced decoding: token i is read, then token i + 1 is scored.
+
+    Args:
+      weights: bound.
+      policy: bound.
+      cache: of what comes before.
+      tokens: int32[b, n + 1].
+      counts: int32[b], how many of the n each row scores.
+      config: of the model.
+      implementation: of the kernels.
+      mesh: that the model is cut over, and the rows; None for one device.
+
+    Returns:
+      Negative log-likelihoods float32[b, n]; whether each token was the most probable,
+      bool[b, n]; int32[layers, k], how often each KV group was read.
+    """
+    model = make_decoder(
+        config, _dtype(weights), policy.score_rows, implementation, mesh
+    )
+
+    def follow(weights, policy, cache, tokens, counts):
+        b, n = tokens.shape[0], tokens.shape[1] - 1
+
+        def step(i: jax.Array, carry: tuple) -> tuple:
+            cache, nll, greedy, use = carry
+            live = i < counts
+            logits, cache, read = decode_step(
+                model, weights, policy, tokens[:, i], cache, live
+            )
+            found, best = score(logits, tokens[:, i + 1])
+            nll = nll.at[:, i].set(jnp.where(live, found, 0))
+            return cache, nll, greedy.at[:, i].set(best), use + read
+
+        use = jnp.zeros((config.layers, config.kv_heads), jnp.int32)
+        first = cache, jnp.zeros((b, n)), jnp.zeros((b, n), bool), use
+        # As many steps as the longest row needs, not as many as the arrays have room
+        # for; as many on every device, for they speak to each other in each.
+        steps = largest(counts.max(), model.share)
+        return jax.lax.fori_loop(0, steps, step, first)[1:]
+
+    args = weights, policy, cache, tokens, counts
+    specs = weight_specs(weights, mesh), policy_specs(policy), CACHE, ROWS, ROWS
+    return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
+def mask(
+    weights: Tree,
+    policy: SelectionPolicy,
+    tokens: jax.Array,
+    counts: jax.Array,
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `decode` from an empty cache, by a masked dense model."""
+    model = make_decoder(
+        config, _dtype(weights), policy.score_rows, implementation, mesh
+    )
+
+    def follow(weights, policy, tokens, counts):
+        b, n = tokens.shape[0], tokens.shape[1] - 1
+        x, read, _ = run(model, weights, "masked", tokens[:, :-1], counts, policy)
+        live = jnp.arange(n) < counts[:, None]
+        use = (read & live[None, ..., None]).sum(axis=(1, 2), dtype=jnp.int32)
+
+        def chunks(array: jax.Array) -> jax.Array:
+            # [b, n, ...] -> [n / 128, b, 128, ...]
+            size = min(n, _CHUNK)
+            rest = ((0, 0), (0, -n % size), *((0, 0),) * (array.ndim - 2))
+            cut = jnp.pad(array, rest).reshape(b, -1, size, *array.shape[2:])
+            return cut.swapaxes(0, 1)
+
+        def part(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return score(run(model, weights, "logits", args[0]), args[1])
+
+        nll, greedy = (
+            out.swapaxes(0, 1).reshape(b, -1)[:, :n]
+            for out in jax.lax.map(part, (chunks(x), chunks(tokens[:, 1:])))
+        )
+        return jnp.where(live, nll, 0), greedy, add_up_batch(use, model.share)
+
+    args = weights, policy, tokens, counts
+    specs = weight_specs(weights, mesh), policy_specs(policy), ROWS, ROWS
+    return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)
+
+
+def decode_step(
+    model: Decoder,
+    weights: Tree,
+    policy: SelectionPolicy,
+    token: jax.Array,
+    cache: KVCache,
+    live: jax.Array,
+) -> tuple[jax.Array, KVCache, jax.Array]:
+    """One decode step that also counts what it reads.
+
+    Args:
+      model: built with the policy's score rows.
+      weights: bound.
+      policy: bound.
+      token: int32[b].
+      cache: what came before.
+      live: bool[b].
+
+    Returns:
+      Logits float32[b, v], the cache, and int32[layers, k], how many live rows of the
+      whole batch read each of the model's KV groups.
+    """
+    k = model.share.kv_heads if model.share else model.config.kv_heads
+    watched = _Watched(policy, token.shape[0], k)
+    logits, cache, _ = run(model, weights, "decode", token, cache, watched, live)
+    read = (jnp.stack(watched.read) & live[:, None]).sum(axis=1, dtype=jnp.int32)
+    logits = gather_logits(logits, model.share)
+    return logits, cache, add_up_batch(read, model.share)
+
+
+class _Watched:
+    """A policy that notes, for the trace it is made in, what another one chooses."""
+
+    def __init__(self, policy: SelectionPolicy, b: int, k: int) -> None:
+        self.policy, self.shape = policy, (b, k)
+        self.wants_norms, self.score_rows = policy.wants_norms, policy.score_rows
+        self.neurons, self.bind = policy.neurons, policy.bind
+        self.read: list[jax.Array] = []
+
+    def heads(self, layer, scores, norms, implementation=None):
+        chosen = self.policy.heads(layer, scores, norms, implementation)
+        self.read.append(groups_read(chosen, *self.shape))
+        return chosen
+
+
+def score(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihoods float32[...] of targets int32[...], and if each is best.
+
+    Args:
+      logits: float32[..., v].
+      targets: int32[...].
+    """
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return nll, jnp.argmax(logits, axis=-1) == targets
+
+
+def _dtype(weights: Tree):
+    return weights["embed"]["tokens"].dtype
