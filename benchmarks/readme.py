@@ -171,11 +171,11 @@ def _compile_times(path: Path, rows: list[dict]) -> str:
         return f"{min(found):.1f} to {max(found):.1f} s"
 
     text = f"To trace and compile one of these programs took {spread(rows)}"
-    warm = path.with_name(path.name.replace("-bench", "-warm-start"))
-    if warm.exists():
-        kept = spread(read_rows(warm)["rows"])
+    for warm in sorted(path.parent.glob("*-warm-start.json"))[-1:]:  # the newest
+        found = read_rows(warm)
+        kept, commit = spread(found["rows"]), found["runs"][0]["commit"]
         text += f"; once compiled, with the cache that `polarjax` keeps, {kept}"
-        text += f" (`benchmarks/results/{warm.name}`)"
+        text += f" (at {commit}, `benchmarks/results/{warm.name}`)"
     return text + "."
 
 
