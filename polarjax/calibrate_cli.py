@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from polarjax import distributed
 from polarjax.calibration import Terms, Texts, calibrate
 from polarjax.console import (
     add_mesh_arguments,
@@ -39,7 +40,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     Args:
       command: makes one, from its name, function, text and example.
     """
-    add = command(
+    parser = command(
         "calibrate",
         _calibrate,
         "Train routers on text, measure them on text they have not seen, and save them "
@@ -47,7 +48,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "of quality within it, and promise no more than held-out text shows.",
         "polarjax calibrate checkpoints/smollm2-135m --text books.txt manuals.txt=0.5 "
         "self=0.5 --max-drop 1% --out adapters/mine",
-    ).add_argument
+    )
+    distributed.add_arguments(parser)
+    add = parser.add_argument
     _add_texts(add, tokens=400_000)
     add("--density", type=fraction, default=2 / 3, help="fraction of KV groups to keep")
     add(
@@ -103,14 +106,16 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     _add_run(add)
 
-    add = command(
+    parser = command(
         "recover",
         _recover,
         "Distil the dense model into its sparse self: small updates of its weights, "
         "for the sparse policy alone, and routers trained along.",
         "polarjax recover checkpoints/smollm2-135m --adapter adapters/mine --text "
         "books.txt self --tokens 10000000 --rank 8 --out adapters/recovered",
-    ).add_argument
+    )
+    distributed.add_arguments(parser)
+    add = parser.add_argument
     add("--adapter", required=True, help="folder of routers, name of one, or id")
     _add_texts(add, tokens=10_000_000)
     add("--density", type=fraction, help="instead of the adapter's budgets")
@@ -225,6 +230,7 @@ def _made() -> dict[str, Any]:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
+    distributed.start_from(args)
     out = Path(args.out)
     check_destination(out, args.overwrite)  # before the work, not after
     mesh = choose_mesh(args, args.batch)
@@ -273,6 +279,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _recover(args: argparse.Namespace) -> None:
+    distributed.start_from(args)
     out = Path(args.out)
     check_destination(out, args.overwrite)
     mesh = choose_mesh(args, args.batch)

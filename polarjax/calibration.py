@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from polarjax.distributed import agree
 from polarjax.evaluation import Mode, Perplexity, Recall, router_recall
 from polarjax.evaluation.contract import Contract, keep_promise
 from polarjax.evaluation.measure import Progress
@@ -25,7 +26,7 @@ from polarjax.quality import (
     quality_card,
     windows,
 )
-from polarjax.sharding import shard
+from polarjax.sharding import mesh_of, of_processes, shard
 from polarjax.sparsity.adapter import as_stored
 from polarjax.training import (
     Corpus,
@@ -204,7 +205,8 @@ def calibrate(
       mesh: of `polarjax.sharding.make_mesh`, for everything that is done: the model
         is cut over its axis "tp", batches over "dp", which must divide
         `training.batch`. None for where `params` is.
-      work: folder that keeps an interrupted training; None for none.
+      work: folder that keeps an interrupted training, which all processes see; None
+        for none.
       progress: called as the work goes on.
 
     Raises:
@@ -238,6 +240,9 @@ def calibrate(
         "weights_dtype": str(params.dtype),
     }
     facts = {**made, "model_hash": params.config.model_hash}
+    if of_processes(mesh_of(params.weights)):
+        asked = terms and dataclasses.asdict(terms)
+        agree([facts, asked, target_recall, mode], "model, text or setting")
     resume = Resume(work, facts=facts) if work else None
     few = [held[:4] for held in corpus.held_out.values()]
     every = max(1, (training.steps or 1) // 20)

@@ -150,6 +150,23 @@ def from_main(value: Any) -> Any:
     return json.loads(text)
 
 
+def agree(value: Any, what: str) -> None:
+    """Raise on a process that was given other things than process 0.
+
+    Args:
+      value: what JSON can say, the same on every process.
+      what: it is of, for the message.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if from_main(value) != json.loads(json.dumps(value)):
+        raise ValueError(
+            f"this process has another {what} than process 0: give all of them the "
+            "same files and settings"
+        )
+
+
 def to_host(tree: Any) -> Any:
     """A tree of arrays as numpy, whole on every process.
 

@@ -15,11 +15,18 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from polarjax.calibration import Texts
+from polarjax.distributed import agree, is_main
 from polarjax.evaluation import Mode, Perplexity, Recall
 from polarjax.evaluation.measure import Progress
 from polarjax.params import Params, Tree
 from polarjax.quality import cost_card, measure_quality, measure_recall, quality_card
-from polarjax.sharding import mesh_of, place_routers, shard, whole_routers
+from polarjax.sharding import (
+    mesh_of,
+    of_processes,
+    place_routers,
+    shard,
+    whole_routers,
+)
 from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.distance import divergence
 from polarjax.training import Recovery, Resume, recover
@@ -121,7 +128,8 @@ def recover_on_text(
         what is kept.
       mode: how perplexities are measured.
       mesh: as in `polarjax.calibrate`.
-      work: folder that keeps an interrupted training; None for none.
+      work: folder that keeps an interrupted training, which all processes see; None
+        for none.
       progress: called as the work goes on.
 
     Raises:
@@ -147,6 +155,9 @@ def recover_on_text(
         "model_hash": params.config.model_hash,
         "routers_sha256": digest(np.concatenate([*start, np.zeros(0, np.float32)])),
     }
+    many = of_processes(mesh_of(params.weights))
+    if many:
+        agree({**facts, **whose}, "model, text or setting")
     resume = Resume(work, facts={**facts, **whose}) if work else None
     watched = np.concatenate([held[:_WATCHED] for held in corpus.held_out.values()])
     every = max(1, (recovery.steps or 1) // 20)
@@ -164,7 +175,7 @@ def recover_on_text(
             # The step takes its own.
             mine = jax.tree.map(np.array, whole_routers(trained))
             best = _Best(last, step, mine)
-            if file:
+            if file and (is_main() or not many):
                 best.save(file)
         return step // every - best.step // every >= patience
 

@@ -214,6 +214,11 @@ def axis_size(mesh: Mesh | None, name: str) -> int:
     return 1 if mesh is None else mesh.shape.get(name, 1)
 
 
+def of_processes(mesh: Mesh | None) -> bool:
+    """Whether several processes run what is on a mesh, and have to do so alike."""
+    return mesh is not None and mesh.is_multi_process
+
+
 def weight_specs(weights: Tree, mesh: Mesh | None) -> Any:
     """How weights on a mesh are cut, for `over_mesh`."""
     if mesh is None:
@@ -310,15 +315,16 @@ def shard(params: Params, mesh: Mesh) -> Params:
         name = _name(path)
         where = placement(name, leaf.shape, params.config, mesh)
         leaf = leaf if where.rows is None else leaf[where.rows]
-        return _put(leaf, where.sharding)
+        return put(leaf, where.sharding)
 
     weights = jax.tree_util.tree_map_with_path(place, params.weights)
     routers = place_routers(params.routers, params.config, mesh)
     return dataclasses.replace(params, weights=weights, routers=routers)
 
 
-def _put(leaf: jax.Array, where: Sharding) -> jax.Array:
-    # What one process has on a device of its own cannot go to another's from there.
+def put(leaf: Any, where: Sharding) -> jax.Array:
+    """`jax.device_put`, also of what one process has to where several have parts."""
+    # On a device of its own it could not go to another's from there.
     here = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
     leaves = here and not where.is_fully_addressable
     return jax.device_put(np.asarray(leaf) if leaves else leaf, where)
@@ -338,7 +344,7 @@ def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh | None) -> Tree
     ordered = order_updates(routers, config, mesh)
 
     def place(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return _put(leaf, NamedSharding(mesh, spec))
+        return put(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, ordered, router_specs(ordered, mesh))
 

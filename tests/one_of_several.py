@@ -13,12 +13,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import polarjax
 from polarjax import distributed
 from polarjax.evaluation import Scorer, Settings, evaluate
 from polarjax.sharding import make_mesh
+from polarjax.sparsity import save_adapter
+from polarjax.training import (
+    Recovery,
+    Resume,
+    RouterTraining,
+    recover,
+    train_routers,
+    write_blocks,
+)
 from tests.models import OPT, random_params
 
 TOKENS = [[1, 2, 3], [7] * 20, [5, 6]]
@@ -47,7 +56,14 @@ def work_together(folder: Path) -> None:
         distributed.from_main(object() if is_main else None)
     except (TypeError, RuntimeError) as error:
         unsent = type(error).__name__
+    distributed.agree({"same": [1]}, "tuple")
+    told = None
+    try:
+        distributed.agree(jax.process_index(), "number")
+    except ValueError as error:
+        told = str(error)
     seen = {
+        "told": told,
         "devices": jax.device_count(),
         "local devices": jax.local_device_count(),
         "prompts": distributed.from_main(PROMPTS if is_main else ["not these"]),
@@ -100,6 +116,34 @@ def evaluate_together(folder: Path) -> None:
     (folder / f"{jax.process_index()}.json").write_text(json.dumps([found, scored]))
 
 
+def train_together(folder: Path) -> None:
+    """Routers, the training stopped once, then updates; adapters into the folder."""
+    written = learn(folder, make_mesh(2, 2))
+    (folder / f"{jax.process_index()}.json").write_text(json.dumps(written))
+
+
+def learn(folder: Path, mesh: Mesh | None) -> list[list[int]]:
+    """As `train_together`, on whatever devices; what the dense model writes."""
+    blocks = np.random.default_rng(0).integers(1, 300, (24, 16)).astype(np.int32)
+    training, recovery = (
+        RouterTraining(0.5, steps=6, batch=4),
+        Recovery(steps=3, batch=4, rank=2),
+    )
+    model, resume = small_model(), Resume(folder / "work", every=2)
+
+    def train(stop: int) -> polarjax.Params:
+        options = {"mesh": mesh, "resume": resume}
+        return train_routers(
+            *(model, blocks, training), stop=lambda _, step: step == stop, **options
+        )
+
+    train(3)  # and from there to the end
+    trained = train(6)
+    save_adapter(folder / "routers", trained)
+    save_adapter(folder / "recovered", recover(trained, blocks, recovery))
+    return write_blocks(trained, 1, 8, 3).tolist()
+
+
 def eval_settings(folder: Path) -> Settings:
     """Three batches."""
     policies = {"Polar": polarjax.Polar(0.5, 0.4)}
@@ -136,6 +180,8 @@ def main() -> None:
             generate_together(args.folder)
         elif args.what == "evaluate":
             evaluate_together(args.folder)
+        elif args.what == "train":
+            train_together(args.folder)
         elif args.process == args.victim:
             end(args.what)
         elif args.folder.name == "in_python":

@@ -14,14 +14,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import polarjax
 from polarjax import distributed
 from polarjax.evaluation import evaluate
 from polarjax.native_log import one_line
+from polarjax.sparsity.adapter import ROUTERS_FILE
 from tests.evaluation.test_tasks import make_rows, write
 from tests.models import random_params, write_checkpoint
-from tests.one_of_several import TOKENS, eval_settings, small_model
+from tests.one_of_several import TOKENS, eval_settings, learn, small_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = Path(__file__).with_name("one_of_several.py")
@@ -74,6 +76,8 @@ def test_two_processes_share_devices_prompts_and_arrays(launch, tmp_path):
     assert (err, other_err) == ("", "")
     seen = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     assert [x.pop("unsent") for x in seen] == ["TypeError", "RuntimeError"]
+    told = [x.pop("told") for x in seen]
+    assert told[0] is None and "another number than process 0" in told[1]
     assert seen[0] == seen[1]
     assert seen[0] == {
         "devices": 4,
@@ -122,6 +126,21 @@ def test_two_processes_measure_what_one_measures(launch, tmp_path):
             found["Polar"]["nll"] == wrote["tasks"]["words"]["results"]["Polar"]["nll"]
         )
     assert not (tmp_path / "result.json.partial").exists()
+
+
+def test_two_processes_learn_what_one_learns(launch, tmp_path):
+    ended = launch("train", devices=(2, 2))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    want = learn(alone, None)
+    for i in range(2):
+        assert json.loads((tmp_path / f"{i}.json").read_text()) == want
+    for name in ("routers", "recovered"):
+        one, both = (load_file(x / name / ROUTERS_FILE) for x in (alone, tmp_path))
+        assert one.keys() == both.keys()
+        for key, value in one.items():
+            np.testing.assert_allclose(both[key], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pallas_kernels import Implementation, resolve
-from polarjax.distributed import from_main, is_main
+from polarjax.distributed import agree, from_main, is_main
 from polarjax.evaluation import statistics
 from polarjax.evaluation.batches import Mode
 from polarjax.evaluation.damage import check_lengths, measure_damage
@@ -36,7 +36,7 @@ from polarjax.generation import Tokenizer, start_token
 from polarjax.generation.requests import positive
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sharding import mesh_of
+from polarjax.sharding import mesh_of, of_processes
 from polarjax.training.text import open_text
 
 Kind = Literal["windows", "strided", "words"]
@@ -122,13 +122,10 @@ def evaluate(
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     mesh = mesh_of(params.weights)
-    many = mesh is not None and mesh.is_multi_process
+    many = of_processes(mesh)
     shared = from_main if many else lambda value: value
-    if shared(digest) != digest:
-        raise ValueError(
-            "this process has another model, text or task than process 0: give all of "
-            "them the same files"
-        )
+    if many:
+        agree(digest, "model, text, task or setting")
 
     path = None if out is None else Path(out)
     if path is not None and (path.suffix != ".json" or path.is_dir()):

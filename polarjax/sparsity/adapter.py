@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from polarjax.config import ModelConfig, tuple_neuron_budgets
+from polarjax.distributed import is_main
 from polarjax.folder import CARD_FILE, new_folder, write_tensors
 from polarjax.params import Params, Tree, check_finite
-from polarjax.sharding import model_shapes, whole_routers
+from polarjax.sharding import mesh_of, model_shapes, of_processes, whole_routers
 from polarjax.sparsity.neurons import check_neuron_budgets
 from polarjax.sparsity.routers import check_routers
 
@@ -39,6 +40,8 @@ def save_adapter(
     overwrite: bool = False,
 ) -> None:
     """Write the routers and budgets of `params`, whole or not at all.
+
+    Of several processes all must call it, and process 0 writes.
 
     Args:
       path: the folder to make.
@@ -65,6 +68,8 @@ def save_adapter(
                 f"router {name} holds NaN or infinity: its training went astray; lower "
                 "the learning rate"
             )
+    if of_processes(mesh_of(params.weights)) and not is_main():
+        return
     facts = {
         "format_version": ADAPTER_FORMAT,
         "model_hash": params.config.model_hash,

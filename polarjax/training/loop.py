@@ -19,6 +19,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polarjax.config import ModelConfig
+from polarjax.distributed import from_main, is_main
+from polarjax.sharding import of_processes, put
 
 _FACTS = "training.json"
 _STEPS = "steps"
@@ -47,7 +49,8 @@ class Resume:
     """Where a training's state is kept while it runs.
 
     Attributes:
-      folder: made at the start; gone when the caller says `clear`.
+      folder: made at the start; gone when the caller says `clear`. Of several
+        processes all must see it.
       every: steps between two checkpoints; the last step has one too.
       facts: JSON values that decide the outcome: a folder of another training is
         refused.
@@ -111,9 +114,10 @@ def fit(
                 "devices: choose a multiple"
             )
         place = NamedSharding(mesh, PartitionSpec("dp"))
-        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        whole = NamedSharding(mesh, PartitionSpec())
+        state = jax.tree.map(lambda leaf: put(leaf, whole), state)
     state = jax.tree.map(jnp.copy, state)  # the caller's arrays are not given away
-    with _checkpoints(resume) as manager:
+    with _checkpoints(resume, of_processes(mesh)) as manager:
         first = 0
         if manager is not None and (found := manager.latest_step()) is not None:
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -153,28 +157,39 @@ def _order(count: int, seed: int, turn: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _checkpoints(resume: Resume | None) -> Iterator[ocp.CheckpointManager | None]:
+def _checkpoints(
+    resume: Resume | None, many: bool
+) -> Iterator[ocp.CheckpointManager | None]:
     if resume is None:
         yield None
         return
     folder = resume.folder.absolute()
-    facts = json.dumps(dict(resume.facts), sort_keys=True, indent=2)
-    file = folder / _FACTS
-    if file.exists():
-        if file.read_text(encoding="utf-8") != facts:
-            raise ValueError(
-                f"{folder} holds a training of other settings or texts: choose another "
-                "place, or delete it"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is no training of polarjax: choose another place")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(facts, encoding="utf-8")
+    wrong = None if many and not is_main() else _claim(folder, resume.facts)
+    # The others must not look before process 0 has made it.
+    if wrong := from_main(wrong) if many else wrong:
+        raise ValueError(f"{folder} {wrong}")
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager(folder / _STEPS, options=options) as manager:
         yield manager
         manager.wait_until_finished()
+
+
+def _claim(folder: Path, facts: Mapping[str, Any]) -> str | None:
+    """Make a training's folder, or say why it cannot be that."""
+    text = json.dumps(dict(facts), sort_keys=True, indent=2)
+    file = folder / _FACTS
+    if file.exists():
+        if file.read_text(encoding="utf-8") != text:
+            return (
+                "holds a training of other settings or texts: choose another place, or "
+                "delete it"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return "is no training of polarjax: choose another place"
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return None
 
 
 def check_steps(steps: int | None, batch: int) -> None:

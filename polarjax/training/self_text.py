@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from polarjax.distributed import to_host
 from polarjax.generation import loop
 from polarjax.generation.requests import make_sampling
 from polarjax.params import Params
@@ -68,7 +69,7 @@ def write_blocks(
             capacity=-(-length // 128) * 128,
             **common,
         )
-        rows = [ones * start, first.token]
+        rows = [np.full(batch, start), to_host(first.token)]
         if length > 2:
             state, drawn = loop.decode_chunk(
                 *(weights, dense, state, ones > 0, sampling, never),
@@ -76,7 +77,7 @@ def write_blocks(
                 mesh=mesh,
                 **common,
             )
-            rows += [*np.asarray(drawn.token)]
+            rows += [*to_host(drawn.token)]
         found.append(np.stack(rows, axis=1))
         if progress:
             progress(min(blocks, at + batch), blocks)
