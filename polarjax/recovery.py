@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from polarjax.calibration import Texts
-from polarjax.distributed import agree, is_main
+from polarjax.distributed import agree
 from polarjax.evaluation import Mode, Perplexity, Recall
 from polarjax.evaluation.measure import Progress
 from polarjax.params import Params, Tree
@@ -26,6 +26,7 @@ from polarjax.sharding import (
     place_routers,
     shard,
     whole_routers,
+    writes,
 )
 from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.distance import divergence
@@ -155,8 +156,7 @@ def recover_on_text(
         "model_hash": params.config.model_hash,
         "routers_sha256": digest(np.concatenate([*start, np.zeros(0, np.float32)])),
     }
-    many = of_processes(mesh_of(params.weights))
-    if many:
+    if of_processes(mesh_of(params.weights)):
         agree({**facts, **whose}, "model, text or setting")
     resume = Resume(work, facts={**facts, **whose}) if work else None
     watched = np.concatenate([held[:_WATCHED] for held in corpus.held_out.values()])
@@ -175,7 +175,7 @@ def recover_on_text(
             # The step takes its own.
             mine = jax.tree.map(np.array, whole_routers(trained))
             best = _Best(last, step, mine)
-            if file and (is_main() or not many):
+            if file and writes(mesh_of(params.weights)):
                 best.save(file)
         return step // every - best.step // every >= patience
 

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from polarjax.config import ModelConfig
-from polarjax.distributed import to_host
+from polarjax.distributed import is_main, to_host
 from polarjax.params import Params, Placement, Tree
 
 DP, TP = "dp", "tp"
@@ -217,6 +217,11 @@ def axis_size(mesh: Mesh | None, name: str) -> int:
 def of_processes(mesh: Mesh | None) -> bool:
     """Whether several processes run what is on a mesh, and have to do so alike."""
     return mesh is not None and mesh.is_multi_process
+
+
+def writes(mesh: Mesh | None) -> bool:
+    """Whether this process is the one that writes files of what is on a mesh."""
+    return not of_processes(mesh) or is_main()
 
 
 def weight_specs(weights: Tree, mesh: Mesh | None) -> Any:

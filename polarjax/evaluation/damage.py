@@ -206,9 +206,8 @@ def _divergences(
     Returns float32[b, n - 1], KL divergences of what follows token i; bool[b, n - 1],
     whether the best token is the same; and int32[], KV groups that the policy read.
     """
-    dtype = weights["embed"]["tokens"].dtype
-    model = make_decoder(config, dtype, policy.score_rows, implementation, mesh)
-    dense_model = make_decoder(config, dtype, (), implementation, mesh)
+    model = make_decoder(config, weights, policy.score_rows, implementation, mesh)
+    dense_model = make_decoder(config, dense_weights, (), implementation, mesh)
 
     def follow(dense_weights, weights, policy, cache, live, tokens):
         def step(caches: tuple[KVCache, KVCache], token: jax.Array):

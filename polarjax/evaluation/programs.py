@@ -43,7 +43,7 @@ def prefill(
       implementation: of the kernels.
       mesh: that the model is cut over, and the contexts; None for one device.
     """
-    model = make_decoder(config, _dtype(weights), (), implementation, mesh)
+    model = make_decoder(config, weights, (), implementation, mesh)
 
     def read(weights: Tree, contexts: jax.Array, lengths: jax.Array) -> KVCache:
         return run(model, weights, "prefill", contexts, lengths, contexts.shape[1])[1]
@@ -104,9 +104,7 @@ def decode(
       Negative log-likelihoods float32[b, n]; whether each token was the most probable,
       bool[b, n]; int32[layers, k], how often each KV group was read.
     """
-    model = make_decoder(
-        config, _dtype(weights), policy.score_rows, implementation, mesh
-    )
+    model = make_decoder(config, weights, policy.score_rows, implementation, mesh)
 
     def follow(weights, policy, cache, tokens, counts):
         b, n = tokens.shape[0], tokens.shape[1] - 1
@@ -145,9 +143,7 @@ def mask(
     mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `decode` from an empty cache, by a masked dense model."""
-    model = make_decoder(
-        config, _dtype(weights), policy.score_rows, implementation, mesh
-    )
+    model = make_decoder(config, weights, policy.score_rows, implementation, mesh)
 
     def follow(weights, policy, tokens, counts):
         b, n = tokens.shape[0], tokens.shape[1] - 1
@@ -231,7 +227,3 @@ def score(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - chosen
     return nll, jnp.argmax(logits, axis=-1) == targets
-
-
-def _dtype(weights: Tree):
-    return weights["embed"]["tokens"].dtype

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pallas_kernels import Implementation, resolve
-from polarjax.distributed import agree, from_main, is_main
+from polarjax.distributed import agree, from_main
 from polarjax.evaluation import statistics
 from polarjax.evaluation.batches import Mode
 from polarjax.evaluation.damage import check_lengths, measure_damage
@@ -36,7 +36,7 @@ from polarjax.generation import Tokenizer, start_token
 from polarjax.generation.requests import positive
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sharding import mesh_of, of_processes
+from polarjax.sharding import mesh_of, of_processes, writes
 from polarjax.training.text import open_text
 
 Kind = Literal["windows", "strided", "words"]
@@ -131,7 +131,7 @@ def evaluate(
     if path is not None and (path.suffix != ".json" or path.is_dir()):
         name = f"{setup['checkpoint'] or 'model'}-{setup['mode']}-{digest[:8]}.json"
         path /= name
-    file = path if not many or is_main() else None
+    file = path if writes(mesh) else None
     found = None
     if file is not None and file.exists() and not overwrite:
         found = _same(file, digest)

@@ -129,7 +129,7 @@ def prefill(
     Returns:
       The cache and the logits, the rows filled in.
     """
-    model = make_decoder(config, _dtype(weights), (), implementation, mesh)
+    model = make_decoder(config, weights, (), implementation, mesh)
 
     def read(weights: Tree, tokens, lengths, rows, cache: KVCache, logits):
         last, cache = run(model, weights, "read", tokens, lengths, rows, cache, most)
@@ -202,7 +202,8 @@ def read_prompts(
     if b % dp:
         raise ValueError(f"dp {dp} does not divide the batch of {b}")
     lengths = np.array([len(ids) for ids in prompts], np.int32)
-    cache = empty_cache(config, b, capacity, _dtype(weights), mesh)
+    dtype = weights["embed"]["tokens"].dtype
+    cache = empty_cache(config, b, capacity, dtype, mesh)
     logits = _zeros((b, config.vocab_size), mesh)
     # What lies at one place of every device's part of the batch is read together.
     each = b // dp
@@ -269,9 +270,7 @@ def decode_chunk(
     Returns:
       The new state, and what was drawn, each leaf with a leading axis of `steps`.
     """
-    model = make_decoder(
-        config, _dtype(weights), policy.score_rows, implementation, mesh
-    )
+    model = make_decoder(config, weights, policy.score_rows, implementation, mesh)
     cut = model.share if model.share and model.share.cuts_vocabulary else None
 
     def follow(weights, policy, state, go_on, sampling, stop_ids):
@@ -319,14 +318,10 @@ def all_logits(
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Logits of every position, dense, float32[b, t, v]."""
-    model = make_decoder(config, _dtype(weights), (), implementation, mesh)
+    model = make_decoder(config, weights, (), implementation, mesh)
 
     def read(weights: Tree, tokens: jax.Array) -> jax.Array:
         return run(model, weights, "__call__", tokens)[0]
 
     specs = weight_specs(weights, mesh), P()
     return over_mesh(read, mesh, specs, P())(weights, tokens)
-
-
-def _dtype(weights: Tree):
-    return weights["embed"]["tokens"].dtype

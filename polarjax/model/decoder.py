@@ -301,7 +301,7 @@ class Decoder(nn.Module):
 
 def make_decoder(
     config: ModelConfig,
-    dtype: Any,
+    weights: Tree,
     score_rows: tuple[int, ...] = (),
     implementation: Implementation | None = None,
     mesh: Mesh | None = None,
@@ -311,7 +311,7 @@ def make_decoder(
 
     Args:
       config: of the whole model.
-      dtype: of weights and activations.
+      weights: that it will run with, of whose dtype activations are.
       score_rows: see `Decoder`.
       implementation: see `Decoder`.
       mesh: that the model is cut over; None for one device.
@@ -321,6 +321,7 @@ def make_decoder(
     if share:
         share = dataclasses.replace(share, cuts_scores=cuts_scores)
         config = local_config(config, share.tp)
+    dtype = weights["embed"]["tokens"].dtype
     return Decoder(config, dtype, score_rows, implementation, share)
 
 

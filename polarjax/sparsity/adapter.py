@@ -21,10 +21,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from polarjax.config import ModelConfig, tuple_neuron_budgets
-from polarjax.distributed import is_main
 from polarjax.folder import CARD_FILE, new_folder, write_tensors
 from polarjax.params import Params, Tree, check_finite
-from polarjax.sharding import mesh_of, model_shapes, of_processes, whole_routers
+from polarjax.sharding import mesh_of, model_shapes, whole_routers, writes
 from polarjax.sparsity.neurons import check_neuron_budgets
 from polarjax.sparsity.routers import check_routers
 
@@ -68,7 +67,7 @@ def save_adapter(
                 f"router {name} holds NaN or infinity: its training went astray; lower "
                 "the learning rate"
             )
-    if of_processes(mesh_of(params.weights)) and not is_main():
+    if not writes(mesh_of(params.weights)):
         return
     facts = {
         "format_version": ADAPTER_FORMAT,

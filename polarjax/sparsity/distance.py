@@ -104,15 +104,15 @@ def distance(
     Returns:
       The divergence, and what `observe` returned, by layer.
     """
-    config, dtype, (b, t) = params.config, params.dtype, tokens.shape
-    dense = make_decoder(config.architecture, dtype, mesh=mesh)
+    config, (b, t) = params.config, tokens.shape
+    dense = make_decoder(config.architecture, params.weights, mesh=mesh)
     teacher, keys, values = jax.lax.stop_gradient(
         run(dense, params.weights, "states", tokens)
     )
     weights, policy = Polar().bind(params, b)
     rows = policy.score_rows
     sparse = make_decoder(
-        config.architecture, dtype, rows, mesh=mesh, cuts_scores=False
+        config.architecture, weights, rows, mesh=mesh, cuts_scores=False
     )
     args = tokens, jnp.full(b, t), policy, Prefix(starts, keys, values)
     student, _, seen = run(sparse, weights, "masked", *args, gates, observe, remat)

@@ -59,11 +59,11 @@ def observe_layers(
         return learn(layer, inputs, norms, z.reshape(-1, config.dim))
 
     if prefix is None:
-        model = make_decoder(architecture, params.dtype, mesh=mesh)
+        model = make_decoder(architecture, params.weights, mesh=mesh)
         return run(model, params.weights, "observe", tokens, observe)[1:]
     weights, bound = policy.bind(params, b)
     rows = bound.score_rows
-    model = make_decoder(architecture, params.dtype, rows, mesh=mesh, cuts_scores=False)
+    model = make_decoder(architecture, weights, rows, mesh=mesh, cuts_scores=False)
     lengths = jnp.full(b, t)
     args = tokens, lengths, bound, prefix, None, observe
     return run(model, weights, "masked", *args)[2][1:]

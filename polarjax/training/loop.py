@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polarjax.config import ModelConfig
-from polarjax.distributed import from_main, is_main
-from polarjax.sharding import of_processes, put
+from polarjax.distributed import from_main
+from polarjax.sharding import of_processes, put, writes
 
 _FACTS = "training.json"
 _STEPS = "steps"
@@ -117,7 +117,7 @@ def fit(
         whole = NamedSharding(mesh, PartitionSpec())
         state = jax.tree.map(lambda leaf: put(leaf, whole), state)
     state = jax.tree.map(jnp.copy, state)  # the caller's arrays are not given away
-    with _checkpoints(resume, of_processes(mesh)) as manager:
+    with _checkpoints(resume, mesh) as manager:
         first = 0
         if manager is not None and (found := manager.latest_step()) is not None:
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -158,15 +158,15 @@ def _order(count: int, seed: int, turn: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _checkpoints(
-    resume: Resume | None, many: bool
+    resume: Resume | None, mesh: Mesh | None
 ) -> Iterator[ocp.CheckpointManager | None]:
     if resume is None:
         yield None
         return
     folder = resume.folder.absolute()
-    wrong = None if many and not is_main() else _claim(folder, resume.facts)
+    wrong = _claim(folder, resume.facts) if writes(mesh) else None
     # The others must not look before process 0 has made it.
-    if wrong := from_main(wrong) if many else wrong:
+    if wrong := from_main(wrong) if of_processes(mesh) else wrong:
         raise ValueError(f"{folder} {wrong}")
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager(folder / _STEPS, options=options) as manager:

@@ -200,7 +200,7 @@ def _states(
 
     Each is [rows, samples, m]; positions are int32[rows, samples].
     """
-    model = make_decoder(config, weights["embed"]["tokens"].dtype, mesh=mesh)
+    model = make_decoder(config, weights, mesh=mesh)
 
     def read(weights: Tree, tokens: jax.Array, positions: jax.Array):
         def observe(layer: int, u: jax.Array, o: jax.Array, z: jax.Array):
