@@ -10,23 +10,11 @@ from typing import Any
 
 import numpy as np
 
-
-class ConversionError(ValueError):
-    """A checkpoint that cannot be converted; the message is one clear sentence.
-
-    Of whatever a file put into it: one line, and not longer than a reader bears.
-    """
-
-    def __init__(self, message: str):
-        line = "".join(
-            c if c.isprintable() else ascii(c)[1:-1] for c in _cut(message, 2000)
-        )
-        super().__init__(_cut(line, 900))
+from polarjax.files import FileError
 
 
-def _cut(text: str, length: int) -> str:
-    half = length // 2
-    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+class ConversionError(FileError):
+    """A checkpoint that cannot be converted; the message is one clear sentence."""
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from polarjax.config import ModelConfig
+from polarjax.files import is_there, read_text
 from polarjax.folder import CONFIG_FILE, new_folder, write_tensors
 
 Tree = dict[str, Any]
@@ -234,8 +235,7 @@ def text_files(config: ModelConfig) -> dict[str, str]:
     if not config.folder:
         return {}
     paths = [Path(config.folder, name) for name in (TOKENIZER_FILE, CHAT_TEMPLATE_FILE)]
-    # Not read_text: it would change the ends of lines.
-    return {path.name: path.read_bytes().decode() for path in paths if path.exists()}
+    return {path.name: read_text(path) for path in paths if is_there(path)}
 
 
 def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Params:

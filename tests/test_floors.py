@@ -57,6 +57,7 @@ FLOORS = {
         pallas_kernels
     """,
     1: """
+        polarjax.files
         polarjax.config
         polarjax.folder
         polarjax.params
@@ -179,8 +180,8 @@ FLOORS = {
 ORDER = [name for floor in sorted(FLOORS) for name in FLOORS[floor].split()]
 # The conversion knows nothing of decoding. The way back reads adapters.
 CONVERT_NEEDS = (
-    *("convert", "polarjax.config", "polarjax.folder", "polarjax.params"),
-    *("polarjax.model", "polarjax.repository"),
+    *("convert", "polarjax.config", "polarjax.files", "polarjax.folder"),
+    *("polarjax.params", "polarjax.model", "polarjax.repository"),
 )
 EXPORT_NEEDS = (*CONVERT_NEEDS, "polarjax.hub", "polarjax.sparsity.updates")
 PACKAGES = ("pallas_kernels", "polarjax", "convert")

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from polarjax.config import ModelConfig
+from polarjax.files import is_there, read_text
 from polarjax.params import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
 
 
@@ -40,15 +41,15 @@ class Tokenizer:
           config: of the model.
 
         Raises:
-          ValueError: if the file is damaged.
+          ValueError: if a file is damaged, or none.
         """
         path = Path(config.folder) / TOKENIZER_FILE
-        if not config.folder or not path.exists():
+        if not config.folder or not is_there(path):
             return None
         stamp = path.stat()
         backend = _read(str(path), stamp.st_mtime_ns, stamp.st_size)
         template = path.with_name(CHAT_TEMPLATE_FILE)
-        text = template.read_text(encoding="utf-8") if template.exists() else None
+        text = read_text(template) if is_there(template) else None
         bos, eos = (
             (backend.id_to_token(ids[0]) or "") if ids else ""
             for ids in (config.bos_ids, config.eos_ids)
@@ -144,8 +145,9 @@ def start_token(tokenizer: Tokenizer, config: ModelConfig) -> int:
 def _read(path: str, modified: int, size: int) -> tokenizers.Tokenizer:
     """Read a tokenizer once: it takes a tenth of a second, and each call needs it."""
     del modified, size  # with the path, they tell one file from the next
+    text = read_text(Path(path))
     try:
-        backend = tokenizers.Tokenizer.from_file(path)
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is no tokenizer: {error}") from error
     backend.no_padding()
