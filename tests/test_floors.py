@@ -109,6 +109,13 @@ FLOORS = {
     4: """
         convert.source
         convert.files
+        convert.tokenizing.no_text
+        convert.tokenizing.added
+        convert.tokenizing.byte_level
+        convert.tokenizing.sentence_piece
+        convert.tokenizing.folder
+        convert.tokenizing.gguf
+        convert.tokenizing
         convert.tokenizer
         convert.rules.rule
         convert.rules.fields
@@ -194,7 +201,7 @@ RUN_TIME = {
     },
     "convert": {
         *("jax", "numpy", "ml_dtypes", "flax", "safetensors", "gguf", "tokenizers"),
-        *("rich", "jinja2", "polarjax", "convert"),
+        *("rich", "jinja2", "google", "polarjax", "convert"),  # google.protobuf
     },
 }
 # Code in data, and private parts of others.

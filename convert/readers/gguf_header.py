@@ -28,6 +28,9 @@ _LARGEST_COUNT = 2**16  # of tensors
 _LARGEST_NUMBERS = 2**21
 _LARGEST_ALIGNMENT = 2**16  # bytes
 _STRING, _ARRAY = 8, 9
+# A value may be any bytes, a token above all: those that are not UTF-8 become halves of
+# characters, for who wants the value to judge.
+_ANY_BYTES = "surrogateescape"
 _SCALARS = {
     **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f"},
     **{7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
@@ -79,17 +82,17 @@ class _Cursor:
     def scalar(self, kind: str) -> Any:
         return struct.unpack(kind, self.take(struct.calcsize(kind)))[0]
 
-    def string(self) -> str:
+    def string(self, errors: str = "strict") -> str:
         at, part = self.at, self.take(self.scalar("<Q"))
         try:
-            return str(part, "utf-8")
+            return str(part, "utf-8", errors)
         except UnicodeDecodeError:
             raise self.fail(f"the text at byte {at} is not UTF-8") from None
 
     def value(self) -> Any:
         kind = self.scalar("<I")
         if kind == _STRING:
-            return self.string()
+            return self.string(_ANY_BYTES)
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind != _ARRAY:
@@ -97,7 +100,7 @@ class _Cursor:
         kind, count = self.scalar("<I"), self.scalar("<Q")
         if kind == _STRING:
             self.check(8 * count)  # and more: each begins with its length
-            return [self.string() for _ in range(count)]
+            return [self.string(_ANY_BYTES) for _ in range(count)]
         if kind in _SCALARS:
             self.numbers += count
             if self.numbers > _LARGEST_NUMBERS:

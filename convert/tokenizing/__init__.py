@@ -1,0 +1,1 @@
+"""Tokenizers of every source, as one `tokenizers.Tokenizer`."""
