@@ -154,6 +154,8 @@ def _verify(options: argparse.Namespace, prompts: list[str] | None) -> int:
     found = verify(options.source, options.destination, prompts)
     console = Console()
     console.print(found.table())
+    for note in found.notes:
+        print(f"note: {note}")
     if found.uncrossed:
         console.print(
             f"note: no prompt is longer than the sliding window of {found.uncrossed:,} "

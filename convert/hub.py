@@ -13,7 +13,7 @@ from convert.source import ConversionError
 from polarjax.folder import CONFIG_FILE
 from polarjax.repository import Repository
 
-_TEXTS = ("*.json", "*.jinja", "merges.txt")
+_TEXTS = ("*.json", "*.jinja", "merges.txt", "tokenizer.model", "tiktoken.model")
 # Other formats are in folders; Mistral's own holds the same weights again.
 _OTHERS = ("*/*", "consolidated*")
 

@@ -19,6 +19,7 @@ from convert.files import read_text
 from convert.hub import locate
 from convert.readers import open_source
 from convert.rules import understand
+from convert.same_tokens import Reference, same_tokens
 from convert.source import ConversionError, Source, naming
 from polarjax.config import ModelConfig
 from polarjax.model import Decoder, check_weights
@@ -38,6 +39,7 @@ PROMPTS = (
     "the spring of hope, it was the winter of despair, we had everything before us,",
 )
 _RANDOM = (1, 7, 23, 80)  # lengths of prompts for models without a tokenizer
+_WITHOUT = "the checkpoint has no tokenizer: random token ids are compared, no texts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Comparison:
         tokens.
       uncrossed: a sliding window, in tokens, that no prompt is longer than; 0 if there
         is none.
+      notes: what could not be compared, and why.
     """
 
     dtype: str
@@ -67,6 +70,7 @@ class Comparison:
     agreement: float
     perplexities: tuple[float, float]
     uncrossed: int
+    notes: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -96,7 +100,9 @@ def verify(
     """Run prompts through `transformers` and through polarjax.
 
     First of all the configurations must be the same, the ids that start and end a
-    text, and the tokenizers: prompts would show only some of what differs there.
+    text, and the tokenizers: prompts would show only some of what differs there. The
+    prompts' ids are those of `transformers.AutoTokenizer`, which the checkpoint's own
+    tokenizer must give too, of texts that tell tokenizers apart.
     Rounding the weights to bfloat16 or float16 is no error of the conversion: the
     reference's are rounded to the checkpoint's dtype too, and both compute in float32.
     No code of the checkpoint is run, and nothing is unpickled.
@@ -113,8 +119,8 @@ def verify(
 
     Raises:
       ConversionError: if torch or transformers are missing, transformers cannot load
-        the source; if configuration or tokenizer differ, naming what does; or if a
-        prompt is empty or too long, or none has two tokens.
+        the source or its tokenizer; if configuration or tokenizer differ, naming what
+        does; or if a prompt is empty or too long, or none has two tokens.
       FileNotFoundError: if there is no checkpoint.
       ValueError: if it is damaged.
     """
@@ -124,7 +130,10 @@ def verify(
     params = read_folder(checkpoint)
     _check_same(source, opened, params.config)
     check_weights(params.weights, params.config)
-    tokens = _encode(prompts, params.config)
+    texts = PROMPTS if prompts is None else prompts
+    reference = _tokenizer(transformers, source, params.config, texts)
+    notes = reference.notes if reference else (_WITHOUT,)
+    tokens = _encode(prompts, params.config, reference)
     dtype = str(params.dtype)
     model = _reference(torch, transformers, source)
     with torch.inference_mode():
@@ -132,7 +141,8 @@ def verify(
             parameter.copy_(parameter.to(getattr(torch, dtype)))
         theirs = [model(torch.tensor([ids])).logits[0].numpy() for ids in tokens]
     del model  # before there are our weights in float32 too
-    return _compare(params.config, dtype, tokens, theirs, _logits(params, tokens))
+    found = _compare(params.config, dtype, tokens, theirs, _logits(params, tokens))
+    return dataclasses.replace(found, notes=notes)
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -186,9 +196,23 @@ def _same_tokenizer(stored: str | None, right: str | None) -> bool:
     return stored == right
 
 
-def _encode(prompts: Sequence[str] | None, config: ModelConfig) -> list[list[int]]:
+def _tokenizer(
+    transformers: Any, source: Path, config: ModelConfig, texts: Sequence[str]
+) -> Reference | None:
+    """The source's tokenizer, which the checkpoint's agrees with; None without one."""
     path = Path(config.folder) / TOKENIZER_FILE
     if not path.exists():
+        return None
+    ours = Tokenizer.from_file(str(path))
+    ours.no_padding()
+    ours.no_truncation()
+    return same_tokens(transformers, source, config.folder, ours, texts)
+
+
+def _encode(
+    prompts: Sequence[str] | None, config: ModelConfig, reference: Reference | None
+) -> list[list[int]]:
+    if reference is None:
         if prompts is not None:
             raise ConversionError(
                 f"{config.folder} has no tokenizer for prompts: without any, random "
@@ -197,11 +221,8 @@ def _encode(prompts: Sequence[str] | None, config: ModelConfig) -> list[list[int
         rng = np.random.default_rng(0)
         lengths = [min(n, config.context) for n in _RANDOM]
         return [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     texts = PROMPTS if prompts is None else prompts
-    tokens = [tokenizer.encode(text).ids for text in texts]
+    tokens = [reference.encode(text) for text in texts]
     if prompts is None:
         tokens = [ids[: config.context] for ids in tokens]
     for i, ids in enumerate(tokens, 1):

@@ -130,6 +130,7 @@ FLOORS = {
         convert.places
         convert.describe
         convert.core
+        convert.same_tokens
         convert.verify
         convert
         polarjax.training.text

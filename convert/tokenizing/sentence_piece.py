@@ -260,9 +260,7 @@ def as_trained(model: Model, names: Mapping[int, str], legacy: bool) -> Tokenize
         scored = [(piece.text, piece.score) for piece in model.pieces]
         core = models.Unigram(scored, model.unknown, model.bytes_for_unknown)
     else:
-        core = bpe(
-            pieces, model.unknown, model.bytes_for_unknown, whole=bool(defined)
-        )
+        core = bpe(pieces, model.unknown, model.bytes_for_unknown, whole=bool(defined))
     tokenizer = Tokenizer(core)
     steps: list[normalizers.Normalizer] = []
     if model.charsmap:
