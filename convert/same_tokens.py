@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,24 @@ PROBES = (
     *("def f(x):\n    return x**2  # 3.14\n", "/usr/bin/env --a=b;c", "!?...)](«»"),
     *("\x00\x7f\ufeff", "aaaaaaaaaaaaaaaaa", "<s>a</s> <|im_start|>user\nb<|im_end|>"),
     *("[INST] a [/INST]", "<|begin_of_text|><|endoftext|>", "<unk><pad> <think>"),
+)
+# And how they cut a text where one kind of character meets the next: all triples.
+_KINDS = (
+    *(
+        "word",
+        "UP",
+        "12",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        ".",
+        "'s",
+        "é",
+        "e\u0301",
+        "日本",
+        "🙂",
+    ),
 )
 
 
@@ -72,7 +91,8 @@ def same_tokens(
         first text that it reads in another way.
     """
     theirs = _load(transformers.AutoTokenizer, source)
-    probes = [*texts, *PROBES, *_around(_special(ours, theirs))]
+    triples = map("".join, itertools.product(_KINDS, repeat=3))
+    probes = [*texts, *PROBES, *triples, *_around(_special(ours, theirs))]
     found = _first_difference(ours, theirs, probes)
     if found is None:
         return Reference(theirs)
@@ -167,13 +187,13 @@ def _mend(theirs: Tokenizer, ours: Tokenizer, source: Path) -> list[str]:
       What that is.
     """
     fields, _ = read_header(np.memmap(source, mode="r"), source)
-    _, split = splitting(fields)
-    reasons = []
     if fields.get("tokenizer.ggml.model") == "llama":
         theirs.normalizer = ours.normalizer
         theirs.pre_tokenizer = ours.pre_tokenizer
-        reasons.append("does not put a space before texts as the file says")
-    elif split == SMOLLM:
+        return ["does not put a space before texts as the file says"]
+    _, split = splitting(fields)
+    reasons = []
+    if split == SMOLLM:
         theirs.pre_tokenizer = ours.pre_tokenizer
         reasons.append("does not split digits as the file's pre-tokenizer says")
     elif split is not None and split.composed:

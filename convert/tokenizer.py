@@ -33,9 +33,9 @@ def from_folder(folder: Path) -> tuple[Files, list[str]]:
     files, notes = {}, []
     try:
         model = read_json_if_there(folder / "config.json")
-        files[TOKENIZER_FILE] = folders.read(folder, model, config)
+        files[TOKENIZER_FILE], notes = folders.read(folder, model, config)
     except NoTextError as error:
-        notes.append(f"{error}: {_IDS_ALONE}")
+        notes = [f"{error}: {_IDS_ALONE}"]
     template = _folder_template(folder, config)
     if template:
         files[CHAT_TEMPLATE_FILE] = template

@@ -298,6 +298,7 @@ def test_downloads_what_conversion_reads(online, tmp_path):
         (source / name).write_bytes(b"")
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         (source / name).write_text("{}")
+    (source / "tokenizer.model").write_bytes(b"\n\x07\n\x05<unk>")
     online.remote["me/tiny"] = source
     assert main(["me/tiny", str(tmp_path / "out")]) == 0
     assert polarjax.load(tmp_path / "out").config.family == "llama"
@@ -305,7 +306,7 @@ def test_downloads_what_conversion_reads(online, tmp_path):
     assert online.asked[1:] == [
         [
             *("chat_template.jinja", "config.json", "model.safetensors"),
-            "tokenizer_config.json",
+            *("tokenizer.model", "tokenizer_config.json"),
         ]
     ]
     # A destination that is taken is refused before anything is asked.

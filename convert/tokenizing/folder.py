@@ -56,7 +56,9 @@ _DEFAULTS = {
 _SENTENCE_PIECE = ("tokenizer.model", "tiktoken.model")
 
 
-def read(folder: Path, config: dict[str, Any], settings: dict[str, Any]) -> str:
+def read(
+    folder: Path, config: dict[str, Any], settings: dict[str, Any]
+) -> tuple[str, list[str]]:
     """The folder's tokenizer as the text of a tokenizer.json.
 
     Args:
@@ -64,19 +66,34 @@ def read(folder: Path, config: dict[str, Any], settings: dict[str, Any]) -> str:
       config: its config.json.
       settings: its tokenizer_config.json.
 
+    Returns:
+      The text, and notes for the user.
+
     Raises:
       ConversionError: if a file is damaged.
       NoTextError: if there is none, or it cannot be had exactly.
     """
     kind = _class(folder, config, settings)
+    notes = []
+    if settings.get("split_special_tokens"):
+        notes.append(
+            "split_special_tokens of tokenizer_config.json is not followed: special "
+            "tokens in a text are matched"
+        )
     if is_there(folder / "tokenizer.json"):
-        return _from_json(folder, kind, settings)
+        return _from_json(folder, kind, settings), notes
     pair = all(is_there(folder / name) for name in ("vocab.json", "merges.txt"))
     if pair and kind in (_GPT2, _QWEN2):
-        return _from_vocab_and_merges(folder, kind, settings)
+        return _from_vocab_and_merges(folder, kind, settings), notes
     for name in _SENTENCE_PIECE:
         if is_there(folder / name) and kind not in (_GPT2, _QWEN2):
-            return _from_model(folder / name, kind, settings)
+            if settings.get("add_bos_token") is None:
+                notes.append(
+                    f"nothing says whether {folder / name} starts a text with a token "
+                    "(add_bos_token of tokenizer_config.json): like transformers 5, it "
+                    "does not"
+                )
+            return _from_model(folder / name, kind, settings), notes
     if pair:
         raise NoTextError(
             f"vocab.json and merges.txt in {folder} do not say how text is split, and "
@@ -158,7 +175,7 @@ def _steps(record: dict[str, Any], name: str, inner: str) -> list[dict[str, Any]
 def _from_vocab_and_merges(folder: Path, kind: str, settings: dict[str, Any]) -> str:
     """A pair of files as GPT-2, OPT and Qwen have them."""
     ids = read_json(folder / "vocab.json", LARGEST_TABLE)
-    lines = read_text(folder / "merges.txt").splitlines()
+    lines = read_text(folder / "merges.txt").replace("\r\n", "\n").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     splitting = QWEN2 if kind == _QWEN2 else GPT2
     declared = read_declared(folder, settings, _DEFAULTS[kind])
@@ -166,8 +183,6 @@ def _from_vocab_and_merges(folder: Path, kind: str, settings: dict[str, Any]) ->
         tokenizer = byte_level(
             ids, merges, splitting, settings.get("add_prefix_space") is True
         )
-    except ConversionError:
-        raise
     except Exception as error:  # the package raises bare ones
         raise ConversionError(
             f"vocab.json and merges.txt in {folder} are damaged: {error}"

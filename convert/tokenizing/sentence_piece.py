@@ -61,7 +61,7 @@ class Model:
     single_spaces: bool
 
 
-def _message() -> Any:
+def message_class() -> Any:
     """The class of a model file's message.
 
     The fields that are read, with the numbers, types and defaults that
@@ -131,7 +131,7 @@ def parse(raw: bytes) -> Model:
       NoTextError: if it wants what `tokenizers` does not do.
     """
     try:
-        message = _message().FromString(raw)
+        message = message_class().FromString(raw)
     except DecodeError as error:
         raise ConversionError(f"not a SentencePiece model: {error}") from None
     trainer, normalizer = message.trainer_spec, message.normalizer_spec

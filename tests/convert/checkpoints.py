@@ -242,12 +242,15 @@ def quantize(array: np.ndarray, kind: str) -> np.ndarray:
 
 def byte_level_fields() -> list[tuple]:
     """A byte-level tokenizer and a chat template, as `fields` of `write_gguf`."""
-    tokens = [f"t{i}" for i in range(LLAMA["vocab_size"])]
+    letters = "tuvwxyz"
+    tokens = [*letters, *(a + b for a in letters for b in letters)]
+    tokens += [f"<{i}>" for i in range(LLAMA["vocab_size"] - len(tokens))]
     return [
         ("add_tokenizer_model", "gpt2"),
         ("add_tokenizer_pre", "smollm"),
         ("add_token_list", tokens),
         ("add_token_types", [1] * len(tokens)),
+        ("add_token_merges", [" ".join(token) for token in tokens[7:56]]),
         ("add_eos_token_id", 2),
         ("add_chat_template", "{{ messages }}"),
     ]

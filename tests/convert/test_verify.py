@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,8 +13,21 @@ import pytest
 import polarjax
 from convert import ConversionError, convert
 from convert.__main__ import main
+from convert.same_tokens import same_tokens
+from convert.tokenizer import from_gguf
+from convert.tokenizing import byte_level as splittings
+from convert.tokenizing.sentence_piece import parse
 from convert.verify import read_prompts, verify
 from tests.convert.checkpoints import LLAMA, OPT, opt_tensors, write_gguf, write_hf
+from tests.convert.tokenizers import (
+    QWEN2,
+    SMOLLM,
+    SPECIAL,
+    byte_level,
+    pair,
+    sentence_piece,
+    write,
+)
 from tests.models import byte_tokenizer
 
 BYTES = {**LLAMA, "vocab_size": 257, "sliding_window": 20, "model_type": "mistral"}
@@ -188,6 +203,132 @@ def test_another_tokenizer(source, checkpoint, tmp_path):
     path.unlink()
     with pytest.raises(ConversionError, match=r"its tokenizer.json is another"):
         verify(source, folder)
+
+
+SMALL = {**LLAMA, "vocab_size": 900, "max_position_embeddings": 512}
+
+
+def qwen2_source(folder):
+    """A Qwen2 without tokenizer.json, so that its class says how text is split."""
+    config = {**SMALL, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    write_hf(folder, config)
+    return write(folder, pair(byte_level(QWEN2, composed=True)), **config)
+
+
+def test_wrong_tokens_are_seen(tmp_path, monkeypatch):
+    """Our own reading on both sides would agree with itself."""
+    source = qwen2_source(tmp_path / "hf")
+    convert(source, tmp_path / "right", progress=False)
+    found = verify(source, tmp_path / "right")
+    assert found.agrees and not found.notes
+    monkeypatch.setattr("convert.tokenizing.folder.QWEN2", splittings.GPT2)
+    convert(source, tmp_path / "wrong", progress=False)
+    with pytest.raises(ConversionError) as caught:
+        verify(source, tmp_path / "wrong", ["no digits"])
+    words = r"wrong is not the same model as .*/hf: token \d+ of '.*' is \d+ '.*', not "
+    assert re.search(words, str(caught.value)), caught.value
+    assert "Qwen2Tokenizer of transformers" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "12345",
+        "e\u0301",
+        "It's",
+        "  12",
+        "🙂.'s",
+        "<s>a</s>",
+        " a <|im_end|> b<|im_end|>",
+    ],
+    ids=ascii,
+)
+def test_each_probe_is_read(text, monkeypatch):
+    """One text that the tokenizers read in two ways is enough."""
+    theirs = byte_level(QWEN2, composed=True)
+
+    class Theirs:
+        all_special_tokens = ()
+
+        @classmethod
+        def from_pretrained(cls, *_, **__):
+            return cls()
+
+        def __call__(self, other, verbose):
+            ids = theirs.encode(other).ids
+            return {"input_ids": [*ids, 7] if text in other else ids}
+
+        def get_added_vocab(self):
+            return {"<|im_end|>": 1}
+
+    class Package:
+        AutoTokenizer, __version__ = Theirs, "5"
+
+    with pytest.raises(ConversionError, match="is none, not 7"):
+        same_tokens(Package, Path("/nowhere"), "here", theirs, [])
+
+
+def test_prompts_are_read_by_the_reference(source, checkpoint, monkeypatch):
+    asked = []
+
+    def encode(self, text):
+        asked.append(text)
+        return [1, 2, 3]
+
+    monkeypatch.setattr("convert.same_tokens.Reference.encode", encode)
+    assert verify(source, checkpoint, ["any", "texts"]).tokens == 6
+    assert asked == ["any", "texts"]
+
+
+def smollm_json():
+    record = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>"}
+    record |= {"eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    return {
+        "tokenizer.json": byte_level(SMOLLM, SPECIAL).to_str(),
+        "tokenizer_config.json": record,
+    }
+
+
+def llama2_json():
+    pytest.importorskip("sentencepiece", reason="it trains the model")
+    pieces = parse(sentence_piece()).pieces
+    values = {
+        **{"model": "llama", "tokens": [piece.text for piece in pieces]},
+        "scores": [piece.score for piece in pieces],
+        "token_type": [piece.kind for piece in pieces],
+    }
+    fields = {f"tokenizer.ggml.{name}": value for name, value in values.items()}
+    record = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    return {**from_gguf(fields)[0], "tokenizer_config.json": record}
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [(smollm_json, "GPT2Tokenizer"), (llama2_json, "LlamaTokenizer")],
+)
+def test_a_class_that_does_not_read_its_file(files, kind, tmp_path, capsys):
+    """Transformers 5 builds these anew from their vocabulary: the file is right."""
+    pytest.importorskip("transformers", minversion="5", reason="4 reads the file")
+    source = write_hf(tmp_path / "hf", SMALL)
+    write(source, files(), **SMALL)
+    assert main([str(source), str(tmp_path / "out"), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert f"note: {kind} of transformers" in shown
+    assert "does not read tokenizer.json as it stands" in shown
+
+
+def test_a_tokenizer_that_transformers_refuses(source, checkpoint, tmp_path):
+    source = shutil.copytree(source, tmp_path / "hf")
+    # Which the conversion does not read.
+    (source / "tokenizer_config.json").write_text('{"padding_side": "up"}')
+    with pytest.raises(ConversionError, match=r"cannot load the tokenizer of .*/hf: "):
+        verify(source, checkpoint)
+
+
+def test_says_that_no_text_was_compared(tmp_path, capsys):
+    source = write_hf(tmp_path / "hf")
+    assert main([str(source), str(tmp_path / "out"), "--verify"]) == 0
+    assert "note: the checkpoint has no tokenizer: " in capsys.readouterr().out
 
 
 def test_nothing_of_the_source_is_run(source, checkpoint, tmp_path):
