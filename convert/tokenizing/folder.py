@@ -53,6 +53,7 @@ _DEFAULTS = {
     _QWEN2: dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
     _LLAMA: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
+_MOST_RESERVED = 2**16  # ids behind a vocabulary that may be without a token
 _SENTENCE_PIECE = ("tokenizer.model", "tiktoken.model")
 
 
@@ -215,9 +216,12 @@ def _from_model(path: Path, kind: str, settings: dict[str, Any]) -> str:
 
 def _without_gaps(declared: Declared, size: int) -> Declared:
     """Tokens for the ids from `size` on that nothing is said of, so that others fit."""
+    last = max(declared.listed, default=0)
+    if last > size + _MOST_RESERVED:
+        raise NoTextError(f"added token {last} is far behind the {size} tokens")
     listed = {
         i: AddedToken(f"<|reserved_token_{i}|>", special=True)
-        for i in range(size, max(declared.listed, default=0))
+        for i in range(size, last)
     }
     listed |= declared.listed
     return dataclasses.replace(declared, listed=dict(sorted(listed.items())))

@@ -38,7 +38,7 @@ _SPLITTINGS = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), LLAMA3),
     **dict.fromkeys(("smaug-bpe", "dbrx"), SMAUG),
     "tekken": TEKKEN,
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), QWEN2),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2),
 }
 # Metadata that would change what a text becomes, and that are not followed.
 _UNREAD = ("remove_extra_whitespaces", "precompiled_charsmap")

@@ -74,6 +74,11 @@ def model_file(pieces=PIECES, **trainer) -> dict:
             model_file(model_type=1) | settings(tokenizer_class="LlamaTokenizer"),
             "LlamaTokenizer reads BPE whose unknown characters become bytes",
         ),
+        (
+            {"tokenizer.model": "YQ== 0\n"}
+            | settings(added_tokens_decoder={"99999999999": token("<x>")}),
+            "tokenizer.model: added token 99999999999 is far behind the 1 tokens",
+        ),
         (model_file(model_type=3), "splits text into words or characters"),
         (model_file(treat_whitespace_as_suffix=True), "spaces at the start of words"),
     ],

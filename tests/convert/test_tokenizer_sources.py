@@ -272,6 +272,14 @@ FOLDERS: list[tuple[str, str, Callable[[], dict]]] = [
         "mistral",
         lambda: {"tokenizer.json": llama2_json(), **settings(**MISTRAL)},
     ),
+    (
+        "llama2's tokenizer.json without a space",
+        "llama",
+        lambda: {
+            "tokenizer.json": llama2_json(),
+            **settings(**LLAMA2, add_prefix_space=False),
+        },
+    ),
     ("llama2's model", "llama", model_file(pieces, **LLAMA2)),
     ("llama2's model, new", "llama", model_file(pieces, **LLAMA2, legacy=False)),
     ("llama2's model, legacy", "llama", model_file(pieces, **LLAMA2, legacy=True)),
