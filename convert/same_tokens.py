@@ -101,7 +101,7 @@ def same_tokens(
         whole = _load(transformers.PreTrainedTokenizerFast, source)
         if _first_difference(ours, whole, probes) is None:
             note = (
-                f"{name} does not read tokenizer.json as it stands, but {found}; "
+                f"{name} does not read tokenizer.json as it stands ({found}); "
                 "PreTrainedTokenizerFast does, and the checkpoint agrees with it"
             )
             return Reference(whole, (note,))

@@ -18,6 +18,7 @@ _ROLES = tuple(
     f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_DIGITS = 19  # of an id, fewer
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -113,7 +114,8 @@ def _listed(decoder: Any, where: str) -> dict[int, AddedToken]:
     if decoder is None:
         return {}
     if not isinstance(decoder, dict) or not all(
-        key.isdecimal() and isinstance(value, dict) for key, value in decoder.items()
+        key.isdecimal() and len(key) < _DIGITS and isinstance(value, dict)
+        for key, value in decoder.items()
     ):
         raise ConversionError(
             f"{where}: added_tokens_decoder must give a token for each id"

@@ -110,6 +110,7 @@ def test_a_folder_serves_ids(files, words, tmp_path):
             for record, words in (
                 ({"added_tokens_decoder": []}, "must give a token for each id"),
                 ({"added_tokens_decoder": {"x": {}}}, "must give a token for each id"),
+                ({"added_tokens_decoder": {"9" * 5000: token("a")}}, "for each id"),
                 ({"added_tokens_decoder": {"3": "a"}}, "must give a token for each id"),
                 ({"added_tokens_decoder": {"3": {"content": 1}}}, "token 3 in .* must"),
                 ({"bos_token": {"content": "a", "lstrip": 1}}, "bos_token in .* must"),

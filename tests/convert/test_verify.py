@@ -14,10 +14,9 @@ import polarjax
 from convert import ConversionError, convert
 from convert.__main__ import main
 from convert.same_tokens import same_tokens
-from convert.tokenizer import from_gguf
 from convert.tokenizing import byte_level as splittings
-from convert.tokenizing.sentence_piece import parse
 from convert.verify import read_prompts, verify
+from tests.convert import tokenizer_folders
 from tests.convert.checkpoints import LLAMA, OPT, opt_tensors, write_gguf, write_hf
 from tests.convert.tokenizers import (
     QWEN2,
@@ -25,7 +24,6 @@ from tests.convert.tokenizers import (
     SPECIAL,
     byte_level,
     pair,
-    sentence_piece,
     write,
 )
 from tests.models import byte_tokenizer
@@ -291,15 +289,9 @@ def smollm_json():
 
 def llama2_json():
     pytest.importorskip("sentencepiece", reason="it trains the model")
-    pieces = parse(sentence_piece()).pieces
-    values = {
-        **{"model": "llama", "tokens": [piece.text for piece in pieces]},
-        "scores": [piece.score for piece in pieces],
-        "token_type": [piece.kind for piece in pieces],
-    }
-    fields = {f"tokenizer.ggml.{name}": value for name, value in values.items()}
     record = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
-    return {**from_gguf(fields)[0], "tokenizer_config.json": record}
+    text = tokenizer_folders.llama2_json()
+    return {"tokenizer.json": text, "tokenizer_config.json": record}
 
 
 @pytest.mark.parametrize(
