@@ -48,6 +48,7 @@ Place = Callable[[str, tuple[int, ...], ModelConfig], Placement]
 
 CHECKSUMS_FILE = "checksums.json"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # roles of tokens, named templates
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TENSORS = "tensors-{}.safetensors"
 _WEIGHTS, _ROUTERS = "weights", "routers"
@@ -234,7 +235,8 @@ def text_files(config: ModelConfig) -> dict[str, str]:
     """The tokenizer and chat template of a checkpoint, where it has them, by name."""
     if not config.folder:
         return {}
-    paths = [Path(config.folder, name) for name in (TOKENIZER_FILE, CHAT_TEMPLATE_FILE)]
+    names = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)
+    paths = [Path(config.folder, name) for name in names]
     return {path.name: read_text(path) for path in paths if is_there(path)}
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
+from collections.abc import Sequence
 
+from polarjax.generation.detokenize import Detokenizer
 from polarjax.generation.tokenizer import Tokenizer
 
 
@@ -15,7 +18,8 @@ class Request:
       prompt: token ids.
       limit: most tokens to draw.
       tokenizer: or None.
-      stops: strings that end the text.
+      stops: strings that end the text. They are looked for in the text as it is shown,
+        and in the text with special tokens spelled out.
       tokens: new token ids.
       logprobs: of each.
       going: whether more may come.
@@ -30,16 +34,17 @@ class Request:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     going: bool = True
     finish_reason: str = ""
-    _text: str | None = ""
+    _written: _Written | None = None
     _streamed_text: int = 0
     _streamed_tokens: int = 0
 
     @property
     def text(self) -> str:
         """Of the tokens, cut before a stop string; "" without a tokenizer."""
-        if self._text is None:  # decoded when it is asked for: that takes time
-            self._text = self._decode(self.tokens) if self.tokenizer else ""
-        return self._text
+        if self.tokenizer is None:
+            return ""
+        written = self._read(self.tokenizer)
+        return written.shown(0, written.shown_at(written.end))
 
     def add(self, tokens: list[int], logprobs: list[float], ended: bool) -> None:
         """Take in a chunk.
@@ -49,55 +54,176 @@ class Request:
           logprobs: of each.
           ended: whether the device has ended the request.
         """
-        seen = len(self.tokens)
         self.tokens += tokens
         self.logprobs += logprobs
         if ended:
             self.going = False
             self.finish_reason = "length" if len(self.tokens) == self.limit else "stop"
-        self._text = None
-        if self.stops and any(stop in self.text for stop in self.stops):
-            # A chunk may run past the string, or hold another before it: the one
-            # that is complete first counts.
-            n = next(
-                n
-                for n in range(seen, len(self.tokens) + 1)
-                if any(stop in self._decode(self.tokens[:n]) for stop in self.stops)
-            )
-            text = self._decode(self.tokens[:n])
-            end = min(text.find(stop) for stop in self.stops if stop in text)
-            self._text = text[:end]
-            kept = self._tokens_within(self._text, n)
-            del self.tokens[kept:], self.logprobs[kept:]
-            self.going, self.finish_reason = False, "stop"
+        if self.tokenizer is not None and self.stops:
+            written = self._read(self.tokenizer)
+            if written.cut is not None:
+                kept = written.tokens_at(written.cut)
+                del self.tokens[kept:], self.logprobs[kept:]
+                self.going, self.finish_reason = False, "stop"
 
     def news(self) -> tuple[str, list[int]]:
         """Text and tokens since the last call, as far as they can no longer change."""
-        text, count = self.text, len(self.tokens)
-        if self.going and self.tokenizer is not None:
-            text = text[: self._settled(text)]
-            count = self._tokens_within(text, count)
-        news = text[self._streamed_text :], self.tokens[self._streamed_tokens : count]
-        self._streamed_text = max(self._streamed_text, len(text))
-        self._streamed_tokens = max(self._streamed_tokens, count)
-        return news
+        text, count = "", len(self.tokens)
+        if self.tokenizer is not None:
+            written = self._read(self.tokenizer)
+            place = written.settled() if self.going else written.end
+            if self.going:
+                count = written.tokens_at(place)
+            end = written.shown_at(place)
+            text = written.shown(self._streamed_text, end)
+            self._streamed_text = end
+        tokens = self.tokens[self._streamed_tokens : count]
+        self._streamed_tokens = count
+        return text, tokens
 
-    def _decode(self, tokens: list[int]) -> str:
-        assert self.tokenizer is not None
-        return self.tokenizer.continuation(self.prompt, tokens)
+    def _read(self, tokenizer: Tokenizer) -> _Written:
+        """What is written, the newest tokens included."""
+        if self._written is None:  # decoded when it is asked for: that takes time
+            pieces = tokenizer.pieces
+            reader = pieces.after(self.prompt)
+            self._written = _Written(reader, pieces.special, self.stops)
+        self._written.take(self.tokens, ended=not self.going)
+        return self._written
 
-    def _settled(self, text: str) -> int:
-        """How much of a growing text is final.
 
-        A character may still lack bytes, and the end may begin a stop string.
+class _Written:
+    """A text that grows token by token, with what is known of each.
+
+    There are two of it: the *shown* one, and the *whole* one in which special tokens
+    are spelled out, as a stop string may have them. A place is a number of characters
+    of the whole one. A special token amid a character's bytes stands before it.
+
+    Args:
+      reader: of the tokens that are not special.
+      special: texts of those that are, by id.
+      stops: strings that end the text.
+
+    Attributes:
+      cut: the place where the first complete stop string begins, if there is one.
+    """
+
+    def __init__(
+        self, reader: Detokenizer, special: dict[int, str], stops: Sequence[str]
+    ):
+        self._reader, self._special = reader, special
+        self._searches = [_Search(stops), _Search(stops)] if stops else []
+        self.cut: int | None = None
+        # After each token, and before all of them: characters shown, and in the whole;
+        # and whether the last character is complete.
+        self._shown, self._whole, self._complete = [0], [0], [True]
+        self._parts = [""]  # of the shown text
+        self._count, self._ended = 0, False
+
+    @property
+    def end(self) -> int:
+        """The place where the text ends."""
+        return self._whole[-1] if self.cut is None else self.cut
+
+    def take(self, tokens: Sequence[int], ended: bool) -> None:
+        """Read on, until a stop string is complete.
+
+        Args:
+          tokens: all of them, those that were read already included.
+          ended: whether none will come after them.
         """
-        end = len(text.rstrip("\ufffd"))
-        starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
-        held = max((len(s) for s in starts if text[:end].endswith(s)), default=0)
-        return end - held
+        while self.cut is None and self._count < len(tokens):
+            token = tokens[self._count]
+            self._count += 1
+            special = self._special.get(token)
+            if special is None:
+                text = self._reader.add(token)
+                self._append(text, text)
+            else:
+                self._append("", special)
+        if ended and self.cut is None and not self._ended:
+            self._ended = True
+            text = self._reader.end()
+            self._append(text, text)
 
-    def _tokens_within(self, text: str, n: int) -> int:
-        """The most tokens, at most n, whose text does not go beyond `text`."""
-        while n and not text.startswith(self._decode(self.tokens[:n])):
-            n -= 1
-        return n
+    def _append(self, shown: str, whole: str) -> None:
+        self._parts.append(shown)
+        self._shown.append(self._shown[-1] + len(shown))
+        self._whole.append(self._whole[-1] + len(whole))
+        self._complete.append(not self._reader.waiting)
+        if self._searches:
+            found = [
+                search.add(text)
+                for search, text in zip(self._searches, (shown, whole), strict=True)
+            ]
+            if found[0] is not None:
+                found[0] = self._place(found[0])
+            self.cut = min((place for place in found if place is not None), default=None)
+
+    def settled(self) -> int:
+        """The place up to which no stop string can begin any more."""
+        if not self._searches:
+            return self._whole[-1]
+        shown, whole = (search.settled() for search in self._searches)
+        return min(self._place(shown), whole)
+
+    def shown(self, start: int, end: int) -> str:
+        """Characters of the shown text.
+
+        Args:
+          start: number of the first.
+          end: number behind the last.
+        """
+        first = bisect_right(self._shown, start)
+        text = "".join(self._parts[first:])
+        offset = start - self._shown[first - 1]
+        return text[offset : offset + end - start]
+
+    def shown_at(self, place: int) -> int:
+        """Characters shown before a place."""
+        i = bisect_right(self._whole, place)
+        if i == len(self._whole) or self._shown[i] == self._shown[i - 1]:
+            return self._shown[i - 1]  # at the end, or in a special token
+        return self._shown[i - 1] + place - self._whole[i - 1]
+
+    def tokens_at(self, place: int) -> int:
+        """The most tokens that are all of whole characters before a place."""
+        i = bisect_right(self._whole, place) - 1
+        while not self._complete[i]:
+            i -= 1
+        return min(i, self._count)
+
+    def _place(self, shown: int) -> int:
+        """Where the character begins that so many are shown before."""
+        i = bisect_right(self._shown, shown)
+        if i == len(self._shown):
+            return self._whole[-1]
+        return self._whole[i - 1] + shown - self._shown[i - 1]
+
+
+class _Search:
+    """Looks for stop strings in a text that grows.
+
+    Args:
+      stops: the strings.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._most = max(map(len, stops)) - 1  # characters that one may yet begin in
+        self._tail, self._length = "", 0
+
+    def add(self, text: str) -> int | None:
+        """Read on; returns where the first of the complete stop strings begins."""
+        if not text:
+            return None
+        self._length += len(text)
+        text = self._tail + text
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        self._tail = text[max(0, len(text) - self._most) :]
+        return min(found) + self._length - len(text) if found else None
+
+    def settled(self) -> int:
+        """Characters up to the first that may begin a stop string."""
+        starts = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+        held = max((len(s) for s in starts if self._tail.endswith(s)), default=0)
+        return self._length - held
