@@ -23,7 +23,14 @@ from polarjax.config import ModelConfig
 from polarjax.folder import new_folder, write_tensors
 from polarjax.hub import load
 from polarjax.model import check_weights
-from polarjax.params import TOKENIZER_FILE, Tree, check_finite, text_files
+from polarjax.params import (
+    CHAT_TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    Tree,
+    check_finite,
+    text_files,
+)
 from polarjax.sparsity.updates import merge_updates
 
 SHARD_BYTES = 4 << 30
@@ -136,10 +143,16 @@ def write(
     files = dict(files or {})
     groups = shards(config, dtype, shard_bytes)
     contents = {"config.json": {**describe(config)[0], "torch_dtype": dtype}}
+    roles = files.pop(TOKENIZER_CONFIG_FILE, None)
     if TOKENIZER_FILE in files:
         contents["tokenizer_config.json"] = _tokenizer_config(
-            Tokenizer.from_str(files[TOKENIZER_FILE]), config
+            Tokenizer.from_str(files[TOKENIZER_FILE]), config, roles
         )
+        named = contents["tokenizer_config.json"].get("chat_template")
+        if named and CHAT_TEMPLATE_FILE in files:
+            # transformers reads no further ones where the default is a file
+            text = files.pop(CHAT_TEMPLATE_FILE)
+            named.insert(0, {"name": "default", "template": text})
     check_weights(weights, config)
     leaves: dict[str, Any] = flatten_dict(weights, sep="/")
     index: dict[str, str] = {}
@@ -174,12 +187,16 @@ def _tensor(
     return narrowed
 
 
-def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+def _tokenizer_config(
+    tokenizer: Tokenizer, config: ModelConfig, roles: str | None
+) -> dict[str, Any]:
     record: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.context,
         "clean_up_tokenization_spaces": False,
     }
+    if roles is not None:
+        return record | json.loads(roles)
     ids = {"bos_token": config.bos_ids, "eos_token": config.eos_ids}
     ids["pad_token"] = config.eos_ids
     for name, found in ids.items():

@@ -10,10 +10,12 @@ from convert.readers import PICKLES
 from convert.readers.huggingface import pickle_refusal
 from convert.rules import understand
 from convert.source import ConversionError
+from convert.special_tokens import TEMPLATES_FOLDER
 from polarjax.folder import CONFIG_FILE
 from polarjax.repository import Repository
 
 _TEXTS = ("*.json", "*.jinja", "merges.txt", "tokenizer.model", "tiktoken.model")
+_TEMPLATES = f"{TEMPLATES_FOLDER}/*.jinja"
 # Other formats are in folders; Mistral's own holds the same weights again.
 _OTHERS = ("*/*", "consolidated*")
 
@@ -67,7 +69,10 @@ def download(repository: Repository) -> Path:
             raise ConversionError(pickle_refusal(Path(name) / pickles[0]))
     if CONFIG_FILE in files:  # refuse before the download
         understand(read_json(repository.download(CONFIG_FILE) / CONFIG_FILE))
-    return repository.download("*.safetensors", *_TEXTS, ignore=_OTHERS)
+    folder = repository.download("*.safetensors", *_TEXTS, ignore=_OTHERS)
+    if any(fnmatchcase(file, _TEMPLATES) for file in files):
+        repository.download(_TEMPLATES)
+    return folder
 
 
 def texts(repository: Repository) -> list[str]:
@@ -84,4 +89,8 @@ def texts(repository: Repository) -> list[str]:
         return any(fnmatchcase(file, pattern) for pattern in patterns)
 
     files = repository.files()
-    return [f for f in files if among(_TEXTS, f) and not among(_OTHERS, f)]
+    return [
+        f
+        for f in files
+        if (among(_TEXTS, f) and not among(_OTHERS, f)) or among((_TEMPLATES,), f)
+    ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from convert.files import is_there, read_json_if_there, read_text
-from convert.source import ConversionError
+from convert import special_tokens
+from convert.files import read_json_if_there
 from convert.tokenizing import folder as folders
 from convert.tokenizing import gguf
 from convert.tokenizing.no_text import NoTextError
-from polarjax.params import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
+from polarjax.params import TOKENIZER_FILE
 
 Files = dict[str, str]
 
@@ -30,34 +30,15 @@ def from_folder(folder: Path) -> tuple[Files, list[str]]:
       ConversionError: if a file is damaged.
     """
     config = read_json_if_there(folder / "tokenizer_config.json")
-    files, notes = {}, []
+    tokenizer: Files = {}
+    roles = None
     try:
         model = read_json_if_there(folder / "config.json")
-        files[TOKENIZER_FILE], notes = folders.read(folder, model, config)
+        tokenizer[TOKENIZER_FILE], notes = folders.read(folder, model, config)
+        roles = folders.read_roles(folder, model, config)
     except NoTextError as error:
         notes = [f"{error}: {_IDS_ALONE}"]
-    template = _folder_template(folder, config)
-    if template:
-        files[CHAT_TEMPLATE_FILE] = template
-    return files, notes
-
-
-def _folder_template(folder: Path, config: dict[str, Any]) -> str | None:
-    if is_there(folder / "chat_template.jinja"):
-        return read_text(folder / "chat_template.jinja")
-    template = config.get("chat_template")
-    try:
-        if isinstance(template, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
-    except (KeyError, TypeError):
-        template = False
-    if not isinstance(template, str | None):
-        raise ConversionError(
-            f"{folder / 'tokenizer_config.json'}: chat_template must be text, or a "
-            "list of named texts"
-        )
-    return template
+    return special_tokens.from_folder(folder, config, roles) | tokenizer, notes
 
 
 def from_gguf(fields: dict[str, Any]) -> tuple[Files, list[str]]:
@@ -72,15 +53,11 @@ def from_gguf(fields: dict[str, Any]) -> tuple[Files, list[str]]:
     Raises:
       ConversionError: if the description contradicts itself.
     """
-    files, notes = {}, []
-    template = fields.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        if gguf.as_bytes(template) is None:
-            files[CHAT_TEMPLATE_FILE] = template
-        else:
-            notes.append("the file's chat template is not UTF-8: it is left out")
+    tokenizer: Files = {}
+    told: list[str] = []
     try:
-        files[TOKENIZER_FILE] = gguf.read(fields)
+        tokenizer[TOKENIZER_FILE] = gguf.read(fields)
     except NoTextError as error:
-        notes.append(f"{error}: {_IDS_ALONE}")
-    return files, notes
+        told.append(f"{error}: {_IDS_ALONE}")
+    files, notes = special_tokens.from_gguf(fields, bool(tokenizer))
+    return files | tokenizer, notes + told

@@ -23,6 +23,7 @@ from polarjax.console import (
 from polarjax.demo import plain
 from polarjax.generation import Tokenizer, generate
 from polarjax.generation.memory import MEMORY_FRACTION
+from polarjax.generation.templates import check_text
 from polarjax.hub import load
 from polarjax.sparsity import Polar
 
@@ -154,6 +155,8 @@ def _generate(args: argparse.Namespace) -> None:
     prompts: list = args.prompts
     if args.chat:
         tokenizer = Tokenizer.require(params.config, "--chat")
+        for i, prompt in enumerate(prompts):
+            check_text(prompt, f"prompt {i}")
         texts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompts]
         # The template writes the special tokens itself.
         prompts = [tokenizer.encode(text, special=False) for text in texts]

@@ -91,6 +91,8 @@ FLOORS = {
         polarjax.sparsity.adapter
         polarjax.sparsity
         polarjax.generation.sampling
+        polarjax.generation.detokenize
+        polarjax.generation.templates
         polarjax.generation.tokenizer
         polarjax.generation.text
         polarjax.generation.requests
@@ -116,6 +118,7 @@ FLOORS = {
         convert.tokenizing.folder
         convert.tokenizing.gguf
         convert.tokenizing
+        convert.special_tokens
         convert.tokenizer
         convert.rules.rule
         convert.rules.fields

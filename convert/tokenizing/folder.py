@@ -105,6 +105,32 @@ def read(
     raise NoTextError(f"no tokenizer.json in {folder}")
 
 
+def read_roles(
+    folder: Path, config: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, str]:
+    """Texts of the special tokens that have a role, such as "bos_token".
+
+    Args:
+      folder: of a checkpoint that `read` has a tokenizer of.
+      config: its config.json.
+      settings: its tokenizer_config.json.
+
+    Raises:
+      ConversionError: if a file is damaged.
+    """
+    kind = _class(folder, config, settings)
+    path = folder / "tokenizer.json"
+    if is_there(path) and _is_misnamed(kind, read_text(path)):
+        kind = ""
+    declared = read_declared(folder, settings, _DEFAULTS.get(kind, {}))
+    return {role: token.content for role, token in declared.named.items()}
+
+
+def _is_misnamed(kind: str, tokenizer: str) -> bool:
+    """Whether a tokenizer.json is not of its class: LLaMA-3's files say so, wrongly."""
+    return kind == _LLAMA and '"ByteLevel"' in tokenizer
+
+
 def _class(folder: Path, config: dict[str, Any], settings: dict[str, Any]) -> str:
     """The class that transformers takes; empty where the file decides."""
     model = config.get("model_type")
@@ -139,7 +165,7 @@ def _from_json(folder: Path, kind: str, settings: dict[str, Any]) -> str:
     except Exception as error:  # the package raises bare ones
         raise ConversionError(f"{path} is not a tokenizer: {error}") from None
     before = tokenizer.to_str()
-    if kind == _LLAMA and '"ByteLevel"' in before:  # LLaMA-3's files say so, wrongly
+    if _is_misnamed(kind, before):
         kind = ""
     prefix = settings.get("add_prefix_space")
     if kind in _DEFAULTS and isinstance(prefix, bool):

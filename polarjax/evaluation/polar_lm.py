@@ -103,15 +103,25 @@ class PolarLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return [*self.params.config.eos_ids, self.prefix_token_id][0]
+        """The token that ends a text: the tokenizer's own."""
+        ends = self._own_ends()
+        return [*ends, *self.params.config.eos_ids, self.prefix_token_id][0]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for the start of a text, as lm-eval chooses it."""
+        """The token that stands for the start of a text, as lm-eval chooses it.
+
+        The tokenizer's own, by which models are compared, not the configuration's.
+        """
         config = self.params.config
+        start = self.tokenizer.bos_id
+        own = [*([] if start is None else [start]), *self._own_ends()]
         ends = start_token(self.tokenizer, config)
-        return [*config.bos_ids, *config.eos_ids, ends][0]
+        return [*own, *config.bos_ids, *config.eos_ids, ends][0]
+
+    def _own_ends(self) -> list[int]:
+        end = self.tokenizer.eos_id
+        return [] if end is None else [end]
 
     @property
     def max_length(self) -> int:
@@ -136,13 +146,13 @@ class PolarLM(TemplateLM):
         Args:
           string: the text.
           add_special_tokens: whether to add what the tokenizer starts texts with; None
-            for all texts but those that start with it.
+            for all texts but those that start with the prefix token.
           **kwargs: of no use here.
         """
         del kwargs
         if add_special_tokens is None:
-            bos = self.tokenizer.bos
-            add_special_tokens = not (bos and string.startswith(bos))
+            prefix = self.tokenizer.backend.id_to_token(self.prefix_token_id)
+            add_special_tokens = not (prefix and string.startswith(prefix))
         return self.tokenizer.encode(string, special=add_special_tokens)
 
     def apply_chat_template(
@@ -158,17 +168,19 @@ class PolarLM(TemplateLM):
         Raises:
           ValueError: if the checkpoint has no template, or it fails.
         """
-        if not add_generation_prompt:
-            *chat_history, begun = chat_history
-            return self.apply_chat_template(chat_history) + begun["content"]
+        chat = functools.partial(
+            self.tokenizer.chat,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
         try:
-            return self.tokenizer.chat(chat_history)
+            return chat(chat_history)
         except ValueError:
             rest = [m for m in chat_history if m["role"] != "system"]
             if self.tokenizer.chat_template is None or len(rest) == len(chat_history):
                 raise
             _log.warning("the chat template failed: it is tried without system message")
-            return self.tokenizer.chat(rest)
+            return chat(rest)
 
     def loglikelihood(
         self, requests: list, disable_tqdm: bool = True
@@ -300,6 +312,7 @@ class PolarLM(TemplateLM):
         return {
             "max_new_tokens": found["max_gen_toks"],
             "stop": [stop for stop in found["until"] if stop],
+            "stop_ids": sorted({*self.params.config.eos_ids, *self._own_ends()}),
             **{
                 name: kind(found[name])
                 for name, kind in sampled.items()

@@ -99,7 +99,8 @@ def generate(
       top_p: probability mass to draw from, in (0, 1], or one per request.
       seed: of the draws: one per request, or a number s that gives request i the seed
         s + i.
-      stop: strings that end a text; they are cut off.
+      stop: strings that end a text; they are cut off. A special token's own text, such
+        as "<|im_end|>", does so too, although texts do not show special tokens.
       stop_ids: token ids that end a text; None means the model's own.
       stream: called as stream(request, text, tokens) with what is new, between chunks.
       chunk: decode steps between two looks of the host: stop strings, streaming and

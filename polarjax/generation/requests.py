@@ -10,6 +10,7 @@ import numpy as np
 
 from polarjax.config import ModelConfig
 from polarjax.generation.sampling import Sampling
+from polarjax.generation.templates import check_text
 from polarjax.generation.tokenizer import Tokenizer
 
 
@@ -25,7 +26,8 @@ def encode_prompts(
 
     Raises:
       TypeError: if prompts is not such a list.
-      ValueError: if one is empty, too long or has an id that the model lacks.
+      ValueError: if one is empty, too long, no Unicode text or has an id that the model
+        lacks.
     """
     if not isinstance(prompts, list | tuple):
         raise TypeError(
@@ -59,7 +61,7 @@ def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
                 f"prompt {i} is a str, but this checkpoint has no tokenizer: pass "
                 "lists of token ids"
             )
-        return tokenizer.encode(prompt)
+        return tokenizer.encode(prompt, name=f"prompt {i}")
     if isinstance(prompt, list | tuple | np.ndarray):
         whole = [isinstance(x, int | np.integer) for x in prompt]
         if all(whole) and not any(isinstance(x, bool) for x in prompt):
@@ -139,11 +141,14 @@ def stop_strings(stop: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
     """The strings that end a text, from one or several.
 
     Raises:
-      ValueError: if one is no string or empty, or there is no tokenizer.
+      ValueError: if one is no string, empty or no Unicode text, or there is no
+        tokenizer.
     """
     stops = stop if isinstance(stop, list | tuple) else (stop,)
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop must be non-empty strings, got {stop!r}")
+    for s in stops:
+        check_text(s, f"the stop string {s!a}")
     if stops and tokenizer is None:
         raise ValueError("stop strings need a tokenizer, this checkpoint has none")
     return tuple(stops)

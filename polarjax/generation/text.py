@@ -157,7 +157,9 @@ class _Written:
             ]
             if found[0] is not None:
                 found[0] = self._place(found[0])
-            self.cut = min((place for place in found if place is not None), default=None)
+            self.cut = min(
+                (place for place in found if place is not None), default=None
+            )
 
     def settled(self) -> int:
         """The place up to which no stop string can begin any more."""

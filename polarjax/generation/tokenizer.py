@@ -59,7 +59,7 @@ class Tokenizer:
         template = path.with_name(CHAT_TEMPLATE_FILE)
         if is_there(template):
             text = read_text(template)
-            templates = {DEFAULT: text, **templates} if templates else text
+            templates = {**templates, DEFAULT: text} if templates else text
         return cls(backend, templates or None, special)
 
     @classmethod
@@ -220,7 +220,9 @@ def _read_roles(path: Path) -> tuple[dict[str, str] | None, dict[str, str]]:
         ) from None
     for name, text in (*record.items(), *templates.items()):
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(f"{path} is damaged: {name} must be text, not {text!r:.99}")
+            raise ValueError(
+                f"{path} is damaged: {name} must be text, not {text!r:.99}"
+            )
     return record, templates
 
 

@@ -14,6 +14,12 @@ import pytest
 import polarjax
 from polarjax.generation.text import Request
 from polarjax.generation.tokenizer import Tokenizer
+from tests.generation.tiny_tokenizers import (
+    KINDS,
+    byte_fallback,
+    byte_level,
+    some_tokens,
+)
 from tests.models import LLAMA, byte_tokenizer, random_params, write_checkpoint
 
 SENTENCE = "abc€def😀gh é_STOP"
@@ -178,9 +184,9 @@ def test_without_a_tokenizer_tokens_are_streamed(params):
 # The host's side alone, over many cases.
 
 
-def in_chunks(tokenizer, tokens, stops, chunk, limit):
+def in_chunks(tokenizer, tokens, stops, chunk, limit, prompt=()):
     """One request fed chunk by chunk, as the device would; and what it streams."""
-    request = Request([], limit, tokenizer, stops)
+    request = Request(list(prompt), limit, tokenizer, stops)
     tokens, texts, ids, given = tokens[:limit], "", [], 0
     size = 1  # prefill brings one token
     while request.going:
@@ -192,87 +198,148 @@ def in_chunks(tokenizer, tokens, stops, chunk, limit):
     return request, texts, ids
 
 
-def check_many(seed, cases):
-    rng = np.random.default_rng(seed)
-    tokenizer = Tokenizer(byte_tokenizer())
-    pieces = ["a", "b", "ab", "é", "€", "😀", "\n", " ", "日本"]
+def slow_answer(tokenizer, prompt, tokens, stops):
+    """Text and finish reason, with everything read anew for each token.
+
+    Two texts are searched: without special tokens, and with them.
+    """
+    special = tokenizer.pieces.special
+
+    def read(count, ended):
+        """Characters, and whether they are shown."""
+        reader, found = tokenizer.pieces.after(prompt), []
+        for token in tokens[:count]:
+            shown = token not in special
+            text = reader.add(token) if shown else special[token]
+            found += [(character, shown) for character in text]
+        return found + [(c, True) for c in (reader.end() if ended else "")]
+
+    steps = [(n, False) for n in range(len(tokens) + 1)] + [(len(tokens), True)]
+    for count, ended in steps:
+        whole, starts = read(count, ended), []
+        for places in (range(len(whole)), [i for i, c in enumerate(whole) if c[1]]):
+            text = "".join(whole[i][0] for i in places)
+            starts += [places[text.find(stop)] for stop in stops if stop in text]
+        if starts:
+            break
+    text = "".join(c for c, shown in whole[: min(starts, default=None)] if shown)
+    return text, "stop" if starts else "length"
+
+
+def check_many(kind, seed, cases):
+    rng, backend = np.random.default_rng(seed), KINDS[kind]()
+    tokenizer, stopped = Tokenizer(backend), 0
     for _ in range(cases):
-        text = "".join(rng.choice(pieces, size=rng.integers(1, 25)))
-        tokens = tokenizer.encode(text)
-        if rng.random() < 0.2:  # what models write need not be UTF-8
-            tokens = rng.integers(256, size=len(tokens)).tolist()
+        prompt, tokens = some_tokens(rng, backend, 6), some_tokens(rng, backend)
         limit = int(rng.integers(1, len(tokens) + 1))
+        shown = tokenizer.continuation(prompt, tokens)
         stops = tuple(
-            "".join(rng.choice(pieces, size=rng.integers(1, 4)))
-            for _ in range(rng.integers(0, 4))
+            some_stop(rng, shown, tokenizer) for _ in range(rng.integers(0, 4))
         )
         results = []
         for chunk in (1, 2, 3, 7, 100):
-            request, texts, ids = in_chunks(tokenizer, tokens, stops, chunk, limit)
+            request, texts, ids = in_chunks(
+                tokenizer, tokens, stops, chunk, limit, prompt
+            )
             assert texts == request.text and ids == request.tokens
             assert len(request.logprobs) == len(request.tokens)
             assert not any(stop in request.text for stop in stops)
             results.append((request.text, request.tokens, request.finish_reason))
         assert all(result == results[0] for result in results), (tokens, stops)
-        whole = tokenizer.decode(tokens[:limit])
-        assert whole.startswith(results[0][0])
-        found = any(stop in whole for stop in stops)
-        assert results[0][2] == ("stop" if found else "length")
-        assert found or results[0][0] == whole
+        text, kept, reason = results[0]
+        expected = slow_answer(tokenizer, prompt, tokens[:limit], stops)
+        assert (text, reason) == expected, (prompt, tokens, stops)
+        whole = tokenizer.continuation(prompt, tokens[:limit])
+        assert whole.startswith(text) and kept == tokens[: len(kept)]
+        assert reason == "stop" or (text == whole and kept == tokens[:limit])
+        # The tokens are the most that do not go beyond the text.
+        assert text.startswith(tokenizer.continuation(prompt, kept))
+        stopped += reason == "stop"
+    assert cases / 5 < stopped < cases
 
 
-def test_streams_and_chunks_agree_in_random_cases():
-    check_many(0, 200)
+def some_stop(rng, text, tokenizer):
+    """Of the text that will come, of special tokens, or something else."""
+    special = sorted(tokenizer.pieces.special.values())
+    at = rng.integers(len(text) + 1)
+    piece = text[at : at + rng.integers(1, 4)]
+    name = str(rng.choice(special))
+    kind = rng.random()
+    if kind < 0.5 and piece:
+        return piece
+    if kind < 0.7:
+        return name
+    if kind < 0.8:
+        return piece + name if rng.random() < 0.5 else name + piece
+    if kind < 0.9:
+        return name[: rng.integers(1, len(name))]
+    return str(rng.choice(["a", "ab", "€", "\n", "日本", "\ufffd"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_and_chunks_agree_in_random_cases(kind):
+    check_many(kind, 0, 500)
 
 
 @pytest.mark.slow
-def test_streams_and_chunks_agree_in_many_random_cases():
-    check_many(1, 3000)
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_and_chunks_agree_in_many_random_cases(kind):
+    check_many(kind, 1, 3000)
+
+
+def test_a_special_token_ends_a_text_by_its_name():
+    tokenizer = Tokenizer(byte_level())
+    end = tokenizer.backend.token_to_id("<|im_end|>")
+    hello, more = (tokenizer.encode(text, special=False) for text in ("hello", " you"))
+    tokens = [*hello, end, *more]
+    for chunk in (1, 2, 16):
+        cases = {
+            ("<|im_end|>",): ("hello", hello),
+            ("never", "<|im_end|>"): ("hello", hello),
+            # across its ends, and in its midst
+            ("lo<|im_end|>",): ("hel", hello[:3]),
+            ("<|im_end|> y",): ("hello", hello),
+            ("im_",): ("hello", hello),
+            # The text does not show it: what stands around it is adjacent.
+            ("o y",): ("hell", hello[:4]),
+            ("ou",): ("hello y", tokens[:8]),
+        }
+        for stops, (text, kept) in cases.items():
+            request, texts, ids = in_chunks(tokenizer, tokens, stops, chunk, 99)
+            assert (request.text, request.tokens) == (text, kept), (stops, chunk)
+            assert (texts, ids) == (text, kept)
+            assert request.finish_reason == "stop"
+        request, *_ = in_chunks(tokenizer, tokens, (), chunk, len(tokens))
+        assert (request.text, request.tokens) == ("hello you", tokens)
 
 
 # Tokenizers.
 
 
-def sentencepiece_like():
-    """As LLaMA-2's: pieces with a mark for the space, and bytes as a fallback."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models
-
-    words = ["<unk>", "▁Hello", "▁world", "!", *(f"<0x{i:02X}>" for i in range(256))]
-    backend = Backend(
-        models.BPE(
-            vocab={word: i for i, word in enumerate(words)},
-            merges=[],
-            unk_token="<unk>",
-            byte_fallback=True,
-        )
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return Tokenizer(backend)
-
-
 def test_a_continuation_keeps_the_space_that_its_own_text_would_lose():
-    tokenizer = sentencepiece_like()
-    assert tokenizer.decode([2]) == "world"
-    assert tokenizer.continuation([1], [2, 3]) == " world!"
+    tokenizer = Tokenizer(byte_fallback(prefix=True))
+    the, end, stop = map(tokenizer.backend.token_to_id, ("▁The", "▁end", "."))
+    assert tokenizer.decode([end]) == "end"
+    assert tokenizer.continuation([the], [end, stop]) == " end."
+    start = tokenizer.backend.token_to_id("<|im_start|>")
+    assert tokenizer.continuation([start], [end, stop]) == "end."
 
 
 def test_bytes_of_a_fallback_become_characters_when_whole():
-    tokenizer = sentencepiece_like()
-    fallback = [4 + byte for byte in "é😀".encode()]
+    tokenizer = Tokenizer(byte_fallback(prefix=True))
+    end, stop = map(tokenizer.backend.token_to_id, ("▁end", "."))
+    half, whole = "😀".encode()[:2], "ß😀".encode()
+    ids = {b: tokenizer.backend.token_to_id(f"<0x{b:02X}>") for b in range(256)}
+    tokens = [end, *(ids[b] for b in whole), end, *(ids[b] for b in half), stop]
     for chunk in (1, 2, 3, 4):
-        request, text, ids = in_chunks(
-            tokenizer, [2, *fallback, 1, 3], (), chunk, limit=9
-        )
-        assert text == request.text == "worldé😀 Hello!"
-        assert ids == request.tokens
+        request, text, new = in_chunks(tokenizer, tokens, (), chunk, len(tokens))
+        assert text == request.text == "endß😀 end\ufffd."
+        assert new == request.tokens == tokens
+        request, text, _ = in_chunks(tokenizer, tokens, ("😀",), chunk, len(tokens))
+        assert text == request.text == "endß"
+        # The limit comes amid a character: the others stay.
+        request, text, _ = in_chunks(tokenizer, tokens, (), chunk, 6)
+        assert text == request.text == "endß\ufffd"
 
 
 def test_chat(params, tmp_path):
