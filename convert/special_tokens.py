@@ -108,13 +108,17 @@ def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
     given = config.get("chat_template")
     if isinstance(given, str):
         return {_DEFAULT: given} if given else {}
-    try:
-        templates = {entry["name"]: entry["template"] for entry in given or []}
-    except (KeyError, TypeError):
-        templates = {"": None}
-    if not all(isinstance(x, str) for pair in templates.items() for x in pair):
+    named = given or []
+    if not isinstance(named, list) or not all(map(_is_named_text, named)):
         raise ConversionError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be text, or a "
             "list of named texts"
         )
-    return templates
+    return {entry["name"]: entry["template"] for entry in named}
+
+
+def _is_named_text(entry: Any) -> bool:
+    match entry:
+        case {"name": str(), "template": str()}:
+            return True
+    return False

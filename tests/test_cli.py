@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import sys
 
@@ -64,6 +65,16 @@ def test_generate(checkpoint, adapter, capsys):
         "--density 1 --temperature 1 --top-k 9 --top-p 0.9 --seed 3 --stop x --chat"
     )
     assert cli.main([*command, "--max-new-tokens", "5", *options.split()]) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--chat"], ["--stop", "\udcff"]])
+def test_bytes_that_are_no_text_are_one_line(checkpoint, options, capsys):
+    prompt = "ok" if "--stop" in options else os.fsdecode(b"caf\xe9")
+    assert cli.main(["generate", str(checkpoint), "one", prompt, *options]) == 1
+    error = capsys.readouterr().err
+    named = r"the stop string '\udcff'" if "--stop" in options else "prompt 1"
+    assert error.startswith(f"error: {named} is no Unicode text: its character")
+    assert error.count("\n") == 1 and error.isascii()
 
 
 def test_the_demo_shows_each_adapter_beside_dense(

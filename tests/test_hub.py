@@ -290,13 +290,17 @@ def test_adapters(cache, online, tmp_path):
         hub.find_adapter("me/adapter/x.gguf")
 
 
+MORE = "additional_chat_templates/rag.jinja"
+
+
 def test_downloads_what_conversion_reads(online, tmp_path):
     source = write_hf(tmp_path / "tiny")
     useless = "pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors"
     for name in (*useless, "README.md", "model.pt", "weights/x.json"):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"")
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer_config.json", "chat_template.jinja", MORE):
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text("{}")
     (source / "tokenizer.model").write_bytes(b"\n\x07\n\x05<unk>")
     online.remote["me/tiny"] = source
@@ -307,11 +311,12 @@ def test_downloads_what_conversion_reads(online, tmp_path):
         [
             *("chat_template.jinja", "config.json", "model.safetensors"),
             *("tokenizer.model", "tokenizer_config.json"),
-        ]
+        ],
+        [MORE],
     ]
     # A destination that is taken is refused before anything is asked.
     assert main(["me/tiny", str(tmp_path / "out")]) == 1
-    assert len(online.asked) == 2
+    assert len(online.asked) == 3
 
 
 def test_a_plan_downloads_the_configuration_alone(online, tmp_path):

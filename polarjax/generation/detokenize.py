@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -183,8 +182,9 @@ class _Windows:
     def _fresh(self) -> str:
         before = self._decode(self._before)
         whole = self._decode([*self._before, *self._new])
-        # Not merely as long: a character that was broken may be whole by now.
-        return whole[len(os.path.commonprefix([before, whole])) :]
+        while not whole.startswith(before):  # a broken character may be whole by now
+            before = before[:-1]
+        return whole[len(before) :]
 
 
 @dataclasses.dataclass(frozen=True)

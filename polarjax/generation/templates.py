@@ -6,7 +6,7 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
@@ -190,9 +190,9 @@ def _compile(template: str) -> jinja2.Template:
 
 
 class _Generation(Extension):
-    """`{% generation %}` around what the model says, which matters in training alone."""
+    """`{% generation %}` marks what the model says, for training: all of it is text."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         """What stands between the tags, in a scope of its own."""

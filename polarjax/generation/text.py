@@ -96,7 +96,8 @@ class _Written:
 
     There are two of it: the *shown* one, and the *whole* one in which special tokens
     are spelled out, as a stop string may have them. A place is a number of characters
-    of the whole one. A special token amid a character's bytes stands before it.
+    of the whole one. A special token amid a character's bytes stands before it, but
+    where it ends the text: then the character is broken.
 
     Args:
       reader: of the tokens that are not special.
@@ -139,6 +140,7 @@ class _Written:
                 text = self._reader.add(token)
                 self._append(text, text)
             else:
+                self._break_before(special)
                 self._append("", special)
         if ended and self.cut is None and not self._ended:
             self._ended = True
@@ -150,16 +152,36 @@ class _Written:
         self._shown.append(self._shown[-1] + len(shown))
         self._whole.append(self._whole[-1] + len(whole))
         self._complete.append(not self._reader.waiting)
-        if self._searches:
-            found = [
-                search.add(text)
-                for search, text in zip(self._searches, (shown, whole), strict=True)
-            ]
-            if found[0] is not None:
-                found[0] = self._place(found[0])
-            self.cut = min(
-                (place for place in found if place is not None), default=None
-            )
+        self._search(shown, whole)
+
+    def _break_before(self, special: str) -> None:
+        """End the character that waits, if a special token begins what ends the text.
+
+        Args:
+          special: the token's text.
+        """
+        if not self._searches or not self._reader.waiting:
+            return
+        start = self._searches[1].find(special)
+        if start is not None and start >= self._whole[-1]:
+            text = self._reader.end()
+            self._parts[-1] += text
+            self._shown[-1] += len(text)
+            self._whole[-1] += len(text)
+            self._complete[-1] = True
+            self._search(text, text)
+
+    def _search(self, shown: str, whole: str) -> None:
+        if not self._searches or self.cut is not None:
+            return
+        at, place = (
+            search.add(text)
+            for search, text in zip(self._searches, (shown, whole), strict=True)
+        )
+        places = [] if place is None else [place]
+        if at is not None:
+            places.append(self._place(at))
+        self.cut = min(places, default=None)
 
     def settled(self) -> int:
         """The place up to which no stop string can begin any more."""
@@ -214,15 +236,21 @@ class _Search:
         self._most = max(map(len, stops)) - 1  # characters that one may yet begin in
         self._tail, self._length = "", 0
 
-    def add(self, text: str) -> int | None:
-        """Read on; returns where the first of the complete stop strings begins."""
+    def find(self, text: str) -> int | None:
+        """Where the first stop string begins that is complete with more text."""
         if not text:
             return None
+        text, start = self._tail + text, self._length - len(self._tail)
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        return start + min(found) if found else None
+
+    def add(self, text: str) -> int | None:
+        """As `find`; then the text has been read."""
+        found = self.find(text)
         self._length += len(text)
         text = self._tail + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         self._tail = text[max(0, len(text) - self._most) :]
-        return min(found) + self._length - len(text) if found else None
+        return found
 
     def settled(self) -> int:
         """Characters up to the first that may begin a stop string."""

@@ -167,9 +167,16 @@ def test_chat_template(params):
     assert model.tok_encode("<end>one") == [256, *model.tok_encode("one")]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """lm-eval's own Hugging Face model, and ours of the same weights."""
+def make_pair(folder, backend, batch=4, template=None, **roles):
+    """lm-eval's own Hugging Face model, and ours of the same weights.
+
+    Args:
+      folder: to write to.
+      backend: the tokenizer.
+      batch: texts that theirs takes at once.
+      template: of chats.
+      **roles: texts of the tokenizer's special tokens.
+    """
     torch = pytest.importorskip("torch", reason="parity is checked against torch")
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate", reason="lm-eval loads models with it")
@@ -188,17 +195,20 @@ def pair(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=byte_tokenizer(),
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<end>"),
-    )
-    folder = tmp_path_factory.mktemp("parity")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    tokenizer.chat_template = template
     model.save_pretrained(folder / "hf")
     tokenizer.save_pretrained(folder / "hf")
     convert(folder / "hf", folder / "ours", dtype="float32", progress=False)
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=4)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=batch)
     ours = PolarLM(polarjax.load(folder / "ours"), polarjax.Dense(), batch=4)
     return theirs, ours
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    roles = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<end>")
+    return make_pair(tmp_path_factory.mktemp("parity"), byte_tokenizer(), **roles)
 
 
 def test_parity_with_the_model_that_lm_eval_brings(pair):
@@ -228,6 +238,52 @@ def test_parity_with_the_model_that_lm_eval_brings(pair):
         assert len("".join(texts)) > 20 and texts != whole, "a degenerate comparison"
         stop = next(c for c in "".join(texts) if " " < c < "~")
         whole, settings = texts, {**GENERATION, "until": [stop]}
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("roles", [{"bos_token": "b", "eos_token": "e"}, {}])
+def test_prefix_and_end_are_those_of_the_tokenizer(roles, tmp_path):
+    roles = {"eos_token": "c", "pad_token": "d", **roles}
+    theirs, ours = make_pair(tmp_path, byte_tokenizer(), template=CHAT, **roles)
+    assert theirs.prefix_token_id == ours.prefix_token_id != 256
+    assert theirs.eot_token_id == ours.eot_token_id != 256
+    requests = [request("", row["text"]) for row in ROWS["read"]]
+    assert ours.loglikelihood_rolling(requests) == pytest.approx(
+        theirs.loglikelihood_rolling(requests), rel=1e-4
+    )
+    requests = [request("", "", row["choices"][0]) for row in ROWS["choose"][:4]]
+    found, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests)
+    for (mine, _), (other, _) in zip(found, expected, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+    asked = [{"role": "user", "content": "one"}]
+    begun = [*asked, {"role": "assistant", "content": "tw "}]
+    for chat, new in ((asked, True), (begun, False)):
+        expected = theirs.apply_chat_template(chat, new)
+        assert ours.apply_chat_template(chat, new) == expected
+
+
+def test_a_special_token_stops_as_it_stops_the_model_that_lm_eval_brings(tmp_path):
+    backend = byte_tokenizer()
+    # `until` stops, and the tokenizer's own end, which the configuration does not know.
+    options = {"batch": 1, "bos_token": "<end>", "pad_token": "<end>"}
+    _, ours = make_pair(tmp_path / "plain", backend, **options, eos_token="<end>")
+    settings = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    prompts = [row["context"] for row in ROWS["write"]]
+    texts = ours.generate_until([request("", p, settings) for p in prompts])
+    special, end = [c for c in dict.fromkeys("".join(texts)) if " " < c < "~"][3:5]
+    backend.add_special_tokens([special, end])
+    theirs, ours = make_pair(tmp_path / "special", backend, **options, eos_token=end)
+    settings["until"] = [special]
+    requests = [request("", prompt, settings) for prompt in prompts]
+    found = ours.generate_until(requests)
+    assert found == theirs.generate_until(requests)
+    stopped = [text for text in texts if special in text or end in text]
+    assert stopped and found != texts
 
 
 def test_errors(params):

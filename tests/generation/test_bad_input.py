@@ -1,11 +1,13 @@
 """Bad input to `generate` and `logits`: one clear error each, that names it."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
 
 import polarjax
+from polarjax.generation import Tokenizer
 from tests.models import LLAMA, random_params, write_checkpoint
 
 CONFIG = dataclasses.replace(LLAMA, layers=2, vocab_size=257, context=32)
@@ -57,6 +59,12 @@ def test_prompts(params, prompts, error, message):
     [
         (["text", ""], "prompt 1 is empty"),
         (["x" * 32], "prompt 0 has 32 tokens; the model's context is 32"),
+        (
+            ["text", os.fsdecode(b"caf\xe9")],
+            r"prompt 1 is no Unicode text: its character 3 is the lone surrogate "
+            r"'\\udce9'",
+        ),
+        (["\ud83d"], r"prompt 0 is no .* character 0 is the lone surrogate '\\ud83d'"),
     ],
 )
 def test_texts(with_tokenizer, prompts, message):
@@ -121,6 +129,21 @@ def test_settings(params, settings, message):
 def test_stop_strings(with_tokenizer, stop):
     with pytest.raises(ValueError, match="stop must be non-empty strings"):
         polarjax.generate(with_tokenizer, ["text"], stop=stop)
+
+
+def test_a_stop_string_that_is_no_text(with_tokenizer):
+    with pytest.raises(
+        ValueError, match=r"the stop string 'a\\udcff' is no Unicode text.* character 1"
+    ):
+        polarjax.generate(with_tokenizer, ["text"], stop=["b", "a\udcff"])
+
+
+def test_texts_that_are_none(with_tokenizer):
+    tokenizer = Tokenizer.require(with_tokenizer.config, "the test")
+    with pytest.raises(ValueError, match=r"text 1 is no Unicode .* character 2 is"):
+        tokenizer.encode_many(["good", "ba\ud800d"])
+    with pytest.raises(ValueError, match=r"the text is no Unicode text"):
+        tokenizer.encode("\udcff")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}', "\0"])

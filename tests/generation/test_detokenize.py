@@ -6,7 +6,7 @@ import pytest
 from polarjax.generation.text import Request
 from polarjax.generation.tokenizer import Tokenizer
 from tests.generation.tiny_tokenizers import (
-    BYTES,
+    BYTE_KINDS,
     KINDS,
     SPECIAL,
     byte_fallback,
@@ -64,7 +64,7 @@ def test_text_is_that_of_tokenizers(kind):
         assert tokenizer.decode(tokens) == expected, tokens
         head = backend.decode(tokens[:cut])
         new = tokenizer.continuation(tokens[:cut], tokens[cut:])
-        if kind in BYTES:
+        if kind in BYTE_KINDS:
             # A character that the prompt begins belongs to what completes it.
             head = head if "\ufffd" not in head else tokenizer.decode(tokens[:cut])
             assert head.rstrip("\ufffd") + new == expected, (tokens, cut)
@@ -72,7 +72,7 @@ def test_text_is_that_of_tokenizers(kind):
             assert head + new == expected, (tokens, cut)
 
 
-@pytest.mark.parametrize("kind", BYTES)
+@pytest.mark.parametrize("kind", BYTE_KINDS)
 def test_broken_bytes_cost_no_character_beside_them(kind):
     backend = KINDS[kind]()
     tokenizer, rng, broken = Tokenizer(backend), np.random.default_rng(1), 0
@@ -94,7 +94,7 @@ def test_an_incomplete_character_at_the_end_leaves_the_others():
     assert tokenizer.decode(cut) == "\n\ufffd"
 
 
-@pytest.mark.parametrize("kind", BYTES)
+@pytest.mark.parametrize("kind", BYTE_KINDS)
 def test_a_prompt_that_ends_inside_a_character(kind):
     tokenizer = Tokenizer(KINDS[kind]())
     tokens = tokenizer.encode("ab😀end", special=False)

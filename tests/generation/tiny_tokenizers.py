@@ -82,13 +82,13 @@ def suffixes():
     return _finish(tokenizer)
 
 
-BYTES = {
+BYTE_KINDS = {
     "byte-level": byte_level,
     "byte-fallback": lambda: byte_fallback(prefix=False),
     "byte-fallback, prefix": lambda: byte_fallback(prefix=True),
 }
 KINDS = {
-    **BYTES,
+    **BYTE_KINDS,
     "WordPiece": word_piece,
     "Metaspace": metaspace,
     "no decoder": words,
