@@ -191,6 +191,7 @@ def in_chunks(tokenizer, tokens, stops, chunk, limit, prompt=()):
     tokens, texts, ids, given = tokens[:limit], "", [], 0
     size = 1  # prefill brings one token
     while request.going:
+        assert given < len(tokens), "it should have stopped by now"
         part = tokens[given : given + size]
         given, size = given + len(part), chunk
         request.add(part, [0.0] * len(part), ended=given >= limit)
