@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from convert.hub import locate
 from convert.places import Place, find_places
 from convert.readers import open_source
-from convert.rules import understand, unread
+from convert.rules import context_notes, understand, unread
 from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor, naming
 from polarjax.config import ModelConfig
@@ -53,6 +53,7 @@ def convert(
     destination: str | Path,
     *,
     dtype: str = "bfloat16",
+    context: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> ModelConfig:
@@ -65,6 +66,8 @@ def convert(
         (see `convert.hub.locate`).
       destination: the folder to make.
       dtype: of the weights: "bfloat16", "float16" or "float32".
+      context: longest text in tokens; None for what the source says. Learned positions
+        allow no other; see `ModelConfig.with_context`.
       overwrite: replace a checkpoint that is at `destination`.
       progress: show a bar on stderr, where that is a terminal.
 
@@ -86,11 +89,16 @@ def convert(
     _check_destination(source, destination, overwrite)
     opened = open_source(source)
     with naming(source):
-        config, rules = understand(opened.config)
+        own, rules = understand(opened.config)
+        config = own if context is None else _with_context(own, context)
         plan = _plan(opened, config, rules)
     ids, notes = token_ids(opened, config)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
-    for note in (*opened.notes, *unread(opened.config), *notes):
+    notes = [
+        *(*opened.notes, *unread(opened.config)),
+        *(*context_notes(opened.config, own, config.context), *notes),
+    ]
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
     nbytes = (
         sum(map(math.prod, plan.shapes.values())) * np.dtype(DTYPES[dtype]).itemsize
@@ -100,6 +108,13 @@ def convert(
         config = dataclasses.replace(config, model_hash=model_hash, **ids)
         checkpoint.finish(config, opened.files)
     return dataclasses.replace(config, folder=str(destination.absolute()))
+
+
+def _with_context(config: ModelConfig, context: int) -> ModelConfig:
+    try:
+        return config.with_context(context)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _check_destination(source: Path, destination: Path, overwrite: bool) -> None:

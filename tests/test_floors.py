@@ -119,6 +119,7 @@ FLOORS = {
         convert.tokenizer
         convert.rules.rule
         convert.rules.fields
+        convert.rules.rope
         convert.readers.gguf_header
         convert.readers.gguf
         convert.readers.huggingface

@@ -248,7 +248,7 @@ def test_json(count, tmp_path, measured):
                 config, weights = found
                 assert_equal(weights, reference[1])
                 assert config.rope
-                turns = frequencies(config.rope, config.head_dim)
+                turns = frequencies(config.rope, config.head_dim, config.context)
                 assert np.isfinite(turns).all() and np.float32(config.rope.scale) > 0
         except BaseException as error:
             error.add_note(f"number {i}: {changed[:300]}")

@@ -215,7 +215,7 @@ def test_rope_scaling(fields, kind, tmp_path):
     expected = rotation(fields, LLAMA["rope_theta"], LLAMA["max_position_embeddings"])
     # One in the first of each pair shows the cosine there, the sine in the second.
     ones = jnp.concatenate([jnp.ones((64, 4)), jnp.zeros((64, 4))], -1)
-    turned = np.asarray(rotate(ones, *angles(jnp.arange(64), rope, 8)))
+    turned = np.asarray(rotate(ones, *angles(jnp.arange(64), rope, 8, 64)))
     found = turned[:, :4] + 1j * turned[:, 4:]
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
