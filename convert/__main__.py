@@ -140,8 +140,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         )
     if options.context is not None and options.to_hf:
         parser.error("--context is of the conversion to a polarjax checkpoint")
-    if options.verify and options.context is not None and _there(options):
-        parser.error("--context is of a conversion, but DST is there (--overwrite?)")
     if options.verify and options.dtype and _there(options):
         parser.error("--dtype is of a conversion, but DST is there (--overwrite?)")
 
@@ -171,7 +169,9 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace, prompts: list[str] | None) -> int:
-    found = verify(options.source, options.destination, prompts)
+    found = verify(
+        *(options.source, options.destination, prompts), context=options.context
+    )
     console = Console()
     console.print(found.table())
     for note in found.notes:

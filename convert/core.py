@@ -90,7 +90,7 @@ def convert(
     opened = open_source(source)
     with naming(source):
         own, rules = understand(opened.config)
-        config = own if context is None else _with_context(own, context)
+        config = own if context is None else with_context(own, context)
         plan = _plan(opened, config, rules)
     ids, notes = token_ids(opened, config)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
@@ -110,7 +110,8 @@ def convert(
     return dataclasses.replace(config, folder=str(destination.absolute()))
 
 
-def _with_context(config: ModelConfig, context: int) -> ModelConfig:
+def with_context(config: ModelConfig, context: int) -> ModelConfig:
+    """As `ModelConfig.with_context`; raises ConversionError."""
     try:
         return config.with_context(context)
     except ValueError as error:

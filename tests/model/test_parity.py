@@ -350,7 +350,9 @@ def test_the_models_reach_what_they_are_meant_to(pair):
     assert config.tied_embeddings == their.tie_word_embeddings
     context, rope = their.max_position_embeddings, getattr(their, "rope_parameters", {})
     if rope and rope["rope_type"] == "yarn" and rope["factor"]:
-        context = max(context, rope["factor"] * rope["original_max_position_embeddings"])
+        context = max(
+            context, rope["factor"] * rope["original_max_position_embeddings"]
+        )
     assert config.context == context
     assert config.family == "opt" or config.mlp_bias == getattr(
         their, "mlp_bias", False
