@@ -133,6 +133,8 @@ def verify(
     torch, transformers = libraries()
     source = locate(source)
     opened = open_source(source)
+    if opened.ours_alone:
+        raise ConversionError(f"{source}: {opened.ours_alone}")
     params = read_folder(checkpoint)
     _check_same(source, opened, params.config, context)
     check_weights(params.weights, params.config)

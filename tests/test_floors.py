@@ -121,6 +121,7 @@ FLOORS = {
         convert.rules.fields
         convert.rules.rope
         convert.readers.gguf_header
+        convert.readers.gguf_parts
         convert.readers.gguf
         convert.readers.huggingface
         convert.readers

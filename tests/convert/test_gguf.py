@@ -32,6 +32,8 @@ WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layer
 KINDS = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
 YARN = [
     ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
@@ -67,7 +69,7 @@ def as_hf(config, stored) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_quantisations(family, tmp_path):
     """Every kind in one file, each in another place of each architecture."""
-    config = {**WIDE, "model_type": family, "num_hidden_layers": 2}
+    config = {**WIDE, "model_type": family, "num_hidden_layers": 4}
     shift = ["llama", "qwen2", "qwen3"].index(family)
     kinds = [*KINDS[shift:], *KINDS[:shift]]
     tensors = gguf_tensors(config, llama_tensors(config))
@@ -86,7 +88,7 @@ def test_quantisations(family, tmp_path):
 def test_equals_what_transformers_loads(family, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = {**WIDE, "model_type": family, "num_hidden_layers": 2}
+    config = {**WIDE, "model_type": family, "num_hidden_layers": 4}
     fields = [("add_rope_dimension_count", 64), ("add_name", "tiny")]
     if family == "qwen3":  # its head_dim, which transformers does not read
         config |= {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}

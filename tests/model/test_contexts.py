@@ -233,7 +233,7 @@ def test_the_command_s_options_go_together(tmp_path, capsys):
     ids=["dynamic", "dynamic-60", "longrope"],
 )
 def test_verify_reads_each_text_as_transformers_does(scaling, context, tmp_path):
-    """By its own length: what the checkpoint's context makes of it is its own choice."""
+    """By its own length, whatever the checkpoint's context makes of it."""
     from convert.verify import verify
 
     model(tmp_path / "hf", scaling, max_position_embeddings=50)
