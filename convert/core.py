@@ -251,7 +251,9 @@ def _with_prefix(source: Source, places: dict[str, Place]) -> Source:
     named = {}
     for name, tensor in source.tensors.items():
         full = f"model.{name}"
-        named[full if full in places and full not in source.tensors else name] = tensor
+        if full in places and full not in source.tensors:
+            tensor = dataclasses.replace(tensor, name=full)
+        named[tensor.name] = tensor
     return dataclasses.replace(source, tensors=named)
 
 

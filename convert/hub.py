@@ -8,7 +8,11 @@ from pathlib import Path
 from convert.files import read_json
 from convert.readers import PICKLES
 from convert.readers.gguf_parts import part_names
-from convert.readers.huggingface import pickle_refusal
+from convert.readers.huggingface import (
+    ADAPTER_FILE,
+    adapter_refusal,
+    pickle_refusal,
+)
 from convert.rules import understand
 from convert.source import ConversionError
 from polarjax.folder import CONFIG_FILE
@@ -62,6 +66,8 @@ def download(repository: Repository) -> Path:
         return repository.download(*parts) / repository.file
     if repository.is_checkpoint():
         raise ConversionError(f"{name} is a polarjax checkpoint already: load it")
+    if CONFIG_FILE not in files and ADAPTER_FILE in files:
+        raise ConversionError(adapter_refusal(repository.download(ADAPTER_FILE), name))
     if not any(file.endswith(".safetensors") and "/" not in file for file in files):
         if ggufs:
             raise ConversionError(

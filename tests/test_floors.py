@@ -123,6 +123,7 @@ FLOORS = {
         convert.readers.gguf_header
         convert.readers.gguf_parts
         convert.readers.gguf
+        convert.readers.names
         convert.readers.huggingface
         convert.readers
         convert.rules.llama

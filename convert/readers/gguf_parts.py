@@ -56,7 +56,9 @@ def read_parts(path: Path) -> tuple[dict[str, Any], list[Entry]]:
         )
     for part in parts:
         if not is_there(part):
-            raise ConversionError(f"{path} is one of {count} parts, but {part} is missing")
+            raise ConversionError(
+                f"{path} is one of {count} parts, but {part} is missing"
+            )
     first: dict[str, Any] = {}
     names: dict[str, Path] = {}
     found: list[Entry] = []
@@ -79,8 +81,8 @@ def read_parts(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     total = _whole(first, "split.tensors.count", parts[0])
     if len(found) != total:
         raise ConversionError(
-            f"the {count} parts of {path} have {len(found)} tensors, not the {total} of "
-            "the whole: one is another file's"
+            f"the {count} parts of {path} have {len(found)} tensors, not {total}: one "
+            "is another model's"
         )
     return first, found
 

@@ -292,9 +292,7 @@ def write_gguf(
     if tensors is None:
         tensors = gguf_tensors(config, llama_tensors(config))
     c = config
-    writer = gguf.GGUFWriter(
-        path, config["model_type"], split_max_tensors=part_tensors
-    )
+    writer = gguf.GGUFWriter(path, config["model_type"], split_max_tensors=part_tensors)
     writer.add_block_count(c["num_hidden_layers"])
     writer.add_embedding_length(c["hidden_size"])
     writer.add_feed_forward_length(c["intermediate_size"])
