@@ -79,6 +79,11 @@ def llama_shapes(config=LLAMA) -> dict[str, tuple[int, ...]]:
             for n, rows in zip("qkvo", (h * d, k * d, k * d, m), strict=True)
             if n in biased
         }
+        if c.get("mlp_bias"):
+            shapes |= {
+                f"model.layers.{i}.mlp.{n}_proj.bias": (rows,)
+                for n, rows in (("gate", f), ("up", f), ("down", m))
+            }
         if kind == "qwen3":
             shapes |= {
                 f"model.layers.{i}.self_attn.{n}_norm.weight": (d,) for n in "qk"

@@ -122,6 +122,7 @@ def test_equals_the_model_it_was_made_of(kv_heads, family, tmp_path):
         "architectures": None,
         "num_key_value_heads": kv_heads,
         "attention_bias": family == "llama",
+        "mlp_bias": family == "llama",
         "head_dim": 8,
     }
     tensors = llama_tensors(config)
@@ -212,8 +213,15 @@ def test_rope_scaling(fields, kind, tmp_path):
             for key, value in fields.items()
         ],
     )
-    rope = convert(path, tmp_path / "out", progress=False).rope
+    made = convert(path, tmp_path / "out", progress=False)
+    rope = made.rope
     assert rope is not None and rope.kind == kind
+    context = config["max_position_embeddings"]
+    if kind == "yarn":
+        original = fields.get("rope.scaling.original_context_length", context)
+        reached = fields.get("rope.scaling.factor", 1.0) * original
+        context = max(context, reached)
+    assert made.context == context
     expected = rotation(fields, LLAMA["rope_theta"], LLAMA["max_position_embeddings"])
     # One in the first of each pair shows the cosine there, the sine in the second.
     ones = jnp.concatenate([jnp.ones((64, 4)), jnp.zeros((64, 4))], -1)
