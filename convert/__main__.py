@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="a Hugging Face folder with safetensors, a .gguf file, or an id of the "
-        "hub: org/name, org/name@revision or org/name/file.gguf; with --to-hf a "
+        help="a Hugging Face folder with safetensors, a .gguf file (of one in parts, "
+        "any of them), or an id of the hub: org/name, org/name@revision or org/name/file.gguf; with --to-hf a "
         "polarjax checkpoint",
     )
     parser.add_argument("destination", metavar="DST", help="the folder to make")

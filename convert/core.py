@@ -62,8 +62,8 @@ def convert(
     The folder appears whole or not at all. Nothing is ever unpickled.
 
     Args:
-      source: a Hugging Face folder with safetensors, a GGUF file, or an id of the hub
-        (see `convert.hub.locate`).
+      source: a Hugging Face folder with safetensors, a GGUF file (any part of one in
+        parts), or an id of the hub (see `convert.hub.locate`).
       destination: the folder to make.
       dtype: of the weights: "bfloat16", "float16" or "float32".
       context: longest text in tokens; None for what the source says. Learned positions
