@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "source",
         metavar="SRC",
         help="a Hugging Face folder with safetensors, a .gguf file (of one in parts, "
-        "any of them), or an id of the hub: org/name, org/name@revision or org/name/file.gguf; with --to-hf a "
-        "polarjax checkpoint",
+        "any of them), or an id of the hub: org/name, org/name@revision or "
+        "org/name/file.gguf; with --to-hf a polarjax checkpoint",
     )
     parser.add_argument("destination", metavar="DST", help="the folder to make")
     parser.add_argument(
