@@ -23,6 +23,8 @@ examples:
     python -m convert SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
   full precision, in place of an older conversion:
     python -m convert ~/models/opt-125m checkpoints/opt --dtype float32 --overwrite
+  for texts longer, or shorter, than the source says:
+    python -m convert ~/models/Qwen2.5-7B checkpoints/qwen --context 65536
   the way back, with what `polarjax recover` has learned:
     python -m convert --to-hf checkpoints/smollm2 hf/smollm2 --adapter adapters/mine
   is it the same model? converts if DST is not there, and compares with transformers:
@@ -55,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="a Hugging Face folder with safetensors, a .gguf file, or an id of the "
-        "hub: org/name, org/name@revision or org/name/file.gguf; with --to-hf a "
-        "polarjax checkpoint",
+        help="a Hugging Face folder with safetensors, a .gguf file (of one in parts, "
+        "any of them), or an id of the hub: org/name, org/name@revision or "
+        "org/name/file.gguf; with --to-hf a polarjax checkpoint",
     )
     parser.add_argument("destination", metavar="DST", help="the folder to make")
     parser.add_argument(
@@ -65,6 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=tuple(DTYPES),
         help="of the weights that are written (default: bfloat16; with --to-hf that of "
         "the checkpoint)",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="longest text in tokens (default: what the source says, for YaRN its "
+        "factor times the original context). Other positions than the model learned "
+        "are for rotary ones alone",
     )
     parser.add_argument(
         "--overwrite",
@@ -128,6 +138,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             "--verify compares a checkpoint with what it was made of: to check the way "
             "back, verify afterwards with SRC and DST exchanged"
         )
+    if options.context is not None and options.to_hf:
+        parser.error("--context is of the conversion to a polarjax checkpoint")
     if options.verify and options.dtype and _there(options):
         parser.error("--dtype is of a conversion, but DST is there (--overwrite?)")
 
@@ -142,16 +154,24 @@ def _convert(options: argparse.Namespace) -> None:
         config = export(*places, adapter=options.adapter, dtype=dtype)
     else:
         dtype = dtype or "bfloat16"
-        config = convert(*places, dtype=dtype, overwrite=options.overwrite)
+        config = convert(
+            *places,
+            dtype=dtype,
+            context=options.context,
+            overwrite=options.overwrite,
+        )
     print(
         f"{options.destination}: {config.family}, {config.layers} layers, "
         f"{config.heads} heads in {config.kv_heads} KV groups, model dim {config.dim}, "
-        f"vocabulary {config.vocab_size}" + (f", {dtype}" if dtype else "")
+        f"vocabulary {config.vocab_size}, context {config.context}"
+        + (f", {dtype}" if dtype else "")
     )
 
 
 def _verify(options: argparse.Namespace, prompts: list[str] | None) -> int:
-    found = verify(options.source, options.destination, prompts)
+    found = verify(
+        *(options.source, options.destination, prompts), context=options.context
+    )
     console = Console()
     console.print(found.table())
     for note in found.notes:

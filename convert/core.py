@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from convert.hub import locate
 from convert.places import Place, find_places
 from convert.readers import open_source
-from convert.rules import understand, unread
+from convert.rules import context_notes, understand, unread
 from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor, naming
 from polarjax.config import ModelConfig
@@ -53,6 +53,7 @@ def convert(
     destination: str | Path,
     *,
     dtype: str = "bfloat16",
+    context: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> ModelConfig:
@@ -61,10 +62,12 @@ def convert(
     The folder appears whole or not at all. Nothing is ever unpickled.
 
     Args:
-      source: a Hugging Face folder with safetensors, a GGUF file, or an id of the hub
-        (see `convert.hub.locate`).
+      source: a Hugging Face folder with safetensors, a GGUF file (any part of one in
+        parts), or an id of the hub (see `convert.hub.locate`).
       destination: the folder to make.
       dtype: of the weights: "bfloat16", "float16" or "float32".
+      context: longest text in tokens; None for what the source says. Learned positions
+        allow no other; see `ModelConfig.with_context`.
       overwrite: replace a checkpoint that is at `destination`.
       progress: show a bar on stderr, where that is a terminal.
 
@@ -86,11 +89,16 @@ def convert(
     _check_destination(source, destination, overwrite)
     opened = open_source(source)
     with naming(source):
-        config, rules = understand(opened.config)
+        own, rules = understand(opened.config)
+        config = own if context is None else with_context(own, context)
         plan = _plan(opened, config, rules)
     ids, notes = token_ids(opened, config)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
-    for note in (*opened.notes, *unread(opened.config), *notes):
+    notes = [
+        *(*opened.notes, *unread(opened.config)),
+        *(*context_notes(opened.config, own, config.context), *notes),
+    ]
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
     nbytes = (
         sum(map(math.prod, plan.shapes.values())) * np.dtype(DTYPES[dtype]).itemsize
@@ -100,6 +108,14 @@ def convert(
         config = dataclasses.replace(config, model_hash=model_hash, **ids)
         checkpoint.finish(config, opened.files)
     return dataclasses.replace(config, folder=str(destination.absolute()))
+
+
+def with_context(config: ModelConfig, context: int) -> ModelConfig:
+    """As `ModelConfig.with_context`; raises ConversionError."""
+    try:
+        return config.with_context(context)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _check_destination(source: Path, destination: Path, overwrite: bool) -> None:
@@ -235,7 +251,9 @@ def _with_prefix(source: Source, places: dict[str, Place]) -> Source:
     named = {}
     for name, tensor in source.tensors.items():
         full = f"model.{name}"
-        named[full if full in places and full not in source.tensors else name] = tensor
+        if full in places and full not in source.tensors:
+            tensor = dataclasses.replace(tensor, name=full)
+        named[tensor.name] = tensor
     return dataclasses.replace(source, tensors=named)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from convert.files import is_there, read_json, read_text
 from convert.readers import open_source
+from convert.readers.huggingface import no_config
 from convert.rules import understand
 from convert.source import ConversionError, naming
 from polarjax.config import ModelConfig
@@ -38,7 +39,7 @@ def read_config(source: str | Path) -> ModelConfig:
             return understand(open_source(path).config)[0]
         file = path / CONFIG_FILE
         if not is_there(file):
-            raise ConversionError(f"{path} has no {CONFIG_FILE}")
+            raise ConversionError(no_config(path))
         config = read_json(file)
         if "format_version" not in config:
             return understand(config)[0]

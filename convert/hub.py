@@ -7,7 +7,12 @@ from pathlib import Path
 
 from convert.files import read_json
 from convert.readers import PICKLES
-from convert.readers.huggingface import pickle_refusal
+from convert.readers.gguf_parts import part_names
+from convert.readers.huggingface import (
+    ADAPTER_FILE,
+    adapter_refusal,
+    pickle_refusal,
+)
 from convert.rules import understand
 from convert.source import ConversionError
 from convert.special_tokens import TEMPLATES_FOLDER
@@ -57,9 +62,14 @@ def download(repository: Repository) -> Path:
             raise ConversionError(
                 f"{name} has no {repository.file}; it has {', '.join(ggufs) or 'none'}"
             )
-        return repository.download(repository.file) / repository.file
+        parts = part_names(repository.file)  # of which any may be named
+        if missing := [part for part in parts if part not in ggufs]:
+            raise ConversionError(f"{name} has {repository.file}, but no {missing[0]}")
+        return repository.download(*parts) / repository.file
     if repository.is_checkpoint():
         raise ConversionError(f"{name} is a polarjax checkpoint already: load it")
+    if CONFIG_FILE not in files and ADAPTER_FILE in files:
+        raise ConversionError(adapter_refusal(repository.download(ADAPTER_FILE), name))
     if not any(file.endswith(".safetensors") and "/" not in file for file in files):
         if ggufs:
             raise ConversionError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class SourceTensor:
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Rows, and their bytes as stored, in blocks of about `BLOCK_BYTES`.
 
+        Of less where a value takes less than a byte, and more once it is decoded.
+
         Read, not mapped: what is mapped counts as memory in use for long, and a file
         that is cut off meanwhile kills the process.
 
@@ -79,7 +82,8 @@ class SourceTensor:
         """
         rows = self.shape[0] if len(self.shape) > 1 else 1
         row = self.nbytes // max(rows, 1)
-        step = self.unit * max(1, BLOCK_BYTES // max(1, self.unit * row))
+        weight = max(1, row, math.prod(self.shape[1:]))
+        step = self.unit * max(1, BLOCK_BYTES // (self.unit * weight))
         for first in range(0, rows, step):
             count = min(step, rows - first)
             at = self.begin + first * row
@@ -116,6 +120,7 @@ class Source:
       eos_ids: tokens that end a text.
       bos_ids: tokens that start one.
       notes: one-line remarks for the user.
+      ours_alone: why transformers does not load it as it is; empty if it does.
     """
 
     config: dict[str, Any]
@@ -124,3 +129,4 @@ class Source:
     eos_ids: tuple[int, ...]
     bos_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    ours_alone: str = ""

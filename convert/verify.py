@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from convert.core import token_ids
+from convert.core import token_ids, with_context
 from convert.files import read_text
 from convert.hub import locate
 from convert.readers import open_source
@@ -23,7 +24,7 @@ from convert.same_tokens import Reference, same_tokens
 from convert.source import ConversionError, Source, naming
 from polarjax.config import ModelConfig
 from polarjax.model import Decoder, check_weights
-from polarjax.params import TOKENIZER_FILE, Params, read_folder
+from polarjax.params import TOKENIZER_FILE, Params, Tree, read_folder
 from polarjax.repository import first_line
 
 TOLERANCE = 1e-4
@@ -95,7 +96,11 @@ class Comparison:
 
 
 def verify(
-    source: str | Path, checkpoint: str | Path, prompts: Sequence[str] | None = None
+    source: str | Path,
+    checkpoint: str | Path,
+    prompts: Sequence[str] | None = None,
+    *,
+    context: int | None = None,
 ) -> Comparison:
     """Run prompts through `transformers` and through polarjax.
 
@@ -113,6 +118,7 @@ def verify(
       checkpoint: what `convert` made of it.
       prompts: texts; None for a few built-in ones, or random ids where the checkpoint
         has no tokenizer.
+      context: that was asked for at the conversion; None for the source's own.
 
     Returns:
       How far the two are apart.
@@ -127,8 +133,10 @@ def verify(
     torch, transformers = libraries()
     source = locate(source)
     opened = open_source(source)
+    if opened.ours_alone:
+        raise ConversionError(f"{source}: {opened.ours_alone}")
     params = read_folder(checkpoint)
-    _check_same(source, opened, params.config)
+    _check_same(source, opened, params.config, context)
     check_weights(params.weights, params.config)
     texts = PROMPTS if prompts is None else prompts
     reference = _tokenizer(transformers, source, params.config, texts)
@@ -162,10 +170,13 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def _check_same(source: Path, opened: Source, config: ModelConfig) -> None:
+def _check_same(
+    source: Path, opened: Source, config: ModelConfig, context: int | None
+) -> None:
     """Raise unless all but the tensors is what conversion makes of the source."""
     with naming(source):
         right, _ = understand(opened.config)
+        right = right if context is None else with_context(right, context)
     ids, _ = token_ids(opened, right)
     ours = dataclasses.replace(
         config.architecture, bos_ids=config.bos_ids, eos_ids=config.eos_ids
@@ -280,16 +291,29 @@ def _reference(torch: Any, transformers: Any, source: Path) -> Any:
 
 
 def _logits(params: Params, tokens: list[list[int]]) -> list[np.ndarray]:
-    """The same by polarjax. One program serves all prompts, padded to the longest."""
+    """The same by polarjax. One program serves all prompts, padded to the longest.
+
+    But for positions that transformers scales by a text's own length.
+    """
     weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params.weights)
-    model = Decoder(params.config.architecture)
-    run = jax.jit(lambda weights, row: model.apply({"params": weights}, row)[0][0])
+    config, rope = params.config.architecture, params.config.rope
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(config: ModelConfig, weights: Tree, row: jax.Array) -> jax.Array:
+        return Decoder(config).apply({"params": weights}, row)[0][0]
+
+    def as_read(ids: list[int]) -> ModelConfig:
+        if rope is None or rope.kind not in ("dynamic", "longrope"):
+            return config
+        context = max(len(ids), rope.original_context)
+        return dataclasses.replace(config, context=context)
+
     padded = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
     for row, ids in zip(padded, tokens, strict=True):
         row[: len(ids)] = ids
     with jax.default_matmul_precision("highest"):  # a GPU's own is TF32
         return [
-            np.asarray(run(weights, row[None])[: len(ids)])
+            np.asarray(run(as_read(ids), weights, row[None])[: len(ids)])
             for row, ids in zip(padded, tokens, strict=True)
         ]
 

@@ -7,7 +7,8 @@ import json
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 2
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+LARGEST_CONTEXT = 2**24  # tokens, whose positions float32 still tells apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,22 +18,27 @@ class Rope:
     Attributes:
       theta: base of the geometric series of wavelengths.
       kind: "default"; "linear" (positions divided by `factor`, Chen et al. 2023);
-        "llama3" (frequencies rescaled by wavelength, as LLaMA-3.1); or "yarn" (by
-        dimension, and logits sharpened; Peng et al. 2023, arXiv 2309.00071).
-      factor: how much longer the context became (not "default").
+        "dynamic" (a larger base the more the model's context exceeds the original
+        one: NTK-aware, as vLLM); "llama3" (frequencies rescaled by wavelength, as
+        LLaMA-3.1); "yarn" (by dimension, and logits sharpened; Peng et al. 2023, arXiv
+        2309.00071); or "longrope" (by dimension, otherwise where the model's context
+        exceeds the original one; Ding et al. 2024, arXiv 2402.13753).
+      factor: how much longer the context became (not "default", "longrope").
       low_freq_factor: wavelengths above `original_context` / this are stretched by
         `factor` ("llama3").
       high_freq_factor: wavelengths below `original_context` / this stay ("llama3").
-      original_context: context length in tokens before the extension ("llama3",
-        "yarn").
+      original_context: context length in tokens before the extension ("dynamic",
+        "llama3", "yarn", "longrope").
       divisors: d / 2 numbers that divide the frequencies, as GGUF files store a
-        scaling; empty for none.
+        scaling, and "longrope" its short factors; empty for none.
       beta_fast: dimensions that turn at least so often over the original context
         stay ("yarn").
       beta_slow: those that turn at most so often are stretched ("yarn").
       truncate: whether the ramp between them begins and ends at whole dimensions
         ("yarn").
-      scale: of queries and of keys ("yarn").
+      scale: of queries and of keys ("yarn", "longrope").
+      long_divisors: instead of `divisors` in a context beyond the original one
+        ("longrope").
     """
 
     theta: float = 10000.0
@@ -46,6 +52,7 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     scale: float = 1.0
+    long_divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(RopeKind):
@@ -169,6 +176,15 @@ class ModelConfig:
             )
         if self.rope and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim: {self.head_dim}")
+        if self.rope and self.rope.kind == "dynamic" and self.head_dim < 4:
+            raise ValueError("dynamic rotary positions need a head_dim of 4 or more")
+        if self.rope and self.rope.kind == "longrope":
+            for name in ("divisors", "long_divisors"):
+                count = len(getattr(self.rope, name))
+                if count != self.head_dim // 2:
+                    raise ValueError(
+                        f"longrope needs {self.head_dim // 2} {name}, got {count}"
+                    )
 
     @property
     def group(self) -> int:
@@ -183,6 +199,32 @@ class ModelConfig:
     def rope_of(self, layer: int) -> Rope | None:
         """The layer's rotary positions, if it has them."""
         return self.rope if not self.rotary or self.rotary[layer] else None
+
+    def with_context(self, context: int) -> ModelConfig:
+        """The same model for texts of another length.
+
+        Rotary positions go on beyond what a model was made for, if not what it has
+        learned.
+
+        Args:
+          context: longest sequence in tokens.
+
+        Raises:
+          ValueError: if it is out of range, or another than a table of learned
+            positions has.
+        """
+        whole = isinstance(context, int) and not isinstance(context, bool)
+        if not whole or not 1 <= context <= LARGEST_CONTEXT:
+            raise ValueError(
+                f"context must be an integer from 1 to {LARGEST_CONTEXT}, "
+                f"got {context!r}"
+            )
+        if self.rope is None and context != self.context:
+            raise ValueError(
+                f"context {context}: the model has learned positions of "
+                f"{self.context} tokens, and no others"
+            )
+        return dataclasses.replace(self, context=context)
 
     @property
     def architecture(self) -> ModelConfig:
@@ -235,8 +277,10 @@ class ModelConfig:
             )
         try:
             if fields["rope"] is not None:
-                rope = fields["rope"]
-                fields["rope"] = Rope(**{**rope, "divisors": tuple(rope["divisors"])})
+                rope = {"long_divisors": (), **fields["rope"]}  # an older one has none
+                for name in ("divisors", "long_divisors"):
+                    rope[name] = tuple(rope[name])
+                fields["rope"] = Rope(**rope)
             tuples = (
                 "windows",
                 "rotary",

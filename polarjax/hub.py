@@ -32,6 +32,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     dtype=None,
+    context: int | None = None,
     mesh: Mesh | None = None,
 ) -> Params:
     """Load a model.
@@ -49,6 +50,10 @@ def load(
         for none.
       dtype: of the weights in memory, None for that of the file; what is converted on
         the way becomes bfloat16 then.
+      context: longest text in tokens, prompt and answer together; None for the
+        checkpoint's. Learned positions allow no other; rotary ones go on, though not
+        what the model has learned: a longer one than the checkpoint's is noted on
+        stderr.
       mesh: with an axis "tp": each of its devices reads its own rows, as
         `polarjax.sharding.shard` would cut them, and the model is whole nowhere. None
         for the default device.
@@ -63,6 +68,8 @@ def load(
     """
     place = partial(placement, mesh=mesh) if mesh else None
     params = read_folder(find_checkpoint(path, dtype), dtype, place)
+    if context is not None:
+        params = _with_context(params, context)
     shapes = model_shapes(params.weights, params.config)
     try:
         check_weights(shapes, params.config)
@@ -78,6 +85,18 @@ def load(
         return params
     routers = place_routers(params.routers, params.config, mesh)
     return dataclasses.replace(params, routers=routers)
+
+
+def _with_context(params: Params, context: int) -> Params:
+    config = params.config.with_context(context)
+    if context > params.config.context:
+        print(
+            f"note: a context of {context:,} tokens: the checkpoint's is "
+            f"{params.config.context:,}, and what the model makes of longer texts is "
+            "not known",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(params, config=config)
 
 
 def read_config(path: str | Path) -> ModelConfig:

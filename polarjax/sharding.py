@@ -34,7 +34,7 @@ DP, TP = "dp", "tp"
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/(tokens|head)$", PartitionSpec(TP)),
     (r"attention/(qkv|out|qkv_bias)$", PartitionSpec(TP)),
-    (r"mlp/(gate|up|down|up_bias)$", PartitionSpec(TP)),
+    (r"mlp/(gate|up|down|gate_bias|up_bias)$", PartitionSpec(TP)),
     (r".*", PartitionSpec()),
 )
 _QKV_UPDATE = r"updates/attention/qkv(_bias)?/(b|delta)$"

@@ -122,8 +122,11 @@ FLOORS = {
         convert.tokenizer
         convert.rules.rule
         convert.rules.fields
+        convert.rules.rope
         convert.readers.gguf_header
+        convert.readers.gguf_parts
         convert.readers.gguf
+        convert.readers.names
         convert.readers.huggingface
         convert.readers
         convert.rules.llama

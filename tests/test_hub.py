@@ -197,6 +197,36 @@ def test_gguf(cache, tmp_path):
         hub.load("me/tiny-GGUF/x.gguf@main")
 
 
+def test_gguf_in_parts(cache, online, tmp_path):
+    """All are downloaded, and nothing else, whichever is named."""
+    (tmp_path / "files/q8").mkdir(parents=True)
+    write_gguf(tmp_path / "files/q8/tiny.gguf", kind="Q8_0", part_tensors=8)
+    write_gguf(tmp_path / "files/other.gguf")
+    names = [f"q8/tiny-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
+    online.remote["me/parts"] = tmp_path / "files"
+    params = hub.load(f"me/parts/{names[1]}")
+    assert online.asked == [names]
+    convert(tmp_path / "files" / names[0], tmp_path / "out", progress=False)
+    assert_same(params, polarjax.load(tmp_path / "out"))
+    (tmp_path / "files" / names[2]).unlink()
+    online.remote["me/fewer"] = tmp_path / "files"
+    with pytest.raises(ConversionError, match=rf"has {names[0]}, but no {names[2]}"):
+        hub.load(f"me/fewer/{names[0]}")
+    assert online.asked == [names]
+
+
+def test_an_adapter_of_peft_s(online, tmp_path):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    record = {"peft_type": "LORA", "base_model_name_or_path": "me/llama"}
+    (folder / "adapter_config.json").write_text(json.dumps(record))
+    (folder / "adapter_model.safetensors").write_bytes(b"large")
+    online.remote["me/lora"] = folder
+    with pytest.raises(ConversionError, match="me/lora is a LoRA adapter of me/llama,"):
+        hub.load("me/lora")
+    assert online.asked == [["adapter_config.json"]]
+
+
 def test_files_of_one_name_are_models_of_their_own(cache, tmp_path):
     files = tmp_path / "files"
     write_hf(files)

@@ -333,9 +333,9 @@ def test_a_config_that_does_not_fit_is_refused(folder, changes, message):
 
 
 def test_an_unknown_kind_of_rope_is_refused(folder):
-    rope = {**dataclasses.asdict(polarjax.Rope(1e4)), "kind": "dynamic"}
+    rope = {**dataclasses.asdict(polarjax.Rope(1e4)), "kind": "spiral"}
     edit_config(folder, rope=rope)
-    with pytest.raises(ValueError, match="unknown kind of rotary positions: 'dynamic'"):
+    with pytest.raises(ValueError, match="unknown kind of rotary positions: 'spiral'"):
         polarjax.load(folder)
 
 

@@ -91,7 +91,18 @@ def spied(monkeypatch):
 @pytest.mark.parametrize(("tp", "dp"), [*SHAPES, *SLOW])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_sparse_tokens_are_those_of_one_device(name, tp, dp):
-    params = make(name)
+    assert_same_as_on_one(make(name), tp, dp)
+
+
+def test_the_biases_of_a_gated_mlp_are_cut():
+    params = make("gqa", mlp_bias=True, activation="relu")
+    cut = assert_same_as_on_one(params, 4, 2, policy=Polar(0.5, 0.4))
+    mlp = cut.weights["layers_1"]["mlp"]
+    for name in ("gate_bias", "up_bias"):
+        assert mlp[name].addressable_shards[0].data.shape[0] * 4 == mlp[name].size
+
+
+def assert_same_as_on_one(params, tp, dp, policy=None):
     cut = shard(params, make_mesh(tp, dp))
     qkv = cut.weights["layers_0"]["attention"]["qkv"]
     assert qkv.addressable_shards[0].data.shape[0] * tp == qkv.shape[0]
@@ -101,7 +112,7 @@ def test_logits_and_sparse_tokens_are_those_of_one_device(name, tp, dp):
         for p in (params, cut)
     )
     assert np.linalg.norm(one - many) < 1e-5 * np.linalg.norm(one)
-    policy = Polar([1.0, 0.5, 0.25])
+    policy = policy or Polar([1.0, 0.5, 0.25])
     settings = {"max_new_tokens": 8, "policy": policy, "chunk": 8}
     one, many = (
         polarjax.generate(p, PROMPTS, implementation="xla", **settings)
@@ -110,6 +121,7 @@ def test_logits_and_sparse_tokens_are_those_of_one_device(name, tp, dp):
     assert one.tokens == many.tokens
     assert one.stats.density == many.stats.density
     assert one.finish_reasons == many.finish_reasons
+    return cut
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from convert.readers.gguf_header import MAGIC, Entry, read_header
+from convert.readers.gguf_header import MAGIC, Entry
+from convert.readers.gguf_parts import read_parts
 from convert.rules.rule import number, size
 from convert.source import ConversionError, Decode, Source, SourceTensor
 from convert.tokenizer import from_gguf
@@ -21,8 +22,10 @@ __all__ = ["MAGIC", "read"]
 
 # Those that `gguf.quants` reads and that hold weights.
 _KINDS = frozenset(
-    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL "
-    "IQ4_XS".split()
+    """
+    F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_M IQ1_S IQ2_S
+    IQ2_XS IQ2_XXS IQ3_S IQ3_XXS IQ4_NL IQ4_XS MXFP4 NVFP4 TQ1_0 TQ2_0
+    """.split()
 )
 
 _LAYER = "model.layers.{i}."
@@ -74,34 +77,28 @@ def read(path: Path) -> Source:
     """Open a file of one of the architectures `llama`, `qwen2` and `qwen3`.
 
     Args:
-      path: of the file.
+      path: of the file; of one in parts, any of them.
 
     Raises:
       ConversionError: if it is truncated, damaged or not supported.
     """
-    data = np.memmap(path, mode="r")
-    fields, entries = read_header(data, path)
+    fields, entries = read_parts(path)
     architecture = fields.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise ConversionError(
             f"{path}: general.architecture {architecture!r} is not supported; "
             f"supported: {', '.join(_ARCHITECTURES)}"
         )
-    if fields.get("split.count", 1) != 1:
-        raise ConversionError(
-            f"{path} is one part of {fields['split.count']}: join them first with "
-            "`llama-gguf-split --merge`"
-        )
     for entry in entries:
         if entry.kind.name not in _KINDS:
             raise ConversionError(
-                f"{path}: {entry.name} has type {entry.kind.name}, which is not "
+                f"{entry.path}: {entry.name} has type {entry.kind.name}, which is not "
                 f"supported; supported: {', '.join(sorted(_KINDS))}"
             )
-    config = _config(fields, entries, path)
+    config = _config(fields, entries)
     files, notes = from_gguf(fields)
     interleaved = _INTERLEAVED if architecture == "llama" else {}
-    tensors = [_tensor(entry, config, interleaved, path) for entry in entries]
+    tensors = [_tensor(entry, config, interleaved) for entry in entries]
     return Source(
         config=config,
         tensors={tensor.name: tensor for tensor in tensors},
@@ -109,10 +106,14 @@ def read(path: Path) -> Source:
         eos_ids=_eos_ids(fields),
         bos_ids=_ids(fields, "bos"),
         notes=tuple(notes),
+        ours_alone=""
+        if fields.get("split.count", 1) == 1
+        else "transformers reads no GGUF file in parts: join them first with "
+        "`llama-gguf-split --merge`",
     )
 
 
-def _config(fields: dict[str, Any], entries: list[Entry], path: Path) -> dict[str, Any]:
+def _config(fields: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
     """The metadata as a config.json, in transformers 4's words."""
     family = fields["general.architecture"]
     config: dict[str, Any] = {"model_type": family}
@@ -126,6 +127,7 @@ def _config(fields: dict[str, Any], entries: list[Entry], path: Path) -> dict[st
     shapes = {entry.name: entry.shape for entry in entries}
     config["tie_word_embeddings"] = "output.weight" not in shapes
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    config["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
     if "vocab_size" not in config and "token_embd.weight" in shapes:
         config["vocab_size"] = shapes["token_embd.weight"][0]
     heads = config["num_attention_heads"]
@@ -136,9 +138,7 @@ def _config(fields: dict[str, Any], entries: list[Entry], path: Path) -> dict[st
     config |= _windows(fields, config)
     for entry in entries:
         if entry.name == _DIVISORS:
-            config["rope_divisors"] = _divisors(
-                _tensor(entry, config, {}, path), config
-            )
+            config["rope_divisors"] = _divisors(_tensor(entry, config, {}), config)
     return config
 
 
@@ -200,11 +200,11 @@ def _rope_scaling(
     if not math.isclose(number(fields, key, magnitude), magnitude, rel_tol=1e-6):
         why = f": YaRN of this factor multiplies with {magnitude:.6g}"
         _refuse(fields, key, why=why)
-    context, key = config["max_position_embeddings"], "original_context_length"
+    original = fields.get(f"{scaling}original_context_length")
     return {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": fields.get(f"{scaling}{key}") or context,
+        "original_max_position_embeddings": original or None,
         "beta_fast": number(fields, f"{scaling}yarn_beta_fast", 32.0),
         "beta_slow": number(fields, f"{scaling}yarn_beta_slow", 1.0),
         "attention_factor": magnitude * number(fields, f"{scaling}attn_factor", 1.0),
@@ -260,7 +260,7 @@ def _divisors(tensor: SourceTensor, config: dict[str, Any]) -> tuple[float, ...]
 
 
 def _tensor(
-    entry: Entry, config: dict[str, Any], interleaved: dict[str, str], path: Path
+    entry: Entry, config: dict[str, Any], interleaved: dict[str, str]
 ) -> SourceTensor:
     layer = re.match(r"blk\.(\d+)\.", entry.name)
     i = layer.group(1) if layer else ""
@@ -278,7 +278,7 @@ def _tensor(
         stored_name=entry.name,
         kind=entry.kind.name,
         shape=entry.shape,
-        path=path,
+        path=entry.path,
         begin=entry.begin,
         nbytes=entry.nbytes,
         decode=decode,

@@ -45,6 +45,7 @@ class Entry:
       name: of the tensor.
       kind: how it is stored.
       shape: outputs first; the file has them the other way round.
+      path: of the file.
       begin: first byte in the file.
       nbytes: length in bytes.
     """
@@ -52,6 +53,7 @@ class Entry:
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
+    path: Path
     begin: int
     nbytes: int
 
@@ -175,7 +177,7 @@ def _tensor(cursor: _Cursor) -> Entry:
             f"{kind.name}'s {block}"
         )
     nbytes = math.prod(shape) // block * block_bytes
-    return Entry(name, kind, shape, begin, nbytes)
+    return Entry(name, kind, shape, cursor.path, begin, nbytes)
 
 
 def _check_layout(

@@ -20,12 +20,14 @@ from convert.files import (
     read_json,
     read_json_if_there,
 )
+from convert.readers.names import unwrap
 from convert.source import ConversionError, Source, SourceTensor
 from convert.tokenizer import from_folder
 from polarjax.params import TENSORS
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"  # of PEFT's
 _FLOATS = {
     "F64": np.float64,
     "F32": np.float32,
@@ -49,22 +51,58 @@ def read(folder: Path) -> Source:
       ConversionError: if a file is missing, damaged or not supported.
     """
     if not is_there(folder / "config.json"):
-        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
-        hint = f"; convert {folder / ggufs[0]} itself" if ggufs else ""
-        raise ConversionError(f"{folder} has no config.json{hint}")
+        raise ConversionError(no_config(folder))
     config = read_json(folder / "config.json")
     if (folder / TENSORS.format("00001")).exists():
         raise ConversionError(f"{folder} is a polarjax checkpoint already")
     config.pop("rope_divisors", None)  # a word between the GGUF reader and the rules
     generation = read_json_if_there(folder / "generation_config.json")
     files, notes = from_folder(folder)
+    tensors, more = _tensors(folder)
+    tensors, wrappers = unwrap(tensors)
+    if wrappers:
+        more.append(f"left out of the tensors' names: {wrappers}")
+    if is_there(folder / ADAPTER_FILE):
+        more.append(
+            f"{folder} has an adapter too, which is not merged ({ADAPTER_FILE})"
+        )
     return Source(
         config=config,
-        tensors=_tensors(folder),
+        tensors=tensors,
         files=files,
         eos_ids=_ids("eos_token_id", generation, config),
         bos_ids=_ids("bos_token_id", generation, config),
-        notes=tuple(notes),
+        notes=(*notes, *more),
+        ours_alone=f"transformers does not load tensors whose names have {wrappers}"
+        if wrappers
+        else "",
+    )
+
+
+def no_config(folder: Path) -> str:
+    """Why a folder without config.json is not read, and what to do."""
+    if is_there(folder / ADAPTER_FILE):
+        return adapter_refusal(folder)
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    hint = f"; convert {folder / ggufs[0]} itself" if ggufs else ""
+    return f"{folder} has no config.json{hint}"
+
+
+def adapter_refusal(folder: Path, name: str | None = None) -> str:
+    """Why an adapter of PEFT's is not read, and what to do.
+
+    Args:
+      folder: with its adapter_config.json.
+      name: of the folder, for the message; None for its path.
+    """
+    name, record = name or str(folder), read_json(folder / ADAPTER_FILE)
+    base = record.get("base_model_name_or_path") or "BASE"
+    kind = record.get("peft_type")
+    what = "a LoRA adapter" if kind == "LORA" else f"an adapter of PEFT's ({kind})"
+    return (
+        f"{name} is {what} of {base}, not a model: merge it with peft, "
+        f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
+        f"{name!r}).merge_and_unload().save_pretrained(DST)`, and convert DST"
     )
 
 
@@ -91,11 +129,14 @@ def _ids(name: str, *configs: dict[str, Any]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _tensors(folder: Path) -> dict[str, SourceTensor]:
+def _tensors(folder: Path) -> tuple[dict[str, SourceTensor], list[str]]:
+    """By name, and notes."""
     if is_there(folder / _SINGLE):
-        return {tensor.name: tensor for tensor in _open(folder / _SINGLE)}
+        return {tensor.name: tensor for tensor in _open(folder / _SINGLE)}, []
     if is_there(folder / _INDEX):
         return _sharded(folder)
+    if is_there(folder / ADAPTER_FILE):
+        raise ConversionError(adapter_refusal(folder))
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
     if pickles:
         raise ConversionError(pickle_refusal(pickles[0]))
@@ -104,7 +145,11 @@ def _tensors(folder: Path) -> dict[str, SourceTensor]:
     raise ConversionError(f"{folder} has neither {_SINGLE} nor {_INDEX}{found}")
 
 
-def _sharded(folder: Path) -> dict[str, SourceTensor]:
+def _sharded(folder: Path) -> tuple[dict[str, SourceTensor], list[str]]:
+    """As transformers reads them: the shards that the index names, and all in them.
+
+    Of two tensors of a name that of the last file counts, wherever the index has it.
+    """
     index = read_json(folder / _INDEX, LARGEST_TABLE).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise ConversionError(f"{folder / _INDEX} has no weight_map")
@@ -121,17 +166,20 @@ def _sharded(folder: Path) -> dict[str, SourceTensor]:
         if not is_there(folder / shard):
             raise ConversionError(f"the shard {folder / shard} is missing")
         for tensor in _open(folder / shard):
-            listed = index.get(tensor.name)
-            if listed != shard:
-                where = f"places in {listed}" if listed else "does not list"
-                raise ConversionError(
-                    f"{shard} holds {tensor.name}, which {_INDEX} {where}"
-                )
             tensors[tensor.name] = tensor
     for name, shard in index.items():
         if name not in tensors:
             raise ConversionError(f"{_INDEX} places {name} in {shard}: it is not there")
-    return tensors
+    others = [name for name, x in tensors.items() if index.get(name) != x.path.name]
+    if not others:
+        return tensors, []
+    name = others[0]
+    note = (
+        f"{len(others)} tensors are read from where {_INDEX} does not place them, as "
+        f"transformers does, the last of its shards first: {name} from "
+        f"{tensors[name].path.name}"
+    )
+    return tensors, [note]
 
 
 def _open(path: Path) -> Iterable[SourceTensor]:

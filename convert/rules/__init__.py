@@ -5,11 +5,14 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from convert.rules import llama, opt
-from convert.rules.fields import unread_fields
+from convert.rules import llama, opt, rope
+from convert.rules.fields import QUANTIZATIONS, unread_fields
+from convert.rules.rope import context_notes
 from convert.rules.rule import Rule
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
+
+__all__ = ["context_notes", "describe", "understand", "unread"]
 
 # model_type -> (architecture, module)
 _FAMILIES = {
@@ -50,14 +53,15 @@ def understand(config: dict[str, Any]) -> tuple[ModelConfig, tuple[Rule, ...]]:
             f"the architecture {', '.join(map(str, architectures))} is not supported; "
             f"supported: {supported}"
         )
-    if quantization := config.get("quantization_config"):
-        method = "?"
-        if isinstance(quantization, dict):
-            method = quantization.get("quant_method", "?")
-        raise ConversionError(
-            f"quantization_config: the checkpoint is quantised ({method}): convert the "
-            "original one, or a GGUF file"
-        )
+    for name in QUANTIZATIONS:
+        if quantization := config.get(name):
+            method = "?"
+            if isinstance(quantization, dict):
+                method = quantization.get("quant_method", "?")
+            raise ConversionError(
+                f"{name}: the checkpoint is quantised ({method}): convert the original "
+                "one, or a GGUF file"
+            )
     unread(config)
     try:
         return family.model_config(config), family.rules(config)
@@ -84,7 +88,7 @@ def unread(config: dict[str, Any]) -> list[str]:
     for name in ("rope_parameters", "rope_scaling"):
         record = config.get(name)
         if isinstance(record, dict):
-            found = unread_fields(record, llama.ROPE_FIELDS)
+            found = unread_fields(record, rope.ROPE_FIELDS)
             names += [f"{name}.{field}" for field in found]
     if not names:
         return []

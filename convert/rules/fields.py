@@ -21,7 +21,7 @@ _SWITCHES = frozenset(
     alibi llama_4_scaling_beta mrope_section no_rope_layers rope_interleave
     rope_interleaved rope_local_base_freq use_mrope
 
-    activation_sparsity_pattern hidden_activation
+    activation_sparsity_pattern hidden_activation mlp_bias
     apply_residual_connection_post_layernorm qk_layernorm use_qk_norm
     parallel_attn use_parallel_residual
     scale_depth dim_model_base scale_embedding
@@ -42,13 +42,16 @@ _FACTORS = frozenset(
     rotary_pct
     """.split()
 )
+# Of weights that stand for others; whoever reads a configuration refuses them. The
+# second is compressed-tensors' old word, the third MLX's.
+QUANTIZATIONS = ("quantization_config", "compression_config", "quantization")
 # Of bookkeeping, training and drawing tokens; or looked at before a family reads.
 _HARMLESS = frozenset(
     """
     _name_or_path architectures bos_token_id dtype eos_token_id id2label is_llama_config
-    label2id model_type name_or_path pad_token_id problem_type quantization_config
-    sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version
-    transformers.js_config unk_token_id unsloth_fixed unsloth_version
+    label2id model_type name_or_path pad_token_id problem_type sep_token_id
+    task_specific_params tokenizer_class torch_dtype transformers.js_config
+    transformers_version unk_token_id unsloth_fixed unsloth_version
 
     activation_dropout attention_dropout dropout embd_pdrop gradient_checkpointing
     hidden_dropout init_std initializer_factor initializer_range layerdrop resid_pdrop
@@ -61,7 +64,7 @@ _HARMLESS = frozenset(
     do_sample max_length max_new_tokens min_length num_beams repetition_penalty
     temperature top_k top_p
     """.split()
-)
+) | set(QUANTIZATIONS)
 
 
 def unread_fields(config: dict[str, Any], read: Set[str]) -> list[str]:

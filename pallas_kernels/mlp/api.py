@@ -29,9 +29,10 @@ def gathered_mlp(
     """Apply a feed-forward layer, reading only the selected neurons' weight rows.
 
     Plain: `act(x up^T + up_bias) down + down_bias`. Gated, when weights has "gate":
-    `(act(x gate^T) * (x up^T + up_bias)) down + down_bias`. Sums are float32; the
-    hidden activations are rounded to the dtype of x between the two products. So are
-    both factors of a gate where all neurons serve 1,024 rows or more, as in prefill.
+    `(act(x gate^T + gate_bias) * (x up^T + up_bias)) down + down_bias`. Sums are
+    float32; the hidden activations are rounded to the dtype of x between the two
+    products. So are both factors of a gate without biases where all neurons serve 1,024
+    rows or more, as in prefill.
 
     Source: the selective MLP of Polar Sparsity section 4 (arXiv 2505.14884).
 
@@ -39,7 +40,8 @@ def gathered_mlp(
         x: inputs, [b, m], bfloat16, float16 or float32.
         weights: "up" and "down" and optionally "gate", each [f, m] (neuron-major: a
             neuron is one row in every matrix) in the dtype of x; optionally the
-            biases "up_bias" [f] and "down_bias" [m] in any float dtype.
+            biases "up_bias" [f], "gate_bias" [f] beside a gate and "down_bias" [m]
+            in any float dtype.
         neurons: rows to read, int32 [n] with n >= 1, one set for the whole batch,
             distinct, in 0..f-1, in any order. None reads all f (dense).
         activation: "relu", "silu" or "gelu" (the exact one, by the error function).
@@ -209,6 +211,8 @@ def _check(x, weights, neurons, activation) -> None:
     f = weights["up"].shape[0] if weights["up"].ndim else 0
     shapes = {"up": (f, m), "down": (f, m), "gate": (f, m)}
     shapes |= {"up_bias": (f,), "down_bias": (m,)}
+    if "gate" in weights:
+        shapes["gate_bias"] = (f,)
     for name, weight in weights.items():
         if name not in shapes:
             raise ValueError(

@@ -57,7 +57,7 @@ def _both_products(
     def load(name, selected):
         neuron, mask = selected
         ref = weights_refs[name]
-        if name == "up_bias":
+        if name.endswith("_bias"):
             return tiles.load(ref.at[neuron], mask)
         return tiles.load(ref.at[neuron, cols], mask & col_mask)
 
@@ -76,8 +76,9 @@ def _both_products(
         tile = {name: load(name, following) for name in entering}
         for i, product in enumerate(products):
             sums = {name: _sum(value) for name, value in product.items()}
-            if "up_bias" in rows:
-                sums["up"] += rows["up_bias"]
+            for name in sums:
+                if (bias := f"{name}_bias") in rows:
+                    sums[name] += rows[bias]
             hidden = tiles.activations(sums, act).astype(x_ref.dtype)
             totals[i] += hidden.astype(jnp.float32) * rows["down"]
         tile["down"] = load("down", following)

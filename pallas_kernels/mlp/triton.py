@@ -162,7 +162,7 @@ def _leave(
 
 def _enter_kernel(
     x_ref,  # [b, m]
-    weights_refs,  # "up" and optionally "gate" [f, m], optionally "up_bias" [f]
+    weights_refs,  # "up" and optionally "gate" [f, m], optionally biases [f]
     neurons_ref,  # [n], or None for all f
     *out_refs,  # [splits, b, n or more], activations or sums of "up" (and "gate")
     n: int,
@@ -212,10 +212,11 @@ def _enter_kernel(
     sums = {name: zeros for name in tiles.sums(weights_refs)}
     steps = tiles.share(folded // config.up_columns, split, config.up_splits)
     sums = lax.fori_loop(*steps, step, sums)
-    if "up_bias" in weights_refs:
-        mask = tiles.both(place_mask, (parts == 0) & (split == 0))
-        bias = tiles.load(weights_refs["up_bias"].at[neuron], mask)
-        sums["up"] += bias.astype(jnp.float32)[:, None]
+    for name in sums:
+        if (bias := f"{name}_bias") in weights_refs:
+            mask = tiles.both(place_mask, (parts == 0) & (split == 0))
+            values = tiles.load(weights_refs[bias].at[neuron], mask)
+            sums[name] += values.astype(jnp.float32)[:, None]
     if folds > 1:
         sums = {name: _unfold(total, folds) for name, total in sums.items()}
     if config.up_splits == 1:

@@ -123,7 +123,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope := c.rope_of(self.layer):
-            cos, sin = (x[:, :, None] for x in angles(positions, rope, c.head_dim))
+            turn = angles(positions, rope, c.head_dim, c.context)
+            cos, sin = (x[:, :, None] for x in turn)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q, k, v, self._all_scores(scores)
 
@@ -142,7 +143,7 @@ class Attention(nn.Module):
         c, kernel = self.config, gathering(self.implementation)
         parts = partial_product(u, self.qkv, self._qkv_bias(), implementation=kernel)
         rope = c.rope_of(self.layer)
-        turn = angles(positions, rope, c.head_dim) if rope else (None, None)
+        turn = angles(positions, rope, c.head_dim, c.context) if rope else None
         split = functools.partial(
             split_heads,
             heads=c.heads,
@@ -152,12 +153,12 @@ class Attention(nn.Module):
             implementation=kernel,
         )
         if not c.qk_norm:
-            q, k, v, scores = split(parts, *turn)
+            q, k, v, scores = split(parts, *(turn or (None, None)))
             return q, k, v, self._all_scores(scores)
         q, k, v, scores = split(parts, None, None)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rope:
-            cos, sin = (x[:, None] for x in angles(positions, rope, c.head_dim))
+        if turn:
+            cos, sin = (x[:, None] for x in turn)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q, k, v, self._all_scores(scores)
 

@@ -33,8 +33,10 @@ class MLP(nn.Module):
             weight = self.param(name, normal, (c.neurons, c.dim), self.dtype)
             setattr(self, name, weight)
         if c.mlp_bias:
-            # LLaMA's gate may have a bias too; no known checkpoint has one.
             self.up_bias = self.param("up_bias", zeros, (c.neurons,), self.dtype)
+            if c.gated_mlp:
+                bias = self.param("gate_bias", zeros, (c.neurons,), self.dtype)
+                self.gate_bias = bias
             self.down_bias = self.param("down_bias", zeros, (c.dim,), self.dtype)
 
     def __call__(self, x: jax.Array, neurons: jax.Array | None = None) -> jax.Array:
@@ -95,4 +97,6 @@ class MLP(nn.Module):
                 "up_bias": self.up_bias,
                 "down_bias": once(self.down_bias, self.share),
             }
+            if c.gated_mlp:
+                weights["gate_bias"] = self.gate_bias
         return weights

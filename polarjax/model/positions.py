@@ -13,20 +13,26 @@ from polarjax.config import Rope
 LEARNED_OFFSET = 2
 
 
-def frequencies(rope: Rope, head_dim: int) -> jax.Array:
+def frequencies(rope: Rope, head_dim: int, context: int) -> jax.Array:
     """Angle per position of each pair of dimensions.
 
     Args:
       rope: base and scaling.
       head_dim: d.
+      context: of the model, in tokens. Where a scaling is for long texts alone
+        ("dynamic", "longrope"), it says whether these are: by a sequence's own length
+        its keys would turn otherwise as it grows, or as its batch-mates do.
 
     Returns:
       float32[d / 2], radians per token.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    freq = 1.0 / rope.theta**exponent
-    if rope.divisors:
-        freq = freq / jnp.asarray(rope.divisors, jnp.float32)
+    freq = 1.0 / base(rope, head_dim, context) ** exponent
+    divisors = rope.divisors
+    if rope.kind == "longrope" and context > rope.original_context:
+        divisors = rope.long_divisors
+    if divisors:
+        freq = freq / jnp.asarray(divisors, jnp.float32)
     if rope.kind == "linear":
         return freq / rope.factor
     if rope.kind == "llama3":
@@ -48,6 +54,14 @@ def frequencies(rope: Rope, head_dim: int) -> jax.Array:
     return freq
 
 
+def base(rope: Rope, head_dim: int, context: int) -> float:
+    """Of the wavelengths; "dynamic" raises it in a context beyond the original one."""
+    if rope.kind != "dynamic" or context <= rope.original_context:
+        return rope.theta
+    stretch = rope.factor * context / rope.original_context - (rope.factor - 1)
+    return rope.theta * stretch ** (head_dim / (head_dim - 2))
+
+
 def _mix(stay: jax.Array, stretched: jax.Array, ramp: jax.Array) -> jax.Array:
     ramp = jnp.clip(ramp, 0.0, 1.0)
     return ramp * stay + (1 - ramp) * stretched
@@ -60,7 +74,7 @@ def _dimension(rope: Rope, head_dim: int, turns: float) -> float:
 
 
 def angles(
-    positions: jax.Array, rope: Rope, head_dim: int
+    positions: jax.Array, rope: Rope, head_dim: int, context: int
 ) -> tuple[jax.Array, jax.Array]:
     """What queries and keys are rotated by; see `pallas_kernels.rotate`.
 
@@ -68,9 +82,10 @@ def angles(
       positions: int32[...], from 0.
       rope: base and scaling.
       head_dim: d.
+      context: of the model, in tokens.
 
     Returns:
       Cosine and sine, times the rope's scale, float32[..., d / 2].
     """
-    angle = positions[..., None] * frequencies(rope, head_dim)
+    angle = positions[..., None] * frequencies(rope, head_dim, context)
     return rope.scale * jnp.cos(angle), rope.scale * jnp.sin(angle)

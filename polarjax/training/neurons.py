@@ -27,7 +27,7 @@ def active_neurons(
 
     Args:
       mlp_weights: "up" [f, m] and "up_bias" [f] where there is one; of a gated MLP
-        also "gate" [f, m], which decides alone.
+        also "gate" [f, m] and perhaps "gate_bias" [f], which decide alone.
       v: [n, m], the MLP's input.
       share: of one device of several, which has some of the neurons.
 
@@ -35,7 +35,7 @@ def active_neurons(
       bool[n, f], of the whole model.
     """
     if "gate" in mlp_weights:
-        rows, bias = mlp_weights["gate"], None
+        rows, bias = mlp_weights["gate"], mlp_weights.get("gate_bias")
     else:
         rows, bias = mlp_weights["up"], mlp_weights.get("up_bias")
     # The model's own dtype, as the MLP itself computes it.

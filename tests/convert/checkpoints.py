@@ -79,6 +79,11 @@ def llama_shapes(config=LLAMA) -> dict[str, tuple[int, ...]]:
             for n, rows in zip("qkvo", (h * d, k * d, k * d, m), strict=True)
             if n in biased
         }
+        if c.get("mlp_bias"):
+            shapes |= {
+                f"model.layers.{i}.mlp.{n}_proj.bias": (rows,)
+                for n, rows in (("gate", f), ("up", f), ("down", m))
+            }
         if kind == "qwen3":
             shapes |= {
                 f"model.layers.{i}.self_attn.{n}_norm.weight": (d,) for n in "qk"
@@ -223,20 +228,32 @@ def gguf_tensors(config, tensors: Tensors) -> Tensors:
     return out
 
 
+# Where each kind keeps its float16 scales; elsewhere any byte is a value.
+_SCALES = {
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2)},
+    **{"Q6_K": (208,), "IQ1_M": (), "NVFP4": ()},
+    **dict.fromkeys(("IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S"), (0,)),
+    **dict.fromkeys(("IQ3_XXS", "IQ4_NL", "IQ4_XS"), (0,)),
+}
+
+
 def quantize(array: np.ndarray, kind: str) -> np.ndarray:
     """Bytes of one tensor; those that the package cannot write are random."""
     quantization = GGMLQuantizationType[kind]
-    if not kind.endswith("_K") and not kind.startswith("IQ"):
+    at = _SCALES.get(kind)
+    if at is None:
         return gguf.quants.quantize(array, quantization)
     block, nbytes = gguf.GGML_QUANT_SIZES[quantization]
     rng = np.random.default_rng(array.size)
     blocks = rng.integers(0, 256, (array.size // block, nbytes), dtype=np.uint8)
-    # Where each kind keeps its float16 scales; elsewhere any byte is a value.
-    at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2)}
-    at |= {"Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
-    for begin in at[kind]:
+    for begin in at:
         scale = rng.uniform(0.01, 0.02, (len(blocks), 1)).astype(np.float16)
         blocks[:, begin : begin + 2] = scale.view(np.uint8)
+    if kind == "IQ1_M":  # a quarter of its scale is in each of the last 16-bit words
+        scale = rng.uniform(0.01, 0.02, len(blocks)).astype(np.float16).view(np.uint16)
+        words = blocks[:, -8:].view(np.uint16)
+        for i in range(4):
+            words[:, i] = (words[:, i] & 0xFFF) | ((scale >> (4 * i) & 0xF) << 12)
     return blocks.reshape(array.shape[0], -1)
 
 
@@ -257,7 +274,12 @@ def byte_level_fields() -> list[tuple]:
 
 
 def write_gguf(
-    path: Path, config=LLAMA, tensors: Tensors | None = None, kind="F32", fields=()
+    path: Path,
+    config=LLAMA,
+    tensors: Tensors | None = None,
+    kind="F32",
+    fields=(),
+    part_tensors=0,
 ) -> dict[str, np.ndarray]:
     """A GGUF file of the architecture that the config names.
 
@@ -267,13 +289,15 @@ def write_gguf(
       tensors: by GGUF's names; None for those of `llama_tensors`.
       kind: of every matrix, or several that take turns; vectors are float32.
       fields: (method of `gguf.GGUFWriter`, arguments) for more metadata.
+      part_tensors: in each of several files, whose names come of `path`; 0 for one.
 
     Returns:
       What each tensor's values are after quantisation.
     """
     if tensors is None:
         tensors = gguf_tensors(config, llama_tensors(config))
-    c, writer = config, gguf.GGUFWriter(path, config["model_type"])
+    c = config
+    writer = gguf.GGUFWriter(path, config["model_type"], split_max_tensors=part_tensors)
     writer.add_block_count(c["num_hidden_layers"])
     writer.add_embedding_length(c["hidden_size"])
     writer.add_feed_forward_length(c["intermediate_size"])

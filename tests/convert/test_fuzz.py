@@ -214,6 +214,8 @@ def test_json(count, tmp_path, measured):
         {"rope_type": "yarn", "beta_slow": 2.0, "attention_factor": 1.5},
         {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         {"rope_type": "linear"},
+        {"rope_type": "dynamic"},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
     ]
     also = {"layer_types": ["full_attention"] * 2, "quantization_config": None}
     also |= {"head_dim": 8, "attention_bias": False}
@@ -248,7 +250,7 @@ def test_json(count, tmp_path, measured):
                 config, weights = found
                 assert_equal(weights, reference[1])
                 assert config.rope
-                turns = frequencies(config.rope, config.head_dim)
+                turns = frequencies(config.rope, config.head_dim, config.context)
                 assert np.isfinite(turns).all() and np.float32(config.rope.scale) > 0
         except BaseException as error:
             error.add_note(f"number {i}: {changed[:300]}")

@@ -32,6 +32,8 @@ WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layer
 KINDS = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
 YARN = [
     ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
@@ -67,7 +69,7 @@ def as_hf(config, stored) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_quantisations(family, tmp_path):
     """Every kind in one file, each in another place of each architecture."""
-    config = {**WIDE, "model_type": family, "num_hidden_layers": 2}
+    config = {**WIDE, "model_type": family, "num_hidden_layers": 4}
     shift = ["llama", "qwen2", "qwen3"].index(family)
     kinds = [*KINDS[shift:], *KINDS[:shift]]
     tensors = gguf_tensors(config, llama_tensors(config))
@@ -86,7 +88,7 @@ def test_quantisations(family, tmp_path):
 def test_equals_what_transformers_loads(family, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = {**WIDE, "model_type": family, "num_hidden_layers": 2}
+    config = {**WIDE, "model_type": family, "num_hidden_layers": 4}
     fields = [("add_rope_dimension_count", 64), ("add_name", "tiny")]
     if family == "qwen3":  # its head_dim, which transformers does not read
         config |= {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -120,6 +122,7 @@ def test_equals_the_model_it_was_made_of(kv_heads, family, tmp_path):
         "architectures": None,
         "num_key_value_heads": kv_heads,
         "attention_bias": family == "llama",
+        "mlp_bias": family == "llama",
         "head_dim": 8,
     }
     tensors = llama_tensors(config)
@@ -210,12 +213,19 @@ def test_rope_scaling(fields, kind, tmp_path):
             for key, value in fields.items()
         ],
     )
-    rope = convert(path, tmp_path / "out", progress=False).rope
+    made = convert(path, tmp_path / "out", progress=False)
+    rope = made.rope
     assert rope is not None and rope.kind == kind
+    context = config["max_position_embeddings"]
+    if kind == "yarn":
+        original = fields.get("rope.scaling.original_context_length", context)
+        reached = fields.get("rope.scaling.factor", 1.0) * original
+        context = max(context, reached)
+    assert made.context == context
     expected = rotation(fields, LLAMA["rope_theta"], LLAMA["max_position_embeddings"])
     # One in the first of each pair shows the cosine there, the sine in the second.
     ones = jnp.concatenate([jnp.ones((64, 4)), jnp.zeros((64, 4))], -1)
-    turned = np.asarray(rotate(ones, *angles(jnp.arange(64), rope, 8)))
+    turned = np.asarray(rotate(ones, *angles(jnp.arange(64), rope, 8, 64)))
     found = turned[:, :4] + 1j * turned[:, 4:]
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
@@ -319,7 +329,11 @@ def test_the_hash_is_the_file_s(tmp_path):
          "window_pattern = 2 is not .* true or false for each of 2 layers"),
         ([("add_sliding_window", 16), ("add_sliding_window_pattern", [True, False])],
          "a Mistral has its window in every layer"),
-        ([("add_uint16", "split.count", 3)], "is one part of 3"),
+        ([("add_uint16", "split.count", 3), ("add_uint16", "split.no", 0)],
+         "is one part of 3, number 1: .* ends in -00001-of-00003.gguf"),
+        ([("add_uint16", "split.count", 3)], "split.no must be a number, not None"),
+        ([("add_uint16", "split.count", 2), ("add_uint16", "split.no", 2)],
+         "is one part of 2, number 3"),
         ([("add_uint64", "general.alignment", 2**40)], "alignment 10.* up to 65536"),
         ([("add_float32", "tokenizer.ggml.eos_token_id", 2.5)],
          "eos_token_id.* must be token ids"),

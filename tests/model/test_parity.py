@@ -44,6 +44,13 @@ YARN = {
     "original_max_position_embeddings": 32,
     "beta_fast": 8.0,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 1.9, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 7.0, 9.0, 12.0, 16.0],
+    "original_max_position_embeddings": 128,
+}
 SMOLLM3 = dict(
     LLAMA,
     **dict(num_hidden_layers=4, num_key_value_heads=2, pad_token_id=None),
@@ -77,6 +84,23 @@ MODELS = {
         rope_parameters={"rope_type": "linear", "rope_theta": 99.0, "factor": 3.0},
     ),
     "llama-yarn-rope": dict(LLAMA, rope_parameters=YARN, num_key_value_heads=2),
+    "llama-yarn-factor-null": dict(
+        LLAMA, rope_parameters=dict(YARN, factor=None), num_key_value_heads=2
+    ),
+    # By Qwen's recipe the context of the file is the one before the extension.
+    "qwen2-yarn-recipe": dict(
+        LLAMA, max_position_embeddings=32, rope_parameters=dict(YARN)
+    ),
+    "llama-dynamic-rope": dict(
+        LLAMA,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 99.0, "factor": 3.0},
+    ),
+    # No text here is longer than the original context.
+    "llama-longrope-short": dict(
+        LLAMA, rope_parameters=dict(LONGROPE, attention_factor=1.2)
+    ),
+    "llama-mlp-bias": dict(LLAMA, mlp_bias=True, num_key_value_heads=2),
+    "smollm3-mlp-bias-relu": dict(SMOLLM3, mlp_bias=True, hidden_act="relu"),
     "llama-relu": dict(LLAMA, hidden_act="relu", num_key_value_heads=2),
     "qwen2-mha": dict(LLAMA),
     "qwen2-gqa-tied": dict(LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
@@ -324,7 +348,15 @@ def test_the_models_reach_what_they_are_meant_to(pair):
     config = params.config
     their = reference.config
     assert config.tied_embeddings == their.tie_word_embeddings
-    assert config.context == their.max_position_embeddings
+    context, rope = their.max_position_embeddings, getattr(their, "rope_parameters", {})
+    if rope and rope["rope_type"] == "yarn" and rope["factor"]:
+        context = max(
+            context, rope["factor"] * rope["original_max_position_embeddings"]
+        )
+    assert config.context == context
+    assert config.family == "opt" or config.mlp_bias == getattr(
+        their, "mlp_bias", False
+    )
     # Qwen2's and Mistral's are no choice.
     assert config.qkv_bias == getattr(
         their, "attention_bias", getattr(their, "enable_bias", config.family == "qwen2")
@@ -342,6 +374,7 @@ def test_the_models_reach_what_they_are_meant_to(pair):
         *("llama-gqa-llama3-rope", "llama-odd", "llama-yarn-rope", "opt"),
         *("qwen2-window-of-none", "qwen2-mqa-yarn", "qwen3-mqa-yarn"),
         *("qwen2-window", "mistral-window", "mistral-no-window", "smollm3-window"),
+        *("llama-longrope-short", "llama-dynamic-rope", "llama-yarn-factor-null"),
     ],
 )
 def test_configs_of_transformers_4_and_5_agree(name, tmp_path):

@@ -28,6 +28,8 @@ def make_case(b=3, m=40, f=70, dtype="float32", n=33, gated=False, biases=True):
     weights = {name: rng.normal(size=(f, m)) / math.sqrt(m) for name in names}
     if biases:
         weights |= {"up_bias": rng.normal(size=f), "down_bias": rng.normal(size=m)}
+        if gated:
+            weights["gate_bias"] = rng.normal(size=f)
     neurons = None if n is None else rng.permutation(f)[:n]
     if n is not None:
         unselected = np.setdiff1d(np.arange(f), neurons)
@@ -46,7 +48,11 @@ def mlp_float64(x, weights, neurons, activation):
     up = x @ w["up"][rows].T
     if "up_bias" in w:
         up = up + w["up_bias"][rows]
-    hidden = act(x @ w["gate"][rows].T) * up if "gate" in w else act(up)
+    if "gate" in w:
+        gate = x @ w["gate"][rows].T
+        hidden = act(gate + w["gate_bias"][rows] if "gate_bias" in w else gate) * up
+    else:
+        hidden = act(up)
     return hidden @ w["down"][rows] + w.get("down_bias", 0.0)
 
 
@@ -265,6 +271,11 @@ WRONG = {
         {**w, "down_bias": w["up_bias"]},
         i,
     ),
+    r"unknown 'gate_bias'; it may have": lambda x, w, i: (
+        x,
+        {**w, "gate_bias": w["up_bias"]},
+        i,
+    ),
     r"weights\['up'\] has dtype float16; it must be that of x": lambda x, w, i: (
         x,
         {**w, "up": w["up"].astype("float16")},
@@ -301,6 +312,8 @@ MODELS = {
     "llama-2-7b": (16, 4096, 11008, 5504, True),
     "llama-3.1-8b": (256, 4096, 14336, 7168, True),
     "smollm2-135m": (8, 576, 1536, 500, True),
+    "mlp-bias": (8, 576, 1536, 500, True),
+    "mlp-bias-of-one": (1, 4096, 11008, 5504, True),
 }
 
 
@@ -312,7 +325,10 @@ def test_lowers_for_cuda(model, dtype, lower_for_cuda, monkeypatch):
     weights = {"up": spec((f, m), dtype), "down": spec((f, m), dtype)}
     if gated:
         weights["gate"] = spec((f, m), dtype)
-    else:
+    biased = model.startswith("mlp-bias")
+    if biased:
+        weights["gate_bias"] = spec((f,), dtype)
+    if biased or not gated:
         weights |= {"up_bias": spec((f,), dtype), "down_bias": spec((m,), dtype)}
     # A named kernel must not ask which backend this host has, but for measured configs.
     monkeypatch.setattr(jax, "default_backend", None)

@@ -124,7 +124,9 @@ class Model:
         mlp, act = weights["mlp"], _ACTIVATIONS[self.config.activation]
         z = y if self.config.norm_after else self._norm(y, weights["mlp_norm"])
         up = mlp["up"] @ z + mlp.get("up_bias", 0)
-        hidden = act(mlp["gate"] @ z) * up if "gate" in mlp else act(up)
+        hidden = act(up)
+        if "gate" in mlp:
+            hidden = act(mlp["gate"] @ z + mlp.get("gate_bias", 0)) * up
         if neurons is not None:
             hidden = np.where(np.isin(np.arange(len(hidden)), neurons), hidden, 0)
         y = y + hidden @ mlp["down"] + mlp.get("down_bias", 0)

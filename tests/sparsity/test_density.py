@@ -38,7 +38,14 @@ def assert_close(one, other):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(OPT, layers=3)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(CONFIG, dataclasses.replace(OPT, layers=3)),
+        dataclasses.replace(CONFIG, mlp_bias=True),
+    ],
+    ids=["gqa", "opt", "mlp-bias"],
+)
 def test_density_1_equals_dense(config):
     params = random_params(config, SEED, routers=True)
     prompts = random_prompts(config, LENGTHS, SEED)

@@ -42,7 +42,11 @@ def generate(
     return polarjax.generate(params, prompts, policy=policy, **settings)
 
 
-@pytest.mark.parametrize("config", [CONFIG, GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, GATED, dataclasses.replace(GATED, mlp_bias=True)],
+    ids=["plain", "gated", "gated-biases"],
+)
 def test_heads_and_neurons_equal_masked_dense(config):
     params = random_params(config, SEED, routers=True, neuron_rank=RANK)
     prompts = random_prompts(config, LENGTHS, SEED)

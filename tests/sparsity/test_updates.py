@@ -15,7 +15,11 @@ from polarjax.sparsity.updates import init_updates, merge_updates
 from tests.models import random_params
 from tests.training.mended import BIASED, GQA, merged, model, with_updates
 
-CONFIGS = pytest.mark.parametrize("config", [GQA, BIASED], ids=["gqa", "opt"])
+CONFIGS = pytest.mark.parametrize(
+    "config",
+    [GQA, BIASED, dataclasses.replace(GQA, mlp_bias=True)],
+    ids=["gqa", "opt", "mlp-bias"],
+)
 
 
 @CONFIGS

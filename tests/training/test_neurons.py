@@ -31,7 +31,11 @@ def observed(params):
     )
 
 
-@pytest.mark.parametrize("config", [OPT, GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    "config",
+    [OPT, GATED, dataclasses.replace(GATED, mlp_bias=True)],
+    ids=["plain", "gated", "gated-biases"],
+)
 def test_labels_are_the_neurons_that_the_reference_computes(config):
     """A neuron is active where the dense model's own arithmetic is above zero."""
     params = random_params(config)
@@ -52,7 +56,8 @@ def test_labels_are_the_neurons_that_the_reference_computes(config):
             np.testing.assert_allclose(v, z, atol=2e-3)
             mlp = weights["mlp"]
             rows = mlp["gate" if config.gated_mlp else "up"]
-            hidden = rows @ z + (0 if config.gated_mlp else mlp["up_bias"])
+            bias = "gate_bias" if config.gated_mlp else "up_bias"
+            hidden = rows @ z + mlp.get(bias, 0)
             ours = active_neurons(params.weights[f"layers_{layer}"]["mlp"], v[None])[0]
             clear = np.abs(hidden) > 1e-2  # else float32 may decide otherwise
             np.testing.assert_array_equal(ours[clear], hidden[clear] > 0)
