@@ -18,9 +18,9 @@ from polarjax.files import FileError, parse_json
 
 FORMAT_VERSION = 2
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-LARGEST_CONTEXT = 2**24  # tokens, whose positions float32 still tells apart
 
-# Sizes beyond this are damage, and arithmetic on them may take forever.
+# Sizes beyond this are damage, and arithmetic on them may take forever; nor does
+# float32 tell positions beyond it apart.
 LARGEST = 2**24
 Size = Annotated[int, Between(1, LARGEST)]
 Depth = Annotated[int, Between(1, 2**12)]
@@ -238,10 +238,9 @@ class ModelConfig:
             positions has.
         """
         whole = isinstance(context, int) and not isinstance(context, bool)
-        if not whole or not 1 <= context <= LARGEST_CONTEXT:
+        if not whole or not 1 <= context <= LARGEST:
             raise ValueError(
-                f"context must be an integer from 1 to {LARGEST_CONTEXT}, "
-                f"got {context!r}"
+                f"context must be an integer from 1 to {LARGEST}, got {context!r}"
             )
         if self.rope is None and context != self.context:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from convert.rules.rule import flag, number, one_of, size
 from convert.source import ConversionError
-from polarjax.config import LARGEST_CONTEXT, ModelConfig, Rope, RopeKind
+from polarjax.config import LARGEST, ModelConfig, Rope, RopeKind
 from polarjax.model.positions import base
 
 # Of the record `rope_parameters` or `rope_scaling`: those that are read below.
@@ -204,10 +204,10 @@ def read_context(config: dict[str, Any], rope: Rope) -> int:
     if rope.kind != "yarn":
         return given
     reached = round(rope.factor * rope.original_context)
-    if reached > LARGEST_CONTEXT:
+    if reached > LARGEST:
         raise ConversionError(
             f"configuration: YaRN's factor {rope.factor:g} times {_ORIGINAL} "
-            f"{rope.original_context} is beyond {LARGEST_CONTEXT} tokens"
+            f"{rope.original_context} is beyond {LARGEST} tokens"
         )
     return max(given, reached)
 
