@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
-from benchmarks.steps import STEPS
-from polarjax.console import add_any_model, fraction
-from polarjax.sharding import check_tp
-from polarjax.sparsity.select import check_density, check_parts
+from polarjax.arguments.common import add_any_model, fraction
 
 DESCRIPTION = (
     "Time decode steps at the shapes of real models, on random weights or a "
@@ -130,6 +127,36 @@ def add_arguments(add: Any) -> None:
     )
 
 
+def check_options(args: argparse.Namespace, cases: dict[str, Case]) -> None:
+    """Raise if an option changes nothing, or is out of range.
+
+    Args:
+      args: of the command.
+      cases: that they ask for.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be positive, got {args.repeats}")
+    if args.link_gb_s is not None and not 0 < args.link_gb_s < float("inf"):
+        raise ValueError(f"--link-gb-s must be above 0, got {args.link_gb_s}")
+    if args.no_torch and args.transformers:
+        raise ValueError("--transformers has no effect with --no-torch: leave one out")
+    if args.adapter and args.head_rank:
+        raise ValueError(
+            "--head-rank has no effect with --adapter, which brings its routers: leave "
+            "one out"
+        )
+    meshes = [mesh for case in cases.values() for mesh in case.meshes]
+    if args.balanced and all(tp == 1 for tp, _ in meshes):
+        raise ValueError("--balanced has no effect without --tp above 1: leave it out")
+    if args.link_gb_s and all(tp * dp == 1 for tp, dp in meshes):
+        raise ValueError(
+            "--link-gb-s has no effect on one device, which sends nothing: leave it out"
+        )
+
+
 def prompt_size(text: str) -> tuple[int, int]:
     """Prompts and tokens from text such as 8x2048."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
@@ -222,6 +249,9 @@ def check(cases: dict[str, Case]) -> None:
     Raises:
       ValueError: naming the case, or the density.
     """
+    from benchmarks.steps import STEPS  # jax is loaded from here on
+    from polarjax.sparsity.select import check_density
+
     for name, case in cases.items():
         for tp, dp in case.meshes:
             _check_mesh(name, case, tp, dp)
@@ -245,6 +275,9 @@ def check(cases: dict[str, Case]) -> None:
 
 
 def _check_mesh(name: str, case: Case, tp: int, dp: int) -> None:
+    from polarjax.sharding import check_tp
+    from polarjax.sparsity.select import check_parts
+
     if min(tp, dp) < 1:
         raise ValueError(f"--tp and --dp must be positive, got {tp} and {dp}")
     sizes = [case.batch, *(prompts for prompts, _ in case.prefill)]

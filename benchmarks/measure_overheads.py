@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 import polarjax
-from benchmarks.shapes import draw, opt
+from benchmarks.random_weights import draw
+from benchmarks.shapes import opt
 from benchmarks.steps import STEPS, chunks_in, make_chunk, make_state, times
 from pallas_kernels.tuning.table import file_name
 from polarjax.config import ModelConfig
@@ -81,7 +82,7 @@ def _seconds(params: Params, policy: SelectionPolicy, batch: int) -> float:
     weights, bound = policy.bind(params, batch)
     chunk = make_chunk(params, weights, bound, batch)
     state = make_state(params, batch, CAPACITY)
-    _, seconds, _ = times(chunk, state, CAPACITY, REPEATS)
+    _, [seconds], _ = times([chunk], state, CAPACITY, REPEATS)
     return statistics.median(seconds)
 
 

@@ -1,78 +1,20 @@
-"""What the commands share: arguments, progress bars."""
+"""What commands make of their arguments: meshes and policies."""
 
 from __future__ import annotations
 
 import argparse
-import fractions
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from polarjax.arguments.common import fraction
 from polarjax.hub import read_config
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sharding import check_mesh, default_mesh, make_mesh
 from polarjax.sparsity import Oracle, Polar, Random
 
 POLICIES = {"polar": Polar, "adaptive": Polar, "oracle": Oracle, "random": Random}
-
-
-def fraction(text: str) -> float:
-    """A number such as 0.5 or 2/3."""
-    try:
-        return float(fractions.Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        message = f"{text!r} is no number such as 0.5 or 2/3"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-def add_any_model(add: Callable[..., Any]) -> None:
-    """The option that goes with --adapter.
-
-    Args:
-      add: of a parser.
-    """
-    add(
-        "--any-model",
-        action="store_true",
-        help="take the adapter although it was learned on other weights, such as "
-        "another quantisation or fine-tune, if its shapes are right",
-    )
-
-
-def add_mesh_arguments(add: Callable[..., Any], shared: str) -> None:
-    """The options that say over which devices a model is cut.
-
-    Args:
-      add: of a parser.
-      shared: what copies of the model have parts of.
-    """
-    add(
-        "--tp",
-        type=int,
-        metavar="N",
-        help="devices that share the model, each with its heads and neurons; alone, "
-        "there is one copy",
-    )
-    add(
-        "--dp",
-        type=int,
-        metavar="M",
-        help=f"copies of the model, which share the {shared}; alone, each is over as "
-        "many devices as there are for it. Without both: all GPUs",
-    )
 
 
 def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | None:
@@ -106,8 +48,13 @@ def make_policy(
         adapter's own budgets, or all where it has none.
 
     Raises:
-      ValueError: if there is none of that name.
+      ValueError: if there is none of that name, or it has no use for a density.
     """
+    if name in ("dense", "adaptive") and density is not None:
+        how = "reads all" if name == "dense" else "goes by thresholds"
+        raise ValueError(f"the policy {name} takes no density: it {how}")
+    if name not in ("polar", "adaptive") and neuron_density is not None:
+        raise ValueError(f"the policy {name} takes no density of neurons")
     if name == "dense":
         return Dense()
     if name not in POLICIES:
@@ -134,7 +81,8 @@ def make_policies(
       balanced: beside "polar", that of so many parts; see `Polar`.
 
     Raises:
-      ValueError: if a name or a density is none, or stands there twice.
+      ValueError: if a name or a density is none, or stands there twice, or no policy
+        has a use for one.
     """
     try:
         wanted = [fraction(x) for x in densities.split(",") if x] or [None]
@@ -144,29 +92,24 @@ def make_policies(
     wanted_names = [name.strip() for name in names.split(",")]
     if balanced is not None and "polar" not in wanted_names:
         raise ValueError("--balanced is of the policy polar: name it in --policies")
+    if densities and not {"polar", "oracle", "random"} & {*wanted_names}:
+        raise ValueError(
+            "--densities has no effect on dense and adaptive: name a policy that takes "
+            "one in --policies, or leave it out"
+        )
+    if neuron_density is not None and not {"polar", "adaptive"} & {*wanted_names}:
+        raise ValueError(
+            "--neuron-density is of the policies polar and adaptive: name one in "
+            "--policies, or leave it out"
+        )
     for name in wanted_names:
+        own = neuron_density if name in ("polar", "adaptive") else None
         for density in [None] if name in ("dense", "adaptive") else wanted:
             label = name.capitalize() + (f" {density:.3f}" if density else "")
             if label in policies:
                 raise ValueError(f"--policies, --densities: {label} is there twice")
-            policies[label] = make_policy(name, density, neuron_density)
+            policies[label] = make_policy(name, density, own)
             if name == "polar" and balanced is not None:
                 label = label.replace("Polar", f"Polar balanced {balanced}")
                 policies[label] = Polar(density, neuron_density, balanced=balanced)
     return policies
-
-
-def counting_bar(console: Console) -> Progress:
-    """A progress bar that shows how many are done."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TimeRemainingColumn(), console=console)
-
-
-def share_bar(console: Console) -> Progress:
-    """A progress bar for work of which the units mean nothing to people."""
-    return Progress(
-        *(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()),
-        *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
-        console=console,
-        speed_estimate_period=86_400,  # batches differ: what counts is their mean
-    )

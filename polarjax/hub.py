@@ -22,6 +22,7 @@ from polarjax.model import check_weights
 from polarjax.params import TENSORS, Params, read_description, read_folder
 from polarjax.repository import Repository
 from polarjax.sharding import check_mesh, place_routers, placement
+from polarjax.siblings import check_ours
 from polarjax.sparsity import load_adapter, read_card
 from polarjax.sparsity.adapter import FILES
 from polarjax.sparsity.budgets import check_budgets
@@ -45,7 +46,7 @@ def load(
     `assets/polarjax` beside it (`HF_ASSETS_CACHE`).
 
     Args:
-      path: a folder that `python -m convert` or `polarjax.save` wrote, or an id; a
+      path: a folder that `polarjax convert` or `polarjax.save` wrote, or an id; a
         `Path` is never an id.
       adapter: a folder that `polarjax calibrate` wrote, the name of an adapter that
         ships with the package ("smollm2-135m", "smollm2-135m-1pct"), or an id; None
@@ -127,7 +128,8 @@ def find_checkpoint(path: str | Path, dtype=None) -> Path:
     repository = Repository.parse(path, f"no checkpoint folder at {path}")
     if not repository.file and repository.is_checkpoint():
         return repository.download("*.json", "*.jinja", TENSORS.format("*"))
-    from convert import convert  # which imports this package
+    check_ours("convert")
+    from convert.core import convert  # which imports this package
     from convert.hub import download, texts
 
     kind = "bfloat16" if dtype is None else str(jnp.dtype(dtype))

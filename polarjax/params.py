@@ -252,7 +252,7 @@ def read_description(path: str | Path) -> ModelConfig:
     """What the model in a checkpoint folder is; no tensor is looked at.
 
     Args:
-      path: what `save` or `python -m convert` wrote.
+      path: what `save` or `polarjax convert` wrote.
 
     Raises:
       FileNotFoundError: if there is no such folder, or no checkpoint in it.
@@ -264,7 +264,7 @@ def read_description(path: str | Path) -> ModelConfig:
     if not is_there(path / CONFIG_FILE):
         raise FileNotFoundError(
             f"{path} has no {CONFIG_FILE}: not a polarjax checkpoint, or one whose "
-            f"writing was interrupted. Make one with `python -m convert SRC {path}`"
+            f"writing was interrupted. Make one with `polarjax convert SRC {path}`"
         )
     text = read_text(path / CONFIG_FILE, LARGEST_CONFIG)
     try:
@@ -274,7 +274,7 @@ def read_description(path: str | Path) -> ModelConfig:
             raise FileError(f"{path}: {error}") from None
         raise FileNotFoundError(
             f"{path} is no polarjax checkpoint. If it is a Hugging Face folder, "
-            f"convert it first: `python -m convert {path} DST`"
+            f"convert it first: `polarjax convert {path} DST`"
         ) from None
     check_text(path, CONFIG_FILE, text, _checksums(path))
     return config
@@ -289,7 +289,7 @@ def read_folder(
     """Read a checkpoint folder, each device its own rows.
 
     Args:
-      path: what `save` or `python -m convert` wrote.
+      path: what `save` or `polarjax convert` wrote.
       dtype: of the weights in memory, or None for that of the file. Routers stay
         float32.
       place: where each weight goes; None for the default device. Routers go there in

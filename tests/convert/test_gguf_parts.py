@@ -135,8 +135,8 @@ def test_a_part_is_never_the_destination_s(parts):
 
 
 def test_verify_says_what_to_do(parts, tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="needs it: pip install torch")
+    pytest.importorskip("transformers", reason="needs it: pip install transformers")
     convert(parts[0], tmp_path / "out", progress=False)
     with pytest.raises(ConversionError, match=r"in parts: join them first with `llama"):
         verify(parts[0], tmp_path / "out")

@@ -59,8 +59,10 @@ def test_what_training_wraps_a_model_in(rename, words, tmp_path, capsys):
 
 
 def test_transformers_does_not_load_them(tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
     tensors = {f"_orig_mod.{name}": array for name, array in llama_tensors().items()}
     wrapped = write_hf(tmp_path / "wrapped", LLAMA, tensors)
     _, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -147,8 +149,10 @@ def write_overlay(folder):
 
 
 def test_overlays_are_read_as_transformers_reads_them(tmp_path, capsys):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
     expected = write_overlay(tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", dtype=torch.float32

@@ -19,7 +19,7 @@ from tests.evaluation.tiny_tasks import (
 )
 from tests.models import byte_tokenizer
 
-pytest.importorskip("lm_eval", reason="the eval extra")
+pytest.importorskip("lm_eval", reason="needs it: pip install lm-eval")
 
 from lm_eval.utils import get_rolling_token_windows
 
@@ -177,9 +177,11 @@ def make_pair(folder, backend, batch=4, template=None, **roles):
       template: of chats.
       **roles: texts of the tokenizer's special tokens.
     """
-    torch = pytest.importorskip("torch", reason="parity is checked against torch")
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate", reason="lm-eval loads models with it")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
+    pytest.importorskip("accelerate", reason="needs it: pip install accelerate")
     from lm_eval.models.huggingface import HFLM
 
     from convert import convert

@@ -28,7 +28,9 @@ from tests.generation.chat_templates import (
 )
 from tests.models import LLAMA, byte_tokenizer
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="needs it: pip install transformers"
+)
 
 
 @pytest.fixture(autouse=True)

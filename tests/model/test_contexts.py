@@ -13,7 +13,9 @@ from convert.export import export
 from tests.convert.checkpoints import LLAMA, OPT, opt_tensors, write_hf
 
 torch = pytest.importorskip("torch", reason="parity is checked against torch")
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="needs it: pip install transformers"
+)
 
 D = LLAMA["hidden_size"] // LLAMA["num_attention_heads"]
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
