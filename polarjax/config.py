@@ -196,18 +196,22 @@ class ModelConfig:
             raise ValueError(f"rotary positions need an even head_dim: {self.head_dim}")
         if self.rope and self.rope.kind == "dynamic" and self.head_dim < 4:
             raise ValueError("dynamic rotary positions need a head_dim of 4 or more")
-        for name in ("divisors", "long_divisors") if self.rope else ():
-            count, needed = len(getattr(self.rope, name)), self.head_dim // 2
-            if count != needed and (count or self.rope.kind == "longrope"):
-                raise ValueError(
-                    f"rope has {count} {name}: a head_dim of {self.head_dim} needs "
-                    f"{needed}, or none unless its kind is 'longrope'"
-                )
+        if self.rope:
+            self._check_divisors(self.rope)
         for name in ("bos_ids", "eos_ids"):
             if max(getattr(self, name), default=0) >= self.vocab_size:
                 raise ValueError(
                     f"{name} must be below the vocabulary's {self.vocab_size}, got "
                     f"{reprlib.repr(getattr(self, name))}"
+                )
+
+    def _check_divisors(self, rope: Rope) -> None:
+        for name in ("divisors", "long_divisors"):
+            count, needed = len(getattr(rope, name)), self.head_dim // 2
+            if count != needed and (count or rope.kind == "longrope"):
+                raise ValueError(
+                    f"rope has {count} {name}: a head_dim of {self.head_dim} needs "
+                    f"{needed}, or none unless its kind is 'longrope'"
                 )
 
     @property

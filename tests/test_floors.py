@@ -216,7 +216,7 @@ ORDER = [name for floor in sorted(FLOORS) for name in FLOORS[floor].split()]
 CONVERT_NEEDS = (
     *("convert", "polarjax.config", "polarjax.files", "polarjax.folder"),
     *("polarjax.params", "polarjax.model", "polarjax.repository"),
-    "polarjax.terminal",
+    *("polarjax.arguments.common", "polarjax.terminal"),
 )
 EXPORT_NEEDS = (*CONVERT_NEEDS, "polarjax.hub", "polarjax.sparsity.updates")
 PACKAGES = ("pallas_kernels", "polarjax", "convert")
