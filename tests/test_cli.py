@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import polarjax
-from polarjax import calibrate_cli, cli, demo, evaluate_cli
+from polarjax import calibrate_cli, cli, demo, evaluate_cli, generate_cli
 from polarjax.sparsity import save_adapter
 from polarjax.sparsity.select import with_density
 from tests.models import LLAMA, random_params, write_checkpoint
@@ -81,7 +81,7 @@ def test_bytes_that_are_no_text_are_one_line(checkpoint, options, capsys):
 @pytest.mark.parametrize(
     ("command", "module"),
     [
-        ("generate MODEL hi", cli),
+        ("generate MODEL hi", generate_cli),
         ("eval MODEL --text TEXT", evaluate_cli),
         ("lm-eval MODEL --tasks arc_easy", evaluate_cli),
         ("recover MODEL --text TEXT --out OUT", calibrate_cli),

@@ -11,6 +11,7 @@ from convert import ConversionError, convert
 from convert.__main__ import main
 from convert.export import export
 from tests.convert.checkpoints import LLAMA, OPT, opt_tensors, write_hf
+from tests.seal import seal
 
 torch = pytest.importorskip("torch", reason="parity is checked against torch")
 transformers = pytest.importorskip(
@@ -245,5 +246,6 @@ def test_verify_reads_each_text_as_transformers_does(scaling, context, tmp_path)
     wrong = dataclasses.replace(made.rope, factor=3.0, divisors=made.rope.long_divisors)
     path = tmp_path / "out/config.json"
     path.write_text(dataclasses.replace(made, rope=wrong).to_json())
+    seal(tmp_path / "out")
     with pytest.raises(ConversionError, match=r"rope\.\w+ is"):
         verify(tmp_path / "hf", tmp_path / "out", context=context)
