@@ -69,4 +69,4 @@ $(GGUF): | $(BIN)/python
 
 # Again where the format may have changed.
 $(CHECKPOINT)/config.json: $(GGUF) polarjax/config.py | $(VENV)/run.done
-	$(BIN)/python -m convert $(GGUF) $(CHECKPOINT) --overwrite
+	$(BIN)/polarjax convert $(GGUF) $(CHECKPOINT) --overwrite

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
-from benchmarks.steps import STEPS
-from polarjax.console import fraction
-from polarjax.sharding import check_tp
-from polarjax.sparsity.select import check_density, check_parts
+from polarjax.arguments.common import fraction
 
 DESCRIPTION = (
     "Time decode steps at the shapes of real models, on random weights or a "
@@ -218,6 +215,9 @@ def check(cases: dict[str, Case]) -> None:
     Raises:
       ValueError: naming the case, or the density.
     """
+    from benchmarks.steps import STEPS  # jax is loaded from here on
+    from polarjax.sparsity.select import check_density
+
     for name, case in cases.items():
         for tp, dp in case.meshes:
             _check_mesh(name, case, tp, dp)
@@ -241,6 +241,9 @@ def check(cases: dict[str, Case]) -> None:
 
 
 def _check_mesh(name: str, case: Case, tp: int, dp: int) -> None:
+    from polarjax.sharding import check_tp
+    from polarjax.sparsity.select import check_parts
+
     if min(tp, dp) < 1:
         raise ValueError(f"--tp and --dp must be positive, got {tp} and {dp}")
     sizes = [case.batch, *(prompts for prompts, _ in case.prefill)]

@@ -14,13 +14,13 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from rich.console import Console
 
 import polarjax
 from benchmarks import kernels, plots, profiling, steps
@@ -35,6 +35,7 @@ from benchmarks.arguments import (
 )
 from benchmarks.cases import CASES as KERNEL_CASES
 from benchmarks.meshes import Devices, of_one, sent_bytes
+from benchmarks.random_weights import random_params, random_routers
 from benchmarks.report import REPOSITORY, best_rates, commit
 from benchmarks.rows import (
     ONE,
@@ -48,13 +49,7 @@ from benchmarks.rows import (
     transformers_row,
 )
 from benchmarks.rows import read as read_rows
-from benchmarks.shapes import (
-    Case,
-    layers_alone,
-    parse_model,
-    random_params,
-    random_routers,
-)
+from benchmarks.shapes import Case, layers_alone, parse_model
 from benchmarks.table import table
 from polarjax.generation.crossover import bind_where_it_pays
 from polarjax.generation.stats import imbalance, read_bandwidth
@@ -62,6 +57,7 @@ from polarjax.model import weight_shapes
 from polarjax.params import Params
 from polarjax.sparsity.cost import kv_row_bytes
 from polarjax.sparsity.select import with_density
+from polarjax.terminal import make_console
 
 # Where torch's dense attention reads fastest, see the kernels' table.
 RATE_SHAPES = {name: KERNEL_CASES[name] for name in ("llama-2-7b", "opt-66b")}
@@ -271,8 +267,12 @@ def against_transformers(name: str, case: Case, timed: dict, rows: Rows) -> None
         rows.add(row)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Run the benchmark.
+
+    Args:
+      args: that `benchmarks.arguments` describes.
+      command: that was given, for the record.
 
     Raises:
       ValueError: if an argument does not fit.
@@ -307,7 +307,7 @@ def run(args: argparse.Namespace) -> None:
     r = max(best_rates(RATE_SHAPES, rates, stream).values())
     head = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(args.command),
+        "command": shlex.join(command),
         "commit": commit(),
         "device": device.device_kind,
         "devices": jax.device_count(),
@@ -339,9 +339,7 @@ def run(args: argparse.Namespace) -> None:
         if mesh not in links:  # before anything else is in the devices' memory
             links[mesh] = Devices.of(*mesh, args.link_gb_s)
         run_model(model, links[mesh], cases, args, rows)
-    console = Console()
-    wide = console if console.is_terminal else Console(width=150)
-    wide.print(table(rows.own))
+    make_console().print(table(rows.own))
     if rows.path:
         print(f"written to {rows.path}")
         if args.plot:
@@ -367,9 +365,8 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser.add_argument)
     args = parser.parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
-    args.command = ["python", "-m", "benchmarks.decode", *given]
     try:
-        run(args)
+        run(args, ["python", "-m", "benchmarks.decode", *given])
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

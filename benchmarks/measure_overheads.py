@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 import polarjax
-from benchmarks.shapes import draw, opt
+from benchmarks.random_weights import draw
+from benchmarks.shapes import opt
 from benchmarks.steps import STEPS, chunks_in, make_chunk, make_state, times
 from pallas_kernels.tuning.table import file_name
 from polarjax.config import ModelConfig

@@ -16,14 +16,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from tokenizers import Tokenizer
 
 from convert.hub import locate
@@ -35,6 +27,7 @@ from convert.source import ConversionError, Source, SourceTensor, naming
 from polarjax.config import ModelConfig
 from polarjax.folder import check_destination, neighbours
 from polarjax.params import TOKENIZER_FILE, check_finite, new_checkpoint
+from polarjax.terminal import bytes_bar, make_console
 
 DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
@@ -321,15 +314,7 @@ def _progress_bar(
     plan: _Plan, shown: bool
 ) -> Iterator[Callable[[SourceTensor, int], None]]:
     """Yields what to call with a tensor and how many more bytes of it are read."""
-    with Progress(
-        TextColumn("converting"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        disable=not (shown and sys.stderr.isatty()),
-    ) as bar:
+    with bytes_bar("converting", make_console(stderr=True), shown) as bar:
         task = bar.add_task("", total=sum(tensor.nbytes for tensor in plan.tensors))
         yield lambda tensor, count: bar.update(
             task, description=tensor.stored_name, advance=count

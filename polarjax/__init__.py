@@ -1,12 +1,27 @@
 """Batched decoding of language models in JAX, made cheaper by contextual sparsity."""
 
-from polarjax.config import ModelConfig, Rope
-from polarjax.generation import Output, Stats, generate, logits
-from polarjax.hub import load
-from polarjax.params import Params, save
-from polarjax.planning import Plan, plan
-from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sparsity import Oracle, Polar, Random
+import sys
+
+TYPE_CHECKING = False  # of typing, which costs time to import
+if TYPE_CHECKING:
+    from polarjax.public import (
+        Dense,
+        ModelConfig,
+        Oracle,
+        Output,
+        Params,
+        Plan,
+        Polar,
+        Random,
+        Rope,
+        SelectionPolicy,
+        Stats,
+        generate,
+        load,
+        logits,
+        plan,
+        save,
+    )
 
 __version__ = "0.1.0"
 
@@ -28,3 +43,22 @@ __all__ = [
     "plan",
     "save",
 ]
+
+
+def __getattr__(name: str):  # PEP 562
+    """The public names, and the modules behind them, at the first use of one.
+
+    jax takes seconds to import, and `polarjax --help` needs nothing of it.
+    """
+    if not name.startswith("_"):
+        import polarjax.public  # not `from`, which would ask here again
+
+        loaded = vars(sys.modules["polarjax.public"])
+        globals().update({each: loaded[each] for each in __all__ if each in loaded})
+        if name in globals():  # a module that is loaded now is there too
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,16 @@
 """`python -m polarjax` is the console script."""
 
+import os
 import sys
 
-from polarjax.cli import main
+# Python has put the folder that it is called from before all others: a `benchmarks` or
+# `convert` of the user's would be imported in the place of ours. Only where polarjax
+# itself lies, as in a clone of its repository, that folder is the right one.
+_HERE, _HOME = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if not sys.flags.safe_path and os.path.realpath(_HERE) != os.path.realpath(_HOME):
+    sys.path[:1] = [path for path in sys.path[:1] if path not in ("", _HERE)]
 
-sys.exit(main())
+from polarjax.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -15,13 +15,8 @@ from rich.table import Table
 
 from polarjax import distributed
 from polarjax.calibration import Terms, Texts, calibrate
-from polarjax.console import (
-    add_mesh_arguments,
-    choose_mesh,
-    counting_bar,
-    fraction,
-)
-from polarjax.evaluation import Mode, Perplexity, Recall
+from polarjax.console import choose_mesh
+from polarjax.evaluation import Perplexity, Recall
 from polarjax.evaluation.record import environment, now
 from polarjax.folder import check_destination
 from polarjax.hub import load
@@ -29,165 +24,8 @@ from polarjax.params import Params
 from polarjax.recovery import recover_on_text
 from polarjax.sparsity import save_adapter
 from polarjax.sparsity.select import with_density
+from polarjax.terminal import counting_bar, make_console
 from polarjax.training import Recovery, RouterTraining, Source
-from polarjax.training.losses import HeadLoss
-from polarjax.training.recover import Routers
-
-
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Give the console script these commands.
-
-    Args:
-      command: makes one, from its name, function, text and example.
-    """
-    parser = command(
-        "calibrate",
-        _calibrate,
-        "Train routers on text, measure them on text they have not seen, and save them "
-        "as an adapter. With --max-drop, find the sparsest budgets that keep the loss "
-        "of quality within it, and promise no more than held-out text shows.",
-        "polarjax calibrate checkpoints/smollm2-135m --text books.txt manuals.txt=0.5 "
-        "self=0.5 --max-drop 1% --out adapters/mine",
-    )
-    distributed.add_arguments(parser)
-    add = parser.add_argument
-    _add_texts(add, tokens=400_000)
-    add("--density", type=fraction, default=2 / 3, help="fraction of KV groups to keep")
-    add(
-        "--loss",
-        choices=get_args(HeadLoss),
-        default="bce",
-        help="of head routers: the paper's, or one that weighs a wrong order by the "
-        "norm it loses, which serves fixed budgets best (--fixed)",
-    )
-    add(
-        "--sparse",
-        type=fraction,
-        default=0.5,
-        help="share of the sequences that are read as decoding reads them, after a "
-        "dense prompt of random length with the heads picked so far",
-    )
-    add(
-        "--head-rank",
-        type=int,
-        default=64,
-        help="of a quadratic form in head routers: they find more of the heads, and "
-        "their rows take a few bytes; 0 for linear ones, as the paper has them",
-    )
-    add(
-        "--neuron-rank",
-        type=int,
-        default=0,
-        help="of neuron routers, for ReLU models; their budgets are found for batches "
-        "of 1, 8 and 64",
-    )
-    add("--batch", type=int, default=1, help="blocks per optimiser step")
-    add("--learning-rate", type=float, default=2e-2, help="peak of AdamW's")
-    add("--target-recall", type=fraction, help="stop when held-out recall reaches it")
-    add(
-        "--max-drop",
-        type=percentage,
-        help="largest loss of quality to promise, as a relative increase of perplexity "
-        "on every text (1%% or 0.01); budgets are then searched layer by layer",
-    )
-    add("--confidence", type=percentage, default=0.95, help="of the promise")
-    add(
-        "--fixed",
-        action="store_true",
-        help="search budgets that are the same for every token, not means over tokens: "
-        "simpler, and less sparse for the same promise",
-    )
-    add("--decode-batch", type=int, default=16, help="batch size of the promise")
-    add(
-        "--decode-context",
-        type=int,
-        default=2048,
-        help="tokens in the cache for which the bytes saved are counted",
-    )
-    _add_run(add)
-
-    parser = command(
-        "recover",
-        _recover,
-        "Distil the dense model into its sparse self: small updates of its weights, "
-        "for the sparse policy alone, and routers trained along.",
-        "polarjax recover checkpoints/smollm2-135m --adapter adapters/mine --text "
-        "books.txt self --tokens 10000000 --rank 8 --out adapters/recovered",
-    )
-    distributed.add_arguments(parser)
-    add = parser.add_argument
-    add("--adapter", required=True, help="folder of routers, name of one, or id")
-    _add_texts(add, tokens=10_000_000)
-    add("--density", type=fraction, help="instead of the adapter's budgets")
-    add("--rank", type=rank, default=8, help="of the updates, or 'full'")
-    add(
-        "--prompts",
-        type=fraction,
-        default=0.5,
-        help="share of the sequences that begin with a dense prompt",
-    )
-    add("--batch", type=int, default=16, help="blocks per optimiser step")
-    add("--learning-rate", type=float, default=1e-3, help="peak, of the updates")
-    add(
-        "--routers",
-        choices=get_args(Routers),
-        default="bce",
-        help="what they learn meanwhile: which heads are largest, by either loss of "
-        "`calibrate`, the slopes of the divergence, or nothing",
-    )
-    add("--router-learning-rate", type=float, default=1e-3, help="peak, of the routers")
-    add("--remat", action="store_true", help="use less memory, and a third more time")
-    add("--patience", type=int, default=4, help="looks without progress before the end")
-    _add_run(add)
-
-
-def _add_texts(add: Callable[..., Any], tokens: int) -> None:
-    add(
-        "--text",
-        nargs="+",
-        required=True,
-        help="UTF-8 files (.gz too), JSON lines with a field text, folders that "
-        "`datasets` saved, or self for what the model writes; PATH=WEIGHT for a share",
-    )
-    add("--tokens", type=int, default=tokens, help="tokens to learn from")
-    add("--passes", type=float, default=1.0, help="over them")
-    add("--context", type=int, default=512, help="tokens per block")
-    add(
-        "--held-out",
-        type=int,
-        default=16_384,
-        help="tokens of each text to measure on, behind those learned from",
-    )
-    add("--seed", type=int, default=0, help="of all draws")
-
-
-def _add_run(add: Callable[..., Any]) -> None:
-    add(
-        "--mode",
-        choices=get_args(Mode),
-        default="decode",
-        help="how perplexities are measured: see `polarjax eval`",
-    )
-    add_mesh_arguments(add, "batch, which they must divide")
-    add(
-        "--work",
-        help="folder that keeps the training while it runs: the same command goes on "
-        "from there",
-    )
-    add("--out", required=True, help="folder of the adapter to make")
-    add("--overwrite", action="store_true", help="replace an adapter that is there")
-
-
-def percentage(text: str) -> float:
-    """1% or 0.01."""
-    if text.endswith("%"):
-        return fraction(text[:-1]) / 100
-    return fraction(text)
-
-
-def rank(text: str) -> int | None:
-    """A number, or None for full."""
-    return None if text == "full" else int(text)
 
 
 def _texts(args: argparse.Namespace) -> Texts:
@@ -229,12 +67,13 @@ def _made() -> dict[str, Any]:
     return {"command": command, "finished": now(), **environment()}
 
 
-def _calibrate(args: argparse.Namespace) -> None:
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Run `polarjax calibrate`, of the arguments that its parser describes."""
     distributed.start_from(args)
     out = Path(args.out)
     check_destination(out, args.overwrite)  # before the work, not after
     mesh = choose_mesh(args, args.batch)
-    params, console = load(args.checkpoint, mesh=mesh), Console()
+    params, console = load(args.checkpoint, mesh=mesh), make_console()
     training = RouterTraining(
         args.density,
         batch=args.batch,
@@ -255,7 +94,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             args.decode_context,
             not args.fixed,
         )
-    with counting_bar(console) as bar:
+    with counting_bar(make_console(stderr=True)) as bar:
         found = calibrate(
             *(params, _texts(args), training),
             passes=args.passes,
@@ -278,13 +117,14 @@ def _calibrate(args: argparse.Namespace) -> None:
     console.print(f"adapter written to {out}")
 
 
-def _recover(args: argparse.Namespace) -> None:
+def run_recover(args: argparse.Namespace) -> None:
+    """Run `polarjax recover`, of the arguments that its parser describes."""
     distributed.start_from(args)
     out = Path(args.out)
     check_destination(out, args.overwrite)
     mesh = choose_mesh(args, args.batch)
     params = load(args.checkpoint, adapter=args.adapter, mesh=mesh)
-    console = Console()
+    console = make_console()
     if args.density is not None:
         params = with_density(params, args.density)
     recovery = Recovery(
@@ -297,7 +137,7 @@ def _recover(args: argparse.Namespace) -> None:
         remat=args.remat,
         seed=args.seed,
     )
-    with counting_bar(console) as bar:
+    with counting_bar(make_console(stderr=True)) as bar:
         found = recover_on_text(
             *(params, _texts(args), recovery),
             passes=args.passes,

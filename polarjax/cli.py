@@ -1,30 +1,49 @@
-"""The console script `polarjax`."""
+"""The console script `polarjax`.
+
+What is needed to answer `--help` or a misspelt option is imported here, what a command
+works with when it runs.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from rich.console import Console
+from polarjax.arguments import calibrate, evaluate, generate, plan
+from polarjax.arguments.common import Fill, Parser
+from polarjax.siblings import check_ours
 
-from benchmarks import arguments, decode
-from polarjax import calibrate_cli, demo, distributed, evaluate_cli, plan_cli
-from polarjax.compile_cache import use_compile_cache
-from polarjax.console import (
-    POLICIES,
-    add_mesh_arguments,
-    choose_mesh,
-    fraction,
-    make_policy,
+_ABOUT = (
+    "Batched decoding made cheaper by contextual sparsity. Make a checkpoint first: "
+    "`polarjax convert SRC DST`. Where a name is no path here, it is an id of the "
+    "Hugging Face hub: org/name, org/name@revision or org/name/file.gguf (pip install "
+    "huggingface_hub); such a model is converted on its first use."
 )
-from polarjax.demo import plain
-from polarjax.generation import Tokenizer, generate
-from polarjax.generation.memory import MEMORY_FRACTION
-from polarjax.hub import load
-from polarjax.sparsity import Polar
+_BROKEN_PIPE = 128 + 13  # as a shell says of a process that SIGPIPE ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One of the console script's commands.
+
+    Attributes:
+      name: that it is called by.
+      text: what it does; the first sentence stands in the list of commands.
+      example: of a call.
+      fill: adds its arguments to a parser.
+      run: does the work; returns the exit status, None for 0.
+      check: raises ValueError where an option changes nothing.
+    """
+
+    name: str
+    text: str
+    example: str
+    fill: Fill
+    run: Callable[[argparse.Namespace], int | None]
+    check: Callable[[argparse.Namespace], None] = lambda args: None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,31 +55,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       Exit code: 0, or 1 after an error that was printed as one line.
     """
-    args = _parser().parse_args(argv)
-    args.given = sys.argv[1:] if argv is None else argv
-    if not args.no_compile_cache:
-        use_compile_cache()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     try:
-        with distributed.together():
-            args.run(args)
+        args = parser.parse_args(argv)
+        args.given = argv
+        args.command.check(args)
+        return _run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):  # `polarjax ... | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return _BROKEN_PIPE
+        from polarjax.terminal import one_line
+
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    check_ours("pallas_kernels")
+    from polarjax import distributed
+    from polarjax.compile_cache import use_compile_cache
+    from polarjax.terminal import print_whatever_the_encoding
+
+    print_whatever_the_encoding()
+    if not args.no_compile_cache:
+        use_compile_cache()
+    with distributed.together():
+        status = args.command.run(args) or 0
+        sys.stdout.flush()
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="polarjax",
-        description="Batched decoding made cheaper by contextual sparsity. Make a "
-        "checkpoint first: `python -m convert SRC DST`. Where a name is no path here, "
-        "it is an id of the Hugging Face hub: org/name, org/name@revision or "
-        "org/name/file.gguf (pip install huggingface_hub); such a model is converted "
-        "on its first use.",
-    )
+    parser = Parser(prog="polarjax", description=_ABOUT)
     parser.add_argument(
         "--no-compile-cache",
         action="store_true",
@@ -69,130 +103,181 @@ def _parser() -> argparse.ArgumentParser:
         "never)",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name, run, text, epilog, checkpoint=True):
+    for command in COMMANDS:
+        first = command.text.partition(". ")[0].removesuffix(".") + "."
         new = commands.add_parser(
-            name,
-            help=text.replace("%", "%%"),  # argparse formats it
-            description=text,
-            epilog="example: " + epilog,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            command.name,
+            help=first.replace("%", "%%"),  # argparse formats it
+            description=command.text,
+            epilog="example: " + command.example,
+            fill=command.fill,
         )
-        new.set_defaults(run=run)
-        if checkpoint:
-            new.add_argument(
-                "checkpoint", help="folder that convert wrote, or id of the hub"
-            )
-        return new
-
-    new = command(
-        *("generate", _generate, "Continue prompts, sparsely with an adapter."),
-        'polarjax generate checkpoints/smollm2-135m "Once upon a time" --adapter '
-        "smollm2-135m --density 2/3",
-    )
-    add = new.add_argument
-    add("prompts", nargs="+", help="texts to continue")
-    add("--adapter", help="folder of routers, name of one that ships, or id")
-    add("--density", type=fraction, help="fraction of KV groups to read, in (0, 1]")
-    add("--policy", choices=["dense", *POLICIES], help="instead of the default")
-    add("--max-new-tokens", type=int, default=64, help="most tokens to add")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="0 is all")
-    add("--top-p", type=float, default=1.0, help="probability mass to draw from")
-    add("--seed", type=int, default=0, help="request i gets this + i")
-    add("--stop", action="append", default=[], help="end a text here; repeatable")
-    add("--chat", action="store_true", help="prompts are questions to a chat model")
-    add(
-        "--memory-fraction",
-        type=fraction,
-        default=MEMORY_FRACTION,
-        help="to fill of what XLA may take of the device",
-    )
-    add_mesh_arguments(add, "prompts")
-    add(
-        "--balanced",
-        action="store_true",
-        help="each of --tp devices reads the best of its own KV groups, as many as "
-        "the others: even work, but another model than the best of all",
-    )
-    add("--json", action="store_true", help="print the result as JSON")
-    distributed.add_arguments(new)
-
-    calibrate_cli.add_commands(command)
-    evaluate_cli.add_commands(command)
-    plan_cli.add_commands(command)
-
-    add = command(
-        "demo",
-        _demo,
-        "Dense and sparse continuations side by side, and what sparsity saved.",
-        "polarjax demo checkpoints/smollm2-135m --adapter smollm2-135m-1pct "
-        "smollm2-135m",
-    ).add_argument
-    add(
-        "--adapter",
-        nargs="+",
-        required=True,
-        help="folders of routers, names of those that ship, or ids of the hub",
-    )
-    add("--max-new-tokens", type=int, default=32, help="tokens per prompt")
-
-    arguments.add_arguments(
-        command(
-            *("bench", _bench, arguments.DESCRIPTION, arguments.EXAMPLE),
-            checkpoint=False,
-        ).add_argument
-    )
+        new.set_defaults(command=command)
     return parser
 
 
 def _generate(args: argparse.Namespace) -> None:
-    distributed.start_from(args)
-    if args.balanced and (args.policy not in (None, "polar") or not args.tp):
-        raise ValueError("--balanced is of the policy polar, and goes with --tp")
-    params = load(args.checkpoint, adapter=args.adapter, mesh=choose_mesh(args))
-    prompts: list = args.prompts
-    if args.chat:
-        tokenizer = Tokenizer.require(params.config, "--chat")
-        texts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompts]
-        # The template writes the special tokens itself.
-        prompts = [tokenizer.encode(text, special=False) for text in texts]
-    policy, density = None, args.density
-    if args.policy:
-        policy, density = make_policy(args.policy, density), None
-    if args.balanced:
-        policy, density = Polar(args.density, balanced=args.tp), None
-    out = generate(
-        params,
-        prompts,
-        max_new_tokens=args.max_new_tokens,
-        density=density,
-        policy=policy,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=args.stop,
-        memory_fraction=args.memory_fraction,
-    )
-    if args.json:
-        print(json.dumps(dataclasses.asdict(out), indent=2))
-        return
-    console = Console()
-    for prompt, text in zip(args.prompts, out.texts or out.tokens, strict=True):
-        console.rule(align="left")
-        console.print(f"[bold]{plain(prompt)}[/bold]{plain(str(text))}")
-    console.rule(align="left")
-    console.print(plain(str(out.stats)), style="dim")
+    from polarjax import generate_cli
+
+    generate_cli.run_generate(args)
 
 
 def _demo(args: argparse.Namespace) -> None:
+    from polarjax import demo
+
     demo.show(args.checkpoint, args.adapter, args.max_new_tokens)
 
 
+def _calibrate(args: argparse.Namespace) -> None:
+    from polarjax import calibrate_cli
+
+    calibrate_cli.run_calibrate(args)
+
+
+def _recover(args: argparse.Namespace) -> None:
+    from polarjax import calibrate_cli
+
+    calibrate_cli.run_recover(args)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from polarjax import evaluate_cli
+
+    evaluate_cli.run_eval(args)
+
+
+def _lm_eval(args: argparse.Namespace) -> None:
+    from polarjax import evaluate_cli
+
+    evaluate_cli.run_lm_eval(args)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from polarjax import evaluate_cli
+
+    evaluate_cli.run_report(args)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from polarjax import plan_cli
+
+    plan_cli.run_plan(args)
+
+
+def _fill_convert(parser: argparse.ArgumentParser) -> None:
+    check_ours("convert")
+    from convert import arguments
+
+    arguments.add_arguments(parser)
+
+
+def _check_convert(args: argparse.Namespace) -> None:
+    from convert import arguments
+
+    arguments.check(args.parser, args)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from convert import command
+
+    return command.run(args)
+
+
+def _fill_bench(parser: argparse.ArgumentParser) -> None:
+    check_ours("benchmarks")
+    from benchmarks import arguments
+
+    parser.description = arguments.DESCRIPTION
+    arguments.add_arguments(parser.add_argument)
+
+
 def _bench(args: argparse.Namespace) -> None:
-    args.command = ["polarjax", *args.given]
-    decode.run(args)
+    from benchmarks import decode
+
+    decode.run(args, ["polarjax", *args.given])
+
+
+COMMANDS = (
+    Command(
+        "convert",
+        "Make a checkpoint that polarjax loads from a published model. See also "
+        "--verify and the way back, --to-hf.",
+        "polarjax convert ~/models/Llama-3.2-1B checkpoints/llama-1b",
+        _fill_convert,
+        _convert,
+        _check_convert,
+    ),
+    Command(
+        "generate",
+        generate.GENERATE,
+        generate.GENERATE_EXAMPLE,
+        generate.add_generate,
+        _generate,
+        generate.check_generate,
+    ),
+    Command(
+        "calibrate",
+        calibrate.CALIBRATE,
+        calibrate.CALIBRATE_EXAMPLE,
+        calibrate.add_calibrate,
+        _calibrate,
+        calibrate.check_calibrate,
+    ),
+    Command(
+        "recover",
+        calibrate.RECOVER,
+        calibrate.RECOVER_EXAMPLE,
+        calibrate.add_recover,
+        _recover,
+        calibrate.check_recover,
+    ),
+    Command(
+        "eval",
+        evaluate.EVAL,
+        evaluate.EVAL_EXAMPLE,
+        evaluate.add_eval,
+        _eval,
+        evaluate.check_eval,
+    ),
+    Command(
+        "lm-eval",
+        evaluate.LM_EVAL,
+        evaluate.LM_EVAL_EXAMPLE,
+        evaluate.add_lm_eval,
+        _lm_eval,
+        evaluate.check_lm_eval,
+    ),
+    Command(
+        "report",
+        evaluate.REPORT,
+        evaluate.REPORT_EXAMPLE,
+        evaluate.add_report,
+        _report,
+    ),
+    Command(
+        "plan",
+        plan.PLAN,
+        plan.PLAN_EXAMPLE,
+        plan.add_plan,
+        _plan,
+        plan.check_plan,
+    ),
+    Command(
+        "demo",
+        generate.DEMO,
+        generate.DEMO_EXAMPLE,
+        generate.add_demo,
+        _demo,
+    ),
+    Command(
+        "bench",
+        "Time decode steps beside the floor that the memory sets.",
+        "polarjax bench --models llama-3.1-8b opt-66b:8 --batches 16 64 --contexts "
+        "2048 --densities 1/2 5/8 --profile --out bench.json",
+        _fill_bench,
+        _bench,
+    ),
+)
 
 
 if __name__ == "__main__":

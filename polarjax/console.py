@@ -1,64 +1,20 @@
-"""What the commands share: arguments, progress bars."""
+"""What commands make of their arguments: meshes and policies."""
 
 from __future__ import annotations
 
 import argparse
-import fractions
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from polarjax.arguments.common import fraction
 from polarjax.hub import read_config
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sharding import check_mesh, default_mesh, make_mesh
 from polarjax.sparsity import Oracle, Polar, Random
 
 POLICIES = {"polar": Polar, "adaptive": Polar, "oracle": Oracle, "random": Random}
-
-
-def fraction(text: str) -> float:
-    """A number such as 0.5 or 2/3."""
-    try:
-        return float(fractions.Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        message = f"{text!r} is no number such as 0.5 or 2/3"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-def add_mesh_arguments(add: Callable[..., Any], shared: str) -> None:
-    """The options that say over which devices a model is cut.
-
-    Args:
-      add: of a parser.
-      shared: what copies of the model have parts of.
-    """
-    add(
-        "--tp",
-        type=int,
-        metavar="N",
-        help="devices that share the model, each with its heads and neurons; alone, "
-        "there is one copy",
-    )
-    add(
-        "--dp",
-        type=int,
-        metavar="M",
-        help=f"copies of the model, which share the {shared}; alone, each is over as "
-        "many devices as there are for it. Without both: all GPUs",
-    )
 
 
 def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | None:
@@ -140,19 +96,3 @@ def make_policies(
                 label = label.replace("Polar", f"Polar balanced {balanced}")
                 policies[label] = Polar(density, neuron_density, balanced=balanced)
     return policies
-
-
-def counting_bar(console: Console) -> Progress:
-    """A progress bar that shows how many are done."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TimeRemainingColumn(), console=console)
-
-
-def share_bar(console: Console) -> Progress:
-    """A progress bar for work of which the units mean nothing to people."""
-    return Progress(
-        *(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()),
-        *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
-        console=console,
-        speed_estimate_period=86_400,  # batches differ: what counts is their mean
-    )

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from polarjax.evaluation import Perplexity, perplexity, window_items
 from polarjax.generation import Output, Stats, Tokenizer, generate
@@ -15,6 +15,7 @@ from polarjax.hub import find_adapter, load
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Polar, load_adapter, read_card
+from polarjax.terminal import make_console
 
 PROMPTS = (
     "Once upon a time, in a village by the sea,",
@@ -41,7 +42,7 @@ def show(
         raise ValueError(
             "the demo needs 2 new tokens: the first one is dense prefill's"
         )
-    console = Console()
+    console = make_console()
     dense = load(checkpoint)
     models = [load_adapter(dense, find_adapter(adapter)) for adapter in adapters]
     names = ["dense", *map(str, adapters)]
@@ -49,7 +50,7 @@ def show(
     runs += [(params, Polar()) for params in models]
     outputs: list[Output] = []
     for name, (params, policy) in zip(names, runs, strict=True):
-        with console.status(f"{name}: compiling, then continuing four prompts"):
+        with console.status(Text(f"{name}: compiling, then continuing four prompts")):
             outputs.append(
                 generate(
                     params, list(PROMPTS), policy=policy, max_new_tokens=max_new_tokens
@@ -59,7 +60,7 @@ def show(
     table = Table("prompt", *headers, show_lines=True)
     texts = (output.texts or [] for output in outputs)
     for row in zip(PROMPTS, *texts, strict=True):
-        table.add_row(*map(plain, row))
+        table.add_row(*row)
     console.print(table)
 
     text = Path(__file__).with_name("demo.txt")
@@ -68,7 +69,7 @@ def show(
     windows = window_items(tokens, 128, 32)
     found: list[Perplexity] = []
     for name, (params, policy) in zip(names, runs, strict=True):
-        with console.status(f"{name}: perplexity of a short text"):
+        with console.status(Text(f"{name}: perplexity of a short text")):
             found += perplexity(params, windows, {name: policy}, batch=8).values()
     table = Table("", *names)
 
@@ -93,7 +94,7 @@ def show(
         promise = card.get("contract", {}).get("verdict")
         learned = f"{name}: learned from {card.get('tokens', 0):,} tokens"
         said = f"{learned}; {promise}" if promise else learned
-        console.print(plain(said) + ".", style="dim")
+        console.print(said + ".", style="dim")
     console.print(
         "The floor is the bytes that must be read by the bandwidth measured here "
         f"({outputs[0].stats.bandwidth / 1e9:,.1f} GB/s). At this size weights, "
@@ -101,8 +102,3 @@ def show(
         "big batches on a GPU.",
         style="dim",
     )
-
-
-def plain(text: str) -> str:
-    """Text that rich shall not read as markup."""
-    return text.replace("[", r"\[")

@@ -27,7 +27,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-START_TIMEOUT = 45
+from polarjax.arguments.processes import START_TIMEOUT
+from polarjax.arguments.processes import add_arguments as add_arguments
+
 HEARTBEAT_TIMEOUT = 30
 DEAD_PEER = re.compile("gloo|nccl|peer|coordination", re.IGNORECASE)
 
@@ -206,30 +208,6 @@ def together() -> Iterator[None]:
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that several processes can run together."""
-    add = parser.add_argument_group(
-        "several processes",
-        "Run the same command once per host (or per GPU, with CUDA_VISIBLE_DEVICES), "
-        "each with its own --process; they use the GPUs of all. Process 0 prints.",
-    ).add_argument
-    add(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="where process 0 listens: its host as the others reach it, and any free "
-        "port; auto for all three from Slurm, Open MPI and what else jax knows",
-    )
-    add("--processes", type=int, metavar="N", help="how many there are")
-    add("--process", type=int, metavar="I", help="which this one is, 0 to N-1")
-    add(
-        "--start-timeout",
-        type=int,
-        default=START_TIMEOUT,
-        metavar="SECONDS",
-        help="in which all must have started",
-    )
-
-
 def start_from(args: argparse.Namespace) -> None:
     """`start`, if the options say so; then stdout is process 0's alone.
 
@@ -242,6 +220,10 @@ def start_from(args: argparse.Namespace) -> None:
     """
     given = args.coordinator, args.processes, args.process
     if given == (None, None, None):
+        if args.start_timeout != START_TIMEOUT:
+            raise ValueError(
+                "--start-timeout has no effect without --coordinator: leave it out"
+            )
         return
     if args.coordinator == "auto":
         if (args.processes, args.process) != (None, None):

@@ -5,170 +5,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from pallas_kernels import Implementation
 from polarjax import distributed
-from polarjax.console import (
-    add_mesh_arguments,
-    choose_mesh,
-    fraction,
-    make_policies,
-    share_bar,
-)
-from polarjax.demo import plain
-from polarjax.evaluation import Mode, Settings, evaluate, lm_eval
+from polarjax.console import choose_mesh, make_policies
+from polarjax.evaluation import Settings, evaluate, lm_eval
 from polarjax.evaluation.record import about
 from polarjax.evaluation.report import make_report
 from polarjax.evaluation.results import DENSE
-from polarjax.evaluation.run import Kind
 from polarjax.hub import find_adapter, load
 from polarjax.policy import SelectionPolicy
+from polarjax.terminal import make_console, share_bar
 
 
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Give the console script these commands.
-
-    Args:
-      command: makes one, from its name, function, text and example.
-    """
-    parser = command(
-        "eval",
-        _eval,
-        "Quality of policies on tasks, on a text and in what the model writes, each "
-        "paired with dense and with a 95 % interval. Stopped work goes on where it "
-        "stopped when the same command is given again.",
-        "polarjax eval checkpoints/smollm2-135m --adapter smollm2-135m --tasks "
-        "arc_easy.jsonl --text book.txt --generation 64 --policies polar,oracle,random",
-    )
-    add = parser.add_argument
-    add("--tasks", nargs="+", default=[], help="JSONL files of rows to get right")
-    add("--limit", type=int, help="most rows of each task; default all")
-    add("--adapter", help="folder of routers, name of one that ships, or id")
-    _add_policies(add)
-    _add_scoring(add)
-    add("--text", help="UTF-8 text file, .gz too: perplexity, recall, generation")
-    add("--tokens", type=int, help="from the start of the text; default all")
-    add(
-        "--perplexity",
-        nargs="+",
-        choices=get_args(Kind),
-        default=["windows"],
-        help="windows: that do not overlap; strided; words: as lm-eval has it, per "
-        "word and byte, nothing read dense",
-    )
-    add("--window", type=int, default=2048, help="tokens, at most the context")
-    add(
-        "--prefix",
-        type=int,
-        help="tokens of each window that are not scored; default 64 in mode decode, "
-        "which reads them dense, else 1",
-    )
-    add("--stride", type=int, help="of strided windows; default half a window")
-    add(
-        "--generation",
-        type=int,
-        default=0,
-        metavar="TOKENS",
-        help="continue prompts from the text greedily by so many tokens, and compare "
-        "with the dense continuations",
-    )
-    add("--prompts", type=int, default=64, help="how many, for --generation")
-    add("--prompt-tokens", type=int, default=64, help="of each prompt")
-    add(
-        "--out",
-        default="results",
-        help="JSON file to write, or a folder in which it is named after its contents",
-    )
-    add("--overwrite", action="store_true", help="measure again what is there")
-    distributed.add_arguments(parser)
-
-    add = command(
-        "lm-eval",
-        _lm_eval,
-        "Tasks of EleutherAI's lm-eval (pip install 'polarjax[eval]'), each paired "
-        "with dense. Without a network set HF_HUB_OFFLINE=1: tasks whose data is on "
-        "disk run. Unlike eval it starts anew when it was stopped.",
-        "polarjax lm-eval checkpoints/smollm2-135m --adapter smollm2-135m --tasks "
-        "arc_easy,mmlu_* --limit 100 --out lm-eval.json",
-    ).add_argument
-    add("--tasks", required=True, help="names, groups, tags or patterns, with commas")
-    add("--include-path", help="folder with YAML files of more tasks")
-    add("--adapter", help="folder of routers, name of one that ships, or id")
-    _add_policies(add)
-    _add_scoring(add)
-    add("--num-fewshot", type=int, help="examples before each question")
-    add("--limit", type=float, help="rows of each task, or below 1 a fraction of them")
-    add("--chat", action="store_true", help="put questions as the chat template has it")
-    add("--out", help="JSON file to write")
-    add("--overwrite", action="store_true", help="replace the file that is there")
-
-    add = command(
-        "report",
-        _report,
-        "One page, Markdown and HTML with plots, of results that eval wrote.",
-        "polarjax report results/*.json --out report",
-        checkpoint=False,
-    ).add_argument
-    add("results", nargs="+", help="JSON files of polarjax eval")
-    add("--out", default="report", help="folder to write")
-
-
-def _add_policies(add: Callable[..., Any]) -> None:
-    add(
-        "--policies",
-        default="dense,polar",
-        help="of dense, polar, adaptive, oracle, random; dense is always there",
-    )
-    add("--densities", default="", help="such as 1/3,2/3; empty: the adapter's budgets")
-    add(
-        "--neuron-density",
-        type=fraction,
-        help="fraction of the MLP neurons that polar reads, for ReLU models whose "
-        "adapter has neuron routers; default its own budgets, or all",
-    )
-    add(
-        "--balanced",
-        type=int,
-        metavar="N",
-        help="beside polar, also the model that N devices run with even work: each of "
-        "N equal parts of the KV groups and neurons reads its own best; a multiple of "
-        "--tp, on as few devices as you have",
-    )
-
-
-def _add_scoring(add: Callable[..., Any]) -> None:
-    add(
-        "--mode",
-        choices=get_args(Mode),
-        default="decode",
-        help="decode: contexts are read dense, what is scored is decoded token by "
-        "token, as generate does; kernel: all tokens are decoded; mask: a masked dense "
-        "model",
-    )
-    add("--batch", type=int, default=16, help="rows computed together")
-    add_mesh_arguments(add, "rows of a batch")
-    add(
-        "--implementation",
-        choices=[i for i in get_args(Implementation) if "interpret" not in i],
-        help="of the kernels; default: by device",
-    )
-
-
-def _lm_eval(args: argparse.Namespace) -> None:
+def run_lm_eval(args: argparse.Namespace) -> None:
+    """Run `polarjax lm-eval`, of the arguments that its parser describes."""
     out = Path(args.out) if args.out else None
     if out and out.exists() and not args.overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or --overwrite it")
     policies = _policies(args)
     params = load(args.checkpoint, adapter=args.adapter, mesh=choose_mesh(args))
-    console = Console()
-    with share_bar(console) as bar:
+    console = make_console()
+    with share_bar(make_console(stderr=True)) as bar:
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -197,10 +59,11 @@ def _lm_eval(args: argparse.Namespace) -> None:
         temporary = out.with_name(f"{out.name}.tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.replace(out)
-        console.print(f"written to {out}", soft_wrap=True)
+        console.print(f"written to {out}")
 
 
-def _eval(args: argparse.Namespace) -> None:
+def run_eval(args: argparse.Namespace) -> None:
+    """Run `polarjax eval`, of the arguments that its parser describes."""
     distributed.start_from(args)
     policies = _policies(args)
     adapter = find_adapter(args.adapter) if args.adapter else None
@@ -222,9 +85,9 @@ def _eval(args: argparse.Namespace) -> None:
         prompt_tokens=args.prompt_tokens,
         implementation=args.implementation,
     )
-    console = Console()
+    console = make_console()
     try:
-        with share_bar(console) as bar:
+        with share_bar(make_console(stderr=True)) as bar:
             result, path = evaluate(
                 *(params, settings),
                 out=args.out,
@@ -238,7 +101,7 @@ def _eval(args: argparse.Namespace) -> None:
         raise
     for table in tables(result):
         console.print(table)
-    console.print(f"written to {path}; draw it: polarjax report {path}", soft_wrap=True)
+    console.print(f"written to {path}; draw it: polarjax report {path}")
 
 
 def _policies(args: argparse.Namespace) -> dict[str, SelectionPolicy]:
@@ -288,7 +151,7 @@ def _task(title: str, task: dict[str, Any]) -> Table:
     target = task["kind"] == "target"
     second = "target_perplexity" if target else "accuracy_per_byte"
     name = "perplexity of the target" if target else "per byte"
-    table = Table(title=plain(f"{title}, {len(task['ids'])} rows"))
+    table = Table(title=f"{title}, {len(task['ids'])} rows")
     for column in ("policy", "density", "accuracy", "- dense", "McNemar p", name):
         table.add_column(column)
     table.add_column("/ dense" if target else "- dense")
@@ -370,5 +233,6 @@ def interval(bounds: list[float | None] | None, form: str = ".3f") -> str:
     return f"{value} ({low} to {high})"
 
 
-def _report(args: argparse.Namespace) -> None:
+def run_report(args: argparse.Namespace) -> None:
+    """Run `polarjax report`, of the arguments that its parser describes."""
     print(f"written to {make_report(args.results, args.out)}")

@@ -22,6 +22,7 @@ from polarjax.model import check_weights
 from polarjax.params import TENSORS, Params, read_folder
 from polarjax.repository import Repository
 from polarjax.sharding import model_shapes, place_routers, placement
+from polarjax.siblings import check_ours
 from polarjax.sparsity import load_adapter, read_card
 from polarjax.sparsity.adapter import ROUTERS_FILE
 from polarjax.sparsity.routers import check_routers
@@ -42,7 +43,7 @@ def load(
     `assets/polarjax` beside it (`HF_ASSETS_CACHE`).
 
     Args:
-      path: a folder that `python -m convert` or `polarjax.save` wrote, or an id; a
+      path: a folder that `polarjax convert` or `polarjax.save` wrote, or an id; a
         `Path` is never an id.
       adapter: a folder that `polarjax calibrate` wrote, the name of an adapter that
         ships with the package ("smollm2-135m", "smollm2-135m-1pct"), or an id; None
@@ -100,7 +101,8 @@ def find_checkpoint(path: str | Path, dtype=None) -> Path:
     repository = Repository.parse(path, f"no checkpoint folder at {path}")
     if not repository.file and repository.is_checkpoint():
         return repository.download("*.json", "*.jinja", TENSORS.format("*"))
-    from convert import convert  # which imports this package
+    check_ours("convert")
+    from convert.core import convert  # which imports this package
     from convert.hub import download, texts
 
     kind = "bfloat16" if dtype is None else str(jnp.dtype(dtype))

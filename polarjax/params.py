@@ -242,7 +242,7 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
     """Read a checkpoint folder, each device its own rows.
 
     Args:
-      path: what `save` or `python -m convert` wrote.
+      path: what `save` or `polarjax convert` wrote.
       dtype: of the weights in memory, or None for that of the file. Routers stay
         float32.
       place: where each weight goes; None for the default device. Routers go there in
@@ -258,7 +258,7 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
     if not (path / CONFIG_FILE).exists():
         raise FileNotFoundError(
             f"{path} has no {CONFIG_FILE}: not a polarjax checkpoint, or one whose "
-            f"writing was interrupted. Make one with `python -m convert SRC {path}`"
+            f"writing was interrupted. Make one with `polarjax convert SRC {path}`"
         )
     text = (path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
     try:
@@ -268,7 +268,7 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
             raise
         raise FileNotFoundError(
             f"{path} is no polarjax checkpoint. If it is a Hugging Face folder, "
-            f"convert it first: `python -m convert {path} DST`"
+            f"convert it first: `polarjax convert {path} DST`"
         ) from None
     default = Placement(SingleDeviceSharding(jax.local_devices()[0]))
     found: dict[str, dict[str, jax.Array]] = {_WEIGHTS: {}, _ROUTERS: {}}

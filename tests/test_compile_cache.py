@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from polarjax import cli
+from polarjax import cli, generate_cli
 from polarjax.compile_cache import cache_folder, use_compile_cache
 
 SETTINGS = (
@@ -42,7 +42,7 @@ def test_a_second_start_hits(home, monkeypatch, capsys):
         jax.jit(lambda x: x + 1)(1.0)  # small, and quickly compiled
         raise ValueError("no model")
 
-    monkeypatch.setattr(cli, "load", compile_and_stop)
+    monkeypatch.setattr(generate_cli, "load", compile_and_stop)
 
     def start(*options):
         jax.clear_caches()

@@ -58,6 +58,16 @@ FLOORS = {
     """,
     1: """
         polarjax.files
+        polarjax.arguments
+        polarjax.arguments.common
+        polarjax.arguments.choices
+        polarjax.arguments.processes
+        polarjax.arguments.generate
+        polarjax.arguments.calibrate
+        polarjax.arguments.evaluate
+        polarjax.arguments.plan
+        polarjax.terminal
+        polarjax.siblings
         polarjax.config
         polarjax.folder
         polarjax.params
@@ -107,6 +117,7 @@ FLOORS = {
         polarjax.planning
     """,
     4: """
+        convert.arguments
         convert.source
         convert.files
         convert.tokenizing.no_text
@@ -132,7 +143,6 @@ FLOORS = {
         convert.core
         convert.same_tokens
         convert.verify
-        convert
         polarjax.training.text
         polarjax.training.self_text
         polarjax.training.loop
@@ -173,9 +183,13 @@ FLOORS = {
     5: """
         polarjax.hub
         convert.export
+        convert.command
+        convert
         convert.__main__
+        polarjax.public
         polarjax.demo
         polarjax.console
+        polarjax.generate_cli
         polarjax.calibrate_cli
         polarjax.evaluate_cli
         polarjax.plan_cli
@@ -190,6 +204,7 @@ ORDER = [name for floor in sorted(FLOORS) for name in FLOORS[floor].split()]
 CONVERT_NEEDS = (
     *("convert", "polarjax.config", "polarjax.files", "polarjax.folder"),
     *("polarjax.params", "polarjax.model", "polarjax.repository"),
+    "polarjax.terminal",
 )
 EXPORT_NEEDS = (*CONVERT_NEEDS, "polarjax.hub", "polarjax.sparsity.updates")
 PACKAGES = ("pallas_kernels", "polarjax", "convert")
@@ -285,8 +300,8 @@ def test_run_time_dependencies(name):
         allowed |= {"huggingface_hub", "convert"}
     if name == "polarjax.plan_cli":  # a model need not be converted to be planned
         allowed |= {"convert"}
-    if name == "polarjax.cli":  # `polarjax bench`
-        allowed |= {"benchmarks"}
+    if name == "polarjax.cli":  # `polarjax bench` and `polarjax convert`
+        allowed |= {"benchmarks", "convert"}
     if name == "convert.verify":
         allowed |= {"torch", "transformers"}
     imported = imports(name, MODULES[name])

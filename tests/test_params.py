@@ -347,7 +347,7 @@ def test_places_without_a_checkpoint_say_so(tmp_path, folder):
     # A Hugging Face folder has a config.json too.
     (folder / "checksums.json").unlink()
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(FileNotFoundError, match="convert it first: `python -m convert"):
+    with pytest.raises(FileNotFoundError, match="convert it first: `polarjax convert"):
         polarjax.load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):

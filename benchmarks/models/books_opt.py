@@ -2,7 +2,7 @@
 
     python -m benchmarks.models.books_opt --text TEXT --valid TEXT --out FOLDER
 
-The folder is laid out as Hugging Face's, so that `python -m convert` reads it as it
+The folder is laid out as Hugging Face's, so that `polarjax convert` reads it as it
 reads any OPT. Head sparsity and neuron sparsity are then measured on trained weights.
 """
 
@@ -21,13 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from benchmarks.models.books_text import read_tokens, train_tokenizer
 from benchmarks.models.opt_training import Training, evaluate, imbalance, train
@@ -38,6 +31,7 @@ from polarjax.config import ModelConfig
 from polarjax.folder import check_destination
 from polarjax.model import weight_shapes
 from polarjax.params import TOKENIZER_FILE
+from polarjax.terminal import counting_bar, make_console, one_line
 
 LARGEST = 28_000_000  # parameters
 
@@ -51,7 +45,7 @@ examples:
         --valid books_test.txt --out toy --steps 20 --batch 4 --context 64 \\
         --vocab 512 --layers 2 --dim 64 --heads 4 --neurons 128
 
-Then: python -m convert books-opt checkpoints/books-opt
+Then: polarjax convert books-opt checkpoints/books-opt
 """
 
 
@@ -132,7 +126,7 @@ def build(
       ValueError: if a text is no UTF-8 or too short, or a tensor too large.
       FloatingPointError: if the training diverges.
     """
-    console = console or Console(quiet=True)
+    console = console or make_console(quiet=True)
     # What can be refused is refused before the work.
     check_destination(out, overwrite=False)
     shards(config, dtype, shard_bytes)
@@ -193,13 +187,8 @@ class _Bar:
 
     def __init__(self, console: Console, steps: int) -> None:
         self.console, self.steps = console, steps
-        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn()
-        self.progress = Progress(
-            *(*columns, TextColumn("{task.description}"), TimeRemainingColumn()),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task("compiling", total=steps)
+        self.progress = counting_bar(console, shown=console.is_terminal)
+        self.task = self.progress.add_task("training: compiling", total=steps)
 
     def __enter__(self) -> _Bar:
         self.progress.start()
@@ -210,7 +199,7 @@ class _Bar:
 
     def show(self, step: int, loss: float, rate: float) -> None:
         now = f"loss {loss:.3f}, {rate:,.0f} tokens/s"
-        self.progress.update(self.task, completed=step, description=now)
+        self.progress.update(self.task, completed=step, description=f"training: {now}")
         tenth = max(1, self.steps // 10)
         if not self.console.is_terminal and (step == 1 or step % tenth == 0):
             self.console.print(f"step {step} of {self.steps}: {now}")
@@ -226,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0, or 1 after an error (one line on stderr).
     """
     options = _parser().parse_args(arguments)
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     try:
         config = make_config(
             **{
@@ -248,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console=console,
         )
     except (ValueError, OSError, FloatingPointError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

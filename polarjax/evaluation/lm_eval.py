@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from pallas_kernels import Implementation
@@ -318,7 +317,7 @@ def table(result: Mapping[str, Any]) -> Table:
                     _against(metric["against_dense"]),
                     _show(found["density"]),
                 )
-                table.add_row(*map(escape, cells))
+                table.add_row(*cells)
         table.add_section()
     return table
 
