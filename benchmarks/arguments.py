@@ -126,6 +126,36 @@ def add_arguments(add: Any) -> None:
     )
 
 
+def check_options(args: argparse.Namespace, cases: dict[str, Case]) -> None:
+    """Raise if an option changes nothing, or is out of range.
+
+    Args:
+      args: of the command.
+      cases: that they ask for.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be positive, got {args.repeats}")
+    if args.link_gb_s is not None and not 0 < args.link_gb_s < float("inf"):
+        raise ValueError(f"--link-gb-s must be above 0, got {args.link_gb_s}")
+    if args.no_torch and args.transformers:
+        raise ValueError("--transformers has no effect with --no-torch: leave one out")
+    if args.adapter and args.head_rank:
+        raise ValueError(
+            "--head-rank has no effect with --adapter, which brings its routers: leave "
+            "one out"
+        )
+    meshes = [mesh for case in cases.values() for mesh in case.meshes]
+    if args.balanced and all(tp == 1 for tp, _ in meshes):
+        raise ValueError("--balanced has no effect without --tp above 1: leave it out")
+    if args.link_gb_s and all(tp * dp == 1 for tp, dp in meshes):
+        raise ValueError(
+            "--link-gb-s has no effect on one device, which sends nothing: leave it out"
+        )
+
+
 def prompt_size(text: str) -> tuple[int, int]:
     """Prompts and tokens from text such as 8x2048."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)

@@ -30,6 +30,7 @@ from benchmarks.arguments import (
     EXAMPLE,
     add_arguments,
     check,
+    check_options,
     chosen_cases,
     with_devices,
 )
@@ -277,11 +278,8 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     Raises:
       ValueError: if an argument does not fit.
     """
-    if args.repeats < 1:
-        raise ValueError(f"--repeats must be positive, got {args.repeats}")
-    if args.link_gb_s is not None and not 0 < args.link_gb_s < float("inf"):
-        raise ValueError(f"--link-gb-s must be above 0, got {args.link_gb_s}")
     cases = chosen_cases(args)
+    check_options(args, cases)
     check(cases)
     if args.plot:
         plots.require()

@@ -1,6 +1,6 @@
 """Batched decoding of language models in JAX, made cheaper by contextual sparsity."""
 
-import sys
+import importlib
 
 TYPE_CHECKING = False  # of typing, which costs time to import
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ def __getattr__(name: str):  # PEP 562
     jax takes seconds to import, and `polarjax --help` needs nothing of it.
     """
     if not name.startswith("_"):
-        import polarjax.public  # not `from`, which would ask here again
-
-        loaded = vars(sys.modules["polarjax.public"])
+        # Not `from polarjax`, which would ask here again.
+        loaded = vars(importlib.import_module("polarjax.public"))
         globals().update({each: loaded[each] for each in __all__ if each in loaded})
         if name in globals():  # a module that is loaded now is there too
             return globals()[name]

@@ -94,7 +94,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
             args.decode_context,
             not args.fixed,
         )
-    with counting_bar(make_console(stderr=True)) as bar:
+    with counting_bar(console) as bar:
         found = calibrate(
             *(params, _texts(args), training),
             passes=args.passes,
@@ -137,7 +137,7 @@ def run_recover(args: argparse.Namespace) -> None:
         remat=args.remat,
         seed=args.seed,
     )
-    with counting_bar(make_console(stderr=True)) as bar:
+    with counting_bar(console) as bar:
         found = recover_on_text(
             *(params, _texts(args), recovery),
             passes=args.passes,

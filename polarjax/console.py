@@ -48,8 +48,13 @@ def make_policy(
         adapter's own budgets, or all where it has none.
 
     Raises:
-      ValueError: if there is none of that name.
+      ValueError: if there is none of that name, or it has no use for a density.
     """
+    if name in ("dense", "adaptive") and density is not None:
+        how = "reads all" if name == "dense" else "goes by thresholds"
+        raise ValueError(f"the policy {name} takes no density: it {how}")
+    if name not in ("polar", "adaptive") and neuron_density is not None:
+        raise ValueError(f"the policy {name} takes no density of neurons")
     if name == "dense":
         return Dense()
     if name not in POLICIES:
@@ -76,7 +81,8 @@ def make_policies(
       balanced: beside "polar", that of so many parts; see `Polar`.
 
     Raises:
-      ValueError: if a name or a density is none, or stands there twice.
+      ValueError: if a name or a density is none, or stands there twice, or no policy
+        has a use for one.
     """
     try:
         wanted = [fraction(x) for x in densities.split(",") if x] or [None]
@@ -86,12 +92,23 @@ def make_policies(
     wanted_names = [name.strip() for name in names.split(",")]
     if balanced is not None and "polar" not in wanted_names:
         raise ValueError("--balanced is of the policy polar: name it in --policies")
+    if densities and not {"polar", "oracle", "random"} & {*wanted_names}:
+        raise ValueError(
+            "--densities has no effect on dense and adaptive: name a policy that takes "
+            "one in --policies, or leave it out"
+        )
+    if neuron_density is not None and not {"polar", "adaptive"} & {*wanted_names}:
+        raise ValueError(
+            "--neuron-density is of the policies polar and adaptive: name one in "
+            "--policies, or leave it out"
+        )
     for name in wanted_names:
+        own = neuron_density if name in ("polar", "adaptive") else None
         for density in [None] if name in ("dense", "adaptive") else wanted:
             label = name.capitalize() + (f" {density:.3f}" if density else "")
             if label in policies:
                 raise ValueError(f"--policies, --densities: {label} is there twice")
-            policies[label] = make_policy(name, density, neuron_density)
+            policies[label] = make_policy(name, density, own)
             if name == "polar" and balanced is not None:
                 label = label.replace("Polar", f"Polar balanced {balanced}")
                 policies[label] = Polar(density, neuron_density, balanced=balanced)

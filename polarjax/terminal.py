@@ -108,20 +108,20 @@ class _Words(TextColumn):
         return Text(harmless(self.text_format.format(task=task)))
 
 
-def counting_bar(console: Console, shown: bool = True) -> Progress:
-    """A progress bar that shows how many are done."""
+def counting_bar(console: Console) -> Progress:
+    """A progress bar that shows how many are done; only on a terminal."""
     return Progress(
         _Words("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not shown,
+        disable=not is_terminal(console.file),
     )
 
 
 def share_bar(console: Console) -> Progress:
-    """A progress bar for work of which the units mean nothing to people."""
+    """One for work of which the units mean nothing to people; only on a terminal."""
     return Progress(
         _Words("{task.description}"),
         BarColumn(),
@@ -130,6 +130,7 @@ def share_bar(console: Console) -> Progress:
         _Words("left"),
         TimeRemainingColumn(),
         console=console,
+        disable=not is_terminal(console.file),
         speed_estimate_period=86_400,  # batches differ: what counts is their mean
     )
 

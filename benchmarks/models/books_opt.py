@@ -187,7 +187,7 @@ class _Bar:
 
     def __init__(self, console: Console, steps: int) -> None:
         self.console, self.steps = console, steps
-        self.progress = counting_bar(console, shown=console.is_terminal)
+        self.progress = counting_bar(console)
         self.task = self.progress.add_task("training: compiling", total=steps)
 
     def __enter__(self) -> _Bar:
