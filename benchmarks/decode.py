@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import polarjax
-from benchmarks import kernels, plots, profiling, steps
+from benchmarks import kernels, plots, steps
 from benchmarks.against_transformers import is_timed, transformers_times
 from benchmarks.arguments import (
     DESCRIPTION,
@@ -35,25 +35,27 @@ from benchmarks.arguments import (
     with_devices,
 )
 from benchmarks.cases import CASES as KERNEL_CASES
-from benchmarks.meshes import Devices, of_one, sent_bytes
+from benchmarks.meshes import Devices
 from benchmarks.random_weights import random_params, random_routers
 from benchmarks.report import REPOSITORY, best_rates, commit
 from benchmarks.rows import (
     ONE,
     Rows,
+    apart,
     best_transformers,
     decode_row,
     error_row,
-    one_device_ms,
+    one_device,
     prefill_row,
     profile_row,
+    ratio,
     transformers_row,
 )
 from benchmarks.rows import read as read_rows
 from benchmarks.shapes import Case, layers_alone, parse_model
 from benchmarks.table import table
-from polarjax.generation.crossover import bind_where_it_pays
-from polarjax.generation.stats import imbalance, read_bandwidth
+from benchmarks.timing import time_policy
+from polarjax.generation.stats import read_bandwidth
 from polarjax.model import weight_shapes
 from polarjax.params import Params
 from polarjax.sparsity.cost import kv_row_bytes
@@ -111,7 +113,7 @@ def run_case(
     alone = bool(found and found[1])
     r = run["r_gb_s"] * 1e9
     beside = best_transformers(rows.own, name) if where.count == 1 else None
-    state, dense_ms = None, None
+    state, dense, beside_row = None, None, None
     # Two policies that differ in their balance alone are one on one device.
     policies = {sparse.label(where.tp): sparse for sparse in reversed(case.sparse)}
     for label, sparse in [("dense", None), *reversed(policies.items())]:
@@ -122,28 +124,36 @@ def run_case(
             if sparse:
                 parts = where.tp if sparse.balanced else 1
                 policy = polarjax.Polar(sparse.heads, sparse.neurons, balanced=parts)
-            # Nothing of it outlives this round: the next policy needs its room.
+            # But for dense's, which has the model's own weights, nothing outlives
+            # this round: the next policy needs its room.
             asked = sparse is None or bool(sparse.heads or sparse.neurons)
-            state, seconds, read, compiling, summary = time_policy(
-                *(params, policy, asked, state, case, alone, args, where)
+            timed = time_policy(
+                *(params, policy, asked, state, case, alone, args, where),
+                beside=dense,
             )
         except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
             rows.add(error_row("decode", name, case, label, error, where))
             state = None  # it may have been donated
             continue
-        spread = steps.spread(seconds)
-        sent = compiling.pop("sent_bytes", 0)
-        row = decode_row(name, case, sparse, spread, read, r, dense_ms, where, sent)
+        state, known = timed.state, timed.known
+        spread = steps.spread(timed.seconds)
+        sent = known.pop("sent_bytes", 0)
+        row = decode_row(name, case, sparse, spread, timed.read, r, where, sent)
         if sparse is None:
-            dense_ms = row["ms"]
-        row |= compiling | {"over_transformers": beside and beside / row["ms"]}
+            dense, beside_row = timed.chunk, row
+        elif timed.beside and beside_row:
+            row |= ratio("over_dense", timed.beside, timed.seconds)
+            row["floor_over_dense"] = beside_row["floor_ms"] / row["floor_ms"]
+        row |= known | apart("over_transformers", beside, row)
         if where.count > 1:
-            one = one_device_ms(rows.own, name, sparse)
-            row["over_one_device"] = one and one / row["ms"]
+            one = one_device(rows.own, name, sparse)
+            row |= apart("over_one_device", one, row)
+        summary = timed.summary
+        del timed
         rows.add(row)
         if summary:
             rows.add(profile_row(name, case, label, summary, where))
-    state = None
+    state = dense = None
     for prompts, tokens in () if alone else case.prefill:
         size = prompts, tokens
         try:
@@ -179,71 +189,6 @@ def run_model(
         return
     for name, case in own.items():
         run_case(name, case, params, args, rows, where)
-
-
-def time_policy(
-    params: Params,
-    policy: polarjax.SelectionPolicy,
-    asked: bool,
-    state: Any,
-    case: Case,
-    alone: bool,
-    args: argparse.Namespace,
-    where: Devices,
-) -> tuple[Any, list[float], tuple[int, float], dict[str, Any], dict[str, Any] | None]:
-    """Bind a policy, compile its chunk and run it.
-
-    Args:
-      params: the model.
-      policy: not bound.
-      asked: whether it is done as it is, or only where it pays.
-      state: donated.
-      case: the case.
-      alone: whether the model is layers alone.
-      args: of the command.
-      where: the devices that the model is on.
-
-    Returns:
-      The state; seconds of a step, several; bytes of weights and KV of a step; what is
-      known of the compiled program; and the profile, if wanted.
-    """
-    notes: tuple[str, ...] = ()
-    if alone:  # layer 0 is not there to be costed
-        weights, bound = policy.bind(params, case.batch)
-    else:
-        weights, bound, notes = bind_where_it_pays(
-            *(params, policy, asked, case.batch, case.context)
-        )
-    chunk = steps.make_chunk(params, weights, bound, case.batch, alone=alone)
-    compiled, seconds_taken = steps.timed_compile(lambda: chunk.lower(state))
-    known: dict[str, Any] = {**seconds_taken, "notes": list(notes)}
-    hlo = compiled.as_text()
-    cache = of_one(state.cache.keys[0]).shape
-    known["cache_copies"] = profiling.cache_copies(hlo, cache)
-    state, seconds, drawn = steps.times(chunk, state, case.context, args.repeats)
-    read = steps.step_bytes(params, weights, bound, drawn)
-    if where.count > 1:
-        known |= {
-            "sent_bytes": sent_bytes(params, bound, case.batch, where),
-            "imbalance": imbalance(drawn),
-            "collectives": {
-                kind: {
-                    name: total and total / steps.STEPS for name, total in each.items()
-                }
-                for kind, each in profiling.collectives(hlo).items()
-            },
-        }
-    if not args.profile:
-        return state, seconds, read, known, None
-    state = jax.block_until_ready(steps.rewind(state, case.context))
-
-    def once() -> None:
-        nonlocal state
-        state, _ = steps.follow(chunk, state, case.context)
-
-    count = steps.STEPS * steps.chunks_in(case.context)
-    summary = profiling.profile(once, count, hlo)
-    return state, seconds, read, known, summary
 
 
 def against_transformers(name: str, case: Case, timed: dict, rows: Rows) -> None:

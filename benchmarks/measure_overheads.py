@@ -82,7 +82,7 @@ def _seconds(params: Params, policy: SelectionPolicy, batch: int) -> float:
     weights, bound = policy.bind(params, batch)
     chunk = make_chunk(params, weights, bound, batch)
     state = make_state(params, batch, CAPACITY)
-    _, seconds, _ = times(chunk, state, CAPACITY, REPEATS)
+    _, [seconds], _ = times([chunk], state, CAPACITY, REPEATS)
     return statistics.median(seconds)
 
 

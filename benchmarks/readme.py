@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import polarjax
-from benchmarks.rows import counted, shown_case
+from benchmarks.rows import counted, shown_case, shown_ratio
 from benchmarks.rows import read as read_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -126,8 +126,8 @@ def decode_table(path: Path) -> str:
         lines.append(
             f"{start} {_range(row)} | {row['tokens_per_second']:,.0f} "
             f"| {row['floor_ms']:.2f} | {row['floor_fraction']:.3f} "
-            f"| {_times(row.get('over_dense'))} "
-            f"| {_times(row.get('over_transformers'))} |"
+            f"| {shown_ratio(row, 'over_dense')} "
+            f"| {shown_ratio(row, 'over_transformers')} |"
             + (_mesh_cells(row) if several else "")
         )
     for row in report["rows"]:
@@ -188,11 +188,8 @@ def _mesh_cells(row: dict) -> str:
         return "  |" * len(_MESH_COLUMNS)
     sent = f"{row['sent_bytes'] / 1e6:,.1f} MB, {row['sent_ms']:.2f} ms"
     cells = counted(row), sent, f"{row['imbalance']:.2f}"
-    return "".join(f" {cell} |" for cell in (*cells, _times(row["over_one_device"])))
-
-
-def _times(ratio: float | None) -> str:
-    return f"{ratio:.2f}x" if ratio else ""
+    over = shown_ratio(row, "over_one_device")
+    return "".join(f" {cell} |" for cell in (*cells, over))
 
 
 def kernels_table(path: Path) -> str:

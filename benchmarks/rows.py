@@ -6,6 +6,7 @@ the same file adds to it: rows of the same case and policy are replaced.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from benchmarks.shapes import Case, Sparsity
 
 # Dense bf16 TFLOP/s by device kind (NVIDIA's data sheets, SXM, without sparsity).
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.5, "NVIDIA H200": 989.5}
+
+ROUNDS = 5  # timed: with fewer, no ratio of times is told
 
 Row = dict[str, Any]
 ONE = Devices()
@@ -88,7 +91,6 @@ def decode_row(
     spread: dict[str, float],
     read: tuple[int, float],
     rate: float,
-    dense_ms: float | None,
     where: Devices = ONE,
     sent: int = 0,
 ) -> Row:
@@ -101,7 +103,6 @@ def decode_row(
       spread: milliseconds a step.
       read: bytes of weights, and of keys and values, a step, of the busiest device.
       rate: R in bytes per second.
-      dense_ms: of dense in this run; None where it was not timed, or is this row.
       where: the devices.
       sent: bytes that each of them sends in a step.
     """
@@ -130,7 +131,7 @@ def decode_row(
         "floor_ms": floor_ms,
         "floor_fraction": floor_ms / ms,
         "wanted_floor_fraction": sparse.floor if sparse else case.floor,
-        "over_dense": (dense_ms or ms) / ms if dense_ms or sparse is None else None,
+        "over_dense": None if sparse else 1.0,
         "wanted_over_dense": sparse and sparse.over_dense,
     }
 
@@ -241,7 +242,7 @@ def line(row: Row) -> str:
     )
     if row["kind"] == "transformers":
         return f"{start}, transformers"
-    over, one = row.get("over_transformers"), row.get("over_one_device")
+    floors = row.get("floor_over_dense")
     if "sent_ms" in row:
         start += (
             f", {row['sent_bytes'] / 1e6:,.3f} MB sent ({row['sent_ms']:.3f} ms), "
@@ -249,9 +250,12 @@ def line(row: Row) -> str:
         )
     return (
         start
-        + (f", {row['over_dense']:.2f}x dense" if row["over_dense"] else "")
-        + (f", {one:.2f}x one device" if one else "")
-        + (f", {over:.2f}x transformers" if over else "")
+        + "".join(
+            f", beside {name}: {shown}"
+            for name in ("dense", "one device", "transformers")
+            if (shown := shown_ratio(row, f"over_{name.replace(' ', '_')}"))
+        )
+        + (f" (by the floors {floors:.2f}x)" if floors else "")
         + f"; trace {row['trace_s']:.1f} s, compile {row['compile_s']:.1f} s"
         + "".join(f"; {note}" for note in row.get("notes", ()))
     )
@@ -263,10 +267,8 @@ def counted(row: Row) -> str:
     return ", ".join(f"{each['count']:g} {kind}" for kind, each in found)
 
 
-def one_device_ms(
-    rows: Sequence[Row], case: str, sparse: Sparsity | None
-) -> float | None:
-    """Milliseconds a step of the same densities of a case on one device, if timed."""
+def one_device(rows: Sequence[Row], case: str, sparse: Sparsity | None) -> Row | None:
+    """The same densities of a case on one device, if timed."""
     wanted = (sparse.heads, sparse.neurons) if sparse else (None, None)
     for row in rows:
         dense = row["policy"] == "dense"
@@ -274,16 +276,72 @@ def one_device_ms(
             (row["kind"], row["case"], *mesh_of(row)) == ("decode", case, 1, 1)
             and dense == (sparse is None)
             and (row.get("heads"), row.get("neurons")) == wanted
+            and row["ms"]
         ):
-            return row["ms"]
+            return row
     return None
 
 
-def best_transformers(rows: Sequence[Row], case: str) -> float | None:
-    """Milliseconds a step of the best mode of `transformers` on a case, if timed."""
+def best_transformers(rows: Sequence[Row], case: str) -> Row | None:
+    """The best mode of `transformers` on a case, if timed."""
     found = [
-        row["ms"]
+        row
         for row in rows
         if row["kind"] == "transformers" and row["case"] == case and row["ms"]
     ]
-    return min(found, default=None)
+    return min(found, key=lambda row: row["ms"], default=None)
+
+
+def ratio(name: str, slow: Sequence[float], fast: Sequence[float]) -> Row:
+    """How many times faster: the median over rounds, and their range.
+
+    The range of five rounds or more covers the median that many would have with a
+    probability of 94 % or more: each round is above it or below, as a coin falls.
+
+    Args:
+      name: of the ratio.
+      slow: seconds of what it is over, in each round.
+      fast: of the row itself, in the same rounds.
+    """
+    found = [a / b for a, b in zip(slow, fast, strict=True)]
+    return {
+        name: statistics.median(found),
+        f"{name}_range": [min(found), max(found)],
+        f"{name}_rounds": len(found),
+    }
+
+
+def apart(name: str, slow: Row | None, row: Row) -> Row:
+    """The same of what was timed apart: as far as the two ranges reach.
+
+    Args:
+      name: of the ratio.
+      slow: the row that it is over; None if there is none.
+      row: the row itself.
+    """
+    if slow is None:
+        return {name: None}
+    return {
+        name: slow["ms"] / row["ms"],
+        f"{name}_range": [
+            slow["ms_min"] / row["ms_max"],
+            slow["ms_max"] / row["ms_min"],
+        ],
+        f"{name}_rounds": min(slow["repeats"], row["repeats"]),
+    }
+
+
+def shown_ratio(row: Row, name: str, unit: str = "x") -> str:
+    """A ratio with its range; the range alone, where it does not tell the two apart.
+
+    Args:
+      row: that may have it; those of before ranges were kept have the number alone.
+      name: of the ratio.
+      unit: behind the number.
+    """
+    value, bounds = row.get(name), row.get(f"{name}_range")
+    if not value or not bounds:
+        return f"{value:.2f}{unit}" if value else ""
+    shown = f"{bounds[0]:.2f} to {bounds[1]:.2f}"
+    told = row[f"{name}_rounds"] >= ROUNDS and not bounds[0] <= 1 <= bounds[1]
+    return f"{value:.2f}{unit} ({shown})" if told else f"not told apart ({shown})"

@@ -219,20 +219,34 @@ def follow(chunk: Chunk, state: Any, context: int) -> tuple[Any, list[Drawn]]:
 
 
 def times(
-    chunk: Chunk, state: Any, context: int, repeats: int
-) -> tuple[Any, list[float], list[Drawn]]:
-    """Seconds of one step, for each of several warm rounds over the same tokens.
+    chunks: Sequence[Chunk], state: Any, context: int, repeats: int
+) -> tuple[Any, list[list[float]], list[list[Drawn]]]:
+    """Seconds of a step, for each of several warm rounds over the same tokens.
+
+    What is compared is timed in turn, within seconds of each other and in an order
+    that alternates: a machine whose speed changes meanwhile changes for all.
+
+    Args:
+      chunks: to time, of one model and batch.
+      state: that they go on from, donated.
+      context: positions of its cache.
+      repeats: rounds.
 
     Returns:
-      The state; the seconds; what the chunks of the last round brought.
+      The state; of each chunk, the seconds of every round, and what its chunks of the
+      last round brought.
     """
-    drawn, seconds = [], []
-    for _ in range(repeats + 1):  # the first is to warm up
-        state = jax.block_until_ready(rewind(state, context))
-        begin = time.perf_counter()
-        state, drawn = follow(chunk, state, context)
-        seconds.append((time.perf_counter() - begin) / STEPS / len(drawn))
-    return state, seconds[1:], drawn
+    count = chunks_in(context)
+    drawn: list[list[Drawn]] = [[] for _ in chunks]
+    seconds: list[list[float]] = [[] for _ in chunks]
+    for turn in range(repeats + 1):  # the first is to warm up
+        order = list(enumerate(chunks))
+        for i, chunk in order if turn % 2 else reversed(order):
+            state = jax.block_until_ready(rewind(state, context))
+            begin = time.perf_counter()
+            state, drawn[i] = follow(chunk, state, context)
+            seconds[i].append((time.perf_counter() - begin) / STEPS / count)
+    return state, [each[1:] for each in seconds], drawn
 
 
 def step_bytes(

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.rows import shown_case
+from benchmarks.rows import shown_case, shown_ratio
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -14,6 +14,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         made.add_column(column)
     several = any("sent_ms" in row for row in rows)
     columns = "ms", "tokens/s", "floor ms", "floor / time", "wanted", "x dense"
+    columns += ("by floors",)
     for column in (*columns, *(("x one device", "wanted") if several else ())):
         made.add_column(column, justify="right")
     for row in rows:
@@ -24,13 +25,21 @@ def table(rows: list[dict[str, Any]]) -> Table:
         if row["ms"] is None:
             made.add_row(case, kind + row["policy"], row["error"])
             continue
-        wanted, over = row.get("wanted_floor_fraction"), row.get("over_dense")
-        one = (row.get("over_one_device"), row.get("wanted_over_one_device"))
+        wanted, floors = (
+            row.get("wanted_floor_fraction"),
+            row.get("floor_over_dense"),
+        )
+        wanted_one = row.get("wanted_over_one_device")
+        one = (
+            shown_ratio(row, "over_one_device", ""),
+            f"{wanted_one:.2f}" if wanted_one else "",
+        )
         made.add_row(
             *(case, kind + row["policy"], f"{row['ms']:.3f}"),
             *(f"{row['tokens_per_second']:,.0f}", f"{row['floor_ms']:.3f}"),
             *(f"{row['floor_fraction']:.3f}", f"{wanted:.2f}" if wanted else ""),
-            f"{over:.2f}" if over else "",
-            *((f"{x:.2f}" if x else "" for x in one) if several else ()),
+            shown_ratio(row, "over_dense", ""),
+            f"{floors:.2f}" if floors else "",
+            *(one if several else ()),
         )
     return made

@@ -69,7 +69,7 @@ def _show(found: Plan) -> None:
     table = Table(
         *("context", "batch", "density", "memory, GB", "fits"),
         *(("sent, MB", "reading, ms") if several else ()),
-        *("floor, ms a step", "tokens/s", "over dense"),
+        *("floor, ms a step", "tokens/s, at most", "over dense, by floors"),
     )
     for column in table.columns[:4] + table.columns[5:]:
         column.justify = "right"
@@ -89,5 +89,13 @@ def _show(found: Plan) -> None:
             )
         table.add_section()
     console.print(table)
-    fitting = (f"{n:,} at {s:,} tokens" for s, n in found.largest_batch.items())
-    console.print("largest batch that fits: " + ", ".join(fitting))
+    for context, batches in found.largest_batch.items():
+        fitting = (f"{n:,} at density {d:.3f}" for d, n in batches.items())
+        console.print(
+            f"largest batch that fits, {context:,} tokens: {', '.join(fitting)}"
+        )
+    for note in found.notes:
+        console.print(f"note: {note}")
+    console.print(
+        "Floors and tokens/s are bounds, by the bytes alone: real steps take longer."
+    )

@@ -61,7 +61,8 @@ class Row:
       sent_ms: `sent_bytes` over the link between devices. Real collectives take longer:
         each some microseconds, however small.
       step_ms: both, one after the other: the step's floor.
-      tokens_per_second: at that speed.
+      tokens_per_second: at that speed: the most that there can be, since no step is
+        faster than its floor.
       over_dense: dense's `step_ms` by this one.
     """
 
@@ -92,8 +93,9 @@ class Plan:
       usable_bytes: memory of a device that weights, cache and all else may fill.
       weight_bytes: of the weights that a device has.
       rows: every batch at every context and density.
-      largest_batch: by context, the largest batch that fits at every density, 0 for
-        none.
+      largest_batch: by context, and then by the rows' density, the largest batch that
+        fits; 0 for none.
+      notes: what a reader of the rows should know.
     """
 
     device: Memory
@@ -103,7 +105,8 @@ class Plan:
     usable_bytes: float
     weight_bytes: int
     rows: tuple[Row, ...]
-    largest_batch: dict[int, int]
+    largest_batch: dict[int, dict[float, int]]
+    notes: tuple[str, ...] = ()
 
 
 def plan(
@@ -158,9 +161,9 @@ def plan(
         datasheet value of a GPU that has it.
 
     Raises:
-      ValueError: if a number is out of range, if tp does not divide the model (or its
-        KV groups, where they are to be balanced), or if nothing is known of the
-        device or of the link that it needs.
+      ValueError: if a number is out of range or changes nothing, if tp does not divide
+        the model (or its KV groups, where they are to be balanced), or if nothing is
+        known of the device or of the link that it needs.
     """
     if contexts is None:
         contexts = [s for s in CONTEXTS if s < config.context][:3]
@@ -180,6 +183,14 @@ def plan(
     check_fraction(memory_fraction)
     tp, dp = positive("tp", tp), positive("dp", dp)
     check_tp(tp, config)
+    if neuron_density < 1 and min(densities) == 1:
+        raise ValueError(
+            "neuron_density has no effect where no density is below 1: leave it out"
+        )
+    if balanced and tp == 1:
+        raise ValueError("balanced has no effect on one device: give tp, or leave it")
+    if link_gb_s is not None and tp * dp == 1:
+        raise ValueError("link_gb_s has no effect on one device: leave it out")
     parts = tp if balanced else 1
     check_parts(config.kv_heads, parts)
     dtype = jnp.dtype(dtype)
@@ -203,13 +214,13 @@ def plan(
         neurons = count(1.0 if density == 1 else neuron_density, f)
         return in_parts(count(density, k), parts), in_parts(neurons, parts)
 
-    def held(density: float) -> int:
-        """Bytes of weights, bound ones too, and routers."""
+    def added(density: float) -> tuple[int, int]:
+        """Bytes beside the weights: of bound ones, and of routers."""
         groups, neurons = reads(density)
         bound = bound_bytes(own, groups < k, neurons < f)
-        return weights + bound + (density < 1) * routers
+        return bound, (density < 1) * routers
 
-    held_bytes = {density: held(density) for density in densities}
+    held_bytes = {density: weights + sum(added(density)) for density in densities}
 
     def needed(batch: int, context: int, density: float) -> int:
         # As `generate` rounds them.
@@ -230,11 +241,11 @@ def plan(
         """Bytes read, and sent."""
         groups, neurons = reads(density)
         picks = neurons < f
-        added = (groups < k) * (k + head_rank) + picks * neuron_rank
+        score_rows = (groups < k) * (k + head_rank) + picks * neuron_rank
         rest = layers - 1
         sent = step_sent_bytes(
             *(config, tp, dp, part, dtype),
-            score_rows=(0, *(added,) * rest),
+            score_rows=(0, *(score_rows,) * rest),
             picks_neurons=(False, *(picks,) * rest),
             balanced=balanced,
         )
@@ -272,7 +283,24 @@ def plan(
                         over_dense=dense / (read_ms + sent_ms),
                     )
                 )
-    sparsest = min(densities)
+
+    def most(context: int, density: float) -> int:
+        return largest(lambda b: needed(b, context, density) <= usable, _MOST)
+
+    notes = []
+    for density in densities:
+        groups, neurons = reads(density)
+        notes += rounded("density", density, groups, k, "KV groups")
+        if density < 1:
+            notes += rounded("neuron density", neuron_density, neurons, f, "neurons")
+    bound, kept = map(max, zip(*map(added, densities), strict=True))
+    if bound:
+        notes.append(
+            f"sparse rows hold {(bound + kept) / 1e9:.2f} GB more: "
+            f"{bound / 1e9:.2f} GB of QKV matrices with router rows, beside the "
+            "original ones, which prefill reads, and "
+            f"{kept / 1e9:.2f} GB of routers"
+        )
     return Plan(
         device=memory,
         tp=tp,
@@ -282,10 +310,25 @@ def plan(
         weight_bytes=weights,
         rows=tuple(rows),
         largest_batch={
-            s: largest(lambda b, s=s: needed(b, s, sparsest) <= usable, _MOST)
-            for s in contexts
+            s: {reads(d)[0] / k: most(s, d) for d in densities} for s in contexts
         },
+        notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def rounded(name: str, asked: float, count: int, of: int, things: str) -> list[str]:
+    """A note where a density is not the one that was asked for.
+
+    Args:
+      name: of the density.
+      asked: the density.
+      count: that are read.
+      of: that there are.
+      things: what they are.
+    """
+    if abs(asked - count / of) < 5e-4:  # as far as it is shown
+        return []
+    return [f"{name} {asked:.3g} was asked for: it is {count} of {of} {things}"]
 
 
 def abstract_params(

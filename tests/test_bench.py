@@ -17,16 +17,19 @@ from benchmarks import (
     decode,
     plots,
     profiling,
+    random_weights,
     readme,
     rows,
     shapes,
     steps,
 )
+from benchmarks.table import table
 from polarjax import cli
 from polarjax.cache import KVCache
 from polarjax.model import weight_shapes
 from polarjax.model.decoder import Layer
 from polarjax.sparsity.cost import step_weight_bytes
+from polarjax.terminal import make_console
 from tests.models import LLAMA, random_params, write_checkpoint
 
 
@@ -78,12 +81,81 @@ def test_a_file_holds_every_row_and_where_it_comes_from(results):
     floor = (half["weight_bytes"] + half["kv_bytes"]) / 1e10
     assert half["floor_ms"] == pytest.approx(floor * 1e3)
     assert half["floor_fraction"] == pytest.approx(half["floor_ms"] / half["ms"])
-    assert half["over_dense"] == pytest.approx(dense["ms"] / half["ms"])
+    assert dense["over_dense"] == 1 and half["over_dense_rounds"] == 2
+    low, high = half["over_dense_range"]
+    assert 0 < low <= half["over_dense"] <= high
+    assert half["floor_over_dense"] == dense["floor_ms"] / half["floor_ms"] > 1
     assert half["tokens_per_second"] == pytest.approx(2e3 / half["ms"])
     alone = timed["toy-layers dense"]
     assert alone["kv_bytes"] == 2 * 96.5 * 4 * token  # one layer, four groups
     one = weight_shapes(shapes.TOY_MODELS["toy-opt"])["layers_1"]
     assert alone["weight_bytes"] == 4 * sum(x.size for x in jax.tree.leaves(one))
+
+
+def test_what_is_compared_is_timed_in_turn(monkeypatch):
+    """On a machine that gets twice as slow, what costs the same is found to."""
+    clock, order, cost = [0.0], [], {"a": 3.0, "b": 3.0, "c": 2.0}
+
+    def follow(chunk, state, context):
+        order.append(chunk)
+        clock[0] += 64 * cost[chunk] * (1.0 if len(order) < 6 else 2.0)
+        return state, [chunk] * 4
+
+    monkeypatch.setattr(steps, "follow", follow)
+    monkeypatch.setattr(steps, "rewind", lambda state, context: state)
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: clock[0])
+    _, (a, b), drawn = steps.times(["a", "b"], 0, 128, 5)
+    assert order == [*"baab" * 3]
+    assert a == [3, 6, 6, 6, 6] and b == [3, 3, 6, 6, 6]
+    assert drawn == [["a"] * 4, ["b"] * 4]
+    found = rows.ratio("over_dense", a, b)
+    assert found["over_dense"] == 1 and found["over_dense_rounds"] == 5
+    order.clear()
+    _, (a, c), _ = steps.times(["a", "c"], 0, 128, 5)
+    assert rows.ratio("over_dense", a, c)["over_dense"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("slow", "fast", "shown"),
+    [
+        ([2.0, 2.2, 2.0, 1.8, 2.1], [1.0] * 5, "2.00x (1.80 to 2.20)"),
+        ([1.0] * 5, [2.0, 1.6, 2.0, 2.5, 2.0], "0.50x (0.40 to 0.62)"),
+        # A lucky round, a slow one: their ratio is no speedup.
+        ([1.71, 1.8, 1.9, 0.9, 1.7], [1.0] * 5, "not told apart (0.90 to 1.90)"),
+        ([1.71, 1.72], [1.0, 1.0], "not told apart (1.71 to 1.72)"),
+    ],
+)
+def test_a_ratio_within_the_spread_is_none(slow, fast, shown):
+    row = rows.ratio("over_dense", slow, fast)
+    assert rows.shown_ratio(row, "over_dense") == shown
+    assert rows.shown_ratio({"over_dense": 1.5}, "over_dense") == "1.50x"
+    assert rows.shown_ratio({}, "over_dense") == ""
+
+
+def test_what_was_timed_apart_differs_where_the_ranges_do():
+    def row(low, ms, high):
+        return {"ms": ms, "ms_min": low, "ms_max": high, "repeats": 5}
+
+    found = rows.apart("over_one_device", row(3.0, 4.0, 5.0), row(1.0, 2.0, 2.5))
+    assert rows.shown_ratio(found, "over_one_device") == "2.00x (1.20 to 5.00)"
+    found = rows.apart("over_one_device", row(2.0, 4.0, 5.0), row(1.0, 2.0, 2.5))
+    assert rows.shown_ratio(found, "over_one_device") == "not told apart (0.80 to 5.00)"
+    assert rows.apart("over_one_device", None, row(1.0, 1.0, 1.0)) == {
+        "over_one_device": None
+    }
+
+
+def test_the_line_and_the_table_say_so(results, capsys):
+    report = rows.read(results)
+    [half] = [r for r in report["rows"] if r["policy"] == "heads 0.5" and "ms" in r]
+    half |= rows.ratio("over_dense", [1.71, 0.9, 1, 1, 1], [1] * 5)
+    half["floor_over_dense"] = 1.005
+    shown = rows.line(half)
+    assert "beside dense: not told apart (0.90 to 1.71) (by the floors 1.00x)" in shown
+    assert "1.71x dense" not in shown
+    make_console().print(table(report["rows"]))
+    said = capsys.readouterr().out
+    assert "not told apart (0.90 to 1.71)" in said and "…" not in said
 
 
 def test_a_row_measured_again_takes_the_place_of_the_old_one(results, tmp_path):
@@ -141,7 +213,7 @@ def test_plots(results, tmp_path):
 
 def test_layers_alone_compute_what_the_layers_compute():
     config = shapes.layers_alone(LLAMA, 2)
-    params = shapes.random_params(config, jnp.float32, alone=True)
+    params = random_weights.random_params(config, jnp.float32, alone=True)
     assert "layers_0" not in params.weights and params.config.layers == 3
     weights, bound = polarjax.Polar(0.5).bind(params, 2)
     chunk = steps.make_chunk(params, weights, bound, 2, alone=True)
@@ -274,7 +346,7 @@ def test_what_does_not_fit_the_device_is_a_row(monkeypatch, tmp_path):
     monkeypatch.setattr(decode.steps, "make_state", refuse)
     kept = rows.Rows({"r_gb_s": 1.0, "device": "x"}, tmp_path / "x.json")
     case = shapes.Case("toy-llama", 2, 128, (shapes.Sparsity(0.5),))
-    params = shapes.random_params(shapes.TOY_MODELS["toy-llama"], jnp.float32)
+    params = random_weights.random_params(shapes.TOY_MODELS["toy-llama"], jnp.float32)
     decode.run_case("toy", case, params, options("--no-torch"), kept)
     assert [row["policy"] for row in kept.own] == ["dense", "heads 0.5"]
     assert all(
@@ -311,7 +383,7 @@ def test_events_become_a_summary():
 
 def test_a_kernel_is_told_by_its_place_in_the_program():
     config = shapes.TOY_MODELS["toy-opt"]
-    params = shapes.random_params(config, jnp.float32)
+    params = random_weights.random_params(config, jnp.float32)
     weights, bound = polarjax.Polar(0.5, 0.5).bind(params, 2)
     chunk = steps.make_chunk(params, weights, bound, 2)
     state = steps.rewind(steps.make_state(params, 2, 32), 32)
@@ -363,7 +435,7 @@ def test_rows_of_transformers(tmp_path, monkeypatch):
     assert eager["floor_ms"] == pytest.approx((weights + kv) / 1e6)
     assert (eager["ms"], eager["tokens_per_second"]) == (3.0, pytest.approx(2e3 / 3))
     assert static["error"] == "no room"
-    assert rows.best_transformers(kept.own, "toy-llama") == 3.0
+    assert rows.best_transformers(kept.own, "toy-llama") == eager
     monkeypatch.setattr(against_transformers, "find_spec", lambda name: None)
     missing = against_transformers.transformers_times("toy-llama", 2, 128)
     assert missing["error"] == "torch and transformers not installed"
@@ -377,7 +449,7 @@ def test_layers_alone_lower_for_a_gpu(name):
     [sparse] = case.sparse
 
     def bound():
-        params = shapes.random_params(config, jnp.bfloat16, alone=True)
+        params = random_weights.random_params(config, jnp.bfloat16, alone=True)
         policy = polarjax.Polar(sparse.heads, sparse.neurons)
         state = steps.make_state(params, case.batch, case.context, alone=True)
         return *policy.bind(params, case.batch), state

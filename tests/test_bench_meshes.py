@@ -9,11 +9,22 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import polarjax
-from benchmarks import decode, meshes, plots, profiling, readme, rows, shapes, steps
+from benchmarks import (
+    decode,
+    meshes,
+    plots,
+    profiling,
+    random_weights,
+    readme,
+    rows,
+    shapes,
+    steps,
+)
 from benchmarks.meshes import Devices
 from polarjax import cli
 from polarjax.generation import loop
 from polarjax.generation.loop import Drawn
+from polarjax.generation.stats import imbalance
 from polarjax.params import Params
 from polarjax.sharding import make_mesh, placement, shard, whole
 from tests.test_bench import options
@@ -54,7 +65,8 @@ def test_rows_of_a_mesh_stand_beside_those_of_one_device(results):
         one = found[one]
         assert "sent_ms" not in one and not one.get("over_one_device")
         assert two["over_one_device"] == one["ms"] / two["ms"]
-        assert two["over_dense"] == found[2]["ms"] / two["ms"]
+        assert two["over_dense"] > 0
+        assert ("over_dense_range" in two) == (two["policy"] != "dense")
         reads = (two["weight_bytes"] + two["kv_bytes"]) / 1e10
         floor = reads + two["sent_bytes"] / 2e9
         assert two["floor_ms"] == pytest.approx(floor * 1e3)
@@ -97,7 +109,7 @@ def test_columns_of_a_mesh_are_shown_where_there_are_such_rows(results, tmp_path
     report = rows.read(results)
     two = report["rows"][2]
     cells = f"5 all-reduce, 1 all-gather | 0.0 MB, 0.00 ms | 1.00 | {two['ms']}"
-    cells = cells.rpartition(" | ")[0] + f" | {two['over_one_device']:.2f}x |"
+    cells = cells.rpartition(" | ")[0] + " | not told apart ("  # of one round
     assert f"| toy-opt b 2 s 128 tp 2 | dense | 1 | {two['ms']:.2f}" in table
     assert cells in table and "over one device |" in table and "busiest" in table
     widths = {
@@ -118,8 +130,8 @@ def test_columns_of_a_mesh_are_shown_where_there_are_such_rows(results, tmp_path
 @pytest.mark.parametrize("name", ["toy-opt", "toy-llama"])
 def test_random_weights_are_made_where_they_lie(name):
     config, mesh = shapes.TOY_MODELS[name], make_mesh(2, 2)
-    found = shapes.random_params(config, jnp.float32, head_rank=3, mesh=mesh)
-    one = shapes.random_params(config, jnp.float32, head_rank=3)
+    found = random_weights.random_params(config, jnp.float32, head_rank=3, mesh=mesh)
+    one = random_weights.random_params(config, jnp.float32, head_rank=3)
     leaves = jax.tree.leaves(found), jax.tree.leaves(shard(one, mesh))
     for leaf, want in zip(*leaves, strict=True):
         assert leaf.sharding == want.sharding and leaf.shape == want.shape
@@ -132,14 +144,14 @@ def test_random_weights_are_made_where_they_lie(name):
     assert np.array_equal(parts[0], parts[2])  # another copy
     place = placement("layers_1/mlp/up", (F, M), config, mesh).sharding
     key = jax.random.key(0)
-    lowered = shapes._normal.lower(key, (F, M), jnp.float32, place)
+    lowered = random_weights._normal.lower(key, (F, M), jnp.float32, place)
     program = lowered.compile().as_text()
     assert f"[{F // 2},{M}]" in program and f"[{F},{M}]" not in program
 
 
 def test_noise_is_made_where_it_lies_and_one_program_runs():
     mesh = make_mesh(2, 2)
-    params = shapes.random_params(CONFIG, jnp.float32, mesh=mesh)
+    params = random_weights.random_params(CONFIG, jnp.float32, mesh=mesh)
     state = steps.make_state(params, 4, 64)
     keys = state.cache.keys[0]
     assert keys.sharding.spec == P("dp", "tp")
@@ -149,7 +161,7 @@ def test_noise_is_made_where_it_lies_and_one_program_runs():
     weights, bound = polarjax.Polar(0.5, balanced=2).bind(params, 4)
     chunk = steps.make_chunk(params, weights, bound, 4)
     jax.clear_caches()
-    _, _, drawn = steps.times(chunk, state, 64, 1)
+    _, _, [drawn] = steps.times([chunk], state, 64, 1)
     assert loop.decode_chunk._cache_size() == 1
     assert drawn[0].own.shape == (steps.STEPS, 2, 2, 2)
 
@@ -162,7 +174,7 @@ def test_the_floor_is_that_of_the_busiest():
     drawn = Drawn(empty, empty, empty, empty, visible, np.array(own))
     # The first copy's: 3 and 4 groups, then 2 and 4.
     assert meshes.busiest_rows(drawn, CONFIG) == 10 * (3 + 4) + 11 * (2 + 4)
-    assert decode.imbalance([drawn, drawn]) == (3 + 2 + 4 + 1 + 2 + 2 + 4 + 2) / 15
+    assert imbalance([drawn, drawn]) == (3 + 2 + 4 + 1 + 2 + 2 + 4 + 2) / 15
 
 
 HLO = """

@@ -10,7 +10,7 @@ import pytest
 
 import polarjax
 from benchmarks.shapes import MODELS
-from polarjax import cli, devices
+from polarjax import cli, devices, plan_cli
 from polarjax.generation import loop, places
 from polarjax.generation.memory import (
     cache_bytes,
@@ -319,12 +319,41 @@ def test_the_largest_batch_fits_and_one_more_does_not():
         return found, [row.fits for row in found.rows if row.context == 2048]
 
     found, _ = rows(1)
-    assert found.largest_batch[100_000] == 0 and not found.rows[-1].fits
-    most = found.largest_batch[2048]
-    assert most > 8
-    assert rows(most)[1] == [True, True] and not all(rows(most + 1)[1])
+    assert found.largest_batch[100_000] == {1.0: 0, 0.5: 0}
+    assert not found.rows[-1].fits
+    dense, half = found.largest_batch[2048][1.0], found.largest_batch[2048][0.5]
+    assert dense > half > 8
+    assert rows(half)[1] == [True, True] and rows(half + 1)[1] == [True, False]
+    assert rows(dense)[1] == [True, False] and rows(dense + 1)[1] == [False, False]
     # Dense needs no router and no second QKV matrix.
     assert found.rows[0].memory_bytes < found.rows[1].memory_bytes
+
+
+def test_what_fits_is_said_of_the_row_that_it_is_of(capsys):
+    """Of an 8B model on a GPU that has room for it, but not for its QKV twice."""
+    config = MODELS["llama-3.1-8b"]
+    found = polarjax.plan(config, "rtx-4090", batches=[1], contexts=[2048])
+    assert [row.fits for row in found.rows] == [True, False]
+    assert found.largest_batch == {2048: {1.0: 1, 0.5: 0}}
+    more = found.rows[1].memory_bytes - found.rows[0].memory_bytes
+    [note] = found.notes
+    assert f"sparse rows hold {more / 1e9:.2f} GB more" in note and "QKV" in note
+    plan_cli._show(found)
+    shown = capsys.readouterr().out
+    assert "fits, 2,048 tokens: 1 at density 1.000, 0 at density 0.500\n" in shown
+    assert f"note: {note}\n" in shown
+    assert "tokens/s, at most" in shown and "are bounds" in shown
+
+
+def test_what_was_asked_for_and_what_it_became(capsys):
+    config = dataclasses.replace(LLAMA, heads=9, kv_heads=3)
+    found = polarjax.plan(config, "h200", densities=[1.0, 2 / 3, 0.5])
+    assert [row.density for row in found.rows[:3]] == [1.0, 2 / 3, 1 / 3]
+    assert found.notes[0] == "density 0.5 was asked for: it is 1 of 3 KV groups"
+    assert len(found.notes) == 2  # and of memory
+    found = polarjax.plan(OPT, "h200", densities=[0.5], neuron_density=0.4321)
+    assert found.notes[0].startswith("neuron density 0.432 was asked for: it is ")
+    assert polarjax.plan(LLAMA, "h200", densities=[1.0]).notes == ()
 
 
 def test_xlas_share_and_the_fraction_are_settings(monkeypatch):
@@ -380,6 +409,8 @@ def test_contexts_go_as_far_as_the_model():
         ({"tp": 2, "device": "l4"}, "how fast l4 sends .*--link-gb-s"),
         ({"tp": 8, "balanced": True}, "4 KV groups do not divide into 8 equal parts"),
         ({"tp": 2, "link_gb_s": 0}, "link_gb_s must be GB per second above 0"),
+        ({"link_gb_s": 9}, "link_gb_s has no effect on one device"),
+        ({"dp": 2, "balanced": True}, "balanced has no effect on one device"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -1,0 +1,110 @@
+"""One policy bound, compiled and timed, beside dense if that is there already."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import jax
+
+import polarjax
+from benchmarks import profiling, steps
+from benchmarks.meshes import Devices, of_one, sent_bytes
+from benchmarks.shapes import Case
+from polarjax.generation.crossover import bind_where_it_pays
+from polarjax.generation.stats import imbalance
+from polarjax.params import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """What was measured of a policy.
+
+    Attributes:
+      state: from which the next one goes on.
+      chunk: compiled.
+      seconds: of a step, in each round.
+      beside: those of the chunk that was timed in the same rounds; empty without one.
+      read: bytes of weights, and of keys and values, that a step must read.
+      known: of the compiled program, as rows hold it.
+      summary: the profile, if wanted.
+    """
+
+    state: Any
+    chunk: steps.Chunk
+    seconds: list[float]
+    beside: list[float]
+    read: tuple[int, float]
+    known: dict[str, Any]
+    summary: dict[str, Any] | None
+
+
+def time_policy(
+    params: Params,
+    policy: polarjax.SelectionPolicy,
+    asked: bool,
+    state: Any,
+    case: Case,
+    alone: bool,
+    args: argparse.Namespace,
+    where: Devices,
+    beside: steps.Chunk | None,
+) -> Timed:
+    """Bind a policy, compile its chunk and run it.
+
+    Args:
+      params: the model.
+      policy: not bound.
+      asked: whether it is done as it is, or only where it pays.
+      state: donated.
+      case: the case.
+      alone: whether the model is layers alone.
+      args: of the command.
+      where: the devices that the model is on.
+      beside: dense, to be timed again in the same rounds; None for none.
+    """
+    notes: tuple[str, ...] = ()
+    if alone:  # layer 0 is not there to be costed
+        weights, bound = policy.bind(params, case.batch)
+    else:
+        weights, bound, notes = bind_where_it_pays(
+            params, policy, asked, case.batch, case.context
+        )
+    chunk = steps.make_chunk(params, weights, bound, case.batch, alone=alone)
+    compiled, seconds_taken = steps.timed_compile(lambda: chunk.lower(state))
+    known: dict[str, Any] = {**seconds_taken, "notes": list(notes)}
+    hlo = compiled.as_text()
+    cache = of_one(state.cache.keys[0]).shape
+    known["cache_copies"] = profiling.cache_copies(hlo, cache)
+    chunks = [chunk] if beside is None else [chunk, beside]
+    state, seconds, drawn = steps.times(chunks, state, case.context, args.repeats)
+    read = steps.step_bytes(params, weights, bound, drawn[0])
+    if where.count > 1:
+        known |= {
+            "sent_bytes": sent_bytes(params, bound, case.batch, where),
+            "imbalance": imbalance(drawn[0]),
+            "collectives": {
+                kind: {
+                    name: total and total / steps.STEPS for name, total in each.items()
+                }
+                for kind, each in profiling.collectives(hlo).items()
+            },
+        }
+    summary = None
+    if args.profile:
+        state = jax.block_until_ready(steps.rewind(state, case.context))
+
+        def once() -> None:
+            nonlocal state
+            state, _ = steps.follow(chunk, state, case.context)
+
+        count = steps.STEPS * steps.chunks_in(case.context)
+        summary = profiling.profile(once, count, hlo)
+    return Timed(
+        state=state,
+        chunk=chunk,
+        seconds=seconds[0],
+        beside=[] if beside is None else seconds[1],
+        read=read,
+        known=known,
+        summary=summary,
+    )
