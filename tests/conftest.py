@@ -41,7 +41,7 @@ def compiled_programs_are_let_go():
 
 def pytest_runtest_setup(item):
     if "gpu" in item.keywords and jax.default_backend() != "gpu":
-        pytest.skip("needs a GPU-backed jaxlib")
+        pytest.skip("needs a GPU, and jax for it: make test EXTRAS=cuda")
     for mark in item.iter_markers("devices"):
         if jax.device_count() < mark.args[0]:
             pytest.skip(
@@ -66,7 +66,7 @@ def smollm2_gguf() -> Path:
     default = REPOSITORY / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     path = Path(os.environ.get("POLARJAX_SMOLLM2_GGUF", default))
     if not path.exists():
-        pytest.skip(f"no default model at {path}: `make model` fetches it")
+        pytest.skip(f"needs the default model at {path}: `make model` fetches it")
     return path
 
 
@@ -94,5 +94,7 @@ def shared_data() -> Path:
     default = REPOSITORY.parent / "shared" / "data"
     path = Path(os.environ.get("POLARJAX_DATA", default))
     if not path.is_dir():
-        pytest.skip(f"no evaluation data at {path}: set POLARJAX_DATA")
+        pytest.skip(
+            f"needs texts and tasks at {path}: set POLARJAX_DATA to where they are"
+        )
     return path

@@ -406,8 +406,8 @@ def test_copies_of_a_cache_are_seen_in_the_program():
 
 @pytest.mark.slow
 def test_transformers_is_timed_in_both_modes():
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="needs it: pip install torch")
+    pytest.importorskip("transformers", reason="needs it: pip install transformers")
     found = against_transformers.transformers_times("toy-llama", 2, 128, toy=True)
     assert not found["error"] and found["transformers"]
     assert list(found["modes"]) == ["eager", "static cache, torch.compile"]

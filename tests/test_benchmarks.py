@@ -136,7 +136,7 @@ def test_rows_of_torch_come_from_a_process_of_its_own(monkeypatch, capsys):
 
 
 def test_torch_computes_what_we_do(monkeypatch):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
     from benchmarks import torch_baseline
 
     rng = np.random.default_rng(0)

@@ -194,8 +194,10 @@ def test_perplexity_is_that_of_the_converted_model(built, loaded, texts, tokeniz
 
 
 def test_transformers_computes_the_same(built, loaded, texts):
-    torch = pytest.importorskip("torch", reason="parity is checked against torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
     reference = transformers.OPTForCausalLM.from_pretrained(
         built[0], dtype=torch.float32
     ).eval()

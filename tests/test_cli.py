@@ -114,7 +114,7 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
     assert json.loads(out.read_text()) == record
     assert cli.main([*arguments, "--mode", "mask"]) == 1
     # A folder's file has a name of its own; the page is drawn from it.
-    pytest.importorskip("matplotlib", reason="the report's plots")
+    pytest.importorskip("matplotlib", reason="needs it: pip install matplotlib")
     page = tmp_path / "page"
     assert cli.main(["report", str(out), "--out", str(page)]) == 0
     assert "Polar 0.500" in (page / "report.md").read_text()

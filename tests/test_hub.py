@@ -59,8 +59,12 @@ class Cache:
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    library = pytest.importorskip("huggingface_hub")
-    constants = pytest.importorskip("huggingface_hub.constants")
+    library = pytest.importorskip(
+        "huggingface_hub", reason="needs it: pip install huggingface_hub"
+    )
+    constants = pytest.importorskip(
+        "huggingface_hub.constants", reason="needs it: pip install huggingface_hub"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
     # The library takes HF_ASSETS_CACHE once, when it is first asked.
     place = functools.partial(
@@ -398,7 +402,9 @@ def test_without_the_library(monkeypatch, tmp_path):
 
 
 def test_push_uploads_the_adapter_and_nothing_else(tmp_path, monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
+    huggingface_hub = pytest.importorskip(
+        "huggingface_hub", reason="needs it: pip install huggingface_hub"
+    )
     config = dataclasses.replace(LLAMA, budgets=(4, 2, 2, 2), model_hash="abc")
     params = random_params(LLAMA, routers=True)
     save_adapter(tmp_path / "a", dataclasses.replace(params, config=config))

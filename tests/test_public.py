@@ -59,7 +59,7 @@ def run_readme(folder, capsys):
     """Run the README's Python in a folder where its checkpoint and adapter are."""
     readme = REPOSITORY / "README.md"
     if not readme.exists():
-        pytest.skip("no README yet")
+        pytest.skip("needs the README: run it in a clone of the repository")
     text = readme.read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert blocks and all(CHECKPOINT in block for block in blocks)

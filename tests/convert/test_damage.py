@@ -349,7 +349,7 @@ def test_disk_that_fills_while_writing(tmp_path, small_disk):
     assert list(disk.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user who is not root")
 def test_a_place_that_cannot_be_written(tmp_path):
     source = write_hf(tmp_path / "hf")
     (tmp_path / "locked").mkdir(mode=0o500)

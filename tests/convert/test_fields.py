@@ -90,6 +90,8 @@ def test_a_plain_file_has_nothing_to_say(tmp_path, capsys):
     "name", ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "OPT"]
 )
 def test_every_field_of_transformers_own_classes_is_known(name):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
     config = getattr(transformers, f"{name}Config")().to_dict()
     assert unread(config) == []

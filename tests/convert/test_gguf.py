@@ -84,8 +84,10 @@ def test_quantisations(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_equals_what_transformers_loads(family, tmp_path):
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="needs it: pip install torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
     config = {**WIDE, "model_type": family, "num_hidden_layers": 2}
     fields = [("add_rope_dimension_count", 64), ("add_name", "tiny")]
     if family == "qwen3":  # its head_dim, which transformers does not read
@@ -104,7 +106,7 @@ def test_equals_what_transformers_loads(family, tmp_path):
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
     params = read_folder(tmp_path / "out")
     tokens = np.random.default_rng(0).integers(0, made.vocab_size, (2, 9))
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
     with torch.no_grad():
         wanted = theirs(torch.tensor(tokens)).logits.numpy()
     found = polarjax.logits(params, tokens.tolist(), [9, 9])

@@ -44,8 +44,10 @@ def tokenizer(smollm2_folder):
 
 @pytest.fixture(scope="module")
 def transformers(smollm2_gguf):
-    pytest.importorskip("torch", reason="parity is checked against torch")
-    return pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="needs it: pip install torch")
+    return pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +182,7 @@ def test_round_trips(tokenizer):
 
 
 def test_chat_template(smollm2_folder):
-    jinja2 = pytest.importorskip("jinja2")
+    jinja2 = pytest.importorskip("jinja2", reason="needs it: pip install jinja2")
     template = (smollm2_folder / "chat_template.jinja").read_text()
     text = jinja2.Template(template).render(
         messages=[{"role": "user", "content": "Hi"}], add_generation_prompt=True

@@ -356,7 +356,9 @@ def test_vocab_and_merges(tmp_path):
 
 
 def test_vocab_and_merges_as_transformers_reads_them(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
     folder = write_hf(tmp_path / "hf", CONFIG, llama_tensors(CONFIG))
     write_vocab_and_merges(folder, OPT_TOKENS)
     convert(folder, tmp_path / "out", progress=False)

@@ -34,8 +34,8 @@ BYTES["architectures"] = ["MistralForCausalLM"]
 
 @pytest.fixture(scope="module", autouse=True)
 def reference():
-    torch = pytest.importorskip("torch", reason="the comparison is with torch")
-    pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
+    pytest.importorskip("transformers", reason="needs it: pip install transformers")
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # for such small models more only cost
     yield
@@ -86,7 +86,7 @@ def test_rounding_is_no_difference(dtype, tmp_path):
 
 
 def test_gguf(tmp_path):
-    pytest.importorskip("accelerate", reason="transformers reads GGUF files with it")
+    pytest.importorskip("accelerate", reason="needs it: pip install accelerate")
     write_gguf(tmp_path / "model.gguf", kind="Q4_0")
     convert(tmp_path / "model.gguf", tmp_path / "out", dtype="float32", progress=False)
     found = verify(tmp_path / "model.gguf", tmp_path / "out")
@@ -386,7 +386,7 @@ def test_a_reference_that_transformers_refuses(source, checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_smollm2(smollm2_gguf, smollm2_folder):
-    pytest.importorskip("accelerate", reason="transformers reads GGUF files with it")
+    pytest.importorskip("accelerate", reason="needs it: pip install accelerate")
     found = verify(smollm2_gguf, smollm2_folder)
     assert found.agrees and found.prompts == 6
     assert found.perplexities[0] < 20

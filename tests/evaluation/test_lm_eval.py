@@ -25,7 +25,7 @@ from tests.evaluation.tiny_tasks import (
     request,
 )
 
-lm_eval = pytest.importorskip("lm_eval", reason="the eval extra")
+lm_eval = pytest.importorskip("lm_eval", reason="needs it: pip install lm-eval")
 
 from polarjax.evaluation.polar_lm import PolarLM  # noqa: E402
 

@@ -102,7 +102,7 @@ def test_balanced_is_another_model_on_the_same_rows(tmp_path):
     assert np.abs(np.subtract(*nll)).max() > 0.01
     against = many["tasks"]["words"]["results"]["Balanced"]["against_dense"]
     assert len(against["accuracy"]) == 3
-    pytest.importorskip("matplotlib", reason="the report's plots")
+    pytest.importorskip("matplotlib", reason="needs it: pip install matplotlib")
     from polarjax.evaluation.report import make_report
 
     page = make_report([path], tmp_path / "page").read_text(encoding="utf-8")

@@ -67,7 +67,7 @@ def test_rolling_windows_are_lm_evals(count):
     scored = [token for item in items for token in item.tokens[-item.scored :]]
     assert scored == tokens
     assert items[0].tokens[0] == 5
-    utils = pytest.importorskip("lm_eval.utils", reason="lm-eval is not installed")
+    utils = pytest.importorskip("lm_eval.utils", reason="needs it: pip install lm-eval")
     windows = utils.get_rolling_token_windows(
         tokens, prefix_token=5, max_seq_len=8, context_len=1
     )
@@ -117,7 +117,7 @@ def test_errors():
 def test_smollm2_perplexity_equals_transformers(
     smollm2, smollm2_torch, shared_data, count
 ):
-    torch = pytest.importorskip("torch", reason="parity needs torch")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
     path = shared_data / "text" / "wikitext2_raw_test.txt.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         words = file.read(8 * count)

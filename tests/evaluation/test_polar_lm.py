@@ -19,7 +19,7 @@ from tests.evaluation.tiny_tasks import (
 )
 from tests.models import byte_tokenizer
 
-pytest.importorskip("lm_eval", reason="the eval extra")
+pytest.importorskip("lm_eval", reason="needs it: pip install lm-eval")
 
 from lm_eval.utils import get_rolling_token_windows
 
@@ -170,9 +170,11 @@ def test_chat_template(params):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """lm-eval's own Hugging Face model, and ours of the same weights."""
-    torch = pytest.importorskip("torch", reason="parity is checked against torch")
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate", reason="lm-eval loads models with it")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
+    pytest.importorskip("accelerate", reason="needs it: pip install accelerate")
     from lm_eval.models.huggingface import HFLM
 
     from convert import convert

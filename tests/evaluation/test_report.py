@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="needs it: pip install matplotlib")
 
 from polarjax.evaluation import plots
 from polarjax.evaluation.report import make_report

@@ -302,7 +302,7 @@ def test_one_window_and_a_text_without_spaces(params, files, tmp_path):
     value, low, high = found["windows"]["results"]["P"]["perplexity"]
     assert value > 1 and low is None and high is None
     assert found["words"]["results"]["P"]["word_perplexity"][1:] == [None, None]
-    pytest.importorskip("matplotlib", reason="the report's plots")
+    pytest.importorskip("matplotlib", reason="needs it: pip install matplotlib")
     from polarjax.evaluation.report import make_report
 
     assert make_report([path], tmp_path / "page").exists()

@@ -186,7 +186,7 @@ def scorer(smollm2):
 @pytest.mark.parametrize("task", TASKS)
 def test_smollm2_equals_transformers(scorer, smollm2_torch, shared_data, task, count):
     """Item by item, unless a choice between two is closer than 1e-3 nats."""
-    torch = pytest.importorskip("torch", reason="parity needs torch")
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
     path = shared_data / "eval" / f"{task}.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file][:count]

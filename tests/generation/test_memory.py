@@ -90,7 +90,7 @@ def test_the_fraction_is_a_setting(params, device):
 )
 def test_the_estimate_is_above_what_xla_takes(change):
     if jax.default_backend() == "gpu":
-        pytest.skip("its libraries' work space there is larger than this model")
+        pytest.skip("needs a CPU (JAX_PLATFORMS=cpu): a GPU's libraries take more")
     config = dataclasses.replace(CONFIG, dim=256, vocab_size=4096, **change)
     batch, width = 2, 256
     spec = jax.ShapeDtypeStruct
@@ -114,7 +114,7 @@ def test_the_estimate_is_above_what_xla_takes(change):
 @pytest.mark.devices(4)
 def test_the_estimate_is_above_what_xla_takes_of_each_device(device):
     if jax.default_backend() == "gpu":
-        pytest.skip("its libraries' work space there is larger than this model")
+        pytest.skip("needs a CPU (JAX_PLATFORMS=cpu): a GPU's libraries take more")
     config = dataclasses.replace(CONFIG, dim=256, vocab_size=4096)
     batch, width, mesh = 2, 256, sharding.make_mesh(4)
     params = sharding.shard(random_params(config), mesh)

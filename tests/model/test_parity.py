@@ -15,8 +15,10 @@ from polarjax.model import Decoder
 from polarjax.params import read_folder
 from polarjax.policy import Dense
 
-torch = pytest.importorskip("torch", reason="parity is checked against torch")
-transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch", reason="needs it: pip install torch")
+transformers = pytest.importorskip(
+    "transformers", reason="needs it: pip install transformers"
+)
 
 LLAMA = dict(
     vocab_size=131,

@@ -157,7 +157,7 @@ LLAMA_8B = dataclasses.replace(
 )
 def test_real_sizes_lower_for_cuda(rows, t, window, monkeypatch):
     if not hasattr(jax.sharding, "AbstractDevice"):
-        pytest.skip("this jax has no AbstractDevice to lower for")
+        pytest.skip("needs a jax with AbstractDevice: pip install -U jax")
     # jax asks the library that the lowered program will call, and it is not here.
     where = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
     monkeypatch.setattr(where, lambda: 91_000)

@@ -28,10 +28,13 @@ def attention_implementation(request):
 def mosaic_serves():
     """Skips what neither the Mosaic kernel nor its interpreter can run here."""
     if jax.__version_info__ < (0, 11):
-        pytest.skip("the Mosaic kernel needs jax >= 0.11")
+        pytest.skip(
+            "the Mosaic kernel needs jax >= 0.11, and that Python 3.12: make test "
+            "PYTHON=python3.12"
+        )
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
     if jax.default_backend() == "gpu" and capability != "9.0":
-        pytest.skip(f"the Mosaic kernel is for Hopper, not {capability}")
+        pytest.skip(f"the Mosaic kernel needs a Hopper GPU, not {capability}")
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def interpret():
 def lower_for_cuda():
     """Lowers a function for an H100 that need not be there; returns the text."""
     if not hasattr(jax.sharding, "AbstractDevice"):
-        pytest.skip("this jax has no AbstractDevice to lower for")
+        pytest.skip("needs a jax with AbstractDevice: pip install -U jax")
     device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
 

@@ -302,7 +302,7 @@ def test_median_ms_chains_its_calls():
 
 def test_the_command_needs_a_gpu(capsys):
     if jax.default_backend() == "gpu":
-        pytest.skip("there is a GPU")
+        pytest.skip("needs a machine without a GPU: JAX_PLATFORMS=cpu")
     assert tune.main([]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: tuning needs a GPU") and error.count("\n") == 1

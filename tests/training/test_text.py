@@ -75,7 +75,7 @@ def test_a_bad_line_is_named(tmp_path, tokenizer, line, message):
 
 
 def test_a_saved_data_set(tmp_path, tokenizer):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs it: pip install datasets")
     rows = datasets.Dataset.from_dict({"text": PARAGRAPHS})
     rows.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "several"))
