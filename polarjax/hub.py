@@ -102,7 +102,7 @@ def find_checkpoint(path: str | Path, dtype=None) -> Path:
     if not repository.file and repository.is_checkpoint():
         return repository.download("*.json", "*.jinja", TENSORS.format("*"))
     check_ours("convert")
-    from convert.core import convert  # which imports this package
+    from convert import convert  # which imports this package
     from convert.hub import download, texts
 
     kind = "bfloat16" if dtype is None else str(jnp.dtype(dtype))
