@@ -143,6 +143,7 @@ FLOORS = {
         convert.core
         convert.same_tokens
         convert.verify
+        convert
         polarjax.training.text
         polarjax.training.self_text
         polarjax.training.loop
@@ -184,7 +185,6 @@ FLOORS = {
         polarjax.hub
         convert.export
         convert.command
-        convert
         convert.__main__
         polarjax.public
         polarjax.demo

@@ -27,14 +27,17 @@ from tests.convert.tokenizers import SPECIAL, mixed_texts, pair, with_tokens, wr
 @pytest.fixture
 def transformers(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    reason = "what version 5 reads is the reference"
-    return pytest.importorskip("transformers", minversion="5", reason=reason)
+    return pytest.importorskip(
+        "transformers", minversion="5", reason="needs 5: pip install 'transformers>=5'"
+    )
 
 
 def check_folder(transformers, files, model_type, count, folder):
     content = files()
     if "tokenizer.model" in content:
-        pytest.importorskip("sentencepiece", reason="transformers reads it by that")
+        pytest.importorskip(
+            "sentencepiece", reason="needs it: pip install sentencepiece"
+        )
     write(folder, content, model_type=model_type)
     made, _ = from_folder(folder)
     ours = Tokenizer.from_str(made["tokenizer.json"])

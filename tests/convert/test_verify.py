@@ -288,7 +288,7 @@ def smollm_json():
 
 
 def llama2_json():
-    pytest.importorskip("sentencepiece", reason="it trains the model")
+    pytest.importorskip("sentencepiece", reason="needs it: pip install sentencepiece")
     record = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
     text = tokenizer_folders.llama2_json()
     return {"tokenizer.json": text, "tokenizer_config.json": record}
@@ -300,7 +300,9 @@ def llama2_json():
 )
 def test_a_class_that_does_not_read_its_file(files, kind, tmp_path, capsys):
     """Transformers 5 builds these anew from their vocabulary: the file is right."""
-    pytest.importorskip("transformers", minversion="5", reason="4 reads the file")
+    pytest.importorskip(
+        "transformers", minversion="5", reason="needs 5: pip install 'transformers>=5'"
+    )
     source = write_hf(tmp_path / "hf", SMALL)
     write(source, files(), **SMALL)
     assert main([str(source), str(tmp_path / "out"), "--verify"]) == 0
