@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Literal, get_args
+import reprlib
+from typing import Annotated, Literal
+
+from polarjax.checked import UNSTORED, Between, check_record, read_record
+from polarjax.files import FileError, parse_json
 
 FORMAT_VERSION = 2
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
+
+# Sizes beyond this are damage, and arithmetic on them may take forever.
+LARGEST = 2**24
+Size = Annotated[int, Between(1, LARGEST)]
+Depth = Annotated[int, Between(1, 2**12)]
+TokenId = Annotated[int, Between(0, LARGEST - 1)]
+Word = Annotated[str, Between(0, 64)]
+# float32 makes zeros or infinities of what is far beyond.
+Moderate = Annotated[float, Between(1e-6, 1e6)]
+Budgets = tuple[Annotated[float, Between(1, LARGEST)], ...]
+NeuronBudgets = tuple[tuple[Size, tuple[Size, ...]], ...]
+Thresholds = tuple[Annotated[float, Between(-1e30, 1e30)], ...]
+# Of an adapter's policy: `sparsity.budgets` checks them, and files of them.
+POLICY = ("budgets", "adaptive", "neuron_budgets", "thresholds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +53,27 @@ class Rope:
       scale: of queries and of keys ("yarn").
     """
 
-    theta: float = 10000.0
+    theta: Annotated[float, Between(2, 1e30)] = 10000.0
     kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-    divisors: tuple[float, ...] = ()
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Moderate = 1.0
+    low_freq_factor: Moderate = 1.0
+    high_freq_factor: Moderate = 4.0
+    original_context: Size = 8192
+    divisors: tuple[Moderate, ...] = ()
+    beta_fast: Moderate = 32.0
+    beta_slow: Moderate = 1.0
     truncate: bool = True
-    scale: float = 1.0
+    scale: Moderate = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(RopeKind):
-            raise ValueError(f"unknown kind of rotary positions: {self.kind!r}")
+        check_record(self)
+        for kind, low, high in (
+            ("llama3", "low_freq_factor", "high_freq_factor"),
+            ("yarn", "beta_slow", "beta_fast"),
+        ):
+            less, more = getattr(self, low), getattr(self, high)
+            if self.kind == kind and less >= more:
+                raise ValueError(f"{low} {less} must be below {high} {more}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,17 +129,17 @@ class ModelConfig:
       folder: the checkpoint's folder; holds the tokenizer.
     """
 
-    family: str
-    vocab_size: int
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    neurons: int
-    context: int
+    family: Word
+    vocab_size: Size
+    dim: Size
+    layers: Depth
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    neurons: Size
+    context: Size
     norm: Literal["rms", "layer"]
-    norm_eps: float
+    norm_eps: Annotated[float, Between(1e-30, 1)]
     activation: Literal["relu", "silu", "gelu"]
     gated_mlp: bool
     rope: Rope | None
@@ -123,52 +147,52 @@ class ModelConfig:
     out_bias: bool
     mlp_bias: bool
     tied_embeddings: bool
-    embed_dim: int
+    embed_dim: Size
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
     rotary: tuple[bool, ...] = ()
     norm_after: bool = False
     final_norm: bool = True
-    bos_ids: tuple[int, ...] = ()
-    eos_ids: tuple[int, ...] = ()
-    budgets: tuple[float, ...] = ()
+    bos_ids: tuple[TokenId, ...] = ()
+    eos_ids: tuple[TokenId, ...] = ()
+    budgets: Budgets = ()
     adaptive: bool = False
-    neuron_budgets: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    thresholds: tuple[float, ...] = ()
-    model_hash: str = ""
-    folder: str = ""
+    neuron_budgets: NeuronBudgets = ()
+    thresholds: Thresholds = ()
+    model_hash: Word = ""
+    folder: Annotated[str, UNSTORED] = ""
 
     def __post_init__(self) -> None:
-        for name in (
-            *("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim"),
-            *("neurons", "context", "embed_dim"),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name, options in (
-            ("norm", ("rms", "layer")),
-            ("activation", ("relu", "silu", "gelu")),
-        ):
-            if getattr(self, name) not in options:
-                raise ValueError(
-                    f"{name} must be one of {options}, got {getattr(self, name)!r}"
-                )
+        check_record(self, skip=POLICY)
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
             )
-        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
+        wide = not all(0 <= window <= LARGEST for window in self.windows)
+        if self.windows and (len(self.windows) != self.layers or wide):
             raise ValueError(
-                f"windows must be {self.layers} numbers of 0 or more, "
-                f"got {self.windows}"
+                f"windows must be {self.layers} numbers from 0 to {LARGEST:,}, "
+                f"got {reprlib.repr(self.windows)}"
             )
         if self.rotary and (len(self.rotary) != self.layers or not self.rope):
             raise ValueError(
-                f"rotary must be {self.layers} flags beside rope, got {self.rotary}"
+                f"rotary must be {self.layers} flags beside rope, "
+                f"got {reprlib.repr(self.rotary)}"
             )
         if self.rope and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim: {self.head_dim}")
+        divisors = len(self.rope.divisors) if self.rope else 0
+        if divisors and divisors != self.head_dim // 2:
+            raise ValueError(
+                f"rope has {divisors} divisors: a head_dim of {self.head_dim} needs "
+                f"{self.head_dim // 2}, or none"
+            )
+        for name in ("bos_ids", "eos_ids"):
+            if max(getattr(self, name), default=0) >= self.vocab_size:
+                raise ValueError(
+                    f"{name} must be below the vocabulary's {self.vocab_size}, got "
+                    f"{reprlib.repr(getattr(self, name))}"
+                )
 
     @property
     def group(self) -> int:
@@ -221,48 +245,21 @@ class ModelConfig:
         Raises:
           ValueError: if the text is not such a record, or of another format version.
         """
+        what = "not a polarjax config.json"
         try:
-            fields: dict[str, Any] = json.loads(text)
-            version = fields.pop("format_version")
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise ValueError(f"not a polarjax config.json: {error}") from error
-        except RecursionError:
-            raise ValueError("not a polarjax config.json: it is too deep") from None
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"checkpoint format {version!r}, but this polarjax reads "
+            fields = parse_json(text, "it")
+            if "format_version" not in fields:
+                raise ValueError("it has no format_version")
+        except ValueError as error:
+            raise FileError(f"{what}: {error}") from None
+        version = fields.pop("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise FileError(
+                f"checkpoint format {reprlib.repr(version)}, but this polarjax reads "
                 f"{FORMAT_VERSION}: convert the original model again"
             )
         try:
-            if fields["rope"] is not None:
-                rope = fields["rope"]
-                fields["rope"] = Rope(**{**rope, "divisors": tuple(rope["divisors"])})
-            tuples = (
-                "windows",
-                "rotary",
-                "bos_ids",
-                "eos_ids",
-                "budgets",
-                "thresholds",
-            )
-            fields |= {name: tuple(fields[name]) for name in tuples}
-            found = fields["neuron_budgets"]
-            fields["neuron_budgets"] = tuple_neuron_budgets(found)
-            return cls(**fields, folder=folder)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a polarjax config.json: {error}") from error
-
-
-def tuple_neuron_budgets(found: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """`ModelConfig.neuron_budgets` from JSON, where tuples became lists.
-
-    Args:
-      found: [[batch, [n, ...]], ...].
-
-    Raises:
-      TypeError: if it has another form; the numbers are not looked at.
-    """
-    pairs = [tuple(entry) for entry in found]
-    if any(len(pair) != 2 for pair in pairs):
-        raise TypeError(f"neuron_budgets must be pairs, got {found!r}")
-    return tuple((batch, tuple(counts)) for batch, counts in pairs)
+            found = read_record(cls, fields)
+        except ValueError as error:
+            raise FileError(f"{what}: {error}") from None
+        return dataclasses.replace(found, folder=folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import sys
@@ -16,14 +15,15 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from polarjax.config import FORMAT_VERSION, ModelConfig
-from polarjax.folder import CARD_FILE, CONFIG_FILE, locked
+from polarjax.config import FORMAT_VERSION, POLICY, ModelConfig
+from polarjax.folder import CONFIG_FILE, locked
 from polarjax.model import check_weights
-from polarjax.params import TENSORS, Params, read_folder
+from polarjax.params import TENSORS, Params, read_description, read_folder
 from polarjax.repository import Repository
-from polarjax.sharding import model_shapes, place_routers, placement
+from polarjax.sharding import check_mesh, place_routers, placement
 from polarjax.sparsity import load_adapter, read_card
-from polarjax.sparsity.adapter import ROUTERS_FILE
+from polarjax.sparsity.adapter import FILES
+from polarjax.sparsity.budgets import check_budgets
 from polarjax.sparsity.routers import check_routers
 
 
@@ -33,6 +33,7 @@ def load(
     adapter: str | Path | None = None,
     dtype=None,
     mesh: Mesh | None = None,
+    any_model: bool = False,
 ) -> Params:
     """Load a model.
 
@@ -52,6 +53,9 @@ def load(
       mesh: with an axis "tp": each of its devices reads its own rows, as
         `polarjax.sharding.shard` would cut them, and the model is whole nowhere. None
         for the default device.
+      any_model: take an adapter that was learned on other weights, if its shapes are
+        right. Else the model must have the adapter's own, within rounding of their
+        dtypes (see `polarjax.sparsity.fingerprint`).
 
     Returns:
       The model, on its devices.
@@ -61,23 +65,27 @@ def load(
       ValueError: if one of them is damaged, cannot be converted, or they do not belong
         together.
     """
+    folder = adapter if adapter is None else find_adapter(adapter)
+    if folder:
+        read_card(folder)  # before the work
+
+    def check(shapes: Params) -> None:
+        try:
+            check_weights(shapes.weights, shapes.config)
+            check_routers(shapes.routers, shapes.weights, shapes.config)
+            if any(getattr(shapes.config, name) for name in POLICY):
+                check_budgets(shapes.config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if mesh:
+            check_mesh(mesh, shapes.config)
+
     place = partial(placement, mesh=mesh) if mesh else None
-    params = read_folder(find_checkpoint(path, dtype), dtype, place)
-    shapes = model_shapes(params.weights, params.config)
-    try:
-        check_weights(shapes, params.config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if adapter is None:
-        check_routers(params.routers, shapes, params.config)
-    else:
-        found = dataclasses.replace(params, weights=shapes)
-        found = load_adapter(found, find_adapter(adapter))
-        params = dataclasses.replace(found, weights=params.weights)
-    if mesh is None:
-        return params
+    params = read_folder(find_checkpoint(path, dtype), dtype, place, check)
+    if folder:
+        return load_adapter(params, folder, any_model)
     routers = place_routers(params.routers, params.config, mesh)
-    return dataclasses.replace(params, routers=routers)
+    return Params(params.weights, routers, params.config)
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -87,10 +95,7 @@ def read_config(path: str | Path) -> ModelConfig:
       FileNotFoundError: if there is no checkpoint.
       ValueError: if its description is damaged.
     """
-    file = find_checkpoint(path) / CONFIG_FILE
-    if not file.exists():
-        raise FileNotFoundError(f"no checkpoint folder at {path}")
-    return ModelConfig.from_json(file.read_text(encoding="utf-8"))
+    return read_description(find_checkpoint(path))
 
 
 def find_checkpoint(path: str | Path, dtype=None) -> Path:
@@ -156,7 +161,7 @@ def find_adapter(name: str | Path) -> Path:
             f"{missing}; on the hub an adapter is a repository (org/name), not a file "
             "in one"
         )
-    return repository.download(CARD_FILE, ROUTERS_FILE)
+    return repository.download(*FILES)
 
 
 def push_adapter(path: str | Path, repository: str) -> str:
@@ -187,7 +192,7 @@ def push_adapter(path: str | Path, repository: str) -> str:
         api.upload_folder(
             repo_id=repository,
             folder_path=str(path),
-            allow_patterns=[CARD_FILE, ROUTERS_FILE],
+            allow_patterns=list(FILES),
             commit_message="polarjax adapter",
         )
     )

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
 
+from polarjax.checksums import (
+    CHECKSUMS_FILE,
+    check_files,
+    check_text,
+    checksum,
+    file_checksum,
+    read_checksums,
+    write_checksums,
+)
 from polarjax.config import ModelConfig
-from polarjax.files import is_there, read_text
+from polarjax.files import LARGEST_CONFIG, FileError, is_there, read_text
 from polarjax.folder import CONFIG_FILE, new_folder, write_tensors
+from polarjax.tensors import open_tensors, shapes_of
 
 Tree = dict[str, Any]
 
@@ -46,11 +53,11 @@ class Placement:
 Place = Callable[[str, tuple[int, ...], ModelConfig], Placement]
 """(path in `Params.weights`, joined by "/", shape, model) -> where it goes."""
 
-CHECKSUMS_FILE = "checksums.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TENSORS = "tensors-{}.safetensors"
 _WEIGHTS, _ROUTERS = "weights", "routers"
+_DTYPES = {_WEIGHTS: ("F32", "BF16", "F16"), _ROUTERS: ("F32", "BF16")}
 
 # Of arrays in one file. Two such groups are in memory at a time: one is written while
 # the next is filled.
@@ -123,11 +130,12 @@ class CheckpointWriter:
         """
         self._flush()
         self._wait()
-        texts = {**files, CHECKSUMS_FILE: json.dumps(self._sums, indent=2) + "\n"}
-        # Last: a folder without it does not load.
-        texts[CONFIG_FILE] = config.to_json() + "\n"
-        for name, text in texts.items():
-            (self._folder / name).write_text(text, encoding="utf-8")
+        text = config.to_json() + "\n"
+        sums = {**self._sums, CONFIG_FILE: checksum(text.encode())}
+        write_checksums(self._folder, sums)
+        # The last of them is what a folder does not load without.
+        for name, content in {**files, CONFIG_FILE: text}.items():
+            (self._folder / name).write_text(content, encoding="utf-8")
 
     def _flush(self) -> None:
         self._wait()
@@ -145,7 +153,7 @@ class CheckpointWriter:
 
 def _write_group(path: Path, group: dict[str, np.ndarray]) -> tuple[str, str]:
     write_tensors(path, group)
-    return path.name, _checksum(path)
+    return path.name, file_checksum(path)
 
 
 @contextlib.contextmanager
@@ -238,7 +246,44 @@ def text_files(config: ModelConfig) -> dict[str, str]:
     return {path.name: read_text(path) for path in paths if is_there(path)}
 
 
-def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Params:
+def read_description(path: str | Path) -> ModelConfig:
+    """What the model in a checkpoint folder is; no tensor is looked at.
+
+    Args:
+      path: what `save` or `python -m convert` wrote.
+
+    Raises:
+      FileNotFoundError: if there is no such folder, or no checkpoint in it.
+      ValueError: if its description is damaged or of another format.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder at {path}")
+    if not is_there(path / CONFIG_FILE):
+        raise FileNotFoundError(
+            f"{path} has no {CONFIG_FILE}: not a polarjax checkpoint, or one whose "
+            f"writing was interrupted. Make one with `python -m convert SRC {path}`"
+        )
+    text = read_text(path / CONFIG_FILE, LARGEST_CONFIG)
+    try:
+        config = ModelConfig.from_json(text, folder=str(path.absolute()))
+    except ValueError as error:
+        if is_there(path / CHECKSUMS_FILE):
+            raise FileError(f"{path}: {error}") from None
+        raise FileNotFoundError(
+            f"{path} is no polarjax checkpoint. If it is a Hugging Face folder, "
+            f"convert it first: `python -m convert {path} DST`"
+        ) from None
+    check_text(path, CONFIG_FILE, text, _checksums(path))
+    return config
+
+
+def read_folder(
+    path: str | Path,
+    dtype=None,
+    place: Place | None = None,
+    check: Callable[[Params], None] | None = None,
+) -> Params:
     """Read a checkpoint folder, each device its own rows.
 
     Args:
@@ -247,49 +292,75 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
         float32.
       place: where each weight goes; None for the default device. Routers go there in
         any case.
+      check: called before any array is read, with `jax.ShapeDtypeStruct` in their
+        places, as the files' headers have them; to raise ValueError.
 
     Raises:
       FileNotFoundError: if there is no such folder, or no checkpoint in it.
       ValueError: if the checkpoint is damaged or of another format.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder at {path}")
-    if not (path / CONFIG_FILE).exists():
-        raise FileNotFoundError(
-            f"{path} has no {CONFIG_FILE}: not a polarjax checkpoint, or one whose "
-            f"writing was interrupted. Make one with `python -m convert SRC {path}`"
-        )
-    text = (path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
+    config = read_description(path)
+    sums = _checksums(path)
+    files = {name: value for name, value in sums.items() if name != CONFIG_FILE}
     try:
-        config = ModelConfig.from_json(text, folder=str(path.absolute()))
+        found = _shapes(path, files)
+        if check:
+            check(_params(path, found, config))
     except ValueError:
-        if (path / CHECKSUMS_FILE).exists():
-            raise
-        raise FileNotFoundError(
-            f"{path} is no polarjax checkpoint. If it is a Hugging Face folder, "
-            f"convert it first: `python -m convert {path} DST`"
-        ) from None
+        check_files(path, files)  # damage is the better reason, if there is some
+        raise
     default = Placement(SingleDeviceSharding(jax.local_devices()[0]))
-    found: dict[str, dict[str, jax.Array]] = {_WEIGHTS: {}, _ROUTERS: {}}
-    for file in _checked_files(path):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():
-                    part, _, leaf = name.partition("/")
-                    if part not in found or leaf in found[part]:
-                        raise ValueError(f"{file} is damaged: it holds {name!r}")
-                    rows, weight = tensors.get_slice(name), part == _WEIGHTS
-                    shape = tuple(rows.get_shape())
-                    where = place(leaf, shape, config) if place and weight else default
-                    kind = dtype if weight else None
-                    found[part][leaf] = _read(rows, shape, where, kind)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from None
+    for name in files:
+        # What was read for its checksum is then still in memory.
+        check_files(path, {name: files[name]})
+        with open_tensors(path / name) as tensors:
+            for full in tensors.keys():
+                part, _, leaf = full.partition("/")
+                rows, weight = tensors.get_slice(full), part == _WEIGHTS
+                shape = found[part][leaf].shape
+                where = place(leaf, shape, config) if place and weight else default
+                found[part][leaf] = _read(rows, shape, where, dtype if weight else None)
+    return _params(path, found, config)
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    """Of the files of tensors, in their order, and of the description.
+
+    Raises:
+      FileError: if they are not named as they are written.
+    """
+    sums = read_checksums(path)
+    names = [name for name in sums if name != CONFIG_FILE]  # older ones lack it
+    if not names:
+        raise FileError(f"{path} is damaged: {CHECKSUMS_FILE} names no files")
+    for i, name in enumerate(names, 1):
+        if name != TENSORS.format(f"{i:05}"):
+            raise FileError(f"{path} is damaged: {CHECKSUMS_FILE} names {name[:99]!r}")
+    return sums
+
+
+def _shapes(path: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What the headers say, by part and by path in its tree."""
+    found: dict[str, dict[str, Any]] = {_WEIGHTS: {}, _ROUTERS: {}}
+    for file in files:
+        with open_tensors(path / file) as tensors:
+            shapes = shapes_of(tensors, _DTYPES[_WEIGHTS])
+        for name, shape in shapes.items():
+            part, _, leaf = name.partition("/")
+            if part not in found or leaf in found[part]:
+                raise FileError(f"{path / file} is damaged: it holds {name!r}")
+            found[part][leaf] = shape
+    return found
+
+
+def _params(
+    path: Path, found: dict[str, dict[str, Any]], config: ModelConfig
+) -> Params:
     try:
         weights, routers = (unflatten_dict(tree, sep="/") for tree in found.values())
-    except TypeError:  # a name that continues another
-        raise ValueError(f"{path} is damaged: its tensors make no tree") from None
+    except (TypeError, IndexError):  # a name that continues another
+        raise FileError(f"{path} is damaged: its tensors make no tree") from None
     return Params(weights, routers, config)
 
 
@@ -309,42 +380,6 @@ def _read(rows: Any, shape: tuple[int, ...], where: Placement, dtype) -> jax.Arr
     if order is not None:
         shape = (len(order), *shape[1:])
     return jax.make_array_from_callback(shape, where.sharding, part)
-
-
-def _checked_files(path: Path) -> Iterator[Path]:
-    """The files of arrays, each byte for byte what was written.
-
-    One after the other: what was read for its checksum is then still in memory.
-
-    Raises:
-      ValueError: naming the one that is not.
-    """
-    try:
-        text = (path / CHECKSUMS_FILE).read_text(encoding="utf-8")
-        sums = {str(name): value for name, value in dict(json.loads(text)).items()}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path / CHECKSUMS_FILE} is missing or damaged: convert the model again"
-        ) from error
-    if not sums:
-        raise ValueError(f"{path} is damaged: {CHECKSUMS_FILE} names no files")
-    for i, (name, checksum) in enumerate(sums.items(), 1):
-        if name != TENSORS.format(f"{i:05}"):
-            raise ValueError(f"{path} is damaged: {CHECKSUMS_FILE} names {name[:99]!r}")
-        if not (path / name).is_file():
-            raise ValueError(f"{path} is damaged: {name} is missing")
-        if _checksum(path / name) != checksum:
-            raise ValueError(f"{path} is damaged: {name} is not what was written")
-        yield path / name
-
-
-def _checksum(file: Path) -> str:
-    """CRC-32 in hexadecimal: against accidents, at the speed of a disk."""
-    value = 0
-    with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
 
 
 def check_finite(name: str, array) -> None:

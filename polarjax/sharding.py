@@ -152,6 +152,8 @@ def local_config(config: ModelConfig, tp: int) -> ModelConfig:
         kv_heads=len(shard_groups(config, tp)[0]),
         neurons=config.neurons // tp,
         vocab_size=config.vocab_size // (tp if _cuts_vocabulary(config, tp) else 1),
+        bos_ids=(),  # ids may be beyond its part of the vocabulary
+        eos_ids=(),
     )
 
 
@@ -375,7 +377,7 @@ def whole(params: Params) -> Params:
     mesh = mesh_of(params.weights)
     if mesh is None:
         return params
-    first = _first_rows(params.config, mesh)
+    first = first_rows(params.config, mesh)
 
     def take(path: tuple, leaf: jax.Array) -> np.ndarray:
         cut = re.search(r"attention/qkv(_bias)?$", _name(path))
@@ -396,7 +398,7 @@ def whole_routers(params: Params) -> Tree:
     mesh = mesh_of(params.weights)
     if mesh is None:
         return params.routers
-    first = _first_rows(params.config, mesh)
+    first = first_rows(params.config, mesh)
 
     def take(path: tuple, leaf: jax.Array) -> np.ndarray:
         cut = re.search(_QKV_UPDATE, _name(path))
@@ -405,8 +407,16 @@ def whole_routers(params: Params) -> Tree:
     return jax.tree_util.tree_map_with_path(take, params.routers)
 
 
-def _first_rows(config: ModelConfig, mesh: Mesh) -> np.ndarray:
-    """Of each row of the model's QKV matrix, the first place on a mesh."""
+def first_rows(config: ModelConfig, mesh: Mesh) -> np.ndarray:
+    """Of each row of the model's QKV matrix, the first place on a mesh.
+
+    Args:
+      config: of the model.
+      mesh: with an axis "tp".
+
+    Returns:
+      int64[rows of the model].
+    """
     return np.unique(_qkv_rows(config, mesh.shape[TP]), return_index=True)[1]
 
 

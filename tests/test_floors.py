@@ -58,8 +58,11 @@ FLOORS = {
     """,
     1: """
         polarjax.files
+        polarjax.checked
         polarjax.config
         polarjax.folder
+        polarjax.checksums
+        polarjax.tensors
         polarjax.params
         polarjax.cache
         polarjax.policy
@@ -88,6 +91,9 @@ FLOORS = {
         polarjax.sparsity.cost
         polarjax.sparsity.polar
         polarjax.sparsity.distance
+        polarjax.sparsity.budgets
+        polarjax.sparsity.card
+        polarjax.sparsity.fingerprint
         polarjax.sparsity.adapter
         polarjax.sparsity
         polarjax.generation.sampling

@@ -2,14 +2,14 @@
 
 `routers.safetensors` holds arrays named by their path in `Params.routers`, float32 for
 the linear layers of heads and bfloat16 for the rest, which is much and used in 16 bit
-anyway; `card.json` says for people and for `load_adapter` what they were trained for.
+anyway; `card.json` says for people and for `load_adapter` what they were trained for,
+`fingerprint.safetensors` on which weights (see `sparsity.fingerprint`), and
+`checksums.json` what the three are. Older adapters lack the last two.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from polarjax.config import ModelConfig, tuple_neuron_budgets
+from polarjax.checksums import (
+    CHECKSUMS_FILE,
+    check_files,
+    checksum,
+    file_checksum,
+    read_checksums,
+    write_checksums,
+)
+from polarjax.config import ModelConfig
+from polarjax.files import FileError, is_there
 from polarjax.folder import CARD_FILE, new_folder, write_tensors
 from polarjax.params import Params, Tree, check_finite
-from polarjax.sharding import mesh_of, model_shapes, whole_routers, writes
-from polarjax.sparsity.neurons import check_neuron_budgets
+from polarjax.sharding import (
+    mesh_of,
+    model_shapes,
+    place_routers,
+    whole_routers,
+    writes,
+)
+from polarjax.sparsity.budgets import check_budgets
+from polarjax.sparsity.card import card_text, read_card
+from polarjax.sparsity.fingerprint import FINGERPRINT_FILE, Fingerprint
 from polarjax.sparsity.routers import check_routers
+from polarjax.tensors import open_tensors, shapes_of
 
-ADAPTER_FORMAT = 1
 ROUTERS_FILE = "routers.safetensors"
+FILES = (CARD_FILE, ROUTERS_FILE, FINGERPRINT_FILE, CHECKSUMS_FILE)
 
 
 def save_adapter(
@@ -51,7 +67,8 @@ def save_adapter(
 
     Raises:
       FileExistsError: if `path` exists and is not to be overwritten.
-      ValueError: if the routers or budgets do not fit the model, or hold NaN.
+      ValueError: if the routers or budgets do not fit the model, or hold NaN, or the
+        card has a key that is none of a card's (see `sparsity.card.Card`).
     """
     shapes = model_shapes(params.weights, params.config)
     routers = whole_routers(params)
@@ -67,10 +84,8 @@ def save_adapter(
                 f"router {name} holds NaN or infinity: its training went astray; lower "
                 "the learning rate"
             )
-    if not writes(mesh_of(params.weights)):
-        return
+    fingerprint = Fingerprint.of(params)
     facts = {
-        "format_version": ADAPTER_FORMAT,
         "model_hash": params.config.model_hash,
         "budgets": list(params.config.budgets),
         "adaptive": params.config.adaptive,
@@ -78,10 +93,16 @@ def save_adapter(
         "thresholds": list(params.config.thresholds),
         "kv_heads": params.config.kv_heads,
     }
+    text = card_text({**(card or {}), **facts})
+    if not writes(mesh_of(params.weights)):
+        return
     with new_folder(path, overwrite) as partial:
         write_tensors(partial / ROUTERS_FILE, tensors)
-        text = json.dumps({**(card or {}), **facts}, indent=2)
-        (partial / CARD_FILE).write_text(text + "\n", encoding="utf-8")
+        fingerprint.save(partial / FINGERPRINT_FILE)
+        names = (ROUTERS_FILE, FINGERPRINT_FILE)
+        sums = {name: file_checksum(partial / name) for name in names}
+        write_checksums(partial, {**sums, CARD_FILE: checksum(text.encode())})
+        (partial / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def as_stored(routers: Tree) -> Tree:
@@ -98,43 +119,16 @@ def as_stored(routers: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(cast, routers)
 
 
-def read_card(path: str | Path) -> dict[str, Any]:
-    """The card of an adapter.
-
-    Raises:
-      FileNotFoundError: if there is no adapter.
-      ValueError: if its card is damaged or of another format.
-    """
-    path = Path(path)
-    if not (path / CARD_FILE).exists() or not (path / ROUTERS_FILE).exists():
-        raise FileNotFoundError(
-            f"no adapter at {path}: it should hold {CARD_FILE} and {ROUTERS_FILE}, as "
-            "`polarjax calibrate` writes them"
-        )
-    try:
-        card = json.loads((path / CARD_FILE).read_text(encoding="utf-8"))
-        version, _ = card["format_version"], card["model_hash"]
-        card["budgets"] = list(card["budgets"])
-        # Cards of older adapters have none.
-        card["thresholds"] = tuple(map(float, card.get("thresholds", ())))
-        found = card.get("neuron_budgets", ())
-        card["neuron_budgets"] = tuple_neuron_budgets(found)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / CARD_FILE} is no adapter card: {error}") from error
-    if version != ADAPTER_FORMAT:
-        raise ValueError(
-            f"{path} has adapter format {version!r}, this polarjax reads "
-            f"{ADAPTER_FORMAT}: calibrate again"
-        )
-    return card
-
-
-def load_adapter(params: Params, path: str | Path) -> Params:
+def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> Params:
     """Give a model the routers of an adapter.
 
+    It must be the model that the adapter was learned on: its hash is the adapter's, or
+    its weights are, within rounding of their dtypes (see `sparsity.fingerprint`).
+
     Args:
-      params: the model.
+      params: the model, on any devices. Of several processes all must call it.
       path: a folder that `save_adapter` wrote.
+      any_model: take the adapter for another model too, if only the shapes are right.
 
     Returns:
       The model with `routers`, `config.budgets` and `config.neuron_budgets`.
@@ -143,34 +137,84 @@ def load_adapter(params: Params, path: str | Path) -> Params:
       FileNotFoundError: if there is no adapter.
       ValueError: if it is damaged, or was made for another model.
     """
-    card, path = read_card(path), Path(path)
-    if card["model_hash"] != params.config.model_hash:
-        raise ValueError(
-            f"adapter {path} was made for another model (hash "
-            f"{str(card['model_hash'])[:12]}, this one is "
-            f"{params.config.model_hash[:12] or 'unknown'}): calibrate this model with "
-            "`polarjax calibrate`"
+    path = Path(path)
+    if not is_there(path / ROUTERS_FILE):
+        raise FileNotFoundError(
+            f"no adapter at {path}: it should hold {CARD_FILE} and {ROUTERS_FILE}, as "
+            "`polarjax calibrate` writes them"
         )
-    try:
-        flat = load_file(path / ROUTERS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path / ROUTERS_FILE} is damaged: {error}") from error
-    for name, array in flat.items():
-        check_finite(f"router {name}", array)
-    try:
-        tree = traverse_util.unflatten_dict(flat, sep="/")
-    except (TypeError, IndexError) as error:  # one name continues another
-        raise ValueError(f"{path / ROUTERS_FILE} is damaged: {error}") from error
+    card = read_card(path)
     config = dataclasses.replace(
         params.config,
         budgets=tuple(card["budgets"]),
-        adaptive=card.get("adaptive") is True,
+        adaptive=card["adaptive"],
         neuron_budgets=card["neuron_budgets"],
         thresholds=card["thresholds"],
     )
-    _check(tree, params.weights, config)
-    routers: Tree = jax.tree.map(jnp.asarray, tree)
+    shapes = model_shapes(params.weights, params.config)
+    files = _files(path)
+    try:
+        if not any_model:
+            _check_same(path, card["model_hash"], params)
+        tree = _read_routers(path / ROUTERS_FILE, shapes, config)
+    except ValueError:
+        check_files(path, files)  # damage is the better reason, if there is some
+        raise
+    check_files(path, files)
+    mesh = mesh_of(params.weights)
+    routers = place_routers(jax.tree.map(jnp.asarray, tree), config, mesh)
     return Params(params.weights, routers, config)
+
+
+def _files(path: Path) -> dict[str, str]:
+    """Checksums of the files of tensors; none in older adapters.
+
+    Raises:
+      FileError: if others are named.
+    """
+    if not is_there(path / CHECKSUMS_FILE):
+        return {}
+    sums = read_checksums(path)
+    names = {CARD_FILE, ROUTERS_FILE, FINGERPRINT_FILE}
+    if sums.keys() - names or ROUTERS_FILE not in sums:
+        raise FileError(
+            f"{path} is damaged: {CHECKSUMS_FILE} names {', '.join(sums) or 'no files'}"
+        )
+    return {name: value for name, value in sums.items() if name != CARD_FILE}
+
+
+def _check_same(path: Path, learned_on: str, params: Params) -> None:
+    """Raise unless the model is the one that the adapter was learned on."""
+    own = params.config.model_hash
+    if learned_on == own:
+        return
+    reason = "it has no sample of that model's weights to compare"
+    if is_there(path / FINGERPRINT_FILE):
+        theirs = Fingerprint.load(path / FINGERPRINT_FILE)
+        reason = theirs.difference(Fingerprint.of(params))
+        if not reason:
+            return
+    raise FileError(
+        f"adapter {path} was made for another model (hash {learned_on[:12]}, this one "
+        f"is {own[:12] or 'unknown'}; {reason}): calibrate this model with `polarjax "
+        "calibrate`, or take the adapter all the same with any_model=True "
+        "(--any-model)"
+    )
+
+
+def _read_routers(file: Path, shapes: Tree, config: ModelConfig) -> Tree:
+    """Routers that fit the model, as numpy."""
+    with open_tensors(file) as tensors:
+        held = shapes_of(tensors, ("F32", "BF16"))
+        try:
+            tree: Tree = traverse_util.unflatten_dict(held, sep="/")
+        except (TypeError, IndexError) as error:  # one name continues another
+            raise FileError(f"{file} is damaged: {error}") from None
+        _check(tree, shapes, config)
+        flat = {name: tensors.get_tensor(name) for name in held}
+    for name, array in flat.items():
+        check_finite(f"router {name}", array)
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _check(routers: Tree, weights: Tree, config: ModelConfig) -> None:
@@ -178,31 +222,7 @@ def _check(routers: Tree, weights: Tree, config: ModelConfig) -> None:
     for layer in range(1, config.layers):
         if f"layers_{layer}" not in routers:
             raise ValueError(f"the adapter has no router for layer {layer}")
-    k, budgets = config.kv_heads, config.budgets
-    right = all(type(n) in (int, float) and 1 <= n <= k for n in budgets)
-    if len(budgets) != config.layers or not right or budgets[0] != k:
-        raise ValueError(
-            f"the adapter has budgets {budgets}: they must be {config.layers} numbers "
-            f"from 1 to {k}, the first of them {k}, as layer 0 is dense"
-        )
-    thresholds = config.thresholds
-    finite = len(thresholds) == config.layers and all(map(math.isfinite, thresholds))
-    if config.adaptive and not thresholds:
-        raise ValueError(
-            "the adapter's budgets are means over tokens, which need thresholds: it "
-            "has none"
-        )
-    if not config.adaptive and any(type(n) is not int for n in budgets):
-        raise ValueError(
-            f"the adapter has budgets {budgets}: what is no whole number must be a "
-            'mean over tokens, with "adaptive": true'
-        )
-    if thresholds and not finite:
-        raise ValueError(
-            f"the adapter has thresholds {thresholds}: they must be {config.layers} "
-            "finite numbers"
-        )
-    check_neuron_budgets(config)
+    check_budgets(config)
     for layer in range(1, config.layers) if config.neuron_budgets else ():
         if "neurons" not in routers[f"layers_{layer}"]:
             raise ValueError(

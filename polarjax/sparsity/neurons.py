@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any
 
 import jax
@@ -80,8 +81,8 @@ def check_neuron_budgets(config: ModelConfig) -> None:
         right = all(type(n) is int and 1 <= n <= f for n in counts)
         if len(counts) != config.layers or not right or counts[0] != f:
             raise ValueError(
-                f"neuron budgets {counts} for batch {batch}: they must be "
-                f"{config.layers} numbers from 1 to {f}, the first of them {f}, as "
+                f"neuron budgets {reprlib.repr(counts)} for batch {batch}: they must "
+                f"be {config.layers} numbers from 1 to {f}, the first of them {f}, as "
                 "layer 0 is dense"
             )
         last = batch

@@ -54,8 +54,14 @@ def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
       config: of the model.
 
     Raises:
-      ValueError: naming the router and the shape that would be right.
+      ValueError: naming the router, and the shape or dtype that would be right.
     """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(routers):
+        if leaf.dtype not in (jnp.float32, jnp.bfloat16):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"router {name} is {leaf.dtype}, but must be float32 or bfloat16"
+            )
     for layer, parts in routers.items():
         if layer not in {f"layers_{i}" for i in range(config.layers)}:
             raise ValueError(
@@ -85,7 +91,7 @@ def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
         want = router_shapes(config, ranks["heads"], ranks["neurons"])
         if layer == "layers_0":  # it is dense
             want = {}
-        if have != want:
+        if have != want or 0 in ranks.values():
             raise ValueError(
                 f"router {layer} has shapes {have}, the model needs {want}"
             )

@@ -217,6 +217,7 @@ KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from polarjax import params
+from polarjax.checksums import check_files, read_checksums
 from convert import convert
 
 params.GROUP_BYTES = 1_000_000
@@ -243,11 +244,11 @@ for i in range(20):  # each over what the one before has left
     os.waitpid(child, 0)
     if out.exists():
         print("whole")
-        list(params._checked_files(out))
+        check_files(out, read_checksums(out))
     elif partial.exists():
         print("partial")
         if (partial / "config.json").exists():  # just before it is renamed
-            list(params._checked_files(partial))
+            check_files(partial, read_checksums(partial))
     else:
         print("nothing")
 os.waitpid(start(), 0)

@@ -14,6 +14,7 @@ from polarjax.params import write_folder
 from polarjax.sparsity import adapter as adapter_module
 from polarjax.sparsity import load_adapter, read_card, save_adapter
 from tests.models import LLAMA, OPT, random_params
+from tests.seal import seal
 
 CONFIG = dataclasses.replace(
     LLAMA, layers=3, budgets=(4, 2, 2), model_hash="0123456789abcdef" * 4
@@ -41,11 +42,13 @@ def saved(params, tmp_path):
 def edit_card(folder, **changes):
     card = json.loads((folder / "card.json").read_text())
     (folder / "card.json").write_text(json.dumps({**card, **changes}))
+    seal(folder)
 
 
 def edit_tensors(folder, edit):
     tensors = load_file(folder / "routers.safetensors")
     save_file(edit(tensors), folder / "routers.safetensors")
+    seal(folder)
 
 
 def assert_equal_trees(one, other):
@@ -122,7 +125,11 @@ def test_an_older_adapter_has_no_neuron_budgets(saved_neurons):
     card = json.loads((folder / "card.json").read_text())
     del card["neuron_budgets"]
     (folder / "card.json").write_text(json.dumps(card))
-    edit_tensors(folder, lambda ts: {n: t.astype(np.float32) for n, t in ts.items()})
+    for name in ("checksums.json", "fingerprint.safetensors"):
+        (folder / name).unlink()
+    tensors = load_file(folder / "routers.safetensors")
+    tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
+    save_file(tensors, folder / "routers.safetensors")
     loaded = load_adapter(bare, folder)
     assert loaded.config.neuron_budgets == ()
     assert {x.dtype for x in jax.tree.leaves(loaded.routers)} == {jnp.dtype("float32")}
@@ -206,7 +213,7 @@ def test_an_adapter_of_another_model_is_refused(bare, saved):
     with pytest.raises(ValueError, match=r"made for another model .hash 0123456789ab"):
         load_adapter(other, saved)
     edit_card(saved, model_hash=None)
-    with pytest.raises(ValueError, match="made for another model"):
+    with pytest.raises(ValueError, match=r"card: model_hash must be text, got None"):
         load_adapter(bare, saved)
 
 
@@ -303,6 +310,9 @@ def test_a_card_of_another_format_is_refused(bare, saved):
 def test_truncated_routers_are_refused(bare, saved, keep):
     file = saved / "routers.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"routers\.safetensors is not what was wri"):
+        load_adapter(bare, saved)
+    seal(saved)
     with pytest.raises(ValueError, match=r"routers\.safetensors is damaged"):
         load_adapter(bare, saved)
 
@@ -316,6 +326,7 @@ def test_garbled_headers_are_refused(bare, saved):
         bad = bytearray(data)
         bad[rng.integers(8 + header)] ^= 1 << rng.integers(8)
         file.write_bytes(bad)
+        seal(saved)
         try:
             loaded = load_adapter(bare, saved)
         except ValueError:
@@ -343,7 +354,7 @@ def test_an_interrupted_save_leaves_nothing(params, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter_module.json, "dumps", interrupt)
+    monkeypatch.setattr(adapter_module, "write_checksums", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(tmp_path / "adapter", params)
     assert not list(tmp_path.iterdir())
