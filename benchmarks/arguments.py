@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
 from benchmarks.steps import STEPS
-from polarjax.console import fraction
+from polarjax.console import add_any_model, fraction
 from polarjax.sharding import check_tp
 from polarjax.sparsity.select import check_density, check_parts
 
@@ -56,6 +56,7 @@ def add_arguments(add: Any) -> None:
         "--adapter",
         help="of the checkpoint in --models; without one, routers by chance",
     )
+    add_any_model(add)
     add("--batches", type=int, help="sequences, with --models (16)", **several)
     add("--contexts", type=int, help="tokens, with --models (2048)", **several)
     add(
@@ -150,7 +151,10 @@ def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
         "neuron_densities",
         "layers",
         "adapter",
+        "any_model",
     )
+    if args.any_model and not args.adapter:
+        raise ValueError("--any-model goes with --adapter")
     if not args.models:
         given = [name for name in lists if getattr(args, name)]
         if given:

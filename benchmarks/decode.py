@@ -73,11 +73,14 @@ def load_model(
     dtype: Any,
     head_rank: int,
     mesh: Mesh | None = None,
+    any_model: bool = False,
 ) -> Params:
     """Random weights, or those of a checkpoint, on one device or cut over several."""
     found = parse_model(model)
     if found is None:
-        params = polarjax.load(model, adapter=adapter, dtype=dtype, mesh=mesh)
+        params = polarjax.load(
+            model, adapter=adapter, dtype=dtype, mesh=mesh, any_model=any_model
+        )
         if adapter:
             return params
         routers = random_routers(params.config, params.dtype, head_rank, mesh)
@@ -175,7 +178,9 @@ def run_model(
     }
     dtype = jnp.dtype(rows.runs[-1]["dtype"])
     try:
-        params = load_model(model, args.adapter, dtype, args.head_rank, where.mesh)
+        params = load_model(
+            model, args.adapter, dtype, args.head_rank, where.mesh, args.any_model
+        )
     except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
         for name, case in own.items():
             rows.add(error_row("decode", name, case, "dense", error, where))

@@ -82,6 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "that ships)",
     )
     parser.add_argument(
+        "--any-model",
+        action="store_true",
+        help="take the adapter although it was learned on other weights",
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="run prompts through transformers and through DST, which is made first if "
@@ -116,6 +121,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     """Exit with 2 if options contradict each other."""
     if options.adapter and not options.to_hf:
         parser.error("--adapter goes with --to-hf alone")
+    if options.any_model and not options.adapter:
+        parser.error("--any-model goes with --adapter")
     if options.overwrite and options.to_hf:
         parser.error(
             "--overwrite replaces polarjax checkpoints alone, no folder of "
@@ -139,7 +146,12 @@ def _there(options: argparse.Namespace) -> bool:
 def _convert(options: argparse.Namespace) -> None:
     places, dtype = (options.source, options.destination), options.dtype
     if options.to_hf:
-        config = export(*places, adapter=options.adapter, dtype=dtype)
+        config = export(
+            *places,
+            adapter=options.adapter,
+            dtype=dtype,
+            any_model=options.any_model,
+        )
     else:
         dtype = dtype or "bfloat16"
         config = convert(*places, dtype=dtype, overwrite=options.overwrite)

@@ -36,6 +36,7 @@ def export(
     *,
     adapter: str | Path | None = None,
     dtype: str | None = None,
+    any_model: bool = False,
 ) -> ModelConfig:
     """Write a polarjax checkpoint as a Hugging Face folder.
 
@@ -48,6 +49,7 @@ def export(
         them; None for the original weights.
       dtype: of the tensors: "bfloat16", "float16" or "float32"; None for that of the
         checkpoint.
+      any_model: see `polarjax.load`.
 
     Returns:
       What the model is.
@@ -65,7 +67,7 @@ def export(
         raise FileExistsError(
             f"{destination} exists: choose another place, or remove it yourself"
         )
-    params = load(source, adapter=adapter)
+    params = load(source, adapter=adapter, any_model=any_model)
     describe(params.config)  # before the work
     write(
         *(destination, params.config, merge_updates(params).weights),

@@ -16,6 +16,7 @@ from rich.table import Table
 from polarjax import distributed
 from polarjax.calibration import Terms, Texts, calibrate
 from polarjax.console import (
+    add_any_model,
     add_mesh_arguments,
     choose_mesh,
     counting_bar,
@@ -117,6 +118,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     distributed.add_arguments(parser)
     add = parser.add_argument
     add("--adapter", required=True, help="folder of routers, name of one, or id")
+    add_any_model(add)
     _add_texts(add, tokens=10_000_000)
     add("--density", type=fraction, help="instead of the adapter's budgets")
     add("--rank", type=rank, default=8, help="of the updates, or 'full'")
@@ -283,7 +285,12 @@ def _recover(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_destination(out, args.overwrite)
     mesh = choose_mesh(args, args.batch)
-    params = load(args.checkpoint, adapter=args.adapter, mesh=mesh)
+    params = load(
+        args.checkpoint,
+        adapter=args.adapter,
+        mesh=mesh,
+        any_model=args.any_model,
+    )
     console = Console()
     if args.density is not None:
         params = with_density(params, args.density)

@@ -15,6 +15,7 @@ from polarjax import calibrate_cli, demo, distributed, evaluate_cli, plan_cli
 from polarjax.compile_cache import use_compile_cache
 from polarjax.console import (
     POLICIES,
+    add_any_model,
     add_mesh_arguments,
     choose_mesh,
     fraction,
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add = new.add_argument
     add("prompts", nargs="+", help="texts to continue")
     add("--adapter", help="folder of routers, name of one that ships, or id")
+    add_any_model(add)
     add("--density", type=fraction, help="fraction of KV groups to read, in (0, 1]")
     add("--policy", choices=["dense", *POLICIES], help="instead of the default")
     add("--max-new-tokens", type=int, default=64, help="most tokens to add")
@@ -135,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="folders of routers, names of those that ship, or ids of the hub",
     )
+    add_any_model(add)
     add("--max-new-tokens", type=int, default=32, help="tokens per prompt")
 
     arguments.add_arguments(
@@ -150,7 +153,12 @@ def _generate(args: argparse.Namespace) -> None:
     distributed.start_from(args)
     if args.balanced and (args.policy not in (None, "polar") or not args.tp):
         raise ValueError("--balanced is of the policy polar, and goes with --tp")
-    params = load(args.checkpoint, adapter=args.adapter, mesh=choose_mesh(args))
+    params = load(
+        args.checkpoint,
+        adapter=args.adapter,
+        mesh=choose_mesh(args),
+        any_model=args.any_model,
+    )
     prompts: list = args.prompts
     if args.chat:
         tokenizer = Tokenizer.require(params.config, "--chat")
@@ -187,7 +195,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    demo.show(args.checkpoint, args.adapter, args.max_new_tokens)
+    demo.show(args.checkpoint, args.adapter, args.max_new_tokens, args.any_model)
 
 
 def _bench(args: argparse.Namespace) -> None:

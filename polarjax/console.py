@@ -38,6 +38,20 @@ def fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def add_any_model(add: Callable[..., Any]) -> None:
+    """The option that goes with --adapter.
+
+    Args:
+      add: of a parser.
+    """
+    add(
+        "--any-model",
+        action="store_true",
+        help="take the adapter although it was learned on other weights, such as "
+        "another quantisation or fine-tune, if its shapes are right",
+    )
+
+
 def add_mesh_arguments(add: Callable[..., Any], shared: str) -> None:
     """The options that say over which devices a model is cut.
 

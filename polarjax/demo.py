@@ -25,7 +25,10 @@ PROMPTS = (
 
 
 def show(
-    checkpoint: str | Path, adapters: Sequence[str | Path], max_new_tokens: int
+    checkpoint: str | Path,
+    adapters: Sequence[str | Path],
+    max_new_tokens: int,
+    any_model: bool = False,
 ) -> None:
     """Print dense and sparse continuations, and what sparsity saved and cost.
 
@@ -33,6 +36,7 @@ def show(
       checkpoint: folder of the model.
       adapters: folders of routers, or names of those that ship.
       max_new_tokens: tokens per prompt, at least 2.
+      any_model: see `polarjax.load`.
 
     Raises:
       ValueError: if there are fewer, or the model cannot be loaded.
@@ -43,7 +47,7 @@ def show(
         )
     console = Console()
     dense = load(checkpoint)
-    models = [load_adapter(dense, find_adapter(adapter)) for adapter in adapters]
+    models = [load_adapter(dense, find_adapter(x), any_model) for x in adapters]
     names = ["dense", *map(str, adapters)]
     runs: list[tuple[Params, SelectionPolicy]] = [(dense, Dense())]
     runs += [(params, Polar()) for params in models]

@@ -16,6 +16,7 @@ from rich.table import Table
 from pallas_kernels import Implementation
 from polarjax import distributed
 from polarjax.console import (
+    add_any_model,
     add_mesh_arguments,
     choose_mesh,
     fraction,
@@ -51,6 +52,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--tasks", nargs="+", default=[], help="JSONL files of rows to get right")
     add("--limit", type=int, help="most rows of each task; default all")
     add("--adapter", help="folder of routers, name of one that ships, or id")
+    add_any_model(add)
     _add_policies(add)
     _add_scoring(add)
     add("--text", help="UTF-8 text file, .gz too: perplexity, recall, generation")
@@ -101,6 +103,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--tasks", required=True, help="names, groups, tags or patterns, with commas")
     add("--include-path", help="folder with YAML files of more tasks")
     add("--adapter", help="folder of routers, name of one that ships, or id")
+    add_any_model(add)
     _add_policies(add)
     _add_scoring(add)
     add("--num-fewshot", type=int, help="examples before each question")
@@ -166,7 +169,8 @@ def _lm_eval(args: argparse.Namespace) -> None:
     if out and out.exists() and not args.overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or --overwrite it")
     policies = _policies(args)
-    params = load(args.checkpoint, adapter=args.adapter, mesh=choose_mesh(args))
+    mesh, other = choose_mesh(args), args.any_model
+    params = load(args.checkpoint, adapter=args.adapter, mesh=mesh, any_model=other)
     console = Console()
     with share_bar(console) as bar:
         tasks: dict[str, TaskID] = {}
@@ -204,7 +208,8 @@ def _eval(args: argparse.Namespace) -> None:
     distributed.start_from(args)
     policies = _policies(args)
     adapter = find_adapter(args.adapter) if args.adapter else None
-    params = load(args.checkpoint, adapter=adapter, mesh=choose_mesh(args))
+    mesh, other = choose_mesh(args), args.any_model
+    params = load(args.checkpoint, adapter=adapter, mesh=mesh, any_model=other)
     settings = Settings(
         policies=policies,
         mode=args.mode,

@@ -65,7 +65,9 @@ def load(
       ValueError: if one of them is damaged, cannot be converted, or they do not belong
         together.
     """
-    folder = adapter if adapter is None else find_adapter(adapter)
+    if any_model and adapter is None:
+        raise ValueError("any_model (--any-model) goes with an adapter")
+    folder = None if adapter is None else find_adapter(adapter)
     if folder:
         read_card(folder)  # before the work
 
