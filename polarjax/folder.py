@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+from polarjax.files import LARGEST_TABLE, FileError, read_json
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "card.json"
@@ -150,8 +151,8 @@ def check_destination(path: str | Path, overwrite: bool) -> None:
 
 def _has_format(file: Path) -> bool:
     try:
-        return "format_version" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "format_version" in read_json(file, LARGEST_TABLE)
+    except FileError:
         return False
 
 

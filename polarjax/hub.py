@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from polarjax.config import FORMAT_VERSION, POLICY, ModelConfig
+from polarjax.files import FileError
 from polarjax.folder import CONFIG_FILE, locked
 from polarjax.model import check_weights
 from polarjax.params import TENSORS, Params, read_description, read_folder
@@ -78,7 +79,7 @@ def load(
             if any(getattr(shapes.config, name) for name in POLICY):
                 check_budgets(shapes.config)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise FileError(f"{path}: {error}") from None
         if mesh:
             check_mesh(mesh, shapes.config)
 

@@ -22,6 +22,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from polarjax.checksums import (
     CHECKSUMS_FILE,
+    REASON_BYTES,
     check_files,
     check_text,
     checksum,
@@ -308,7 +309,7 @@ def read_folder(
         if check:
             check(_params(path, found, config))
     except ValueError:
-        check_files(path, files)  # damage is the better reason, if there is some
+        check_files(path, files, REASON_BYTES)  # damage is the better reason
         raise
     default = Placement(SingleDeviceSharding(jax.local_devices()[0]))
     for name in files:

@@ -372,11 +372,19 @@ def check_weights(weights: Tree, config: ModelConfig) -> None:
     Raises:
       ValueError: naming the first that differs, or is of another dtype.
     """
+    other = "its weights are not those of its config.json"
     if config.layers > len(weights):  # before a tree of that many is made
-        raise ValueError("its weights are not those of its config.json")
+        raise ValueError(f"{other}, which says {config.layers} layers")
     want = weight_shapes(config)
+    names, needed = (
+        {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)}
+        for tree in (weights, want)
+    )
+    if missing := sorted(needed - names):
+        raise ValueError(f"{other}, which needs {missing[0]}")
     if jax.tree.structure(want) != jax.tree.structure(weights):
-        raise ValueError("its weights are not those of its config.json")
+        extra = sorted(names - needed) or ["another tree"]
+        raise ValueError(f"{other}, which has no place for {extra[0]}")
     leaves = jax.tree.leaves(weights)
     dtype = leaves[0].dtype
     for (where, shape), leaf in zip(

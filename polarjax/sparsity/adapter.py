@@ -20,6 +20,7 @@ from flax import traverse_util
 
 from polarjax.checksums import (
     CHECKSUMS_FILE,
+    REASON_BYTES,
     check_files,
     checksum,
     file_checksum,
@@ -157,9 +158,10 @@ def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> P
         if not any_model:
             _check_same(path, card["model_hash"], params)
         tree = _read_routers(path / ROUTERS_FILE, shapes, config)
-    except ValueError:
-        check_files(path, files)  # damage is the better reason, if there is some
-        raise
+    except ValueError as error:
+        check_files(path, files, REASON_BYTES)  # damage is the better reason
+        named = str(path) in str(error)
+        raise FileError(f"{error}" if named else f"{path}: {error}") from None
     check_files(path, files)
     mesh = mesh_of(params.weights)
     routers = place_routers(jax.tree.map(jnp.asarray, tree), config, mesh)

@@ -1,17 +1,49 @@
-"""Ways to damage a checkpoint's file, by a seeded generator."""
+"""Ways to damage a file by a seeded generator, and limits to hold meanwhile."""
 
 import json
 import random
 import re
+import signal
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
 import numpy as np
 
+MEMORY = 512 << 20  # bytes
+SECONDS = 5  # for one file
 EDGES = (0, 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
 Mutation = Callable[[random.Random, bytes], bytes]
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Raise for what hangs, even within a loop, or takes much memory."""
+
+    def ring(*_):
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < MEMORY / 8, f"{peak} bytes"  # for a file of 100 kB
+
+
+def json_values(rng: random.Random):
+    """What does not belong into a configuration."""
+    numbers = [*EDGES, -1, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**400]
+    others = [None, True, "", "x", "\ud800", "\n", [], {}, [[]], {"a": None}, [1, "b"]]
+    return rng.choice([*numbers, *others, 2**24, 4096, [2**63] * 50])
 
 
 class Damage:

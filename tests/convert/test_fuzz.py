@@ -13,11 +13,7 @@ import random
 import re
 import resource
 import shutil
-import signal
 import struct
-import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -40,12 +36,17 @@ from tests.convert.checkpoints import (
     write_hf,
     write_sharded,
 )
-from tests.convert.damage import EDGES, Damage, GgufDamage, SafetensorsDamage
+from tests.convert.damage import (
+    MEMORY,
+    Damage,
+    GgufDamage,
+    SafetensorsDamage,
+    json_values,
+    limits,
+)
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
-MEMORY = 512 << 20  # bytes
-SECONDS = 5  # for one file
 # Fields of the configuration in a GGUF file without a check: nothing tells that they
 # were damaged, for every value makes a valid file.
 FREE = ("rope", "norm_eps", "context", "bos_ids", "eos_ids", "windows")
@@ -83,26 +84,6 @@ def assert_equal(found: Weights, expected: Weights) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
-
-
-@contextmanager
-def limits() -> Iterator[None]:
-    """Raise for what hangs, even within a loop, or takes much memory."""
-
-    def ring(*_):
-        raise TimeoutError(f"more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    tracemalloc.start()
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert peak < MEMORY / 8, f"{peak} bytes"  # for a file of 100 kB
 
 
 @pytest.fixture
@@ -195,13 +176,6 @@ def test_every_byte_of_a_header(tmp_path, measured):
     path = gguf_file(tmp_path, "qwen3")
     damage = GgufDamage(path.read_bytes(), path)
     assert sweep(path, damage.every_byte(), FREE)["flip"] > 1000
-
-
-def json_values(rng: random.Random):
-    """What does not belong into a configuration."""
-    numbers = [*EDGES, -1, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**400]
-    others = [None, True, "", "x", "\ud800", "\n", [], {}, [[]], {"a": None}, [1, "b"]]
-    return rng.choice([*numbers, *others, 2**24, 4096, [2**63] * 50])
 
 
 @pytest.mark.parametrize("count", COUNTS)
