@@ -278,7 +278,8 @@ def test_adapters(cache, online, tmp_path):
     write_checkpoint(tmp_path / "model", bare)
     online.remote["me/adapter"] = tmp_path / "files"
     found = hub.load(tmp_path / "model", adapter="me/adapter")
-    assert online.asked == [["card.json", "routers.safetensors"]]
+    files = ["card.json", "checksums.json", "fingerprint.safetensors"]
+    assert online.asked == [[*files, "routers.safetensors"]]
     assert found.config.budgets == config.budgets
     assert found.routers.keys() == params.routers.keys()
     with pytest.raises(
@@ -418,7 +419,8 @@ def test_push_uploads_the_adapter_and_nothing_else(tmp_path, monkeypatch):
     assert calls[0] == ("me/mine", {"exist_ok": True})
     assert calls[1]["repo_id"] == "me/mine"
     assert calls[1]["folder_path"] == str(tmp_path / "a")
-    assert calls[1]["allow_patterns"] == ["card.json", "routers.safetensors"]
+    sent = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert sorted([*calls[1]["allow_patterns"], "notes.txt"]) == sent
 
 
 def test_what_is_no_adapter_is_not_pushed(tmp_path):

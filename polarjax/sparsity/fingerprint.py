@@ -152,7 +152,8 @@ def entries(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     rows = (2 * i + 1) * shape[0] // (2 * count)
     # Multiples of the golden ratio, in integers so that they are the same everywhere.
     columns = ((i + 1) * 2654435769 % 2**32 * rest) >> 32
-    return (rows, *np.unravel_index(columns, shape[1:])) if rest > 1 else (rows,)
+    others = np.unravel_index(columns, shape[1:]) if len(shape) > 1 else ()
+    return (rows, *others)
 
 
 def _words(shape: tuple[int, ...] | None) -> str:

@@ -20,14 +20,14 @@ Mutation = Callable[[random.Random, bytes], bytes]
 
 
 @contextmanager
-def limits() -> Iterator[None]:
+def limits(seconds: float = SECONDS) -> Iterator[None]:
     """Raise for what hangs, even within a loop, or takes much memory."""
 
     def ring(*_):
-        raise TimeoutError(f"more than {SECONDS} s")
+        raise TimeoutError(f"more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     tracemalloc.start()
     try:
         yield
