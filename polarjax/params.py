@@ -58,7 +58,6 @@ TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TENSORS = "tensors-{}.safetensors"
 _WEIGHTS, _ROUTERS = "weights", "routers"
-_DTYPES = {_WEIGHTS: ("F32", "BF16", "F16"), _ROUTERS: ("F32", "BF16")}
 
 # Of arrays in one file. Two such groups are in memory at a time: one is written while
 # the next is filled.
@@ -346,7 +345,7 @@ def _shapes(path: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {_WEIGHTS: {}, _ROUTERS: {}}
     for file in files:
         with open_tensors(path / file) as tensors:
-            shapes = shapes_of(tensors, _DTYPES[_WEIGHTS])
+            shapes = shapes_of(tensors, path / file, ("F32", "BF16", "F16"))
         for name, shape in shapes.items():
             part, _, leaf = name.partition("/")
             if part not in found or leaf in found[part]:

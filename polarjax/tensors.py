@@ -48,11 +48,14 @@ def open_tensors(file: Path) -> Iterator[Any]:
         raise FileError(f"{file} is damaged: {error}") from None
 
 
-def shapes_of(tensors: Any, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(
+    tensors: Any, file: Path, names: tuple[str, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
     """What a file's header says of its tensors.
 
     Args:
       tensors: of `open_tensors`.
+      file: of them, for messages.
       names: of the dtypes that they may have, out of `DTYPES`.
 
     Returns:
@@ -67,7 +70,9 @@ def shapes_of(tensors: Any, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeS
         kind = part.get_dtype()
         if kind not in names:
             words = ", ".join(str(DTYPES[right]) for right in names)
-            raise FileError(f"{name} is {_word(kind)}, but must be one of {words}")
+            raise FileError(
+                f"{file}: {name} is {_word(kind)}, but must be one of {words}"
+            )
         found[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), DTYPES[kind])
     return found
 

@@ -13,11 +13,14 @@ import pytest
 from safetensors.numpy import save_file
 
 import polarjax
+from polarjax import hub
 from polarjax import params as params_module
 from polarjax.folder import new_folder
 from polarjax.params import check_finite, write_folder
+from tests.convert.damage import limits
 from tests.models import LLAMA, OPT, random_params, write_checkpoint
 from tests.seal import seal
+from tests.test_files import KINDS, replace
 
 CONFIG = dataclasses.replace(
     LLAMA, layers=2, budgets=(4, 2), eos_ids=(256,), bos_ids=(1,), model_hash="abc"
@@ -272,6 +275,107 @@ def test_files_that_are_no_safetensors_are_refused(folder):
     sums = {"tensors-00001.safetensors": f"{zlib.crc32(b'junk'):08x}"}
     (folder / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(ValueError, match=r"tensors-00001\.safetensors is damaged"):
+        polarjax.load(folder)
+
+
+def test_a_description_is_what_was_written(folder):
+    """A flipped bit that leaves a valid one is found too."""
+    whole = (folder / "config.json").read_bytes()
+    found = 0
+    for at in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 4
+        (folder / "config.json").write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"config\.json|this polarjax") as caught:
+            hub.read_config(folder)
+        found += "config.json is not what was written" in str(caught.value)
+    assert found > 20
+    fields = json.loads(whole)
+    (folder / "config.json").write_text(json.dumps({**fields, "eos_ids": [7]}))
+    match = r"is not what was written; if you changed it on purpose, take its line out"
+    for load in (polarjax.load, hub.read_config):
+        with pytest.raises(ValueError, match=match):
+            load(folder)
+    # As checkpoints of before are, or where someone did as told.
+    sums = json.loads((folder / "checksums.json").read_text())
+    del sums["config.json"]
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    assert polarjax.load(folder).config.eos_ids == (7,)
+
+
+@pytest.mark.parametrize("size", [4_096, 16_000_000, 60_000_000, 10**12, 10**400])
+def test_sizes_are_compared_before_anything_is_allocated(folder, size, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an array is read")
+
+    monkeypatch.setattr(params_module, "_read", refuse)
+    for name in ("vocab_size", "dim", "layers", "heads", "head_dim", "neurons"):
+        edit_config(folder, **{name: size})
+        with limits(), pytest.raises(ValueError, match=r"config\.json") as caught:
+            polarjax.load(folder)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+        edit_config(folder, **{name: getattr(CONFIG, name)})
+    edit_config(folder, heads=size, kv_heads=size)
+    with limits(), pytest.raises(ValueError, match=r"config\.json"):
+        polarjax.load(folder)
+
+
+def test_a_context_that_nobody_has(folder):
+    edit_config(folder, context=2**24)
+    assert polarjax.load(folder).config.context == 2**24
+    edit_config(folder, context=2**24 + 1)
+    with pytest.raises(ValueError, match="context must be between 1 and 16,777,216"):
+        polarjax.load(folder)
+    # Learned positions are a tensor.
+    learned = random_params(dataclasses.replace(OPT, layers=2))
+    polarjax.save(learned, folder, overwrite=True)
+    edit_config(folder, context=2**24)
+    with limits(), pytest.raises(ValueError, match=r"positions.*\[130, 48\].* needs"):
+        polarjax.load(folder)
+
+
+@pytest.mark.slow
+def test_a_context_that_nobody_has_takes_no_memory(folder):
+    edit_config(folder, context=2**24)
+    with limits(60):
+        params = polarjax.load(folder)
+        out = polarjax.generate(params, [[1, 2, 3]], max_new_tokens=2)
+    assert len(out.tokens[0]) == 2
+
+
+def test_budgets_in_a_checkpoint_are_checked(folder):
+    for changes, message in (
+        ({"budgets": [4, 5]}, "budgets .* must be 2 numbers from 1 to 4"),
+        ({"budgets": [4, 2.5]}, "what is no whole number"),
+        ({"budgets": [4, 2], "adaptive": True}, "need thresholds"),
+        ({"neuron_budgets": [[1, [80, 40]]]}, "need a ReLU MLP"),
+    ):
+        edit_config(folder, budgets=[4, 2], adaptive=False, neuron_budgets=[])
+        edit_config(folder, **changes)
+        with pytest.raises(ValueError, match=message):
+            polarjax.load(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", ["config.json", "checksums.json", "tensors-00001.safetensors"]
+)
+def test_what_is_no_file_is_refused(folder, name, kind):
+    replace(folder / name, kind)
+    with limits(), pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        polarjax.load(folder)
+    if name == "config.json":
+        with limits(), pytest.raises(ValueError, match=r"config\.json"):
+            hub.read_config(folder)
+        with limits(), pytest.raises(FileExistsError, match="no polarjax checkpoint"):
+            polarjax.save(random_params(CONFIG), folder, overwrite=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint8, np.bool_])
+def test_weights_are_floats_of_at_most_32_bits(folder, params, dtype):
+    weights = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params.weights)
+    write_folder(folder, CONFIG, weights, overwrite=True)
+    with pytest.raises(ValueError, match=f" is {np.dtype(dtype)}, but must be one of"):
         polarjax.load(folder)
 
 

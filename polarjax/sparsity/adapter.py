@@ -155,8 +155,11 @@ def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> P
     shapes = model_shapes(params.weights, params.config)
     files = _files(path)
     try:
+        sample = None
+        if is_there(path / FINGERPRINT_FILE):
+            sample = Fingerprint.load(path / FINGERPRINT_FILE)
         if not any_model:
-            _check_same(path, card["model_hash"], params)
+            _check_same(path, card["model_hash"], params, sample)
         tree = _read_routers(path / ROUTERS_FILE, shapes, config)
     except ValueError as error:
         check_files(path, files, REASON_BYTES)  # damage is the better reason
@@ -185,15 +188,16 @@ def _files(path: Path) -> dict[str, str]:
     return {name: value for name, value in sums.items() if name != CARD_FILE}
 
 
-def _check_same(path: Path, learned_on: str, params: Params) -> None:
+def _check_same(
+    path: Path, learned_on: str, params: Params, sample: Fingerprint | None
+) -> None:
     """Raise unless the model is the one that the adapter was learned on."""
     own = params.config.model_hash
     if learned_on == own:
         return
     reason = "it has no sample of that model's weights to compare"
-    if is_there(path / FINGERPRINT_FILE):
-        theirs = Fingerprint.load(path / FINGERPRINT_FILE)
-        reason = theirs.difference(Fingerprint.of(params))
+    if sample:
+        reason = sample.difference(Fingerprint.of(params))
         if not reason:
             return
     raise FileError(
@@ -207,7 +211,7 @@ def _check_same(path: Path, learned_on: str, params: Params) -> None:
 def _read_routers(file: Path, shapes: Tree, config: ModelConfig) -> Tree:
     """Routers that fit the model, as numpy."""
     with open_tensors(file) as tensors:
-        held = shapes_of(tensors, ("F32", "BF16"))
+        held = shapes_of(tensors, file, ("F32", "BF16"))
         try:
             tree: Tree = traverse_util.unflatten_dict(held, sep="/")
         except (TypeError, IndexError) as error:  # one name continues another

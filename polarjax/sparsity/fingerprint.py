@@ -85,7 +85,7 @@ class Fingerprint:
         """
         with open_tensors(file) as tensors:
             facts = tensors.metadata() or {}
-            held = shapes_of(tensors, ("F32",))
+            held = shapes_of(tensors, file, ("F32",))
             shapes = parse_json(facts.get("shapes", ""), f"{file}: shapes")
             dtype = facts.get("dtype")
             known = [str(kind) for kind in DTYPES.values()]

@@ -13,8 +13,10 @@ import polarjax
 from polarjax.params import write_folder
 from polarjax.sparsity import adapter as adapter_module
 from polarjax.sparsity import load_adapter, read_card, save_adapter
+from tests.convert.damage import limits
 from tests.models import LLAMA, OPT, random_params
 from tests.seal import seal
+from tests.test_files import KINDS, replace
 
 CONFIG = dataclasses.replace(
     LLAMA, layers=3, budgets=(4, 2, 2), model_hash="0123456789abcdef" * 4
@@ -209,7 +211,7 @@ def test_load_takes_an_adapter(params, bare, saved, tmp_path):
 
 def test_an_adapter_of_another_model_is_refused(bare, saved):
     config = dataclasses.replace(bare.config, model_hash="f" * 64)
-    other = dataclasses.replace(bare, config=config)
+    other = dataclasses.replace(random_params(CONFIG, 1), config=config)
     with pytest.raises(ValueError, match=r"made for another model .hash 0123456789ab"):
         load_adapter(other, saved)
     edit_card(saved, model_hash=None)
@@ -335,6 +337,129 @@ def test_garbled_headers_are_refused(bare, saved):
         accepted += 1
         assert jax.tree.structure(loaded.routers).num_leaves == 4
     assert accepted < 30
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "uint8", "int32", "float16", "float64", "complex64"]
+)
+def test_routers_of_other_dtypes_are_refused(bare, saved, dtype):
+    """1e300 would become infinity, and a flag a weight."""
+
+    def edit(tensors):
+        name = "layers_2/heads/weight"
+        return {**tensors, name: tensors[name].astype(dtype)}
+
+    edit_tensors(saved, edit)
+    match = f"layers_2/heads/weight is {dtype}, but must be one of float32, bfloat16"
+    with pytest.raises(ValueError, match=match):
+        load_adapter(bare, saved)
+
+
+def test_a_checkpoint_s_routers_are_held_to_it_too(bare, params, tmp_path):
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), params.routers)
+    write_folder(tmp_path / "model", CONFIG, bare.weights, half)
+    with pytest.raises(ValueError, match="router layers_1/heads/bias is float16, but"):
+        polarjax.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        plus("layers_1/heads/weight"),
+        plus("layers_2/heads/bias"),
+        lambda tensors: plus("layers_1/heads/up", 4, 0)(
+            plus("layers_1/heads/down", 0, 48)(tensors)
+        ),
+    ],
+)
+def test_tensors_without_a_rank_are_refused(bare, saved, edit):
+    edit_tensors(saved, edit)
+    with pytest.raises(ValueError, match=r"router layers_[12] has shapes"):
+        load_adapter(bare, saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["card.json", "routers.safetensors", "fingerprint.safetensors"]
+)
+def test_a_flipped_bit_is_found(bare, saved, name):
+    whole = (saved / name).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        (saved / name).write_bytes(flipped)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            load_adapter(bare, saved)
+    (saved / name).write_bytes(whole)
+    load_adapter(bare, saved)
+
+
+@pytest.mark.parametrize(
+    "sums", [{}, {"routers.safetensors": 1, "x": "y"}, {"card.json": "0"}]
+)
+def test_checksums_of_other_files_are_refused(bare, saved, sums):
+    (saved / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(ValueError, match=r"checksums\.json names|card\.json is not"):
+        load_adapter(bare, saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adaptive": "yes"}, "adaptive must be true or false, got 'yes'"),
+        ({"thresholds": ["0", "1", "2"]}, r"thresholds\[0\] must be a number, got '0'"),
+        ({"thresholds": [0, 10**400, 0]}, r"thresholds\[1\] must be between"),
+        ({"thresholds": [0, float("nan"), 0]}, r"thresholds\[1\] must be between"),
+        ({"treshold": [0]}, "unknown key 'treshold': did you mean 'thresholds'"),
+        ({"anything": 1}, "unknown key 'anything'"),
+        ({"format_version": "1"}, "adapter format '1'"),
+        ({"kv_heads": 0}, "kv_heads must be a positive integer"),
+        ({"contract": []}, "contract must be a record"),
+        ({"tokens": "many"}, "tokens must be an integer"),
+    ],
+)
+def test_a_card_is_judged_field_by_field(bare, saved, changes, message):
+    edit_card(saved, **changes)
+    for read in (read_card, lambda folder: load_adapter(bare, folder)):
+        with pytest.raises(
+            ValueError, match=r"card\.json is no adapter card: .*" + message
+        ):
+            read(saved)
+
+
+def test_a_card_too_deep_or_with_a_key_twice(bare, saved):
+    whole = (saved / "card.json").read_text()
+    for text in ("[" * 100_000, '{"a":' * 100_000, whole[:-2] + ', "data": 1}'):
+        (saved / "card.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"card\.json is no adapter card"
+        ) as caught:
+            load_adapter(bare, saved)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_card_says_nothing_unknown(params, tmp_path):
+    with pytest.raises(ValueError, match="unknown key 'quailty': did you mean"):
+        save_adapter(tmp_path / "a", params, {"quailty": {}})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    ["card.json", "checksums.json", "routers.safetensors", "fingerprint.safetensors"],
+)
+def test_what_is_no_file_is_refused(bare, saved, name, kind):
+    replace(saved / name, kind)
+    with limits(), pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        load_adapter(bare, saved)
+
+
+def test_an_adapter_in_the_hub_s_cache_is_links(params, bare, saved, tmp_path):
+    (tmp_path / "links").mkdir()
+    for path in saved.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert load_adapter(bare, tmp_path / "links").config == params.config
 
 
 @pytest.mark.parametrize("name", ["card.json", "routers.safetensors"])
