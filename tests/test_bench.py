@@ -247,6 +247,7 @@ def test_lists_become_cases():
         (["--models", "opt-66b", "--contexts", "4096"], "is 2048 tokens"),
         (["--models", "mistral-7b", "--neuron-densities", "0.5"], "no ReLU"),
         (["--models", "mistral-7b", "--adapter", "a"], "--adapter goes with a"),
+        (["--models", "folder", "--any-model"], "--any-model goes with --adapter"),
         (["--models", "folder", "--layers", "2"], "not folder"),
         (["--models", "opt-30b", "--contexts", "16"], "above 16"),
         (["--models", "opt-30b", "--densities", "1.5"], "above 0 and at most 1"),

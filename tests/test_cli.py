@@ -5,10 +5,11 @@ import json
 import runpy
 import sys
 
+import jax
 import pytest
 
 import polarjax
-from polarjax import cli
+from polarjax import calibrate_cli, cli, demo, evaluate_cli
 from polarjax.sparsity import save_adapter
 from polarjax.sparsity.select import with_density
 from tests.models import LLAMA, random_params, write_checkpoint
@@ -64,6 +65,47 @@ def test_generate(checkpoint, adapter, capsys):
         "--density 1 --temperature 1 --top-k 9 --top-p 0.9 --seed 3 --stop x --chat"
     )
     assert cli.main([*command, "--max-new-tokens", "5", *options.split()]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("generate MODEL hi", cli),
+        ("eval MODEL --text TEXT", evaluate_cli),
+        ("lm-eval MODEL --tasks arc_easy", evaluate_cli),
+        ("recover MODEL --text TEXT --out OUT", calibrate_cli),
+        ("demo MODEL", demo),
+    ],
+)
+def test_an_adapter_of_other_weights_is_taken_by_name(
+    command, module, checkpoint, adapter, text, tmp_path, monkeypatch, capsys
+):
+    """Every command that takes an adapter says how, and does."""
+    params = polarjax.load(checkpoint)
+    config = dataclasses.replace(params.config, model_hash="other")
+    weights = jax.tree.map(lambda x: 1.05 * x, params.weights)
+    model, out = tmp_path / "model", tmp_path / "out"
+    polarjax.save(polarjax.Params(weights, {}, config), model)
+    places = {"MODEL": model, "TEXT": text, "OUT": out}
+    words = [str(places.get(word, word)) for word in command.split()]
+    words += ["--adapter", str(adapter)]
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err
+    assert "looks like another quantisation" in said and "(--any-model)" in said
+    found = []
+    name = "load_adapter" if module is demo else "load"
+    load = getattr(module, name)
+
+    def stop(*args, **options):
+        found.append(load(*args, **options))
+        if found[-1].routers:
+            raise ValueError("loaded")
+        return found[-1]
+
+    monkeypatch.setattr(module, name, stop)
+    assert cli.main([*words, "--any-model"]) == 1
+    assert capsys.readouterr().err.endswith("error: loaded\n")
+    assert found[-1].config.budgets == (4, 2, 2, 2)
 
 
 def test_the_demo_shows_each_adapter_beside_dense(

@@ -67,10 +67,22 @@ def test_what_an_adapter_has_mended_can_leave(params, tmp_path):
     np.testing.assert_array_equal(found, np.asarray(right).T)
     original = params.weights["layers_1"]["attention"]["out"]
     assert not np.array_equal(found, np.asarray(original).T)
+    # Into other weights if it is asked for.
+    other = jax.tree.map(lambda x: 1.05 * x, params.weights)
+    other = polarjax.Params(other, {}, dataclasses.replace(c, model_hash="other"))
+    polarjax.save(other, tmp_path / "other")
+    command = ["--to-hf", str(tmp_path / "other"), str(tmp_path / "hf2")]
+    command += ["--adapter", str(tmp_path / "a")]
+    assert main(command) == 1 and not (tmp_path / "hf2").exists()
+    assert main([*command, "--any-model"]) == 0
+    changed = tensors_of(tmp_path / "hf2")["model.layers.1.self_attn.o_proj.weight"]
+    np.testing.assert_allclose(
+        changed - found, 0.05 * np.asarray(original).T, atol=1e-5
+    )
 
 
 def test_what_has_no_words_is_refused(params, tmp_path, capsys):
-    config = dataclasses.replace(params.config, rope=Rope(divisors=(1.0,) * 4))
+    config = dataclasses.replace(params.config, rope=Rope(divisors=(1.0,) * 8))
     with pytest.raises(ConversionError, match="out of a GGUF file"):
         write(tmp_path / "hf", config, params.weights, dtype="float32")
     config = dataclasses.replace(params.config, family="gemma")
@@ -96,6 +108,8 @@ def test_what_has_no_words_is_refused(params, tmp_path, capsys):
         assert "there exists: choose another" in error and "overwrite" not in error
     assert (tmp_path / "there/file").read_text() == "mine"
     assert not (tmp_path / "hf").exists()
-    for wrong in (["--adapter", "x"], ["--to-hf", "--overwrite"]):
+    for wrong in (
+        *(["--adapter", "x"], ["--to-hf", "--overwrite"], ["--to-hf", "--any-model"]),
+    ):
         with pytest.raises(SystemExit):
             main([params.config.folder, str(tmp_path / "hf"), *wrong])
