@@ -158,7 +158,7 @@ def works(params, generated, count):
     config = params.config
     assert config.rope and np.isfinite(frequencies(config.rope, config.head_dim)).all()
     new = config.architecture not in generated and config.context > 8
-    if new and len(generated) < count // 40:
+    if new and len(generated) < count // 100:
         generated.add(config.architecture)
         out = polarjax.generate(params, [[1, 2, 3]], max_new_tokens=2)
         assert len(out.tokens[0]) <= 2

@@ -73,7 +73,7 @@ def test_optax_updates_params(params):
 
 
 def test_config_survives_json():
-    rope = polarjax.Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192, (1.0, 2.5))
+    rope = polarjax.Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192, (1.0, 2.5) * 4)
     config = dataclasses.replace(CONFIG, rope=rope, folder="/here")
     windows = dataclasses.replace(CONFIG, windows=(4, *(0,) * (CONFIG.layers - 1)))
     rotary = (False, *(True,) * (CONFIG.layers - 1))
