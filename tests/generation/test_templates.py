@@ -249,12 +249,13 @@ def test_checkpoints_of_before_have_the_tokens_of_their_configuration(tmp_path):
 
 
 def test_gguf_says_which_tokens_have_a_role():
-    tokens = [*byte_tokenizer().get_vocab()]
+    tokens = [byte_tokenizer().id_to_token(i) for i in range(257)]
     fields = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": [tokens[0] + " " + tokens[1]] * 0,
+        "tokenizer.ggml.token_type": [1] * 256 + [3],  # the last one is control
+        "tokenizer.ggml.merges": [],
         "tokenizer.ggml.eos_token_id": 7,
         "tokenizer.ggml.padding_token_id": 8,
         "tokenizer.ggml.unknown_token_id": 10**6,
