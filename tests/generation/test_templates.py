@@ -14,18 +14,14 @@ from convert.tokenizer import from_folder, from_gguf
 from polarjax.generation import Tokenizer
 from polarjax.params import CHAT_TEMPLATE_FILE, save
 from tests.generation.chat_templates import (
-    ASKED,
     BY_NAME,
     CHATML,
-    CONVERSATIONS,
-    DOCUMENTS,
     NAMED,
-    QWEN_2_5,
     SMOLLM_2,
-    SMOLLM_3,
     TEMPLATES,
-    TOOLS,
 )
+from tests.generation.conversations import ASKED, CONVERSATIONS, DOCUMENTS, TOOLS
+from tests.generation.tool_templates import QWEN_2_5, SMOLLM_3
 from tests.models import LLAMA, byte_tokenizer
 
 transformers = pytest.importorskip("transformers")
