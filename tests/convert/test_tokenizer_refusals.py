@@ -224,7 +224,7 @@ def test_a_gguf_that_holds_a_tokenizer_json(tmp_path):
         merges=None,
     )
     made, notes = from_gguf({**fields, "tokenizer.huggingface.json": whole})
-    assert made == {"tokenizer.json": whole} and not notes
+    assert made["tokenizer.json"] == whole and not notes
     for wrong, words in (("{}", "is not a tokenizer"), (whole, "has no token 'zz'")):
         fields["tokenizer.ggml.tokens"][5] = "zz"
         with pytest.raises(ConversionError, match=f"huggingface.json {words}"):
@@ -244,7 +244,7 @@ def test_bytes_of_a_gguf_that_are_not_utf8(tmp_path, capsys):
     assert err.count("\n") == 1
     assert not (tmp_path / "out/tokenizer.json").exists()
     made, notes = from_gguf({**gguf(), "tokenizer.chat_template": "\udcff"})
-    assert set(made) == {"tokenizer.json"}
+    assert set(made) == {"tokenizer.json", "tokenizer_config.json"}
     assert notes == ["the file's chat template is not UTF-8: it is left out"]
 
 

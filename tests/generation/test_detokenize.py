@@ -138,7 +138,7 @@ def test_the_work_does_not_grow_with_the_length(kind, stops):
     answer = []
     while len(answer) < 2048:
         answer += some_tokens(rng, backend)
-    for length in (16, 4096):
+    for length in (16, 8192):
         counting = Counting(backend)
         request = Request(answer[:8] * (length // 8), 2048, Tokenizer(counting), stops)
         work, texts = [], ""

@@ -14,18 +14,14 @@ from convert.tokenizer import from_folder, from_gguf
 from polarjax.generation import Tokenizer
 from polarjax.params import CHAT_TEMPLATE_FILE, save
 from tests.generation.chat_templates import (
-    ASKED,
     BY_NAME,
     CHATML,
-    CONVERSATIONS,
-    DOCUMENTS,
     NAMED,
-    QWEN_2_5,
     SMOLLM_2,
-    SMOLLM_3,
     TEMPLATES,
-    TOOLS,
 )
+from tests.generation.conversations import ASKED, CONVERSATIONS, DOCUMENTS, TOOLS
+from tests.generation.tool_templates import QWEN_2_5, SMOLLM_3
 from tests.models import LLAMA, byte_tokenizer
 
 transformers = pytest.importorskip(
@@ -251,12 +247,13 @@ def test_checkpoints_of_before_have_the_tokens_of_their_configuration(tmp_path):
 
 
 def test_gguf_says_which_tokens_have_a_role():
-    tokens = [*byte_tokenizer().get_vocab()]
+    tokens = [byte_tokenizer().id_to_token(i) for i in range(257)]
     fields = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": [tokens[0] + " " + tokens[1]] * 0,
+        "tokenizer.ggml.token_type": [1] * 256 + [3],  # the last one is control
+        "tokenizer.ggml.merges": [],
         "tokenizer.ggml.eos_token_id": 7,
         "tokenizer.ggml.padding_token_id": 8,
         "tokenizer.ggml.unknown_token_id": 10**6,
