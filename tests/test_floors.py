@@ -59,6 +59,7 @@ FLOORS = {
     1: """
         polarjax.files
         polarjax.config
+        polarjax.writing
         polarjax.folder
         polarjax.params
         polarjax.cache
@@ -189,7 +190,7 @@ ORDER = [name for floor in sorted(FLOORS) for name in FLOORS[floor].split()]
 # The conversion knows nothing of decoding. The way back reads adapters.
 CONVERT_NEEDS = (
     *("convert", "polarjax.config", "polarjax.files", "polarjax.folder"),
-    *("polarjax.params", "polarjax.model", "polarjax.repository"),
+    *("polarjax.params", "polarjax.model", "polarjax.repository", "polarjax.writing"),
 )
 EXPORT_NEEDS = (*CONVERT_NEEDS, "polarjax.hub", "polarjax.sparsity.updates")
 PACKAGES = ("pallas_kernels", "polarjax", "convert")

@@ -221,7 +221,7 @@ from convert import convert
 
 params.GROUP_BYTES = 1_000_000
 source, out = map(Path, sys.argv[1:])
-partial, replaced = (out.with_name(f"out.{end}") for end in ("partial", "replaced"))
+partial = out.with_name("out.partial")
 
 def start():
     child = os.fork()
@@ -246,12 +246,12 @@ for i in range(20):  # each over what the one before has left
         list(params._checked_files(out))
     elif partial.exists():
         print("partial")
-        if (partial / "config.json").exists():  # just before it is renamed
-            list(params._checked_files(partial))
+        if (partial / "new/config.json").exists():  # just before it is renamed
+            list(params._checked_files(partial / "new"))
     else:
         print("nothing")
 os.waitpid(start(), 0)
-assert not partial.exists() and not replaced.exists()
+assert not partial.exists()
 """
 
 
