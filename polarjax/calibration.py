@@ -20,9 +20,10 @@ from polarjax.evaluation.search import search_budgets
 from polarjax.generation import Tokenizer, start_token
 from polarjax.params import Params
 from polarjax.quality import (
-    cost_card,
+    cost_and_warning,
     measure_quality,
     measure_recall,
+    much_lost,
     quality_card,
     windows,
 )
@@ -39,6 +40,7 @@ from polarjax.training import (
 )
 from polarjax.training.loop import digest, with_steps
 from polarjax.training.neuron_budgets import neuron_budgets
+from polarjax.training.outcome import save_trained
 from polarjax.training.thresholds import score_thresholds, sorted_scores
 
 # Of the text learned from, blocks on which thresholds are found.
@@ -156,6 +158,7 @@ class Calibration:
         budgets.
       contract: what may be promised; None if nothing was asked.
       facts: what it was made with and from, as JSON values.
+      work: folder that keeps the training until `save` has written its outcome.
     """
 
     params: Params
@@ -163,12 +166,45 @@ class Calibration:
     perplexity: Mapping[str, Mapping[str, Perplexity]]
     contract: Contract | None
     facts: Mapping[str, Any]
+    work: Path | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """What to say of routers that cost much quality; None of others."""
+        promised = self.contract.max_drop if self.contract else 0.0
+        lost = much_lost(self.perplexity, promised)
+        return lost and (
+            f"{lost}: more text helps (--tokens, now {self.facts['tokens']:,}), "
+            "`polarjax recover` on this adapter, a higher --density, or a promise "
+            "(--max-drop 1%), for which budgets are searched layer by layer"
+        )
+
+    def save(
+        self,
+        path: str | Path,
+        card: Mapping[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the adapter, and then delete `work`; see `save_trained`.
+
+        Args:
+          path: the folder to make.
+          card: what else its card shall say, as JSON values.
+          overwrite: replace an adapter that is there.
+
+        Raises:
+          FileExistsError: if something is at `path`.
+          OSError: if it cannot be written; `work` stays.
+        """
+        whole = {**self.card(), **(card or {})}
+        save_trained(path, self.params, whole, self.work, overwrite)
 
     def card(self) -> dict[str, Any]:
         """What an adapter's card says of it, as JSON values."""
         card = {
             **self.facts,
-            "cost": cost_card(self.params),
+            **cost_and_warning(self.params, self.warning),
             "recall": {name: found.card() for name, found in self.recall.items()},
             "quality": quality_card(self.perplexity),
         }
@@ -205,8 +241,8 @@ def calibrate(
       mesh: of `polarjax.sharding.make_mesh`, for everything that is done: the model
         is cut over its axis "tp", batches over "dp", which must divide
         `training.batch`. None for where `params` is.
-      work: folder that keeps an interrupted training, which all processes see; None
-        for none.
+      work: folder that keeps the training, which all processes see, until what is
+        returned is saved by its `save`; None for none.
       progress: called as the work goes on.
 
     Raises:
@@ -283,9 +319,7 @@ def calibrate(
     trained = dataclasses.replace(trained, config=config)
     together = terms.batch if terms else 16
     quality = measure_quality(trained, corpus.held_out, mode, say, together)
-    if resume:
-        resume.clear()
-    return Calibration(trained, recall, quality, contract, made)
+    return Calibration(trained, recall, quality, contract, made, work)
 
 
 def spread(blocks: np.ndarray, most: int) -> np.ndarray:

@@ -137,6 +137,7 @@ FLOORS = {
         polarjax.training.text
         polarjax.training.self_text
         polarjax.training.loop
+        polarjax.training.outcome
         polarjax.training.collect
         polarjax.training.losses
         polarjax.training.neurons
