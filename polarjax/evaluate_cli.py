@@ -30,6 +30,7 @@ from polarjax.evaluation.results import DENSE
 from polarjax.evaluation.run import Kind
 from polarjax.hub import find_adapter, load
 from polarjax.policy import SelectionPolicy
+from polarjax.writing import try_file, write_file
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -54,7 +55,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     _add_policies(add)
     _add_scoring(add)
     add("--text", help="UTF-8 text file, .gz too: perplexity, recall, generation")
-    add("--tokens", type=int, help="from the start of the text; default all")
+    add("--tokens", type=int, help="most, from the start of the text; default all")
     add(
         "--perplexity",
         nargs="+",
@@ -63,7 +64,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="windows: that do not overlap; strided; words: as lm-eval has it, per "
         "word and byte, nothing read dense",
     )
-    add("--window", type=int, default=2048, help="tokens, at most the context")
+    add("--window", type=int, help="tokens; default 2048, or the model's context")
     add(
         "--prefix",
         type=int,
@@ -79,7 +80,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="continue prompts from the text greedily by so many tokens, and compare "
         "with the dense continuations",
     )
-    add("--prompts", type=int, default=64, help="how many, for --generation")
+    add("--prompts", type=int, default=64, help="at most, for --generation")
     add("--prompt-tokens", type=int, default=64, help="of each prompt")
     add(
         "--out",
@@ -165,6 +166,8 @@ def _lm_eval(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else None
     if out and out.exists() and not args.overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or --overwrite it")
+    if out:
+        try_file(out)  # before the work, not after
     policies = _policies(args)
     params = load(args.checkpoint, adapter=args.adapter, mesh=choose_mesh(args))
     console = Console()
@@ -194,9 +197,7 @@ def _lm_eval(args: argparse.Namespace) -> None:
     if out:
         adapter = find_adapter(args.adapter) if args.adapter else None
         record = about(params, adapter, _command()) | result
-        temporary = out.with_name(f"{out.name}.tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out)
+        write_file(out, json.dumps(record, indent=1) + "\n")
         console.print(f"written to {out}", soft_wrap=True)
 
 

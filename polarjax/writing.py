@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 from pathlib import Path
@@ -62,7 +63,7 @@ def try_file(path: str | Path) -> None:
 def leftovers(path: str | Path) -> list[Path]:
     """What `write_file` left beside a file when its process was killed."""
     path = Path(os.path.realpath(path))
-    return list(path.parent.glob(f".{path.name}.*.writing"))
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.writing"))
 
 
 def _names(path: str | Path) -> tuple[Path, Path]:

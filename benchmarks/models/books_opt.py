@@ -35,7 +35,7 @@ from benchmarks.shapes import opt
 from convert.core import DTYPES
 from convert.export import shards, write
 from polarjax.config import ModelConfig
-from polarjax.folder import check_destination
+from polarjax.folder import try_destination
 from polarjax.model import weight_shapes
 from polarjax.params import TOKENIZER_FILE
 
@@ -134,7 +134,7 @@ def build(
     """
     console = console or Console(quiet=True)
     # What can be refused is refused before the work.
-    check_destination(out, overwrite=False)
+    try_destination(out, 4 * parameters(config))
     shards(config, dtype, shard_bytes)
     for path in (text, valid):
         if not Path(path).is_file():
