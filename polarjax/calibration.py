@@ -18,6 +18,7 @@ from polarjax.evaluation.contract import Contract, keep_promise
 from polarjax.evaluation.measure import Progress
 from polarjax.evaluation.search import search_budgets
 from polarjax.generation import Tokenizer, start_token
+from polarjax.generation.requests import up_to_context
 from polarjax.params import Params
 from polarjax.quality import (
     cost_and_warning,
@@ -54,7 +55,7 @@ class Texts:
     Attributes:
       sources: text, by weight.
       tokens: to learn from, over all sources.
-      context: tokens per block; no more than the model's context.
+      context: tokens per block; None for 512, or the model's context if that is less.
       held_out: tokens of each source to measure on, from behind those it is learned
         from.
       seed: of text that the model writes itself.
@@ -62,7 +63,7 @@ class Texts:
 
     sources: Sequence[Source]
     tokens: int = 400_000
-    context: int = 512
+    context: int | None = None
     held_out: int = 16_384
     seed: int = 0
 
@@ -75,7 +76,7 @@ class Texts:
         """
         config, say = params.config, progress or (lambda *_: None)
         tokenizer = Tokenizer.require(config, "calibration")
-        context = min(self.context, config.context)
+        context = up_to_context("context", self.context, 512, config)
         blocks, held = self.tokens // context, self.held_out // context
         if context < 2 or blocks < 1 or held < 2:
             raise ValueError(
@@ -171,7 +172,7 @@ class Calibration:
     @property
     def warning(self) -> str | None:
         """What to say of routers that cost much quality; None of others."""
-        promised = self.contract.max_drop if self.contract else 0.0
+        promised = self.contract and self.contract.max_drop
         lost = much_lost(self.perplexity, promised)
         return lost and (
             f"{lost}: more text helps (--tokens, now {self.facts['tokens']:,}), "

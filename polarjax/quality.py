@@ -78,20 +78,20 @@ def windows(blocks: np.ndarray) -> list[Continuation]:
 
 
 def much_lost(
-    quality: Mapping[str, Mapping[str, Perplexity]], allowed: float = 0.0
+    quality: Mapping[str, Mapping[str, Perplexity]], allowed: float | None = None
 ) -> str | None:
     """That the budgets cost much quality, on the text that loses most; None if not.
 
     Args:
       quality: by domain and policy, "Polar" and "Dense" among them.
-      allowed: relative increase of perplexity that was asked for.
+      allowed: relative increase of perplexity that was asked for; None if nothing was.
     """
     losses = {
         name: found["Polar"].value / found["Dense"].value - 1
         for name, found in quality.items()
     }
     name = max(losses, key=lambda name: losses[name])
-    if losses[name] <= max(_MUCH, allowed):
+    if losses[name] <= max(_MUCH, allowed or _MUCH):
         return None
     return f"perplexity of {name} is {losses[name]:.0%} above the dense model's"
 
