@@ -37,6 +37,7 @@ from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sparsity import Polar
 from polarjax.sparsity.cost import step_cost
 from polarjax.sparsity.select import with_density
+from polarjax.writing import try_file, write_file
 
 REPEATS, CAPACITY = 7, 128
 
@@ -114,6 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = jnp.float32 if args.toy else jnp.bfloat16
     bandwidth = read_bandwidth(device)
     print(f"{device.device_kind}, jax {jax.__version__}, {bandwidth / 1e9:.0f} GB/s")
+    packaged = Path(polarjax.__file__).parent / "overheads"
+    packaged /= file_name(device.device_kind)
+    out = args.out or (None if args.toy else packaged)
+    if out is not None:
+        try_file(out)  # before the work, not after
     found = []
     for batch in args.batches:
         found.append(measure(config, batch, dtype, bandwidth))
@@ -122,9 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{found[-1].neurons_us:.1f} us for neurons",
             flush=True,
         )
-    packaged = Path(polarjax.__file__).parent / "overheads"
-    packaged /= file_name(device.device_kind)
-    out = args.out or (None if args.toy else packaged)
     if out is None:
         print("nothing written: no --out")
         return 0
@@ -137,8 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"f {config.neurons}, {jnp.dtype(dtype).name}",
         "overheads": [dataclasses.asdict(overhead) for overhead in found],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_file(out, json.dumps(record, indent=1) + "\n")
     print(f"written to {out}")
     return 0
 

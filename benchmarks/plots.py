@@ -10,6 +10,7 @@ something to draw: several batches, several contexts, profiles.
 import argparse
 import collections
 import importlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from benchmarks.profiling import GROUPS
 from benchmarks.readme import newest
 from benchmarks.rows import Row, read, shown_case, shown_mesh
+from polarjax.writing import write_file
 
 COLOURS = ("#343a40", "#0b6e99", "#d9480f", "#2f9e44", "#862e9c", "#e8590c", "#868e96")
 
@@ -124,8 +126,10 @@ def _bars(matplotlib: Any, path: Path, rows: Sequence[Row]) -> None:
 
 def _save(matplotlib: Any, figure: Any, path: Path) -> None:
     # No date, no random ids: drawn again from the same results, the file is the same.
+    file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "polarjax"}):
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(file, format=path.suffix[1:], metadata={"Date": None})
+    write_file(path, file.getvalue())
 
 
 def main(argv: list[str] | None = None) -> None:

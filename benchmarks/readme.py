@@ -11,6 +11,7 @@ from pathlib import Path
 import polarjax
 from benchmarks.rows import counted, shown_case, shown_ratio
 from benchmarks.rows import read as read_rows
+from polarjax.writing import write_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _MESH_COLUMNS = "a step's collectives", "sent", "busiest / mean", "over one device"
@@ -379,7 +380,7 @@ def render(readme: str) -> str:
 
 def main() -> None:
     path = REPOSITORY / "README.md"
-    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    write_file(path, render(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

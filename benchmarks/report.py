@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Attention, Mlp, Select
 from polarjax.evaluation import record
+from polarjax.writing import write_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -101,6 +101,4 @@ def write(path: Path, report: Mapping[str, Any], results: Iterable[Result]) -> N
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Replace a file by one that is written whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(f"{json.dumps(report, indent=2)}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, f"{json.dumps(report, indent=2)}\n")

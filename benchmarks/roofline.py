@@ -8,11 +8,13 @@ Small calls lie below it because a launch costs what some 10 MB of reading do.
 
 import argparse
 import importlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.readme import newest
+from polarjax.writing import write_file
 
 COLOURS = {
     "triton": "#0b6e99",
@@ -67,8 +69,11 @@ def draw(report: dict, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, loc="lower right")
     # No date, no random ids: drawn again from the same results, the file is the same.
+    kind, file = path.suffix[1:], io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "polarjax"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
+        metadata = {"Date": None} if kind == "svg" else {}
+        figure.savefig(file, format=kind or None, metadata=metadata)
+    write_file(path, file.getvalue())
 
 
 def _family(what: str) -> str:

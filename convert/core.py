@@ -25,7 +25,7 @@ from convert.rules import context_notes, understand, unread
 from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor, naming
 from polarjax.config import ModelConfig
-from polarjax.folder import check_destination, neighbours
+from polarjax.folder import check_destination, partial_of
 from polarjax.params import TOKENIZER_FILE, check_finite, new_checkpoint
 from polarjax.terminal import bytes_bar, make_console
 
@@ -112,10 +112,10 @@ def with_context(config: ModelConfig, context: int) -> ModelConfig:
 
 
 def _check_destination(source: Path, destination: Path, overwrite: bool) -> None:
-    # The destination and its temporary neighbours are deleted: none may hold, or be,
+    # The destination and its temporary neighbour are deleted: neither may hold, or be,
     # the source.
     src = source.resolve()
-    for path in (destination, *neighbours(destination)):
+    for path in (destination, partial_of(destination)):
         dst = path.resolve()
         if src == dst or dst in src.parents:
             raise ConversionError(f"writing {destination} would delete {source}")

@@ -20,7 +20,7 @@ from convert.places import Place, find_places
 from convert.rules import describe
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
-from polarjax.folder import new_folder, write_tensors
+from polarjax.folder import check_room, new_folder, write_tensors
 from polarjax.hub import load
 from polarjax.model import check_weights
 from polarjax.params import (
@@ -140,6 +140,7 @@ def write(
       ConversionError: if transformers has no words for the model, or a weight is beyond
         the dtype's range.
       FileExistsError: if there is something at `path`.
+      OSError: if the disk is too small or cannot be written.
       ValueError: if a weight holds NaN, is too large for a shard, or not of this model.
     """
     files = dict(files or {})
@@ -159,7 +160,10 @@ def write(
     leaves: dict[str, Any] = flatten_dict(weights, sep="/")
     index: dict[str, str] = {}
     total = 0
+    sizes = (math.prod(place.shape) for group in groups for place in group.values())
+    nbytes = sum(sizes) * np.dtype(DTYPES[dtype]).itemsize
     with new_folder(path) as folder:
+        check_room(path, folder, nbytes)
         for i, group in enumerate(groups, 1):
             file = f"model-{i:05}-of-{len(groups):05}.safetensors"
             part = {

@@ -9,23 +9,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from polarjax import distributed
-from polarjax.calibration import Terms, Texts, calibrate
+from polarjax.calibration import Calibration, Terms, Texts, calibrate
 from polarjax.console import choose_mesh
 from polarjax.evaluation import Perplexity, Recall
 from polarjax.evaluation.record import environment, now
 from polarjax.folder import check_destination
 from polarjax.hub import load
 from polarjax.params import Params
-from polarjax.recovery import recover_on_text
-from polarjax.sparsity import save_adapter
+from polarjax.recovery import Recovered, recover_on_text
 from polarjax.sparsity.select import with_density
 from polarjax.terminal import counting_bar, make_console
 from polarjax.training import Recovery, RouterTraining, Source
+from polarjax.training.outcome import try_places
+from polarjax.training.recover import check_model, trained_shapes
+from polarjax.training.train import router_shapes
 
 
 def _texts(args: argparse.Namespace) -> Texts:
@@ -67,11 +70,28 @@ def _made() -> dict[str, Any]:
     return {"command": command, "finished": now(), **environment()}
 
 
+def _try_places(args: argparse.Namespace, mesh: Mesh | None, shapes: Any) -> None:
+    work = Path(args.work) if args.work else None
+    try_places(args.out, work, shapes, overwrite=args.overwrite, mesh=mesh)
+
+
+def _save(args: argparse.Namespace, found: Calibration | Recovered) -> None:
+    try:
+        found.save(args.out, {"made": _made()}, overwrite=args.overwrite)
+    except OSError as error:
+        kept = "nothing of the training is kept: --work FOLDER would have kept it"
+        if args.work:
+            kept = (
+                f"the training is kept in {args.work}: the same command, with another "
+                "--out if need be, goes on from there"
+            )
+        raise OSError(f"{error}; {kept}") from error
+
+
 def run_calibrate(args: argparse.Namespace) -> None:
     """Run `polarjax calibrate`, of the arguments that its parser describes."""
     distributed.start_from(args)
-    out = Path(args.out)
-    check_destination(out, args.overwrite)  # before the work, not after
+    check_destination(args.out, args.overwrite)  # before the work, not after
     mesh = choose_mesh(args, args.batch)
     params, console = load(args.checkpoint, mesh=mesh), make_console()
     training = RouterTraining(
@@ -84,6 +104,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
         learning_rate=args.learning_rate,
         seed=args.seed,
     )
+    _try_places(args, mesh, router_shapes(params.config, training))
     terms = None
     if args.max_drop is not None:
         terms = Terms(
@@ -103,8 +124,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
             progress=_Bar(bar),
             **_common(args),
         )
-    card = {**found.card(), "made": _made()}
-    save_adapter(out, found.params, card, overwrite=args.overwrite)
+    _save(args, found)
     _show(console, found.params, found.recall, found.perplexity, args.mode)
     for batch, facts in found.facts.get("neurons", {}).items():
         console.print(
@@ -114,14 +134,14 @@ def run_calibrate(args: argparse.Namespace) -> None:
         )
     if found.contract:
         console.print(str(found.contract))
-    console.print(f"adapter written to {out}")
+    console.print(f"adapter written to {args.out}")
+    _warn(found)
 
 
 def run_recover(args: argparse.Namespace) -> None:
     """Run `polarjax recover`, of the arguments that its parser describes."""
     distributed.start_from(args)
-    out = Path(args.out)
-    check_destination(out, args.overwrite)
+    check_destination(args.out, args.overwrite)
     mesh = choose_mesh(args, args.batch)
     params = load(
         args.checkpoint, adapter=args.adapter, mesh=mesh, any_model=args.any_model
@@ -139,6 +159,8 @@ def run_recover(args: argparse.Namespace) -> None:
         remat=args.remat,
         seed=args.seed,
     )
+    check_model(params, recovery)
+    _try_places(args, mesh, trained_shapes(params, recovery))
     with counting_bar(console) as bar:
         found = recover_on_text(
             *(params, _texts(args), recovery),
@@ -147,15 +169,20 @@ def run_recover(args: argparse.Namespace) -> None:
             progress=_Bar(bar),
             **_common(args),
         )
-    card = {**found.card(), "made": _made()}
-    save_adapter(out, found.params, card, overwrite=args.overwrite)
+    _save(args, found)
     _show(console, found.params, found.recall, found.perplexity, args.mode)
     table = Table("text", "without", "with", title="KL from dense, nats a token")
     for name, before in found.before.items():
         table.add_row(name, f"{before:.4f}", f"{found.after[name]:.4f}")
     console.print(table)
     new = found.facts["parameters"]
-    console.print(f"{new:,} new parameters; adapter written to {out}")
+    console.print(f"{new:,} new parameters; adapter written to {args.out}")
+    _warn(found)
+
+
+def _warn(found: Calibration | Recovered) -> None:
+    if found.warning:
+        print(f"warning: {found.warning}", file=sys.stderr)
 
 
 def _show(

@@ -18,11 +18,13 @@ from polarjax.evaluation.contract import Contract, keep_promise
 from polarjax.evaluation.measure import Progress
 from polarjax.evaluation.search import search_budgets
 from polarjax.generation import Tokenizer, start_token
+from polarjax.generation.requests import up_to_context
 from polarjax.params import Params
 from polarjax.quality import (
-    cost_card,
+    cost_and_warning,
     measure_quality,
     measure_recall,
+    much_lost,
     quality_card,
     windows,
 )
@@ -39,6 +41,7 @@ from polarjax.training import (
 )
 from polarjax.training.loop import digest, with_steps
 from polarjax.training.neuron_budgets import neuron_budgets
+from polarjax.training.outcome import save_trained
 from polarjax.training.thresholds import score_thresholds, sorted_scores
 
 # Of the text learned from, blocks on which thresholds are found.
@@ -52,7 +55,7 @@ class Texts:
     Attributes:
       sources: text, by weight.
       tokens: to learn from, over all sources.
-      context: tokens per block; no more than the model's context.
+      context: tokens per block; None for 512, or the model's context if that is less.
       held_out: tokens of each source to measure on, from behind those it is learned
         from.
       seed: of text that the model writes itself.
@@ -60,7 +63,7 @@ class Texts:
 
     sources: Sequence[Source]
     tokens: int = 400_000
-    context: int = 512
+    context: int | None = None
     held_out: int = 16_384
     seed: int = 0
 
@@ -73,7 +76,7 @@ class Texts:
         """
         config, say = params.config, progress or (lambda *_: None)
         tokenizer = Tokenizer.require(config, "calibration")
-        context = min(self.context, config.context)
+        context = up_to_context("context", self.context, 512, config)
         blocks, held = self.tokens // context, self.held_out // context
         if context < 2 or blocks < 1 or held < 2:
             raise ValueError(
@@ -156,6 +159,7 @@ class Calibration:
         budgets.
       contract: what may be promised; None if nothing was asked.
       facts: what it was made with and from, as JSON values.
+      work: folder that keeps the training until `save` has written its outcome.
     """
 
     params: Params
@@ -163,12 +167,45 @@ class Calibration:
     perplexity: Mapping[str, Mapping[str, Perplexity]]
     contract: Contract | None
     facts: Mapping[str, Any]
+    work: Path | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """What to say of routers that cost much quality; None of others."""
+        promised = self.contract and self.contract.max_drop
+        lost = much_lost(self.perplexity, promised)
+        return lost and (
+            f"{lost}: more text helps (--tokens, now {self.facts['tokens']:,}), "
+            "`polarjax recover` on this adapter, a higher --density, or a promise "
+            "(--max-drop 1%), for which budgets are searched layer by layer"
+        )
+
+    def save(
+        self,
+        path: str | Path,
+        card: Mapping[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the adapter, and then delete `work`; see `save_trained`.
+
+        Args:
+          path: the folder to make.
+          card: what else its card shall say, as JSON values.
+          overwrite: replace an adapter that is there.
+
+        Raises:
+          FileExistsError: if something is at `path`.
+          OSError: if it cannot be written; `work` stays.
+        """
+        whole = {**self.card(), **(card or {})}
+        save_trained(path, self.params, whole, self.work, overwrite)
 
     def card(self) -> dict[str, Any]:
         """What an adapter's card says of it, as JSON values."""
         card = {
             **self.facts,
-            "cost": cost_card(self.params),
+            **cost_and_warning(self.params, self.warning),
             "recall": {name: found.card() for name, found in self.recall.items()},
             "quality": quality_card(self.perplexity),
         }
@@ -205,8 +242,8 @@ def calibrate(
       mesh: of `polarjax.sharding.make_mesh`, for everything that is done: the model
         is cut over its axis "tp", batches over "dp", which must divide
         `training.batch`. None for where `params` is.
-      work: folder that keeps an interrupted training, which all processes see; None
-        for none.
+      work: folder that keeps the training, which all processes see, until what is
+        returned is saved by its `save`; None for none.
       progress: called as the work goes on.
 
     Raises:
@@ -283,9 +320,7 @@ def calibrate(
     trained = dataclasses.replace(trained, config=config)
     together = terms.batch if terms else 16
     quality = measure_quality(trained, corpus.held_out, mode, say, together)
-    if resume:
-        resume.clear()
-    return Calibration(trained, recall, quality, contract, made)
+    return Calibration(trained, recall, quality, contract, made, work)
 
 
 def spread(blocks: np.ndarray, most: int) -> np.ndarray:

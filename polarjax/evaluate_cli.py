@@ -20,6 +20,7 @@ from polarjax.evaluation.results import DENSE
 from polarjax.hub import find_adapter, load
 from polarjax.policy import SelectionPolicy
 from polarjax.terminal import make_console, share_bar
+from polarjax.writing import try_file, write_file
 
 
 def run_lm_eval(args: argparse.Namespace) -> None:
@@ -27,6 +28,8 @@ def run_lm_eval(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else None
     if out and out.exists() and not args.overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or --overwrite it")
+    if out:
+        try_file(out)  # before the work, not after
     policies = _policies(args)
     mesh, other = choose_mesh(args), args.any_model
     params = load(args.checkpoint, adapter=args.adapter, mesh=mesh, any_model=other)
@@ -57,9 +60,7 @@ def run_lm_eval(args: argparse.Namespace) -> None:
     if out:
         adapter = find_adapter(args.adapter) if args.adapter else None
         record = about(params, adapter, _command()) | result
-        temporary = out.with_name(f"{out.name}.tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out)
+        write_file(out, json.dumps(record, indent=1) + "\n")
         console.print(f"written to {out}")
 
 

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,73 +15,197 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from polarjax.files import LARGEST_TABLE, FileError, read_json
+from polarjax.writing import name_path
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "card.json"
+MARK_FILE = ".made-by-polarjax"
+"""In folders that polarjax makes for itself: what has none is somebody's own."""
+# Inside of the folder beside the one to be made.
+_NEW, _OLD, _GONE = "new", "old", "gone"
 
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder that appears whole or not at all.
-
-    Yields a temporary folder beside `path` and renames it on success. On any error,
-    and for the leftovers of an earlier process that was killed, it is deleted.
+    """A folder of polarjax's that appears whole or not at all; see `whole_folder`.
 
     Args:
       path: where the folder shall be.
       overwrite: replace what is there, if it is polarjax's own.
 
     Raises:
-      FileExistsError: if `path` exists and is not to be overwritten, or another
-        process is writing it.
+      FileExistsError: if `path` exists and is not to be overwritten, another process
+        is writing it, or `PATH.partial` is not polarjax's.
+      OSError: if it cannot be written.
     """
-    path = Path(path)
-    check_destination(path, overwrite)
-    partial, replaced = neighbours(path)
-    with _ours_alone(partial, path):
-        try:
-            check_destination(path, overwrite)  # it may have been made just before
-            yield partial
-            if path.exists():  # aside, as deleting it takes time and may be interrupted
-                _remove(replaced)
-                path.rename(replaced)
-            partial.rename(path)
-            _remove(replaced)
-        except BaseException:
-            _remove(partial)
-            if replaced.exists() and not path.exists():
-                replaced.rename(path)
-            raise
-
-
-def neighbours(path: Path) -> tuple[Path, Path]:
-    """Where `new_folder` builds the folder, and where it puts the one it replaces."""
-    return Path(f"{path}.partial"), Path(f"{path}.replaced")
+    with whole_folder(path, lambda: check_destination(path, overwrite)) as new:
+        yield new
 
 
 @contextlib.contextmanager
-def _ours_alone(partial: Path, path: Path) -> Iterator[None]:
-    """An empty folder that no other process writes; the lock dies with its process."""
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def whole_folder(path: str | Path, check: Callable[[], None]) -> Iterator[Path]:
+    """A folder that appears whole or not at all, in the place of what is there.
+
+    It is built inside of `PATH.partial`, which bears a mark and is deleted in the end,
+    on any error, and where an earlier process that was killed has left it. What is
+    replaced waits in there until the new one is in its place; of a process that was
+    killed in between, the next one puts it back.
+
+    Args:
+      path: where the folder shall be.
+      check: raises if what is at `path`, if anything, may not be replaced. It is asked
+        again before that is done.
+
+    Raises:
+      FileExistsError: if another process is writing it, or `PATH.partial` is not
+        polarjax's.
+      OSError: if it cannot be written.
+    """
+    path = Path(path)
+    check()
+    with _workshop(path) as workshop:
+        new, old = workshop / _NEW, workshop / _OLD
+        check()  # it may have been made just before
+        try:
+            new.mkdir()
+            yield new
+            check()  # or meanwhile
+            if path.exists():  # aside, as deleting it may be interrupted
+                path.rename(old)
+            new.rename(path)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise name_path(error, path) from None
+            raise
+
+
+def try_destination(path: str | Path, nbytes: int, overwrite: bool = False) -> None:
+    """Raise unless a folder can be made: before long work, not after it.
+
+    The folder beside it, in which it will be built, is made and removed.
+
+    Args:
+      path: the folder to make.
+      nbytes: that it will take, with a margin.
+      overwrite: whether an older checkpoint or adapter there may be replaced.
+
+    Raises:
+      FileExistsError: as `new_folder`.
+      OSError: if it cannot be written, or the disk is too small.
+    """
+    check_destination(path, overwrite)
+    with _workshop(Path(path)) as workshop:
+        check_room(path, workshop, nbytes)
+
+
+def check_room(path: str | Path, beside: Path, nbytes: int) -> None:
+    """Raise unless a disk has so many bytes free.
+
+    Args:
+      path: that is to be made, for the message.
+      beside: a folder on the disk.
+      nbytes: that are needed.
+
+    Raises:
+      OSError: if it has less.
+    """
+    free = shutil.disk_usage(beside).free
+    if free < nbytes:
+        raise OSError(
+            f"no space for {path}: it needs {nbytes / 1e6:,.1f} MB "
+            f"and {free / 1e6:,.1f} MB are free"
+        )
+
+
+def partial_of(path: str | Path) -> Path:
+    """The folder beside a folder to be made, in which it is built."""
+    return Path(f"{path}.partial")
+
+
+@contextlib.contextmanager
+def _workshop(path: Path) -> Iterator[Path]:
+    """A marked folder that no other process uses; the lock dies with its process."""
+    shop = partial_of(path)
+    missing = [parent for parent in shop.parents if not parent.exists()]
+    if shop.is_symlink() or (shop.exists() and not shop.is_dir()):
+        raise FileExistsError(_foreign(shop, path, "is no folder"))
     try:
-        if not locked(handle) or not _is(partial, handle):
+        shop.mkdir(parents=True, exist_ok=True)
+        handle = os.open(shop, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise name_path(error, path) from None
+    try:
+        if not locked(handle) or not is_open_at(shop, handle):
             raise FileExistsError(
                 f"another process is writing {path}: let it finish, or choose another "
                 "place"
             )
-        for leftover in partial.iterdir():
-            _remove(leftover)
-        yield
+        if not has_mark(shop):
+            for name in sorted(entry.name for entry in shop.iterdir()):
+                raise FileExistsError(_foreign(shop, path, f"holds {name}"))
+        _settle(shop, path)
+        try:
+            mark(shop)
+            _empty(shop)
+            yield shop
+        finally:
+            _settle(shop, path)
+            _empty(shop)
+            (shop / MARK_FILE).unlink(missing_ok=True)
+            shop.rmdir()
+            for parent in missing:  # where nothing came of it
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
     finally:
         os.close(handle)
 
 
+def _foreign(shop: Path, path: Path, what: str) -> str:
+    return (
+        f"{shop} {what}, which this polarjax did not make, and is where {path} would "
+        "be built: move or delete it, or choose another place"
+    )
+
+
+def _settle(shop: Path, path: Path) -> None:
+    """What was moved aside goes back, unless the new folder is in its place."""
+    old = shop / _OLD
+    if not old.exists():
+        return
+    if not os.path.lexists(path):
+        old.rename(path)
+    elif (shop / _NEW).exists():
+        raise FileExistsError(
+            f"{old} was at {path} until something else took its place: move or delete "
+            "it"
+        )
+    else:  # once and for all: half of it must not come back
+        old.rename(shop / _GONE)
+
+
+def mark(folder: Path) -> None:
+    """Make a folder polarjax's own."""
+    (folder / MARK_FILE).touch()
+
+
+def has_mark(folder: Path) -> bool:
+    """Whether polarjax made a folder for itself."""
+    file = folder / MARK_FILE
+    return file.is_file() and not file.is_symlink()
+
+
+def _empty(shop: Path) -> None:
+    """All but the mark, without which nobody may delete the rest."""
+    for entry in shop.iterdir():
+        if entry.name != MARK_FILE:
+            _remove(entry)
+
+
 def locked(handle: int) -> bool:
-    """Take an open folder for this process, unless another has it.
+    """Take an open file or folder for this process, unless another has it.
 
     Args:
-      handle: of the folder; closing it lets go, and so does the end of the process.
+      handle: of it; closing it lets go, and so does the end of the process.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,8 +218,8 @@ def locked(handle: int) -> bool:
     return True
 
 
-def _is(path: Path, handle: int) -> bool:
-    """Whether it has not been renamed or deleted before it was locked."""
+def is_open_at(path: Path, handle: int) -> bool:
+    """Whether what is open has not been renamed or deleted before it was locked."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:

@@ -22,6 +22,10 @@ from polarjax.sharding import model_shapes, whole_routers
 from polarjax.sparsity import Oracle, Polar, Random
 from polarjax.sparsity.cost import step_cost
 
+# More perplexity than this, relative to dense, is said. The adapters that ship lose up
+# to 0.12, on what the model itself writes.
+_MUCH = 0.15
+
 
 def measure_recall(
     params: Params, held_out: Mapping[str, np.ndarray]
@@ -71,6 +75,39 @@ def windows(blocks: np.ndarray) -> list[Continuation]:
         Continuation(tuple(map(int, block)), scored, f"window {i}")
         for i, block in enumerate(blocks)
     ]
+
+
+def much_lost(
+    quality: Mapping[str, Mapping[str, Perplexity]], allowed: float | None = None
+) -> str | None:
+    """That the budgets cost much quality, on the text that loses most; None if not.
+
+    Args:
+      quality: by domain and policy, "Polar" and "Dense" among them.
+      allowed: relative increase of perplexity that was asked for; None if nothing was.
+    """
+    losses = {
+        name: found["Polar"].value / found["Dense"].value - 1
+        for name, found in quality.items()
+    }
+    name = max(losses, key=lambda name: losses[name])
+    if losses[name] <= max(_MUCH, allowed or _MUCH):
+        return None
+    return f"perplexity of {name} is {losses[name]:.0%} above the dense model's"
+
+
+def cost_and_warning(params: Params, warning: str | None) -> dict[str, Any]:
+    """What a card says of an adapter's cost: a speed-up only if quality is kept.
+
+    Args:
+      params: the model with routers and budgets.
+      warning: that it is not, or None.
+    """
+    cost = cost_card(params)
+    if warning:
+        del cost["expected_speedup"]
+        return {"warning": warning, "cost": cost}
+    return {"cost": cost}
 
 
 def cost_card(params: Params, batch: int = 16, context: int = 2048) -> dict[str, Any]:

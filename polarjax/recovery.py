@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,13 @@ from polarjax.distributed import agree
 from polarjax.evaluation import Mode, Perplexity, Recall
 from polarjax.evaluation.measure import Progress
 from polarjax.params import Params, Tree
-from polarjax.quality import cost_card, measure_quality, measure_recall, quality_card
+from polarjax.quality import (
+    cost_and_warning,
+    measure_quality,
+    measure_recall,
+    much_lost,
+    quality_card,
+)
 from polarjax.sharding import (
     mesh_of,
     of_processes,
@@ -31,12 +38,13 @@ from polarjax.sharding import (
 from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.distance import divergence
 from polarjax.training import Recovery, Resume, recover
-from polarjax.training.loop import digest, with_steps
+from polarjax.training.loop import BEST_FILE, damaged, digest, with_steps
+from polarjax.training.outcome import save_trained
 from polarjax.training.recover import check_model, parameters
+from polarjax.writing import write_file
 
 # Of each domain, blocks on which the divergence is watched.
 _WATCHED = 8
-_BEST = "best.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +64,24 @@ class _Best:
     def save(self, file: Path) -> None:
         """Write it, whole or not at all."""
         flat: Tree = dict(traverse_util.flatten_dict(self.routers, sep="/"))
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as stream:
-            np.savez(stream, kl=self.kl, step=self.step, **flat)
-        partial.rename(file)
+        stream = io.BytesIO()
+        np.savez(stream, kl=self.kl, step=self.step, **flat)
+        write_file(file, stream.getvalue())
 
     @classmethod
     def load(cls, file: Path) -> _Best:
-        """Read what `save` wrote."""
-        with np.load(file) as found:
-            flat = dict(found)
-        kl, step = float(flat.pop("kl")), int(flat.pop("step"))
-        return cls(kl, step, traverse_util.unflatten_dict(flat, sep="/"))
+        """Read what `save` wrote.
+
+        Raises:
+          ValueError: if it is damaged.
+        """
+        try:
+            with file.open("rb") as stream, np.load(stream) as found:
+                flat = dict(found)
+            kl, step = float(flat.pop("kl")), int(flat.pop("step"))
+            return cls(kl, step, traverse_util.unflatten_dict(flat, sep="/"))
+        except Exception as error:  # what reads the archive raises all kinds
+            raise ValueError(damaged(file, file.parent, error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +96,7 @@ class Recovered:
       recall: by domain.
       perplexity: by domain and policy.
       facts: what it was made with and from, as JSON values.
+      work: folder that keeps the training until `save` has written its outcome.
     """
 
     params: Params
@@ -90,12 +105,43 @@ class Recovered:
     recall: Mapping[str, Recall]
     perplexity: Mapping[str, Mapping[str, Perplexity]]
     facts: Mapping[str, Any]
+    work: Path | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """What to say of a model that is much worse than dense; None of others."""
+        lost = much_lost(self.perplexity)
+        return lost and (
+            f"{lost}: more text helps (--tokens, now {self.facts['tokens']:,}), a "
+            "higher --rank, or a higher --density"
+        )
+
+    def save(
+        self,
+        path: str | Path,
+        card: Mapping[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the adapter, and then delete `work`; see `save_trained`.
+
+        Args:
+          path: the folder to make.
+          card: what else its card shall say, as JSON values.
+          overwrite: replace an adapter that is there.
+
+        Raises:
+          FileExistsError: if something is at `path`.
+          OSError: if it cannot be written; `work` stays.
+        """
+        whole = {**self.card(), **(card or {})}
+        save_trained(path, self.params, whole, self.work, overwrite)
 
     def card(self) -> dict[str, Any]:
         """What an adapter's card says of it, as JSON values."""
         return {
             **self.facts,
-            "cost": cost_card(self.params),
+            **cost_and_warning(self.params, self.warning),
             "divergence": {
                 name: [round(self.before[name], 5), round(self.after[name], 5)]
                 for name in self.before
@@ -129,8 +175,8 @@ def recover_on_text(
         what is kept.
       mode: how perplexities are measured.
       mesh: as in `polarjax.calibrate`.
-      work: folder that keeps an interrupted training, which all processes see; None
-        for none.
+      work: folder that keeps the training, which all processes see, until what is
+        returned is saved by its `save`; None for none.
       progress: called as the work goes on.
 
     Raises:
@@ -139,7 +185,7 @@ def recover_on_text(
         out of range.
     """
     say = progress or (lambda *_: None)
-    check_model(params)  # before any text is read or written
+    check_model(params, recovery)  # before any text is read or written
     if mesh is not None:
         params = shard(params, mesh)
     corpus = texts.read(params, say)
@@ -162,7 +208,7 @@ def recover_on_text(
     watched = np.concatenate([held[:_WATCHED] for held in corpus.held_out.values()])
     every = max(1, (recovery.steps or 1) // 20)
     best = _Best(divergence(params, watched), 0, before)
-    last, file = best.kl, work / _BEST if work else None
+    last, file = best.kl, work / BEST_FILE if work else None
     if file and file.exists():
         best = _Best.load(file)
 
@@ -204,6 +250,4 @@ def recover_on_text(
     say("divergence on held-out text", 1, 1)
     recall = measure_recall(found, corpus.held_out)
     quality = measure_quality(found, corpus.held_out, mode, say)
-    if resume:
-        resume.clear()
-    return Recovered(found, before, after, recall, quality, facts)
+    return Recovered(found, before, after, recall, quality, facts, work)

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from polarjax.config import ModelConfig
-from polarjax.distributed import is_main, to_host
+from polarjax.distributed import from_main, is_main, to_host
 from polarjax.params import Params, Placement, Tree
 
 DP, TP = "dp", "tp"
@@ -224,6 +224,27 @@ def of_processes(mesh: Mesh | None) -> bool:
 def writes(mesh: Mesh | None) -> bool:
     """Whether this process is the one that writes files of what is on a mesh."""
     return not of_processes(mesh) or is_main()
+
+
+def by_writer(mesh: Mesh | None, do: Callable[[], None]) -> None:
+    """Let the process that writes do something; where it fails, all of them do.
+
+    Args:
+      mesh: of what is written.
+      do: raises OSError or ValueError if it fails.
+    """
+    failed, told = None, None
+    if writes(mesh):
+        try:
+            do()
+        except (OSError, ValueError) as error:
+            failed = error
+    if of_processes(mesh):
+        told = from_main(failed and [isinstance(failed, OSError), str(failed)])
+    if failed:
+        raise failed
+    if told:
+        raise (OSError if told[0] else ValueError)(told[1])
 
 
 def weight_specs(weights: Tree, mesh: Mesh | None) -> Any:

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import polarjax
 from polarjax import distributed
 from polarjax.evaluation import Scorer, Settings, evaluate
-from polarjax.sharding import make_mesh
+from polarjax.sharding import by_writer, make_mesh
 from polarjax.sparsity import save_adapter
 from polarjax.training import (
     Recovery,
@@ -62,8 +62,20 @@ def work_together(folder: Path) -> None:
         distributed.agree(jax.process_index(), "number")
     except ValueError as error:
         told = str(error)
+    failed = []
+    for kind in (ValueError, OSError):
+
+        def fail(kind=kind):
+            raise kind("no such thing" if is_main else "it is not mine to do")
+
+        try:
+            by_writer(mesh, fail)
+        except (ValueError, OSError) as error:
+            failed.append([type(error).__name__, str(error)])
+    by_writer(mesh, lambda: None)
     seen = {
         "told": told,
+        "failed": failed,
         "devices": jax.device_count(),
         "local devices": jax.local_device_count(),
         "prompts": distributed.from_main(PROMPTS if is_main else ["not these"]),

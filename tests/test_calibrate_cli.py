@@ -2,16 +2,20 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import polarjax
-from polarjax import calibration, cli
+from polarjax import calibration, cli, quality, recovery
+from polarjax.sparsity import adapter as adapter_module
+from polarjax.training import loop
 from tests.models import LLAMA, random_params, write_checkpoint
 
 TEXT = "\n\n".join(f"{i} green bottles, standing on the wall." for i in range(60))
@@ -107,6 +111,7 @@ def test_calibrate_prints_recall_and_perplexities_and_writes_a_card(
     assert card["made"]["command"].startswith("polarjax")
     assert list(card["recall"]) == list(card["quality"]) == names
     assert "contract" not in card
+    assert "warning" in card or card["cost"]["expected_speedup"] > 1
     for name in names:
         assert len(card["recall"][name]["by_layer"]) == 3
         assert card["recall"][name]["mean"]["chance"] == pytest.approx(0.5, abs=0.1)
@@ -146,6 +151,116 @@ def test_a_command_that_was_stopped_goes_on(
         (tmp_path / name / "routers.safetensors").read_bytes() for name in "ab"
     )
     assert one == other
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "command", ["calibrate", pytest.param("recover", marks=pytest.mark.slow)]
+)
+def test_a_training_is_kept_until_its_adapter_is_saved(
+    checkpoint, text, adapter, tmp_path, monkeypatch, capsys, command
+):
+    """A full disk, an --out that appears meanwhile; then it goes on elsewhere."""
+    options = {"calibrate": CALIBRATE, "recover": f"--adapter {adapter} {RECOVER}"}
+    base = f"{command} {checkpoint} --text {text} {options[command]}".split()
+    work, out = tmp_path / "work", tmp_path / "a"
+    kept = f"the training is kept in {work}: the same command, with another --out"
+
+    def ask(out):
+        code = cli.main([*base, "--work", str(work), "--out", str(out)])
+        return code, capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_module, "write_tensors", full)
+        code, error = ask(out)
+    assert code == 1 and "No space left on device" in error and kept in error
+    assert error.count("\n") == 1 and str(out) in error
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+
+    steps = []
+
+    def never(*_, **__):
+        raise AssertionError("it was trained again")
+
+    def appear(*args, **options):
+        steps.append(1)
+        out.mkdir(exist_ok=True)
+        (out / "thesis.txt").write_text("years of work")
+        return measure(*args, **options)
+
+    module = calibration if command == "calibrate" else recovery
+    measure = module.measure_quality
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_rows", never)
+        patch.setattr(module, "measure_quality", appear)
+        code, error = ask(out)
+        assert code == 1 and "a exists: choose another place" in error and kept in error
+        assert error.count("\n") == 1 and steps
+        patch.setattr(module, "measure_quality", measure)
+        assert ask(tmp_path / "b")[0] == 0
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert cli.main([*base, "--out", str(tmp_path / "c")]) == 0
+    one, other = (
+        (tmp_path / name / "routers.safetensors").read_bytes() for name in "bc"
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize("command", ["calibrate", "recover"])
+def test_the_places_are_tried_before_the_work(
+    checkpoint, text, adapter, tmp_path, monkeypatch, capsys, command
+):
+    def never(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(calibration.Texts, "read", never)
+    options = {"calibrate": CALIBRATE, "recover": f"--adapter {adapter} {RECOVER}"}
+    base = f"{command} {checkpoint} --text {text} {options[command]}".split()
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial" / "thesis.txt").write_text("years of work")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    work, mine = f"--work {tmp_path / 'work'}", f"--work {tmp_path / 'mine'}"
+    for wrong, message in (
+        (f"--out /proc/nope {work}", "cannot write it: No such file or"),
+        (f"--out {tmp_path / 'mine'} {work}", "mine exists: choose another place"),
+        (f"--out {tmp_path / 'mine'} --overwrite", "mine is no polarjax checkpoint"),
+        (f"--out {tmp_path / 'a'} {work}", "a.partial holds thesis.txt, which this"),
+        (f"--out {tmp_path / 'b'} {mine}", "mine is no training of polarjax"),
+        (f"--out {tmp_path / 'b'} --work /proc/nope", "No such file or directory"),
+    ):
+        assert cli.main([*base, *wrong.split()]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert cli.main([*base, "--out", str(tmp_path / "b")]) == 1
+    assert re.search(r"no space for .*b: it needs 1\.1 MB and", capsys.readouterr().err)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.partial", "mine", "work"}
+    for place in ("a.partial", "mine"):
+        assert (tmp_path / place / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_adapter_that_is_much_worse_is_not_advertised(
+    checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    # How much it takes has tests of its own.
+    monkeypatch.setattr(quality, "_MUCH", -1.0)
+    base = f"calibrate {checkpoint} --text {text} {CALIBRATE}".split()
+    assert cli.main([*base, "--out", str(tmp_path / "a")]) == 0
+    card = card_of(tmp_path / "a")
+    ratio = card["quality"]["text"]["Polar"]["ratio_to_dense"][0]
+    warning = capsys.readouterr().err.splitlines()[-1]
+    start = f"warning: perplexity of text is {ratio - 1:.0%} above the dense model's: "
+    assert warning.startswith(start) and warning == f"warning: {card['warning']}"
+    for help in ("--tokens, now 1,024", "polarjax recover", "--density", "--max-drop"):
+        assert help in warning
+    assert "expected_speedup" not in card["cost"] and card["cost"]["bytes_saved"] > 0
 
 
 @pytest.mark.slow

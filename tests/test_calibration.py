@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 
 from polarjax import calibration
-from polarjax.calibration import Terms, Texts, calibrate
+from polarjax.calibration import Calibration, Terms, Texts, calibrate
+from polarjax.evaluation import Perplexity
+from polarjax.evaluation.contract import Contract
+from polarjax.recovery import Recovered
 from polarjax.sparsity import load_adapter, save_adapter
-from polarjax.training import RouterTraining, Source
+from polarjax.training import RouterTraining, Source, train_routers
 from tests.evaluation.planted import IDLE, planted
-from tests.models import OPT, random_params, write_checkpoint
+from tests.models import LLAMA, OPT, random_params, write_checkpoint
 
 TEXTS = Texts([Source.parse("self")], tokens=64 * 24, context=24, held_out=48 * 24)
 TRAINING = RouterTraining(density=0.75, steps=200, batch=8)
+CONFIG = dataclasses.replace(LLAMA, layers=2, vocab_size=257)
 TERMS = Terms(0.02, mode="mask", batch=16, context=64, adaptive=False)
 
 
@@ -109,10 +113,65 @@ def test_neuron_budgets_come_along(tmp_path):
         calibrate(params, few, training, mode="mask")
 
 
+def measured(**ratios):
+    """Perplexities of domains, those of Polar so many times dense's."""
+    scored = np.array([10, 10])
+    return {
+        name: {
+            "Dense": Perplexity(scored * 3.0, scored),
+            "Polar": Perplexity(scored * (3.0 + np.log(ratio)), scored, 0.7),
+            "Random": Perplexity(scored * 9.0, scored, 0.7),
+        }
+        for name, ratio in ratios.items()
+    }
+
+
+def test_much_worse_is_said_and_not_advertised(params):
+    facts = {"tokens": 8192}
+    trained = random_params(dataclasses.replace(CONFIG, budgets=(4, 2)), routers=True)
+
+    def made(quality, contract=None):
+        return Calibration(trained, {}, quality, contract, facts)
+
+    for fine in (measured(a=1.0, b=1.14), measured(a=0.7)):
+        assert made(fine).warning is None
+        card = made(fine).card()
+        assert card["cost"]["expected_speedup"] > 1 and "warning" not in card
+    worse = made(measured(a=1.0, b=1.64, c=1.2))
+    warning = worse.warning
+    assert warning and warning.startswith("perplexity of b is 64% above the dense mod")
+    assert "--tokens, now 8,192" in warning and "--max-drop" in warning
+    card = worse.card()
+    assert card["warning"] == warning and "expected_speedup" not in card["cost"]
+    recovered = Recovered(trained, {}, {}, {}, measured(a=1.64), facts)
+    assert "--rank" in (recovered.warning or "")
+    assert "expected_speedup" not in recovered.card()["cost"]
+    # What was asked for is no surprise.
+    asked = Contract(0.7, 0.95, "mask", 16, ("a",), (), ())
+    assert made(measured(a=1.64), asked).warning is None
+    assert made(measured(a=1.75), asked).warning
+
+
+def test_budgets_of_the_checkpoint_are_not_of_the_new_routers(params):
+    """A model that was saved with an adapter whose budgets are means."""
+    config = dataclasses.replace(
+        params.config,
+        budgets=(4, 2.5, 2.5, 2.5),
+        adaptive=True,
+        thresholds=(0.0, 0.1, 0.2, 0.3),
+    )
+    saved = dataclasses.replace(params, config=config)
+    training = dataclasses.replace(TRAINING, steps=1)
+    found = train_routers(saved, np.ones((8, 24), np.int32), training).config
+    assert found.budgets == (4, 3, 3, 3)
+    assert not found.adaptive and not found.thresholds
+
+
 def test_errors(params):
     for wrong, match in (
         ({"tokens": 23}, "at least one block"),
         ({"context": 1}, "at least one block"),
+        ({"context": 513}, "context is 513, beyond the model's context of"),
         ({"held_out": 47}, "two to measure on"),
         ({"sources": []}, "no text to read"),
     ):

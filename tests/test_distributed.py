@@ -82,6 +82,8 @@ def test_two_processes_share_devices_prompts_and_arrays(launch, tmp_path):
     assert seen[0] == {
         "devices": 4,
         "local devices": 2,
+        # Where process 0 fails to write, both know.
+        "failed": [["ValueError", "no such thing"], ["OSError", "no such thing"]],
         "prompts": ["Once upon a time", [7, 8, 9], "ünïcode"],
         "host": {
             "cut": list(range(8)),

@@ -70,6 +70,7 @@ FLOORS = {
         polarjax.terminal
         polarjax.siblings
         polarjax.config
+        polarjax.writing
         polarjax.folder
         polarjax.checksums
         polarjax.tensors
@@ -159,6 +160,7 @@ FLOORS = {
         polarjax.training.text
         polarjax.training.self_text
         polarjax.training.loop
+        polarjax.training.outcome
         polarjax.training.collect
         polarjax.training.losses
         polarjax.training.neurons
@@ -215,7 +217,7 @@ ORDER = [name for floor in sorted(FLOORS) for name in FLOORS[floor].split()]
 # The conversion knows nothing of decoding. The way back reads adapters.
 CONVERT_NEEDS = (
     *("convert", "polarjax.config", "polarjax.files", "polarjax.folder"),
-    *("polarjax.params", "polarjax.model", "polarjax.repository"),
+    *("polarjax.params", "polarjax.model", "polarjax.repository", "polarjax.writing"),
     *("polarjax.arguments.common", "polarjax.terminal"),
 )
 EXPORT_NEEDS = (*CONVERT_NEEDS, "polarjax.hub", "polarjax.sparsity.updates")

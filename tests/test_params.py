@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import polarjax
 from polarjax import hub
 from polarjax import params as params_module
-from polarjax.folder import new_folder
+from polarjax.folder import MARK_FILE, new_folder
 from polarjax.params import check_finite, write_folder
 from tests.convert.damage import limits
 from tests.models import LLAMA, OPT, random_params, write_checkpoint
@@ -159,6 +159,10 @@ def test_leftovers_of_a_killed_process_do_not_load_and_do_not_matter(params, tmp
     (partial / "folder" / "half").write_text("half")
     with pytest.raises(FileNotFoundError, match=r"no config\.json: not a polarjax"):
         polarjax.load(partial)
+    with pytest.raises(FileExistsError, match="holds folder, which this polarjax did"):
+        polarjax.save(params, tmp_path / "model")
+    assert (partial / "folder" / "half").read_text() == "half"
+    (partial / MARK_FILE).touch()
     polarjax.save(params, tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert_equal_trees(polarjax.load(tmp_path / "model").weights, params.weights)

@@ -1,7 +1,9 @@
 """`recover_on_text` as a whole: the best is kept, whatever comes between."""
 
 import dataclasses
+import errno
 import functools
+import os
 
 import jax
 import numpy as np
@@ -11,8 +13,10 @@ from polarjax import recovery
 from polarjax.calibration import Texts
 from polarjax.recovery import recover_on_text
 from polarjax.sparsity.distance import divergence
+from polarjax.sparsity.updates import ranks_of
 from polarjax.training import Recovery, Resume, Source
 from tests.models import LLAMA, random_params, write_checkpoint
+from tests.training.mended import with_updates
 
 CONFIG = dataclasses.replace(LLAMA, layers=2, vocab_size=257)
 TEXTS = Texts([Source.parse("self")], tokens=8 * 16, context=16, held_out=8 * 16)
@@ -98,7 +102,56 @@ def test_an_interrupted_recovery_keeps_the_same(
     before = len(told)
     found = mend(params, patience=99, work=work, progress=lambda *x: told.append(x[1]))
     assert_same(found.params.routers, looks[1].params.routers)
-    assert before == (at or 24) and not work.exists()
+    assert before == (at or 24)
+    found.save(tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_best_that_is_damaged_is_said_to_be(params, tmp_path):
+    file = tmp_path / "work" / "best.npz"
+    file.parent.mkdir()
+    recovery._Best(0.5, 7, {"layers_1": {"x": np.arange(3.0)}}).save(file)
+    found = recovery._Best.load(file)
+    assert (found.kl, found.step) == (0.5, 7)
+    assert found.routers["layers_1"]["x"].tolist() == [0, 1, 2]
+    assert [path.name for path in file.parent.iterdir()] == ["best.npz"]
+    whole = file.read_bytes()
+    turned = [bytes([*whole[:at], whole[at] ^ 1, *whole[at + 1 :]]) for at in (0, 300)]
+    for content in [*(whole[:end] for end in range(len(whole))), *turned]:
+        file.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"best\.npz is damaged .*: delete"
+        ) as told:
+            recovery._Best.load(file)
+        assert str(told.value).count("\n") == 0
+        assert f"delete {file.parent} to start the training anew" in str(told.value)
+
+
+def test_a_full_disk_keeps_the_best_before(params, tmp_path, monkeypatch):
+    file = tmp_path / "best.npz"
+    recovery._Best(0.5, 7, {"layers_1": {"x": np.arange(3.0)}}).save(file)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*best\.npz"):
+        recovery._Best(0.1, 9, {"layers_1": {"x": np.zeros(3)}}).save(file)
+    assert recovery._Best.load(file).step == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
+
+
+def test_a_rank_is_that_of_the_updates_or_an_error(params, looks):
+    mended = looks[1].params
+    with pytest.raises(ValueError, match=r"has updates of rank 2 already, .* not 3,"):
+        mend(mended, dataclasses.replace(SETTINGS, rank=3))
+    with pytest.raises(ValueError, match=r"has updates of rank 2 already.* not full,"):
+        mend(mended, dataclasses.replace(SETTINGS, rank=None))
+    found = mend(mended, dataclasses.replace(SETTINGS, steps=1))
+    assert ranks_of(found.params.routers) == {2}
+    assert found.card()["recovery"]["rank"] == 2
+    assert ranks_of(with_updates(params, rank=None).routers) == {None}
+    assert ranks_of(params.routers) == set()
 
 
 def test_another_models_training_is_refused(params, tmp_path):

@@ -28,7 +28,7 @@ from benchmarks.shapes import opt
 from convert.core import DTYPES
 from convert.export import shards, write
 from polarjax.config import ModelConfig
-from polarjax.folder import check_destination
+from polarjax.folder import try_destination
 from polarjax.model import weight_shapes
 from polarjax.params import TOKENIZER_FILE
 from polarjax.terminal import counting_bar, make_console, one_line
@@ -128,7 +128,7 @@ def build(
     """
     console = console or make_console(quiet=True)
     # What can be refused is refused before the work.
-    check_destination(out, overwrite=False)
+    try_destination(out, 4 * parameters(config))
     shards(config, dtype, shard_bytes)
     for path in (text, valid):
         if not Path(path).is_file():

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -219,9 +220,11 @@ def _write(target: Path | None, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=1) + "\n"
     table.parse(text, str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, target)
+    # A name of nobody's, which is gone if it cannot be written.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tuning-") as folder:
+        whole = Path(folder, target.name)
+        whole.write_text(text, encoding="utf-8")
+        os.replace(whole, target)
 
 
 def _layers(problems: Sequence[Problem]) -> list[Mlp]:

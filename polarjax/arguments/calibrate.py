@@ -160,7 +160,11 @@ def _add_texts(add: Callable[..., Any], tokens: int) -> None:
     )
     add("--tokens", type=int, default=tokens, help="tokens to learn from")
     add("--passes", type=float, default=1.0, help="over them")
-    add("--context", type=int, default=512, help="tokens per block")
+    add(
+        "--context",
+        type=int,
+        help="tokens per block; default 512, or the model's context",
+    )
     add(
         "--held-out",
         type=int,

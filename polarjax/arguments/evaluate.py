@@ -49,7 +49,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     _add_policies(add)
     _add_scoring(add)
     add("--text", help="UTF-8 text file, .gz too: perplexity, recall, generation")
-    add("--tokens", type=int, help="from the start of the text; default all")
+    add("--tokens", type=int, help="most, from the start of the text; default all")
     add(
         "--perplexity",
         nargs="+",
@@ -58,7 +58,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         help="windows: that do not overlap; strided; words: as lm-eval has it, per "
         "word and byte, nothing read dense",
     )
-    add("--window", type=int, default=2048, help="tokens, at most the context")
+    add("--window", type=int, help="tokens; default 2048, or the model's context")
     add(
         "--prefix",
         type=int,
@@ -74,7 +74,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         help="continue prompts from the text greedily by so many tokens, and compare "
         "with the dense continuations",
     )
-    add("--prompts", type=int, default=64, help="how many, for --generation")
+    add("--prompts", type=int, default=64, help="at most, for --generation")
     add("--prompt-tokens", type=int, default=64, help="of each prompt")
     add(
         "--out",

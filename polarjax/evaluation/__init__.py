@@ -16,6 +16,7 @@ from polarjax.evaluation.scoring import Scorer
 from polarjax.evaluation.statistics import (
     Interval,
     difference_interval,
+    fraction_interval,
     mcnemar,
     mean_interval,
     share_interval,
@@ -34,6 +35,7 @@ __all__ = [
     "Settings",
     "difference_interval",
     "evaluate",
+    "fraction_interval",
     "grade",
     "mcnemar",
     "mean_interval",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, MutableMapping
@@ -10,13 +9,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from polarjax.folder import is_open_at, locked
+from polarjax.writing import name_path, try_file, write_file
+
+_HEAD = "journal of polarjax eval"
+_START = f'{{"{_HEAD}": '.encode()
+
 
 class FileJournal(MutableMapping):
     """What an evaluation found so far, in a file that survives being killed.
 
-    Beside the file to be made lies `NAME.partial`: JSON lines, the first says which
-    evaluation it belongs to, each further one is a batch. `finish` turns it into the
-    file, which is there whole or not at all.
+    Beside the file to be made lies `NAME.partial`: JSON lines, the first says whose it
+    is and which evaluation it belongs to, each further one is a batch. `finish` turns
+    it into the file, which is there whole or not at all; an older one stays until then.
 
     Args:
       path: JSON file to be made; its folder is made too.
@@ -25,7 +30,10 @@ class FileJournal(MutableMapping):
       overwrite: whether results of another evaluation, or finished ones, may go.
 
     Raises:
-      FileExistsError: if there are such, or another process writes them.
+      FileExistsError: if there are such, another process writes them, or one of the
+        two files is somebody else's.
+      ValueError: if the journal is damaged.
+      OSError: if it cannot be written.
     """
 
     def __init__(
@@ -41,45 +49,66 @@ class FileJournal(MutableMapping):
                 f"{self.path} exists, of another evaluation: choose another --out, or "
                 "--overwrite it"
             )
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self.partial, "ab")
+        try_file(self.path)
+        if self.partial.exists() and not self.partial.is_file():
+            raise FileExistsError(self._foreign())
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = open(self.partial, "ab", buffering=0)
+        except OSError as error:
+            raise name_path(error, self.partial) from None
+        try:
+            if not locked(file.fileno()) or not is_open_at(self.partial, file.fileno()):
+                raise FileExistsError(
+                    f"another process is writing {self.partial}: wait for it, or "
+                    "choose another --out"
+                )
             end = self._read(overwrite)
-        except BlockingIOError:
-            file.close()
-            raise FileExistsError(
-                f"another process is writing {self.partial}: wait for it, or choose "
-                "another --out"
-            ) from None
+            file.truncate(end)  # a line that was cut short goes
         except BaseException:
             file.close()
             raise
-        self.path.unlink(missing_ok=True)  # only if it may be overwritten
         self._file = file
-        self._file.truncate(end)  # a line that was cut short goes
         if not end:
-            self._append(self._facts)
+            self._append({_HEAD: self._facts})
 
     def _read(self, overwrite: bool) -> int:
         """Take up what there is; returns where its last whole line ends."""
         end = 0
         with open(self.partial, "rb") as file:
-            for line in file:
-                try:
-                    value = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    value = None
-                if value is None:
+            if not _START.startswith(start := file.read(len(_START))):
+                raise FileExistsError(self._foreign())
+            if start != _START:  # it was cut short there, or is empty
+                return 0
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
                     break
-                if not end:
-                    if overwrite and value != self._facts:
+                try:
+                    value = json.loads(line)
+                    key, found = (_HEAD, value[_HEAD]) if number == 1 else value
+                    hash(key)
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    if overwrite:
+                        self._found.clear()
                         return 0
-                    self._compare(value)
+                    raise ValueError(
+                        f"{self.partial} is damaged in line {number}: delete it or "
+                        "--overwrite it, to measure anew"
+                    ) from error
+                if number > 1:
+                    self._found[key] = found
+                elif overwrite and found != self._facts:
+                    return 0
                 else:
-                    self._found[value[0]] = value[1]
+                    self._compare(found)
                 end += len(line)
         return end
+
+    def _foreign(self) -> str:
+        return (
+            f"{self.partial} is no journal of this polarjax, and is where the work on "
+            f"{self.path} would be kept: move or delete it, or choose another --out"
+        )
 
     def _compare(self, facts: Any) -> None:
         mine, theirs = _flat(self._facts), _flat(facts)
@@ -94,17 +123,22 @@ class FileJournal(MutableMapping):
 
     def _append(self, value: Any) -> None:
         assert self._file is not None, "the journal is closed"
-        self._file.write(json.dumps(value).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = memoryview(json.dumps(value).encode() + b"\n")
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.partial} ({error.strerror}): what was measured "
+                "so far is kept, and the same command goes on from there"
+            ) from error
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, and delete the batches."""
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_text(json.dumps(result, allow_nan=False) + "\n")
-        os.replace(temporary, self.path)
-        self.close()
+        write_file(self.path, json.dumps(result, allow_nan=False) + "\n")
         self.partial.unlink(missing_ok=True)
+        self.close()
 
     def close(self) -> None:
         """Leave the batches to a later process."""

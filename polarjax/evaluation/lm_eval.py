@@ -17,7 +17,12 @@ from pallas_kernels import Implementation
 from polarjax.evaluation.batches import Mode
 from polarjax.evaluation.measure import Progress
 from polarjax.evaluation.results import DENSE
-from polarjax.evaluation.statistics import difference_interval, mcnemar, mean_interval
+from polarjax.evaluation.statistics import (
+    difference_interval,
+    mcnemar,
+    mean_interval,
+    within,
+)
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 
@@ -37,6 +42,12 @@ _SCALES: dict[str, Callable[[float], float]] = {
     **dict.fromkeys(_RATIOS, lambda mean: float(np.exp(-mean))),
     "bits_per_byte": lambda mean: -mean / math.log(2),
 }
+
+
+# What lies between 0 and 1 in every row.
+_FRACTIONS = (
+    *("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1"),
+)
 
 
 def run_lm_eval(
@@ -144,8 +155,13 @@ def _find(manager: TaskManager, patterns: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _load(manager: TaskManager, name: str) -> list[Any]:
-    """The tasks or groups of a name, with their data."""
+def _load(manager: TaskManager, name: str, num_fewshot: int | None) -> list[Any]:
+    """The tasks or groups of a name, with their data.
+
+    Raises:
+      ValueError: if they do not load, or a task takes no examples but some are asked
+        for, which lm-eval would leave out.
+    """
     try:
         found = manager.load([name])
     except Exception as error:  # data sets come with code of all kinds
@@ -154,6 +170,12 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
             f"task {name!r} does not load, its data must be on disk or within reach: "
             f"{type(error).__name__}: {lines[0]}"
         ) from error
+    for task, loaded in found["tasks"].items():
+        if num_fewshot and loaded.get_config("num_fewshot") == 0:
+            raise ValueError(
+                f"task {task!r} says num_fewshot 0 in its file, and so takes no "
+                f"examples, not {num_fewshot}: leave --num-fewshot out for it"
+            )
     children: Any = found.get("group_map", {}).values()
     inside = {child for group in children for child in group}
     every: dict[str, Any] = {**found.get("groups", {}), **found["tasks"]}
@@ -171,7 +193,11 @@ def _evaluate(
     with _one_process(), contextlib.redirect_stdout(sys.stderr):
         return evaluate(
             model=model,
-            tasks=[part for name in names for part in _load(manager, name)],
+            tasks=[
+                part
+                for name in names
+                for part in _load(manager, name, options["num_fewshot"])
+            ],
             task_manager=manager,
             log_samples=True,
             bootstrap_iters=_DRAWS,
@@ -268,6 +294,8 @@ def _compare(
         change, extra = difference_interval(new, old), {"p": mcnemar(new, old)}
     else:
         change = mean_interval(both[:, 0] - both[:, 1], weights)
+        if metric in _FRACTIONS and (0 <= both).all() and (both <= 1).all():
+            change = within(change, -1, 1)
     low, high = sorted(map(scale, change[1:]))
     kind = "ratio" if metric in _RATIOS else "difference"
     value = scale(change.value)

@@ -12,7 +12,7 @@ import numpy as np
 from polarjax.evaluation.batches import Continuation, Mode
 from polarjax.evaluation.measure import measure
 from polarjax.evaluation.scoring import Scorer
-from polarjax.evaluation.statistics import Interval, mean_interval
+from polarjax.evaluation.statistics import Interval, mean_interval, within
 from polarjax.params import Params
 from polarjax.policy import SelectionPolicy
 
@@ -39,7 +39,7 @@ class Perplexity:
 
     def interval(self) -> Interval:
         """With a 95 % interval, by a bootstrap over windows."""
-        return _exp(mean_interval(self.nll / self.scored, self.scored))
+        return _exp(within(mean_interval(self.nll / self.scored, self.scored), 0))
 
     def ratio(self, baseline: Perplexity) -> Interval:
         """This perplexity / a baseline's on the same windows, with a 95 % interval.

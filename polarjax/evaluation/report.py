@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from polarjax.evaluation.report_data import (
     read_results,
     recall,
 )
+from polarjax.folder import whole_folder
 
 _HTML, _MARKDOWN = "report.html", "report.md"
 _DENSITY_CAPTION = (
@@ -135,17 +135,10 @@ def _check_place(out: Path) -> None:
 
 
 def _write(out: Path, files: Mapping[str, str]) -> None:
-    """Make the folder beside its place, then put it there."""
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
-        new = Path(work) / "new"
-        new.mkdir()
+    with whole_folder(out, lambda: _check_place(out)) as new:
         for name, text in files.items():
             (new / name).write_text(text, encoding="utf-8", newline="\n")
-        if out.exists():
-            out.rename(Path(work) / "old")
-        new.rename(out)
 
 
 def _table(part: Part, group: Group) -> _Table:

@@ -12,9 +12,11 @@ from polarjax.evaluation.measure import Measured
 from polarjax.evaluation.statistics import (
     Interval,
     difference_interval,
+    fraction_interval,
     mcnemar,
     mean_interval,
     share_interval,
+    within,
 )
 from polarjax.evaluation.tasks import Row, grade
 
@@ -62,7 +64,8 @@ def task_result(rows: Sequence[Row], found: Mapping[str, Measured]) -> dict[str,
             against["mcnemar_p_per_byte"] = mcnemar(*pair)
         if target:  # each target is one item, whatever its tokens: as lm-eval has it
             change = measured.nll - found[DENSE].nll
-            result["target_perplexity"] = _exp(mean_interval(measured.nll))
+            # No token is more probable than certain: no perplexity is below 1.
+            result["target_perplexity"] = _exp(within(mean_interval(measured.nll), 0))
             against["target_perplexity_ratio"] = _exp(mean_interval(change))
         if label != DENSE:
             result["against_dense"] = against
@@ -97,7 +100,7 @@ def perplexity_result(
     dense = found[DENSE].nll / tokens
     for label, measured in found.items():
         mine = measured.nll / tokens  # per token
-        mean = mean_interval(mine, tokens)
+        mean = within(mean_interval(mine, tokens), 0)
         result: dict[str, Any] = {"perplexity": _exp(mean), "against_dense": None}
         if label != DENSE:
             ratio = _exp(mean_interval(mine - dense, tokens))
@@ -125,9 +128,9 @@ def damage_result(damage: Mapping[str, Damage], new_tokens: int) -> dict[str, An
         "results": {
             label: {
                 "identical": _bounds(share_interval(d.same == new_tokens)),
-                "tokens_until_divergence": _bounds(mean_interval(d.same)),
-                "kl": _bounds(mean_interval(d.kl.mean(axis=1))),
-                "agreement": _bounds(mean_interval(d.agree.mean(axis=1))),
+                "tokens_until_divergence": _bounds(_tokens(d.same, new_tokens)),
+                "kl": _bounds(within(mean_interval(d.kl.mean(axis=1)), 0)),
+                "agreement": _bounds(fraction_interval(d.agree.mean(axis=1))),
                 "density": d.density,
                 "divergence": d.same.tolist(),
                 "kl_per_token": [_rounded(row) for row in d.kl],
@@ -135,6 +138,12 @@ def damage_result(damage: Mapping[str, Damage], new_tokens: int) -> dict[str, An
             for label, d in damage.items()
         }
     }
+
+
+def _tokens(same: np.ndarray, new_tokens: int) -> Interval:
+    """Mean of tokens before the first that differs: from 1 to all of them."""
+    further = fraction_interval((same - 1) / (new_tokens - 1))
+    return Interval(*(1 + (new_tokens - 1) * x for x in further))
 
 
 def _cost(measured: Measured) -> dict[str, Any]:

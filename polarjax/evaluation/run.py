@@ -33,7 +33,7 @@ from polarjax.evaluation.results import (
 from polarjax.evaluation.scoring import Scorer
 from polarjax.evaluation.tasks import read_rows, task_items
 from polarjax.generation import Tokenizer, start_token
-from polarjax.generation.requests import positive
+from polarjax.generation.requests import positive, up_to_context
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.sharding import mesh_of, of_processes, writes
@@ -53,14 +53,14 @@ class Settings:
       tasks: JSONL files.
       limit: most rows of each; None for all.
       text: file for perplexity, generation and recall.
-      tokens: from its start; None for all.
+      tokens: most of them, from its start; None for all.
       kinds: of perplexity.
-      window: tokens per window.
+      window: tokens per window; None for 2048, or the model's context if that is less.
       prefix: tokens of each window (of the first, strided) that are not scored; None
         for 64 in "decode", which reads them dense, and else 1.
       stride: tokens by which strided windows move; None for half a window.
       new_tokens: to generate for each prompt; 0 for no generation.
-      prompts: how many, each the first `prompt_tokens` of a window of the text.
+      prompts: most of them, each the first `prompt_tokens` of a window of the text.
       prompt_tokens: of each prompt.
       implementation: of the kernels; None chooses by device.
     """
@@ -73,7 +73,7 @@ class Settings:
     text: str | Path | None = None
     tokens: int | None = None
     kinds: Sequence[Kind] = ("windows",)
-    window: int = 2048
+    window: int | None = None
     prefix: int | None = None
     stride: int | None = None
     new_tokens: int = 0
@@ -102,7 +102,7 @@ def evaluate(
       out: file to write, if its name ends in ".json"; else a folder in which it is
         named after what decides its numbers; None for none. Work that was cut short is
         taken up where it stopped, batch by batch; what is done is not done again.
-      overwrite: whether to replace what is there.
+      overwrite: whether to replace what is there, once the new result is whole.
       adapter: folder that the routers came from, for the record.
       command: that asked for it, for the record.
       progress: called as the work goes on.
@@ -218,7 +218,7 @@ class _Work:
 
     def _read_text(self, path: str | Path, tokenizer: Tokenizer) -> None:
         s, config = self.settings, self.params.config
-        window = min(s.window, config.context)
+        window = up_to_context("window", s.window, 2048, config)
         with open_text(path) as file:
             text = file.read()
         ids = tokenizer.encode(text, special=False)

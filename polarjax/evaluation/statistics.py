@@ -103,6 +103,47 @@ def share_interval(right: np.ndarray) -> Interval:
     return Interval(float(right.mean()), float(bounds.low), float(bounds.high))
 
 
+def fraction_interval(fractions: np.ndarray) -> Interval:
+    """Mean of fractions, one per item, with an interval that lies in [0, 1].
+
+    Where resampling knows too little, as below eight items or where none differs from
+    the others, it is Wilson's for as many items that are right or wrong: nothing in
+    [0, 1] of the same mean varies more than that.
+
+    Args:
+      fractions: float[n], from 0 to 1.
+
+    Raises:
+      ValueError: if there is no item.
+    """
+    fractions = np.asarray(fractions, np.float64)
+    n = len(fractions)
+    if n >= _FEW_ITEMS and np.ptp(fractions):
+        return mean_interval(fractions)
+    if not n:
+        raise ValueError("no items: there is nothing to take the mean of")
+    mean, z = float(fractions.mean()), -stats.norm.ppf(_OUTSIDE / 2)
+    middle = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = np.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) * z / (1 + z**2 / n)
+    # Rounding alone leads out.
+    low, high = max(0.0, float(middle - half)), min(1.0, float(middle + half))
+    return Interval(mean, min(mean, low), max(mean, high))
+
+
+def within(interval: Interval, low: float, high: float = np.inf) -> Interval:
+    """An interval's bounds cut to where the value can be; infinite ones are not known.
+
+    Args:
+      interval: with its value inside.
+      low: least that the value can be.
+      high: most that it can be.
+    """
+    bounds = (
+        float(np.clip(x, low, high)) if np.isfinite(x) else x for x in interval[1:]
+    )
+    return Interval(interval.value, *bounds)
+
+
 def difference_interval(right: np.ndarray, baseline: np.ndarray) -> Interval:
     """Difference of two shares on the same items, paired.
 

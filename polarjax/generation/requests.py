@@ -137,6 +137,29 @@ def positive(name: str, value: Any) -> int:
     return int(value)
 
 
+def up_to_context(
+    name: str, tokens: int | None, default: int, config: ModelConfig
+) -> int:
+    """A setting that counts tokens which the model is to read together.
+
+    Args:
+      name: of the setting.
+      tokens: as it was set; None for the default.
+      default: that, or the model's context if it is less.
+      config: of the model.
+
+    Raises:
+      ValueError: if it is not a positive integer, or more than the context.
+    """
+    if tokens is None:
+        return min(default, config.context)
+    if positive(name, tokens) > config.context:
+        raise ValueError(
+            f"{name} is {tokens}, beyond the model's context of {config.context}"
+        )
+    return int(tokens)
+
+
 def stop_strings(stop: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
     """The strings that end a text, from one or several.
 

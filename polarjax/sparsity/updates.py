@@ -57,6 +57,25 @@ def init_updates(
     return found
 
 
+def ranks_of(routers: Tree) -> set[int | None]:
+    """Ranks that the matrices' updates have; None for full ones.
+
+    Args:
+      routers: as in `Params.routers`.
+    """
+    ranks: set[int | None] = set()
+    for parts in routers.values():
+        leaves: dict[Path, Any] = dict(
+            traverse_util.flatten_dict(parts.get("updates", {}))
+        )
+        for path, leaf in leaves.items():
+            if path[-1] == "a":
+                ranks.add(leaf.shape[0])
+            elif path[-1] == "delta" and leaf.ndim > 1:
+                ranks.add(None)
+    return ranks
+
+
 def merge_updates(params: Params) -> Params:
     """The model with its updates in its weights, and out of its routers.
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,11 +20,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polarjax.config import ModelConfig
-from polarjax.distributed import from_main
-from polarjax.sharding import of_processes, put, writes
+from polarjax.folder import MARK_FILE, has_mark, mark
+from polarjax.sharding import by_writer, put
+from polarjax.writing import leftovers, write_file
 
 _FACTS = "training.json"
 _STEPS = "steps"
+BEST_FILE = "best.npz"
+"""What a recovery keeps beside its state."""
 
 Step = Callable[[Any, jax.Array, int], tuple[Any, Mapping[str, jax.Array]]]
 """step(state, tokens int32[b, t], number from 0) -> (state, metrics)."""
@@ -49,8 +53,8 @@ class Resume:
     """Where a training's state is kept while it runs.
 
     Attributes:
-      folder: made at the start; gone when the caller says `clear`. Of several
-        processes all must see it.
+      folder: made at the start; gone when the caller says `clear`, once what came of
+        the training is saved. Of several processes all must see it.
       every: steps between two checkpoints; the last step has one too.
       facts: JSON values that decide the outcome: a folder of another training is
         refused.
@@ -61,8 +65,8 @@ class Resume:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def clear(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the folder, but for what is not of the training."""
+        clear(self.folder)
 
 
 def fit(
@@ -101,7 +105,8 @@ def fit(
 
     Raises:
       ValueError: if there is nothing to do, the mesh does not divide the batch, or
-        `resume.folder` holds another training.
+        `resume.folder` holds another training, or a damaged one.
+      OSError: if the state cannot be kept there.
     """
     if not len(blocks):
         raise ValueError("there is no text to train on")
@@ -120,9 +125,7 @@ def fit(
     with _checkpoints(resume, mesh) as manager:
         first = 0
         if manager is not None and (found := manager.latest_step()) is not None:
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(found, args=ocp.args.StandardRestore(target))
-            first = found
+            state, first = _restore(manager, found, state), found
             if stop and stop(state, first):  # it was asked before, perhaps
                 return state
         for number in range(first, steps):
@@ -135,8 +138,10 @@ def fit(
                 progress(Progress(done, steps, told))
             due = resume and (done % resume.every == 0 or done == steps)
             if manager is not None and due:
-                manager.save(done, args=ocp.args.StandardSave(state))
+                _save(manager, done, state)
             if stop and stop(state, done):
+                if manager is not None and not due:  # it is the last step
+                    _save(manager, done, state)
                 break
     return state
 
@@ -164,32 +169,127 @@ def _checkpoints(
         yield None
         return
     folder = resume.folder.absolute()
-    wrong = _claim(folder, resume.facts) if writes(mesh) else None
     # The others must not look before process 0 has made it.
-    if wrong := from_main(wrong) if of_processes(mesh) else wrong:
-        raise ValueError(f"{folder} {wrong}")
+    by_writer(mesh, lambda: claim(folder, resume.facts))
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with ocp.CheckpointManager(folder / _STEPS, options=options) as manager:
+    with _quiet(), ocp.CheckpointManager(folder / _STEPS, options=options) as manager:
         yield manager
-        manager.wait_until_finished()
+        with _keeping(manager):
+            manager.wait_until_finished()
 
 
-def _claim(folder: Path, facts: Mapping[str, Any]) -> str | None:
-    """Make a training's folder, or say why it cannot be that."""
-    text = json.dumps(dict(facts), sort_keys=True, indent=2)
-    file = folder / _FACTS
-    if file.exists():
-        if file.read_text(encoding="utf-8") != text:
-            return (
-                "holds a training of other settings or texts: choose another place, or "
-                "delete it"
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without orbax's tracebacks, one for each of its threads: the error says it."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Write on while the training goes on; also tells whether the one before failed."""
+    with _keeping(manager):
+        manager.save(step, args=ocp.args.StandardSave(state))
+
+
+@contextlib.contextmanager
+def _keeping(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax and what it writes with raise all kinds
+        raise OSError(
+            f"the training's state cannot be written to {manager.directory} "
+            f"({_short(error)}): what was written before is kept, and the same command "
+            "goes on from there"
+        ) from error
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, state: Any) -> Any:
+    """The state after a step, like the one that is given."""
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    try:
+        return manager.restore(step, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # orbax and what it reads with raise all kinds
+        steps = Path(manager.directory)
+        raise ValueError(damaged(steps / str(step), steps.parent, error)) from error
+
+
+def claim(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Make a folder that of a training, or see that it is.
+
+    Args:
+      folder: to make, if it is not there.
+      facts: JSON values that decide the training's outcome; None as long as they are
+        not known.
+
+    Raises:
+      ValueError: if it is of another training, damaged, or somebody's own.
+      OSError: if it cannot be written.
+    """
+    file, mine = folder / _FACTS, json.loads(json.dumps(dict(facts or {})))
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no training of polarjax: choose another place")
+    if _FACTS in inside:
+        if facts is not None and _read_facts(file) != mine:
+            raise ValueError(
+                f"{folder} holds a training of other settings or texts: choose another "
+                "place, or delete it"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return "is no training of polarjax: choose another place"
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    return None
+        return
+    if inside and not has_mark(folder):
+        raise ValueError(f"{folder} is no training of polarjax: choose another place")
+    if inside & {_STEPS, BEST_FILE}:
+        raise ValueError(damaged(file, folder, "it is not there"))
+    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder)
+    if facts is not None:
+        # One that was killed as it wrote them left no file of that name.
+        write_file(file, json.dumps({"facts": mine, "sha256": _sum(mine)}, indent=2))
+
+
+def _read_facts(file: Path) -> Any:
+    try:
+        found = json.loads(file.read_bytes())
+        facts, checksum = found["facts"], found["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(damaged(file, file.parent, error)) from error
+    if checksum != _sum(facts):
+        raise ValueError(damaged(file, file.parent, "its checksum is another"))
+    return facts
+
+
+def _sum(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def damaged(path: Path, folder: Path, why: object) -> str:
+    """What to say of a file in a training's folder that cannot be read."""
+    why = _short(why) if isinstance(why, Exception) else why
+    return f"{path} is damaged ({why}): delete {folder} to start the training anew"
+
+
+def _short(error: Exception) -> str:
+    """An error in few words: libraries name every layer that it went through."""
+    text = " ".join(str(error).split())
+    text = text if len(text) < 200 else f"{text[:90]} ... {text[-100:]}"
+    return f"{type(error).__name__}: {text}"
+
+
+def clear(folder: Path) -> None:
+    """Delete the folder of a training, but for what is not of it."""
+    # What says whose the rest is goes last.
+    shutil.rmtree(folder / _STEPS, ignore_errors=True)
+    for name in (BEST_FILE, _FACTS, MARK_FILE):
+        for path in (folder / name, *leftovers(folder / name)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    with contextlib.suppress(OSError):  # something else is in it
+        folder.rmdir()
 
 
 def check_steps(steps: int | None, batch: int) -> None:

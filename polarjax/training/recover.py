@@ -31,7 +31,7 @@ from polarjax.sharding import (
     whole_routers,
 )
 from polarjax.sparsity.distance import distance
-from polarjax.sparsity.updates import init_updates
+from polarjax.sparsity.updates import init_updates, ranks_of
 from polarjax.training.loop import (
     Progress,
     Resume,
@@ -155,7 +155,7 @@ def recover(
         out of range.
     """
     config = params.config
-    check_model(params)
+    check_model(params, recovery)
     check_blocks(blocks, config)
     recovery = with_steps(recovery, len(blocks))
     if mesh is not None:
@@ -255,8 +255,12 @@ def _update(state: State, grads: Tree, *, recovery: Recovery) -> State:
     return optax.apply_updates(trained, updates), moments  # type: ignore
 
 
-def check_model(params: Params) -> None:
+def check_model(params: Params, recovery: Recovery) -> None:
     """Raise unless there is something to recover from, and routers to do it by.
+
+    Args:
+      params: the model.
+      recovery: settings, whose rank must be that of updates that are there already.
 
     Raises:
       ValueError: saying what to do.
@@ -275,6 +279,36 @@ def check_model(params: Params) -> None:
         raise ValueError(
             "the budgets keep every KV group: there is nothing to recover from"
         )
+    ranks = ranks_of(params.routers)
+    if ranks - {recovery.rank}:
+        theirs, mine = (
+            " and ".join("full" if rank is None else str(rank) for rank in found)
+            for found in (ranks, [recovery.rank])
+        )
+        raise ValueError(
+            f"the adapter has updates of rank {theirs} already, and recovery goes on "
+            f"with them: pass that rank (--rank), not {mine}, or take an adapter "
+            "without updates"
+        )
+
+
+def trained_shapes(params: Params, recovery: Recovery) -> list[Tree]:
+    """Shapes of the routers that a recovery begins with, and of updates.
+
+    Args:
+      params: the model with routers.
+      recovery: settings.
+
+    Raises:
+      ValueError: if the rank is not positive.
+    """
+    shapes = model_shapes(params.weights, params.config)
+    fresh = jax.eval_shape(
+        lambda: init_updates(
+            jax.random.key(0), shapes, params.config.layers, recovery.rank
+        )
+    )
+    return [params.routers, fresh]
 
 
 def router_losses(

@@ -176,7 +176,10 @@ def train_routers(
     check_blocks(blocks, config)
     training = with_steps(training, len(blocks))
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
-    made = dataclasses.replace(config, budgets=budgets, neuron_budgets=())
+    # Nothing of other routers that the checkpoint may hold.
+    made = dataclasses.replace(
+        config, budgets=budgets, neuron_budgets=(), adaptive=False, thresholds=()
+    )
     if mesh is not None:
         params = shard(dataclasses.replace(params, routers={}), mesh)
     mesh = mesh_of(params.weights)
@@ -213,6 +216,18 @@ def unstack(routers: Tree, layers: int) -> Tree:
         f"layers_{i}": jax.tree.map(lambda x, i=i: x[i - 1], routers)
         for i in range(1, layers)
     }
+
+
+def router_shapes(config: ModelConfig, training: RouterTraining) -> Tree:
+    """Shapes of what a training makes, by layer.
+
+    Args:
+      config: of the model.
+      training: settings.
+    """
+    return jax.eval_shape(
+        lambda: unstack(_first_routers(config, training), config.layers)
+    )
 
 
 def _first_routers(config: ModelConfig, training: RouterTraining) -> Tree:

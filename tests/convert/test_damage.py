@@ -222,7 +222,7 @@ from convert import convert
 
 params.GROUP_BYTES = 1_000_000
 source, out = map(Path, sys.argv[1:])
-partial, replaced = (out.with_name(f"out.{end}") for end in ("partial", "replaced"))
+partial = out.with_name("out.partial")
 
 def start():
     child = os.fork()
@@ -247,12 +247,12 @@ for i in range(20):  # each over what the one before has left
         check_files(out, read_checksums(out))
     elif partial.exists():
         print("partial")
-        if (partial / "config.json").exists():  # just before it is renamed
-            check_files(partial, read_checksums(partial))
+        if (partial / "new/config.json").exists():  # just before it is renamed
+            check_files(partial / "new", read_checksums(partial / "new"))
     else:
         print("nothing")
 os.waitpid(start(), 0)
-assert not partial.exists() and not replaced.exists()
+assert not partial.exists()
 """
 
 

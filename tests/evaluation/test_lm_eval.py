@@ -1,9 +1,11 @@
 """lm-eval's tasks under several policies: values, differences, errors."""
 
 import dataclasses
+import errno
 import functools
 import io
 import json
+import os
 import sys
 import textwrap
 
@@ -12,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import polarjax
-from polarjax import cli
+from polarjax import cli, evaluate_cli
 from polarjax.evaluation import lm_eval as lm_eval_module
 from polarjax.evaluation.lm_eval import run_lm_eval, table
 from polarjax.evaluation.statistics import difference_interval, mcnemar, mean_interval
@@ -80,6 +82,8 @@ def folder(tmp_path_factory):
         "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
     write_task(folder, "lost", TASKS["choose"], folder / "nowhere.jsonl")
+    none = textwrap.dedent(TASKS["choose"]) + "num_fewshot: 0\n"
+    write_task(folder, "none", none, folder / "choose.jsonl")
     return folder
 
 
@@ -194,7 +198,7 @@ def test_table(result):
     assert "× " in row
 
 
-def test_a_metric_that_is_no_mean_is_not_compared():
+def test_a_metric_that_is_no_mean_is_not_compared(monkeypatch):
     def run(values, reported):
         rows = [
             {"doc_id": i, "filter": "none", "m": value}
@@ -213,6 +217,12 @@ def test_a_metric_that_is_no_mean_is_not_compared():
     assert compare(run([1.5, 2.0], 1.75), dense) is None  # other rows
     assert compare(run(["a", "b", "c"], 3.5), dense) is None
     assert compare(run([[1, 0], [1, 1], [0, 1]], 0.5), dense) is None
+    fractions = {"one": [0.9, 0.0, 1.0], "other": [0.0, 0.1, 0.1]}
+    one, other = (run(x, float(np.mean(x))) for x in fractions.values())
+    assert compare(one, other)["high"] > 1
+    monkeypatch.setattr(lm_eval_module, "_FRACTIONS", ("m",))
+    assert compare(one, other)["high"] == 1
+    assert compare(other, one)["low"] == -1
     single = compare(run([2.0], 2.0), run([5.0], 5.0))
     assert single == {"difference": -3.0, "low": None, "high": None}
 
@@ -225,6 +235,10 @@ def test_errors(params, folder, monkeypatch, tmp_path):
         run(["choose", "nothing"])
     with pytest.raises(ValueError, match=r"task 'lost' does not load.*nowhere.jsonl"):
         run(["lost"])
+    # What lm-eval would leave out without a word.
+    for names in (["none"], ["choose", "none"]):
+        with pytest.raises(ValueError, match=r"'none' says num_fewshot 0 .*, not 3: l"):
+            run(names, num_fewshot=3)
     with pytest.raises(ValueError, match="name at least one task"):
         run([])
     with pytest.raises(ValueError, match="limit must be above 0, got 0"):
@@ -250,7 +264,9 @@ def test_without_lm_eval(params, monkeypatch):
         run_lm_eval(params, {}, ["choose"])
 
 
-def test_the_command_writes_what_it_prints(params, folder, tmp_path, capsys):
+def test_the_command_writes_what_it_prints(
+    params, folder, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "found.json"
     arguments = ["lm-eval", params.config.folder, "--tasks", "choose"]
     options = (
@@ -265,3 +281,19 @@ def test_the_command_writes_what_it_prints(params, folder, tmp_path, capsys):
     assert record["made"]["versions"]["jax"] and record["setup"]["dtype"] == "float32"
     assert cli.main(arguments) == 1
     assert "exists" in capsys.readouterr().err
+    # Before the work, not after it.
+    monkeypatch.setattr(evaluate_cli, "load", None)
+    assert cli.main([*arguments[:-1], "/proc/results.json"]) == 1
+    assert "cannot write it: " in capsys.readouterr().err
+    monkeypatch.undo()
+    # Nobody's files but its own, and the old one until the new one is whole.
+    (tmp_path / f"{out.name}.tmp").write_text("years of work")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main([*arguments, "--overwrite"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == record
+    assert (tmp_path / f"{out.name}.tmp").read_text() == "years of work"

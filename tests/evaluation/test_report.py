@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib", reason="needs it: pip install matplotlib")
 
 from polarjax.evaluation import plots
 from polarjax.evaluation.report import make_report
+from polarjax.folder import mark
 from tests.evaluation.report_sample import DENSITY, POLICIES, task, text, whole
 
 PLOTS = {
@@ -375,6 +376,25 @@ def test_places(report, small, tmp_path):
     (pictures / "mine.svg").write_text("<svg/>")
     with pytest.raises(FileExistsError, match=r"mine\.svg"):
         report(small, out="pictures")
+
+
+def test_what_stands_beside_a_report_is_left_alone(report, small, tmp_path):
+    report(small)
+    partial = tmp_path / "report.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"report\.partial holds thesis\.txt"):
+        report(small)
+    assert (partial / "thesis.txt").read_text() == "years of work"
+    # A process that was killed between moving the older one aside and its end.
+    partial.joinpath("thesis.txt").unlink()
+    mark(partial)
+    (tmp_path / "report").rename(partial / "old")
+    (partial / "old" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"report holds notes\.txt"):
+        report(small)
+    assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
+    assert not partial.exists()
 
 
 def test_an_error_while_writing_leaves_the_older_report(report, small, monkeypatch):

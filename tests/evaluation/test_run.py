@@ -1,6 +1,7 @@
 """`evaluate`: one result, whatever interrupted it; and what is said in it."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -12,8 +13,18 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.evaluation import Scorer, Settings, evaluate, mcnemar, read_rows
+from polarjax.evaluation import (
+    Scorer,
+    Settings,
+    evaluate,
+    mcnemar,
+    mean_interval,
+    read_rows,
+)
+from polarjax.evaluation.damage import Damage
 from polarjax.evaluation.journal import FileJournal
+from polarjax.evaluation.measure import Measured
+from polarjax.evaluation.results import damage_result, perplexity_result
 from tests.evaluation.test_tasks import make_rows, write
 from tests.models import LLAMA, random_params, write_checkpoint
 
@@ -158,6 +169,34 @@ def test_generation(whole, params, files):
         assert sparse["divergence"][i] == until
 
 
+def test_what_is_bounded_has_bounds_inside_of_that():
+    """Of few prompts, whose spread alone would lead beyond."""
+    agree = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]], bool)
+    kl = np.array([[1e-3] * 4, [2e-3] * 4, [0.5] * 4])
+    damage = Damage(np.array([5, 4, 2]), kl, agree, 0.5)
+    assert mean_interval(agree.mean(axis=1)).high > 1  # else this shows nothing
+    found = damage_result({"P": damage}, 5)["results"]["P"]
+    bounds = {
+        "identical": (0, 1),
+        "agreement": (0, 1),
+        "tokens_until_divergence": (1, 5),
+        "kl": (0, np.inf),
+    }
+    for name, (least, most) in bounds.items():
+        value, low, high = found[name]
+        assert least <= low <= value <= high <= most, name
+        assert low < value, name
+    assert found["tokens_until_divergence"][0] == pytest.approx(11 / 3)
+    nll = np.array([0.01, 0.02, 0.9])  # of windows of one token
+    measured = Measured(nll, nll > 0, np.ones((2, 4), int), 3, 1.0)
+    facts = {"words": 2, "bytes": 9}
+    result = perplexity_result(facts, [1, 1, 1], {"Dense": measured})["results"]
+    for name in ("perplexity", "word_perplexity", "byte_perplexity"):
+        value, low, high = result["Dense"][name]
+        assert 1 == low < value < high, name
+    assert result["Dense"]["bits_per_byte"][1] == 0
+
+
 class Stop(Exception):
     pass
 
@@ -281,15 +320,101 @@ def test_other_routers_are_other_work(params, files, tmp_path):
 def test_overwriting_goes_on_where_it_stopped(tmp_path):
     facts, out = {"batch": 4}, tmp_path / "a.json"
     with FileJournal(out, facts) as journal:
-        journal.finish({})
+        journal.finish({"first": 1})
     for i in range(3):
         with FileJournal(out, facts, overwrite=True) as journal:
-            assert len(journal) == i and not out.exists()
+            assert len(journal) == i
             journal[str(i)] = i
+            # The finished result stays until the new one is whole.
+            assert json.loads(out.read_text()) == {"first": 1}
             with pytest.raises(FileExistsError, match="another process is writing"):
-                FileJournal(out, facts)
+                FileJournal(out, facts, overwrite=True)
     with FileJournal(out, {"batch": 5}, overwrite=True) as journal:
         assert not journal
+        assert json.loads(out.read_text()) == {"first": 1}
+        journal.finish({"second": 2})
+    assert json.loads(out.read_text()) == {"second": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "theirs",
+    [b"years of work", b'{"facts": {"batch": 4}}\n["x", 1]\n', b"\0" * 99],
+    ids=["text", "json", "zeros"],
+)
+def test_somebodys_own_files_are_left_alone(tmp_path, theirs, overwrite):
+    partial, temporary = (tmp_path / f"a.json.{end}" for end in ("partial", "tmp"))
+    partial.write_bytes(theirs)
+    temporary.write_bytes(theirs)
+    message = r"a\.json\.partial is no journal of this polarjax"
+    with pytest.raises(FileExistsError, match=message):
+        FileJournal(tmp_path / "a.json", {"batch": 4}, overwrite)
+    assert partial.read_bytes() == theirs
+    partial.unlink()
+    with FileJournal(tmp_path / "a.json", {"batch": 4}, overwrite) as journal:
+        journal.finish({})
+    assert temporary.read_bytes() == theirs
+    partial.mkdir()
+    with pytest.raises(FileExistsError, match=message):
+        FileJournal(tmp_path / "a.json", {"batch": 4}, overwrite=True)
+
+
+def test_a_journal_that_is_cut_anywhere_goes_on(tmp_path):
+    out, facts = tmp_path / "a.json", {"setup": {"mode": "decode"}, "batch": 4}
+    with FileJournal(out, facts) as journal:
+        journal["x"] = [0.1]
+        journal["y"] = {"z": 2}
+    whole = journal.partial.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(len(whole) + 1):
+        journal.partial.write_bytes(whole[:size])
+        with FileJournal(out, facts) as journal:
+            lines = sum(end <= size for end in ends)
+            assert list(journal) == ["x", "y"][: max(0, lines - 1)]
+        assert journal.partial.read_bytes() == whole[: ends[max(0, lines - 1)]]
+
+
+def test_a_journal_that_is_damaged_is_said_to_be(tmp_path):
+    out, facts = tmp_path / "a.json", {"batch": 4}
+    with FileJournal(out, facts) as journal:
+        journal["x"] = [0.1]
+        journal["y"] = [0.2]
+    lines = journal.partial.read_bytes().splitlines(keepends=True)
+    for wrong in (b'["x", [0.1\n', b"\0\0\n", b"7\n", b'[["x"], 1]\n', b"\n"):
+        content = b"".join([lines[0], wrong, lines[2]])
+        journal.partial.write_bytes(content)
+        with pytest.raises(ValueError, match=r"partial is damaged in line 2: delete"):
+            FileJournal(out, facts)
+        assert journal.partial.read_bytes() == content
+        with FileJournal(out, facts, overwrite=True) as journal:
+            assert not journal
+
+
+def test_a_full_disk_keeps_what_was_measured(tmp_path, monkeypatch):
+    out, facts, fsync = tmp_path / "a.json", {"batch": 4}, os.fsync
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with FileJournal(out, facts) as journal:
+        journal.finish({"first": 1})
+    with FileJournal(out, facts, overwrite=True) as journal:
+        journal["x"] = 1
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(
+            OSError, match=r"a\.json\.partial \(No space left .*\): what"
+        ):
+            journal["y"] = 2
+        with pytest.raises(OSError, match=r"No space left on device: .*a\.json'"):
+            journal.finish({"second": 2})
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert json.loads(out.read_text()) == {"first": 1}
+    with FileJournal(out, facts, overwrite=True) as journal:
+        assert journal["x"] == 1
+        journal.finish({"second": 2})
+    assert json.loads(out.read_text()) == {"second": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_one_window_and_a_text_without_spaces(params, files, tmp_path):
@@ -325,6 +450,7 @@ def test_settings_that_make_no_sense(params, settings, files, tmp_path):
         (dataclasses.replace(settings, new_tokens=1), "at least 2 new tokens"),
         (dataclasses.replace(settings, new_tokens=200), "beyond the model's context"),
         (dataclasses.replace(settings, policies={"Dense": polarjax.Oracle(0.5)}), "la"),
+        (dataclasses.replace(settings, window=257), "window is 257, beyond the model"),
         (dataclasses.replace(settings, tokens=40), "40 tokens are less than one wind"),
     ]
     for wrong, message in cases:

@@ -6,10 +6,12 @@ from scipy import stats
 
 from polarjax.evaluation import (
     difference_interval,
+    fraction_interval,
     mcnemar,
     mean_interval,
     share_interval,
 )
+from polarjax.evaluation.statistics import Interval, within
 
 REPEATS = 2000
 
@@ -108,3 +110,37 @@ def test_mcnemar_counts_discordant_pairs():
     assert mcnemar(right, baseline) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
     assert mcnemar(baseline, right) == mcnemar(right, baseline)
     assert mcnemar(right, right) == 1
+
+
+@pytest.mark.parametrize("items", [2, 3, 5, 7, 8, 64])
+@pytest.mark.parametrize("shape", [(9, 1), (30, 0.5), (0.3, 0.1), (2, 2)])
+def test_fractions_stay_in_bounds_and_cover_the_truth(items, shape):
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        fractions = rng.beta(*shape, size=items)
+        value, low, high = fraction_interval(fractions)
+        assert 0 <= low <= value <= high <= 1
+        assert value == pytest.approx(fractions.mean())
+        covered += low <= shape[0] / sum(shape) <= high
+    # Resampling has its limits where there are few, and a few say it all.
+    assert covered / 400 >= (0.93 if items < 8 else 0.85)
+
+
+def test_fractions_that_are_all_alike():
+    for n, least in ((1, 0.15), (3, 0.4), (64, 0.94)):
+        value, low, high = fraction_interval(np.ones(n))
+        assert value == high == 1 and least < low < 1
+        value, low, high = fraction_interval(np.zeros(n))
+        assert value == low == 0 and 0 < high < 1 - least
+    assert fraction_interval(np.ones(20)) == pytest.approx(share_interval(np.ones(20)))
+    varied = np.linspace(0.5, 1, 9)
+    assert fraction_interval(varied) == mean_interval(varied)
+    with pytest.raises(ValueError, match="no items"):
+        fraction_interval(np.array([]))
+
+
+def test_bounds_are_cut_to_where_the_value_can_be():
+    assert within(Interval(0.1, -0.3, 0.5), 0) == (0.1, 0, 0.5)
+    assert within(Interval(0.9, 0.7, 1.1), 0, 1) == (0.9, 0.7, 1)
+    # Nothing is known of them.
+    assert within(Interval(0.1, -np.inf, np.inf), 0) == (0.1, -np.inf, np.inf)

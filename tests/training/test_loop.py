@@ -1,7 +1,11 @@
 """The training loop, with a step so small that its outcome is known to the bit."""
 
+import errno
 import functools
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
+from polarjax.folder import MARK_FILE
 from polarjax.sharding import make_mesh
 from polarjax.training import Resume
-from polarjax.training.loop import fit, warmup_cosine, with_steps
+from polarjax.training.loop import claim, fit, warmup_cosine, with_steps
 
 BLOCKS = np.arange(7 * 4).reshape(7, 4)  # block i begins with 4 i
 STEPS, BATCH = 23, 2
@@ -192,6 +198,108 @@ def test_other_trainings_are_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"thesis\.txt is no training of polarjax"):
         train(resume=Resume(foreign / "thesis.txt"))
     assert_equal(train(resume=Resume(folder, 5, {"seed": 3})), train())
+
+
+def test_a_training_that_is_stopped_is_taken_up_where_it_stopped(tmp_path):
+    """What was enough before its end is a finished training."""
+    resume, told = Resume(tmp_path / "work", 5), []
+    options = {"resume": resume, "stop": lambda _, step: step == 8}
+    found = train(**options)
+    assert_equal(train(**options, progress=told.append), found)
+    assert not told
+
+
+def test_facts_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A full disk leaves no empty file that the same command stumbles over."""
+    folder, fsync = tmp_path / "work", os.fsync
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*training\.json"):
+        claim(folder, {"seed": 3})
+    assert [path.name for path in folder.iterdir()] == [MARK_FILE]
+    monkeypatch.setattr(os, "fsync", fsync)
+    # A kill as it was written leaves this.
+    (folder / ".training.json.0123abcd.writing").write_text('{"facts')
+    claim(folder, {"seed": 3})
+    claim(folder, {"seed": 3})
+    with pytest.raises(ValueError, match="a training of other settings or texts"):
+        claim(folder, {"seed": 4})
+    Resume(folder).clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_facts_that_are_damaged_are_said_to_be(tmp_path):
+    folder, facts = tmp_path / "work", {"seed": 3, "texts": ["a"]}
+    claim(folder, facts)
+    file = folder / "training.json"
+    whole = file.read_bytes()
+    turned = whole.replace(b'"seed": 3', b'"seed": 2')
+    old = json.dumps(facts, sort_keys=True, indent=2).encode()
+    deep = b"[" * 100_000
+    for content in [*(whole[:end] for end in range(len(whole))), turned, old, deep]:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"training\.json is damaged \(") as told:
+            claim(folder, facts)
+        assert f"delete {folder} to start the training anew" in str(told.value)
+        assert "\n" not in str(told.value) and len(str(told.value)) < 600
+    file.write_bytes(whole)
+    claim(folder, facts)
+    file.unlink()  # whose state is it?
+    (folder / "steps").mkdir()
+    with pytest.raises(ValueError, match=r"training\.json is damaged \(it is not the"):
+        claim(folder, facts)
+
+
+def test_a_state_that_is_damaged_is_said_to_be(tmp_path):
+    """Each file of it cut short: an error by name, or a file that does not matter."""
+    folder, copy, whole = tmp_path / "work", tmp_path / "copy", train()
+    interrupt(folder, 6)
+    damaged = 0
+    files = [path for path in (folder / "steps").rglob("*") if path.is_file()]
+    for path in files:
+        shutil.copytree(folder, copy)
+        with open(copy / path.relative_to(folder), "r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        try:
+            found = train(resume=Resume(copy, 5))
+        except ValueError as error:
+            assert re.match(r".*/copy/steps/5 is damaged \(.*\): delete", str(error))
+            assert f"delete {copy} to start the training anew" in str(error)
+            assert "\n" not in str(error) and len(str(error)) < 600
+            damaged += 1
+        else:
+            assert_equal(found, whole)
+        shutil.rmtree(copy)
+    assert damaged > 2
+
+
+def test_a_full_disk_keeps_what_was_written_before(tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "work"
+    save = ocp.CheckpointManager.save
+
+    def full(self, step, **options):
+        if step == 10:
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        return save(self, step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", full)
+        with pytest.raises(OSError, match=r"cannot be written to .*steps \(.*No space"):
+            train(resume=Resume(folder, 5))
+    told = []
+    assert_equal(train(resume=Resume(folder, 5), progress=told.append), train())
+    assert told[0].step == 6
+
+
+def test_clearing_leaves_what_is_not_of_the_training(tmp_path):
+    folder = tmp_path / "work"
+    train(resume=Resume(folder, 5))
+    (folder / "notes.txt").write_text("years of work")
+    Resume(folder).clear()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.devices(4)

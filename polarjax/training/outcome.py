@@ -1,0 +1,92 @@
+"""What a training yields is saved, and only then does what kept the training go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from polarjax.folder import try_destination
+from polarjax.params import Params
+from polarjax.sharding import by_writer, mesh_of, writes
+from polarjax.sparsity.adapter import save_adapter
+from polarjax.training.loop import claim, clear
+
+# Of a card; a contract with many settings takes a tenth of it.
+_CARD_BYTES = 1 << 20
+
+
+def try_places(
+    out: str | Path,
+    work: Path | None,
+    shapes: Any,
+    *,
+    overwrite: bool = False,
+    mesh: Mesh | None = None,
+) -> None:
+    """Raise unless a training can be kept, and its adapter written: before the work.
+
+    Of several processes all must call it.
+
+    Args:
+      out: folder of the adapter to make.
+      work: folder that is to keep the training, which is made; None for none.
+      shapes: what will be trained, as arrays or their shapes. Room for float32 is
+        asked for; half of that serves most of them.
+      overwrite: whether an adapter at `out` may be replaced.
+      mesh: of the model.
+
+    Raises:
+      FileExistsError: if `out` is there and may not be replaced, or what is beside it
+        is in the way.
+      ValueError: if `work` is no folder of a training.
+      OSError: if one of them cannot be written, or there is no room.
+    """
+    nbytes = 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) + _CARD_BYTES
+
+    def do() -> None:
+        if work:
+            claim(work)
+        try_destination(out, nbytes, overwrite)
+
+    by_writer(mesh, do)
+
+
+def save_trained(
+    path: str | Path,
+    params: Params,
+    card: dict[str, Any],
+    work: Path | None,
+    overwrite: bool = False,
+) -> None:
+    """Write an adapter, and then delete the folder that kept its training.
+
+    Of several processes all must call it; if the one that writes fails, all do.
+
+    Args:
+      path: of the adapter.
+      params: the model with what was trained.
+      card: of the adapter.
+      work: the folder; None for none. It stays if the adapter cannot be written.
+      overwrite: replace an adapter that is at `path`.
+
+    Raises:
+      FileExistsError: if something is at `path`.
+      OSError: if it cannot be written.
+      ValueError: if what was trained holds NaN.
+    """
+    mesh, failed = mesh_of(params.weights), None
+    try:
+        save_adapter(path, params, card, overwrite=overwrite)
+    except OSError as error:
+        failed = error
+
+    def tell() -> None:
+        if failed:
+            raise failed
+
+    by_writer(mesh, tell)
+    if work and writes(mesh):
+        clear(work)
