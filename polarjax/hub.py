@@ -21,12 +21,14 @@ from polarjax.folder import CARD_FILE, CONFIG_FILE, locked
 from polarjax.model import check_weights
 from polarjax.params import TENSORS, Params, read_folder
 from polarjax.repository import Repository
+from polarjax.settings import default_numbers
 from polarjax.sharding import model_shapes, place_routers, placement
 from polarjax.sparsity import load_adapter, read_card
 from polarjax.sparsity.adapter import ROUTERS_FILE
 from polarjax.sparsity.routers import check_routers
 
 
+@default_numbers
 def load(
     path: str | Path,
     *,

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from polarjax.config import ModelConfig
 from polarjax.files import is_there, read_text
 from polarjax.folder import CONFIG_FILE, new_folder, write_tensors
+from polarjax.summary import summary
 
 Tree = dict[str, Any]
 
@@ -58,7 +59,7 @@ GROUP_BYTES = 384 << 20
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Params:
     """A model: weights, routers and what they are.
 
@@ -78,6 +79,10 @@ class Params:
     def dtype(self):
         """Of the weights."""
         return self.weights["embed"]["tokens"].dtype
+
+    def __repr__(self) -> str:
+        """A few lines: a notebook shows them, and not every number."""
+        return summary(self.weights, self.routers, self.config)
 
 
 class CheckpointWriter:
@@ -270,7 +275,8 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
             f"{path} is no polarjax checkpoint. If it is a Hugging Face folder, "
             f"convert it first: `python -m convert {path} DST`"
         ) from None
-    default = Placement(SingleDeviceSharding(jax.local_devices()[0]))
+    [here] = jnp.zeros(()).devices()  # whichever way JAX was told
+    default = Placement(SingleDeviceSharding(here))
     found: dict[str, dict[str, jax.Array]] = {_WEIGHTS: {}, _ROUTERS: {}}
     for file in _checked_files(path):
         try:
@@ -283,7 +289,8 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
                     shape = tuple(rows.get_shape())
                     where = place(leaf, shape, config) if place and weight else default
                     kind = dtype if weight else None
-                    found[part][leaf] = _read(rows, shape, where, kind)
+                    with np.errstate(over="ignore"):  # `_read` refuses it by name
+                        found[part][leaf] = _read(name, rows, shape, where, kind)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged: {error}") from None
     try:
@@ -293,12 +300,14 @@ def read_folder(path: str | Path, dtype=None, place: Place | None = None) -> Par
     return Params(weights, routers, config)
 
 
-def _read(rows: Any, shape: tuple[int, ...], where: Placement, dtype) -> jax.Array:
+def _read(
+    name: str, rows: Any, shape: tuple[int, ...], where: Placement, dtype
+) -> jax.Array:
     order = where.rows
 
     def part(index: Any) -> np.ndarray:
         array = rows[index] if order is None else picked(order[index[0]], index[1:])
-        return array if dtype is None else array.astype(dtype)
+        return array if dtype is None else _narrowed(name, array, dtype)
 
     def picked(wanted: np.ndarray, others: tuple) -> np.ndarray:
         # What lies behind one another is read at once.
@@ -309,6 +318,18 @@ def _read(rows: Any, shape: tuple[int, ...], where: Placement, dtype) -> jax.Arr
     if order is not None:
         shape = (len(order), *shape[1:])
     return jax.make_array_from_callback(shape, where.sharding, part)
+
+
+def _narrowed(name: str, array: np.ndarray, dtype) -> np.ndarray:
+    """An array in another dtype, if its numbers are no larger than that has them."""
+    found = array.astype(dtype)
+    if np.isinf(found).any() and np.isfinite(array).all():
+        wide = array.astype(np.float32)
+        raise ValueError(
+            f"{name} has values up to {np.abs(wide).max():g}, more than "
+            f"{jnp.dtype(dtype)} holds: load it as bfloat16 or float32"
+        )
+    return found
 
 
 def _checked_files(path: Path) -> Iterator[Path]:

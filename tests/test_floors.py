@@ -16,6 +16,7 @@ FLOORS = {
     0: """
         pallas_kernels._backend
         pallas_kernels._dot
+        pallas_kernels._put
         pallas_kernels._sizes
         pallas_kernels.tuning.table
         pallas_kernels.tuning.timing
@@ -59,7 +60,10 @@ FLOORS = {
     1: """
         polarjax.files
         polarjax.config
+        polarjax.settings
         polarjax.folder
+        polarjax.host_memory
+        polarjax.summary
         polarjax.params
         polarjax.cache
         polarjax.policy
