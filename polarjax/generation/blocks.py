@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-from polarjax.config import ModelConfig
 from polarjax.generation.requests import bucket
-from polarjax.sparsity.cost import kv_row_bytes
-
-# Of the keys and values that a call of prefill hands over, unless one prompt has more.
-_HANDED_OVER = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +57,6 @@ def plan_blocks(
             blocks.append(Block(tuple(taken), rows, width))
             left = [part[rows:] for part in left]
     return blocks
-
-
-def call_tokens(config: ModelConfig, dtype: Any, most: int) -> int:
-    """Most tokens of a call of prefill, the longest prompt's apart.
-
-    Args:
-      config: of what one device has of the model.
-      dtype: of keys and values.
-      most: that the user wants.
-    """
-    token = config.layers * config.kv_heads * kv_row_bytes(config, dtype)
-    return max(1, min(most, _HANDED_OVER // token))
 
 
 def filled_rows(prompts: int, width: int, budget: int) -> int:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
-from polarjax.generation.blocks import call_tokens, plan_blocks
+from polarjax.generation.blocks import plan_blocks
 from polarjax.generation.places import (
     CACHE,
     ROWS,
@@ -32,7 +32,6 @@ from polarjax.sharding import (
     DP,
     TP,
     axis_size,
-    local_config,
     mesh_of,
     over_mesh,
     weight_specs,
@@ -210,18 +209,16 @@ def read_prompts(
         raise ValueError(f"dp {dp} does not divide the batch of {b}")
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     dtype = weights["embed"]["tokens"].dtype
-    here = None if mesh else next(iter(weights["embed"]["tokens"].devices()))
+    here = next(iter(weights["embed"]["tokens"].devices()))
 
     def room(rows: int, positions: int) -> tuple[KVCache, jax.Array]:
-        with jax.default_device(here):  # where the model is
+        with jax.default_device(None if mesh else here):  # where the model is
             cache = empty_cache(config, rows, positions, dtype, mesh)
             return cache, _zeros((rows, config.vocab_size), mesh)
 
     cache, logits = room(b, capacity)
     each = b // dp
-    own = local_config(config, axis_size(mesh, TP))
-    budget = call_tokens(own, dtype, most)
-    for block in plan_blocks(lengths.tolist(), config.context, budget, dp):
+    for block in plan_blocks(lengths.tolist(), config.context, most, dp):
         tokens = np.zeros((dp, block.rows, block.width), np.int32)
         counts = np.ones((dp, block.rows), np.int32)
         rows = np.empty((dp, block.rows), np.int32)
@@ -234,22 +231,25 @@ def read_prompts(
             rows[part, i] = place
             tokens[part, i, : lengths[prompt]] = prompts[prompt]
             counts[part, i] = lengths[prompt]
-        # Into a cache of its own size, so that neither the batch nor its capacity is
-        # a part of the large program.
-        count = dp * block.rows
-        part, last = call(
+        count, places = dp * block.rows, rows.reshape(-1)
+        read = functools.partial(
+            call,
             prefill,
             weights,
             tokens.reshape(count, -1),
             counts.reshape(-1),
-            np.tile(np.arange(block.rows, dtype=np.int32), dp),
-            *room(count, block.width),
             config=config,
             most=most,
             implementation=implementation,
             mesh=mesh,
         )
-        places = rows.reshape(-1)
+        if here.platform == "gpu":
+            cache, logits = read(places, cache, logits)
+            continue
+        # Into a cache of its own size, so that neither the batch nor its capacity is a
+        # part of the large program. A GPU would wait for the copy, measurably.
+        own = np.tile(np.arange(block.rows, dtype=np.int32), dp)
+        part, last = read(own, *room(count, block.width))
         cache, logits = insert_all(cache, logits, part, last, places, mesh, call)
     remaining = np.asarray(remaining, np.int32)
     return call(first_token, cache, logits, remaining, sampling, stop_ids)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
-from polarjax.generation.blocks import call_tokens, filled_rows
+from polarjax.generation.blocks import filled_rows
 from polarjax.generation.requests import bucket
 from polarjax.host_memory import host_memory
 from polarjax.model.causal import BLOCK, flash_serves
@@ -80,11 +80,10 @@ def prefill_bytes(
     mlp = c.neurons * (4 * (1 + c.gated_mlp) + size)
     block = 4 * c.dim + max((q + kv) * (4 + size), mlp)
     # A longer prompt is a call of its own, and a few rows of a call may be empty.
-    budget = call_tokens(config, dtype, prefill_tokens)
-    rows = max(batch, filled_rows(batch, width, budget))
-    tokens = max(width, min(rows * width, budget))
-    # What a call has read is handed over, into the batch's cache.
-    kept = cache_bytes(config, 1, tokens, dtype)
+    rows = max(batch, filled_rows(batch, width, prefill_tokens))
+    tokens = max(width, min(rows * width, prefill_tokens))
+    # What a call has read is copied into the batch's cache, but on a GPU.
+    kept = 0 if platform == "gpu" else cache_bytes(config, 1, tokens, dtype)
     return kept + tokens * whole + min(tokens, prefill_tokens) * block
 
 

@@ -203,6 +203,8 @@ def test_no_step_copies_a_cache(params):
 
 
 def test_prefills_programs_are_bounded_whatever_the_calls():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there prompts are read into the batch's own cache")
     config = dataclasses.replace(CONFIG, context=8192)
     weights = jax.eval_shape(lambda: random_params(config).weights)
     table = {"embed": {"tokens": jnp.zeros((1, 1))}}  # all that is looked at
