@@ -22,6 +22,7 @@ from polarjax.folder import CONFIG_FILE, locked
 from polarjax.model import check_weights
 from polarjax.params import TENSORS, Params, read_description, read_folder
 from polarjax.repository import Repository
+from polarjax.settings import default_numbers
 from polarjax.sharding import check_mesh, place_routers, placement
 from polarjax.siblings import check_ours
 from polarjax.sparsity import load_adapter, read_card
@@ -30,6 +31,7 @@ from polarjax.sparsity.budgets import check_budgets
 from polarjax.sparsity.routers import check_routers
 
 
+@default_numbers
 def load(
     path: str | Path,
     *,

@@ -33,6 +33,7 @@ from polarjax.checksums import (
 from polarjax.config import ModelConfig
 from polarjax.files import LARGEST_CONFIG, FileError, is_there, read_text
 from polarjax.folder import CONFIG_FILE, new_folder, write_tensors
+from polarjax.summary import summary
 from polarjax.tensors import open_tensors, shapes_of
 
 Tree = dict[str, Any]
@@ -66,7 +67,7 @@ GROUP_BYTES = 384 << 20
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Params:
     """A model: weights, routers and what they are.
 
@@ -86,6 +87,10 @@ class Params:
     def dtype(self):
         """Of the weights."""
         return self.weights["embed"]["tokens"].dtype
+
+    def __repr__(self) -> str:
+        """A few lines: a notebook shows them, and not every number."""
+        return summary(self.weights, self.routers, self.config)
 
 
 class CheckpointWriter:
@@ -312,7 +317,8 @@ def read_folder(
     except ValueError:
         check_files(path, files, REASON_BYTES)  # damage is the better reason
         raise
-    default = Placement(SingleDeviceSharding(jax.local_devices()[0]))
+    [here] = jnp.zeros(()).devices()  # whichever way JAX was told
+    default = Placement(SingleDeviceSharding(here))
     for name in files:
         # What was read for its checksum is then still in memory.
         check_files(path, {name: files[name]})
@@ -322,7 +328,9 @@ def read_folder(
                 rows, weight = tensors.get_slice(full), part == _WEIGHTS
                 shape = found[part][leaf].shape
                 where = place(leaf, shape, config) if place and weight else default
-                found[part][leaf] = _read(rows, shape, where, dtype if weight else None)
+                kind = dtype if weight else None
+                with np.errstate(over="ignore"):  # `_read` refuses it by name
+                    found[part][leaf] = _read(full, rows, shape, where, kind)
     return _params(path, found, config)
 
 
@@ -366,12 +374,14 @@ def _params(
     return Params(weights, routers, config)
 
 
-def _read(rows: Any, shape: tuple[int, ...], where: Placement, dtype) -> jax.Array:
+def _read(
+    name: str, rows: Any, shape: tuple[int, ...], where: Placement, dtype
+) -> jax.Array:
     order = where.rows
 
     def part(index: Any) -> np.ndarray:
         array = rows[index] if order is None else picked(order[index[0]], index[1:])
-        return array if dtype is None else array.astype(dtype)
+        return array if dtype is None else _narrowed(name, array, dtype)
 
     def picked(wanted: np.ndarray, others: tuple) -> np.ndarray:
         # What lies behind one another is read at once.
@@ -382,6 +392,18 @@ def _read(rows: Any, shape: tuple[int, ...], where: Placement, dtype) -> jax.Arr
     if order is not None:
         shape = (len(order), *shape[1:])
     return jax.make_array_from_callback(shape, where.sharding, part)
+
+
+def _narrowed(name: str, array: np.ndarray, dtype) -> np.ndarray:
+    """An array in another dtype, if its numbers are no larger than that has them."""
+    found = array.astype(dtype)
+    if np.isinf(found).any() and np.isfinite(array).all():
+        wide = array.astype(np.float32)
+        raise ValueError(
+            f"{name} has values up to {np.abs(wide).max():g}, more than "
+            f"{jnp.dtype(dtype)} holds: load it as bfloat16 or float32"
+        )
+    return found
 
 
 def check_finite(name: str, array) -> None:

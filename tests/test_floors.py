@@ -16,6 +16,7 @@ FLOORS = {
     0: """
         pallas_kernels._backend
         pallas_kernels._dot
+        pallas_kernels._put
         pallas_kernels._sizes
         pallas_kernels.tuning.table
         pallas_kernels.tuning.timing
@@ -70,10 +71,13 @@ FLOORS = {
         polarjax.terminal
         polarjax.siblings
         polarjax.config
+        polarjax.settings
         polarjax.writing
         polarjax.folder
         polarjax.checksums
         polarjax.tensors
+        polarjax.host_memory
+        polarjax.summary
         polarjax.params
         polarjax.cache
         polarjax.policy

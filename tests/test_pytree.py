@@ -114,3 +114,36 @@ def test_neuron_budgets_survive_json():
         text = json.dumps({**fields, "neuron_budgets": wrong})
         with pytest.raises(ValueError, match="not a polarjax config"):
             polarjax.ModelConfig.from_json(text)
+
+
+def test_a_model_shows_itself_in_a_few_lines(params):
+    text = repr(params)
+    assert text.count("\n") < 5 and len(text) < 400
+    size = sum(leaf.size for leaf in jax.tree.leaves(params.weights))
+    for part in ("llama", f"{size / 1e6:.1f}M weights", "float32", "MB", "cpu:0"):
+        assert part in text or (part == "cpu:0" and jax.default_backend() != "cpu")
+    assert f"{4 * size / 1e6:.1f} MB" in text
+    assert "2 layers of 48, 8 heads in 4 KV groups" in text
+    assert "adapter for 1 layers" in text and "reads 3.00 of 4 KV groups" in text
+    bare = dataclasses.replace(params, routers={})
+    assert "no adapter" in repr(bare) == str(bare)
+
+
+def test_whatever_jax_puts_into_a_model_shows_itself(params):
+    shapes = jax.eval_shape(lambda: params)
+    assert "as ShapeDtypeStruct" in repr(shapes) and "float32" in repr(shapes)
+    seen = []
+    jax.jit(lambda p: seen.append(repr(p)) or p.weights["embed"]["tokens"])(params)
+    assert "float32" in seen[0] and len(seen[0]) < 400
+    assert "as ndarray" in repr(jax.device_get(params))
+    for other in (None, object(), "x", jax.sharding.PartitionSpec("tp")):
+        assert "no arrays" in repr(jax.tree.map(lambda _, x=other: x, params))
+    gone = jax.tree.map(jax.numpy.array, params)
+    jax.tree.map(lambda x: x.delete(), gone)
+    assert len(repr(gone)) < 400
+
+
+@pytest.mark.devices(2)
+def test_a_model_on_a_mesh_says_so(params):
+    there = polarjax.sharding.shard(params, polarjax.sharding.make_mesh(2))
+    assert "on 2 devices" in repr(there)

@@ -21,6 +21,7 @@ from polarjax.config import ModelConfig
 from polarjax.model import Decoder, run
 from polarjax.model.linear import linear
 from polarjax.params import Tree
+from polarjax.settings import draw_key
 
 _LOGIT_ROWS = 8192  # tokens whose logits are in memory at once
 _IN_FLIGHT = 8  # steps given to the device before the host waits for one
@@ -247,7 +248,7 @@ def train(
       FloatingPointError: if the loss is no number any more.
     """
     begin = time.perf_counter()
-    weights = initial_weights(jax.random.key(training.seed), config=config)
+    weights = initial_weights(draw_key(training.seed), config=config)
     state = training.optimizer().init(weights)
     stream = batches(tokens, config.context, training.batch, training.seed)
     losses: list[float] = []

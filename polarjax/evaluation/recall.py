@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
+from polarjax.settings import draw_key
 from polarjax.sharding import mesh_of, over_mesh, weight_specs
 from polarjax.sparsity.updates import merge_updates
 from polarjax.training.collect import observe_heads, top_labels
@@ -76,7 +77,7 @@ def router_recall(
     params = merge_updates(params)
     total = []
     for i, tokens in enumerate(batches):
-        key = jax.random.fold_in(jax.random.key(seed), i)
+        key = jax.random.fold_in(draw_key(seed), i)
         total.append(
             _recall(
                 *(params.routers, params.weights, jnp.asarray(tokens, jnp.int32), key),
@@ -107,7 +108,9 @@ def _recall(
             n = budgets[layer]
             labels = top_labels(norms, n)
             scores = router_scores(heads[layer - 1], inputs)
-            chance = jax.random.uniform(jax.random.fold_in(key, layer), scores.shape)
+            chance = jax.random.uniform(
+                jax.random.fold_in(key, layer), scores.shape, jnp.float32
+            )
             found = [recall(s, labels, n) for s in (scores, chance)]
             return jnp.stack([*found, kept_norm(scores, norms, n)])
 

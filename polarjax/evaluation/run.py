@@ -36,6 +36,7 @@ from polarjax.generation import Tokenizer, start_token
 from polarjax.generation.requests import positive, up_to_context
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
+from polarjax.settings import default_numbers
 from polarjax.sharding import mesh_of, of_processes, writes
 from polarjax.training.text import open_text
 
@@ -82,6 +83,7 @@ class Settings:
     implementation: Implementation | None = None
 
 
+@default_numbers
 def evaluate(
     params: Params,
     settings: Settings,

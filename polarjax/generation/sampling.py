@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from polarjax.model.share import Share, gather, place
+from polarjax.settings import draw_key
 
+# Below this temperature nothing changes: float32 logits that differ at all differ by
+# more, so that the best is drawn. But over a lower one they may be infinite, and no
+# longer say which is the best.
+_COLDEST = 1e-20
 # What a device says to the others of each request's best token of its own.
 SAID_BYTES = 4 * 4
 
@@ -104,7 +109,7 @@ def _scores(
 ) -> jax.Array:
     """What is largest for the token that is drawn, [b, v]."""
     warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-    scaled = logits / warm[:, None]
+    scaled = logits / jnp.maximum(warm, _COLDEST)[:, None]
     if sampling.filtered:
         order = jnp.argsort(-scaled, axis=-1)
         ranked = jnp.take_along_axis(scaled, order, axis=-1)
@@ -112,7 +117,9 @@ def _scores(
         ranked = jnp.where(rank < sampling.top_k[:, None], ranked, -jnp.inf)
         mass = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(mass, axis=-1) - mass
-        keep = (before < sampling.top_p[:, None]) | (rank == 0)
+        # The sum of all may round to 1 before the last of them.
+        whole = sampling.top_p[:, None] >= 1
+        keep = (before < sampling.top_p[:, None]) | (rank == 0) | whole
         kept = jnp.where(keep, ranked, -jnp.inf)
         # Back to vocabulary order: the noise belongs to the token, so that a filter
         # which removes nothing changes no draw.
@@ -120,9 +127,10 @@ def _scores(
         scaled = jnp.take_along_axis(kept, inverse, axis=-1)
 
     def noise(seed: jax.Array, at: jax.Array) -> jax.Array:
-        key, own = jax.random.fold_in(jax.random.key(seed), at), scaled.shape[-1]
+        key, own = jax.random.fold_in(draw_key(seed), at), scaled.shape[-1]
         # That of the whole vocabulary, so that a draw does not depend on the mesh.
-        whole = jax.random.gumbel(key, (own * (share.tp if share else 1),))
+        size = own * (share.tp if share else 1)
+        whole = jax.random.gumbel(key, (size,), jnp.float32)
         return whole.reshape(-1, own)[place(share)]
 
     return scaled + jax.vmap(noise)(sampling.seed, position)

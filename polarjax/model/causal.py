@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,13 +31,16 @@ def causal_attention(
     Returns:
       [b, t, h, d].
     """
-    t = q.shape[1]
-    return jax.nn.dot_product_attention(
+    t, dtype = q.shape[1], q.dtype
+    if dtype == jnp.float16 and traced_gpu() is None:  # a CPU has no such product
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    o = jax.nn.dot_product_attention(
         *(q, k, v),
         is_causal=True,
         local_window_size=(window - 1, 0) if window and window < t else None,
         implementation="cudnn" if _flash(q) else "xla",
     )
+    return o.astype(dtype)
 
 
 def long_attention(
@@ -107,7 +112,8 @@ def blockwise_attention(
 
         shape = (b, *groups, BLOCK)
         lowest = jnp.full(shape, jnp.finfo(jnp.float32).min)
-        empty = lowest, jnp.zeros(shape), jnp.zeros((*shape, d))
+        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+        empty = lowest, zeros(shape), zeros((*shape, d))
         first = jnp.maximum(start - window + 1, 0) // BLOCK
         last = (start + BLOCK - 1) // BLOCK
         _, total, sums = lax.fori_loop(first, last + 1, attend, empty)

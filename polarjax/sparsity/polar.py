@@ -11,6 +11,7 @@ import numpy as np
 from pallas_kernels import needed_neurons
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
+from polarjax.settings import draw_key
 from polarjax.sharding import TP, axis_size, mesh_of
 from polarjax.sparsity.neurons import needed_of_share, neuron_counts
 from polarjax.sparsity.routers import append_rows, head_scores
@@ -250,7 +251,7 @@ def random_ranking(config: ModelConfig, batch: int, seed: int) -> jax.Array:
     """float32[layers, b, k], uniform in [0, 1); row i does not depend on b."""
 
     def draw(request: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), request)
-        return jax.random.uniform(key, (config.layers, config.kv_heads))
+        key = jax.random.fold_in(draw_key(seed), request)
+        return jax.random.uniform(key, (config.layers, config.kv_heads), jnp.float32)
 
     return jax.vmap(draw, out_axes=1)(jnp.arange(batch))

@@ -46,13 +46,15 @@ def init_updates(
         leaves: dict[Path, Any] = dict(traverse_util.flatten_dict(weights[name]))
         for path, leaf in leaves.items():
             if rank is None or leaf.ndim < 2:
-                flat[*path, "delta"] = jnp.zeros(leaf.shape)
+                flat[*path, "delta"] = jnp.zeros(leaf.shape, jnp.float32)
                 continue
             key, own = jax.random.split(key)
             rows, columns = leaf.shape
             scale = columns**-0.5
-            flat[*path, "a"] = scale * jax.random.normal(own, (rank, columns))
-            flat[*path, "b"] = jnp.zeros((rows, rank))
+            flat[*path, "a"] = scale * jax.random.normal(
+                own, (rank, columns), jnp.float32
+            )
+            flat[*path, "b"] = jnp.zeros((rows, rank), jnp.float32)
         found[name] = traverse_util.unflatten_dict(flat)
     return found
 

@@ -57,8 +57,8 @@ def init_low_rank(
       float32 "down" [r, m], of unit variance over normalised inputs, and "up" [f, r],
       zeros: all outputs start equal and the first gradients go to `up`.
     """
-    down = jax.random.normal(key, (rank, dim)) / jnp.sqrt(dim)
-    return {"down": down, "up": jnp.zeros((outputs, rank))}
+    down = jax.random.normal(key, (rank, dim), jnp.float32) / jnp.sqrt(dim)
+    return {"down": down, "up": jnp.zeros((outputs, rank), jnp.float32)}
 
 
 def neuron_scores(router: Tree, inputs: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from polarjax.config import ModelConfig
 from polarjax.model import Gates, Observe, Share
 from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree
+from polarjax.settings import default_numbers, draw_key
 from polarjax.sharding import (
     DP,
     mesh_of,
@@ -120,6 +121,7 @@ class Recovery:
         return optax.multi_transform(rates, kinds)
 
 
+@default_numbers
 def recover(
     params: Params,
     blocks: np.ndarray,
@@ -163,7 +165,7 @@ def recover(
     mesh = mesh_of(params.weights)
     # What is trained is in the model's own order, whole on each device.
     trained = {name: dict(parts) for name, parts in whole_routers(params).items()}
-    key, shapes = jax.random.key(recovery.seed), model_shapes(params.weights, config)
+    key, shapes = draw_key(recovery.seed), model_shapes(params.weights, config)
     fresh = init_updates(key, shapes, config.layers, recovery.rank)
     for name, updates in fresh.items():
         trained.setdefault(name, {}).setdefault("updates", updates)
@@ -181,7 +183,7 @@ def recover(
 
     # Two programs: settings of the optimiser do not compile the model again.
     def step(state: State, tokens: jax.Array, number: int):
-        key = jax.random.fold_in(jax.random.key(recovery.seed), number)
+        key = jax.random.fold_in(draw_key(recovery.seed), number)
         metrics, grads = gradients(state[0], tokens, key)
         return _update(state, grads, recovery=recovery), metrics
 
@@ -220,9 +222,9 @@ def _gradients(
 ) -> tuple[dict[str, jax.Array], Tree]:
     b, t = tokens.shape
     chosen, place = jax.random.split(key)
-    prompted = jax.random.uniform(chosen, (b,)) < prompts
+    prompted = jax.random.uniform(chosen, (b,), jnp.float32) < prompts
     # A sequence of prompt alone would teach nothing.
-    starts = jax.random.randint(place, (b,), 1, max(2, t - t // 8))
+    starts = jax.random.randint(place, (b,), 1, max(2, t - t // 8), jnp.int32)
     starts = jnp.where(prompted, starts, 0)
 
     share = Share.of(config, mesh)

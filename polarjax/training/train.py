@@ -18,6 +18,7 @@ from polarjax.config import ModelConfig
 from polarjax.model import Prefix, Share
 from polarjax.model.share import mean_of_parts
 from polarjax.params import Params, Tree
+from polarjax.settings import default_numbers, draw_key
 from polarjax.sharding import (
     DP,
     mesh_of,
@@ -126,6 +127,7 @@ class RouterTraining:
         )
 
 
+@default_numbers
 def train_routers(
     params: Params,
     blocks: np.ndarray,
@@ -232,10 +234,11 @@ def router_shapes(config: ModelConfig, training: RouterTraining) -> Tree:
 
 def _first_routers(config: ModelConfig, training: RouterTraining) -> Tree:
     shape = (config.layers - 1, config.kv_heads)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     routers: Tree = {
-        "heads": {"weight": jnp.zeros((*shape, config.dim)), "bias": jnp.zeros(shape)}
+        "heads": {"weight": zeros((*shape, config.dim)), "bias": zeros(shape)}
     }
-    keys = jax.random.split(jax.random.key(training.seed), config.layers - 1)
+    keys = jax.random.split(draw_key(training.seed), config.layers - 1)
 
     def low_rank(rank: int, outputs: int) -> Tree:
         return jax.vmap(lambda key: init_low_rank(key, rank, config.dim, outputs))(keys)
@@ -264,10 +267,11 @@ def _train_step(
     b, t = tokens.shape
     starts = None
     if training.sparse:
-        key = jax.random.fold_in(jax.random.key(training.seed), number)
+        key = jax.random.fold_in(draw_key(training.seed), number)
         chosen, place = jax.random.split(key)
-        sparse = jax.random.uniform(chosen, (b,)) < training.sparse
-        starts = jnp.where(sparse, jax.random.randint(place, (b,), 0, t), t)
+        sparse = jax.random.uniform(chosen, (b,), jnp.float32) < training.sparse
+        begun = jax.random.randint(place, (b,), 0, t, jnp.int32)
+        starts = jnp.where(sparse, begun, t)
     gradients = functools.partial(
         _gradients, config=config, training=training, mesh=mesh
     )

@@ -192,3 +192,38 @@ def test_sampled_logprobs_are_those_of_logits(params, prompts):
         at = np.arange(len(prompt) - 1, len(sequences[i]) - 1)
         theirs = logprobs[i, at, out.tokens[i]]
         np.testing.assert_allclose(out.logprobs[i], theirs, atol=1e-4)
+
+
+def draw_with(monkeypatch, logits, noise, **settings):
+    """The tokens of requests of equal logits, whose noise is given."""
+    monkeypatch.setattr(jax.random, "gumbel", lambda *_: jnp.asarray(noise))
+    batch = len(settings["top_p"])
+    config = dataclasses.replace(CONFIG, vocab_size=len(logits))
+    sampling = make_sampling(config, batch, 1.0, 0, seed=0, **settings)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (batch, len(logits)))
+    token, _ = sample(rows, sampling, jnp.zeros(batch, jnp.int32))
+    return token.tolist()
+
+
+def test_top_p_of_1_keeps_every_token_beside_a_mate_that_filters(monkeypatch):
+    # The last ones have less mass than a float32 sum of all before them shows.
+    logits = [0.0, -1.0, -2.0, *[-20.0] * 4]
+    for rare in (3, 6):
+        noise = np.zeros(7, np.float32)
+        noise[rare] = 99.0
+        drawn = draw_with(monkeypatch, logits, noise, top_p=[1.0, 0.999, 1.0])
+        assert drawn == [rare, 0, rare]
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize(
+    "temperature", [1.2e-38, 2e-38, 5e-38, 1e-37, 1e-36, 1e-30, 1e-20, 1e-12]
+)
+def test_a_temperature_next_to_0_draws_the_best(temperature, top_k):
+    for logits in ([20, 30, 25, 10], [-30, -20, -10, -20.5], [1e4, 1e4 + 1, 3, 1e4]):
+        tokens, _ = draw(
+            np.float32(np.pad(logits, (0, 8), constant_values=-1e5)),
+            temperature=temperature,
+            top_k=top_k,
+        )
+        assert set(tokens.tolist()) == {int(np.argmax(logits))}
