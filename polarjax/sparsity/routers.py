@@ -23,6 +23,10 @@ from polarjax.params import Params, Tree
 from polarjax.sharding import TP, mesh_of
 from polarjax.sparsity.updates import check_updates
 
+# Of a head router's quadratic form: more than the model's width tell nothing more, but
+# tiny models have a few.
+_LARGEST_RANK = 1024
+
 
 def router_shapes(
     config: ModelConfig, head_rank: Any = None, neuron_rank: Any = None
@@ -91,10 +95,17 @@ def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
         want = router_shapes(config, ranks["heads"], ranks["neurons"])
         if layer == "layers_0":  # it is dense
             want = {}
-        if have != want or 0 in ranks.values():
+        if have != want:
             raise ValueError(
                 f"router {layer} has shapes {have}, the model needs {want}"
             )
+        for kind, other in (("heads", _LARGEST_RANK), ("neurons", config.neurons)):
+            rank, most = ranks[kind], max(config.dim, other)
+            if rank is not None and not 1 <= rank <= most:
+                raise ValueError(
+                    f"router {layer}/{kind} has rank {rank}: it must be between 1 and "
+                    f"{most}"
+                )
 
 
 def append_rows(

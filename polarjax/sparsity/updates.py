@@ -117,7 +117,7 @@ def check_updates(name: str, updates: Tree, weights: Tree) -> None:
             case "delta", {}:
                 fits = shape == right and not kinds
             case "a" | "b", {"a": (rank, columns), "b": (rows, other)}:
-                fits = rank == other > 0 and right == (rows, columns)
+                fits = right == (rows, columns) and 0 < rank == other <= max(right)
             case _:
                 fits = False
         if not fits:

@@ -362,19 +362,19 @@ def test_a_checkpoint_s_routers_are_held_to_it_too(bare, params, tmp_path):
         polarjax.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        plus("layers_1/heads/weight"),
-        plus("layers_2/heads/bias"),
-        lambda tensors: plus("layers_1/heads/up", 4, 0)(
-            plus("layers_1/heads/down", 0, 48)(tensors)
-        ),
-    ],
-)
-def test_tensors_without_a_rank_are_refused(bare, saved, edit):
-    edit_tensors(saved, edit)
+@pytest.mark.parametrize("name", ["layers_1/heads/weight", "layers_2/heads/bias"])
+def test_tensors_without_a_rank_are_refused(bare, saved, name):
+    edit_tensors(saved, plus(name))
     with pytest.raises(ValueError, match=r"router layers_[12] has shapes"):
+        load_adapter(bare, saved)
+
+
+@pytest.mark.parametrize("rank", [0, 1025])
+def test_ranks_that_nobody_has_are_refused(bare, saved, rank):
+    edit_tensors(saved, plus("layers_1/heads/up", 4, rank))
+    edit_tensors(saved, plus("layers_1/heads/down", rank, 48))
+    match = f"router layers_1/heads has rank {rank}: it must be between 1 and 1024"
+    with pytest.raises(ValueError, match=match):
         load_adapter(bare, saved)
 
 

@@ -13,6 +13,7 @@ import polarjax
 from polarjax.sparsity import load_adapter, save_adapter
 from polarjax.sparsity.updates import init_updates, merge_updates
 from tests.models import random_params
+from tests.seal import seal
 from tests.training.mended import BIASED, GQA, merged, model, with_updates
 
 CONFIGS = pytest.mark.parametrize("config", [GQA, BIASED], ids=["gqa", "opt"])
@@ -113,6 +114,11 @@ def resized(name, *shape):
     return lambda tensors: {**tensors, name: np.zeros(shape, np.float32)}
 
 
+def ranked(rank):
+    both = resized(QKV + "/a", rank, 48), resized(QKV + "/b", 256, rank)
+    return lambda tensors: both[1](both[0](tensors))
+
+
 def without(name):
     return lambda tensors: {n: t for n, t in tensors.items() if n != name}
 
@@ -124,6 +130,8 @@ def without(name):
         (resized(QKV + "/b", 255, 3), r"a \[rank, 48\] beside b \[256, rank\]"),
         (resized(QKV + "/b", 256, 2), r"qkv/[ab] has shape"),
         (resized(QKV + "/a", 3), r"qkv/[ab] has shape"),
+        (ranked(0), r"qkv/[ab] has shape"),
+        (ranked(257), r"qkv/[ab] has shape"),
         (without(QKV + "/a"), r"qkv/b has shape \[256, 3\]"),
         (without(QKV + "/b"), r"qkv/a has shape \[3, 48\]"),
         (resized(QKV + "/delta", 256, 48), r"qkv/delta has shape"),
@@ -144,6 +152,7 @@ def test_updates_that_do_not_fit_are_refused(saved, edit, message):
     folder, _, bare = saved
     tensors = load_file(folder / "routers.safetensors")
     save_file(edit(tensors), folder / "routers.safetensors")
+    seal(folder)
     with pytest.raises(ValueError, match=message):
         load_adapter(bare, folder)
 
@@ -160,6 +169,7 @@ def test_what_is_not_finite_is_refused(saved, tmp_path, poison):
     tensors = load_file(folder / "routers.safetensors")
     tensors[QKV + "/a"][1, 2] = poison
     save_file(tensors, folder / "routers.safetensors")
+    seal(folder)
     with pytest.raises(ValueError, match="qkv/a holds NaN or infinity"):
         load_adapter(bare, folder)
     # Nor is it saved: a training may have come to that.
