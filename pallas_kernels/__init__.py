@@ -11,6 +11,7 @@ matrix product of the dense model; `partial_product`, `split_heads`, `partial_ml
 
 from pallas_kernels._backend import Implementation, gathering, resolve, traced_gpu
 from pallas_kernels._dot import product
+from pallas_kernels._put import put
 from pallas_kernels.attention import append_and_attend, select_head_attention
 from pallas_kernels.heads import rotate, split_heads
 from pallas_kernels.mlp import (
@@ -40,6 +41,7 @@ __all__ = [
     "partial_mlp",
     "partial_product",
     "product",
+    "put",
     "resolve",
     "rotate",
     "select_head_attention",

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._put import put
+
 
 def attend(
     q, k_cache, v_cache, lengths, heads, n_active, new=None, *, scale, window, softcap
@@ -26,7 +28,7 @@ def append(k_cache, v_cache, lengths, new):
     position = jnp.where(lengths > 0, lengths - 1, s)[:, None]
     at = (jnp.arange(b)[:, None], jnp.arange(k)[None], position)
     return tuple(
-        cache.at[at].set(array, mode="drop")
+        put(cache, at, array)
         for cache, array in zip((k_cache, v_cache), new, strict=True)
     )
 
@@ -71,7 +73,8 @@ def _attend_groups(q, keys, values, valid, scale, softcap):
     top = jnp.max(scores, axis=-1, keepdims=True)
     # Without a valid position top is -inf, and -inf - -inf is NaN.
     weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # A product: the order of a sum on a CPU depends on how many zeros follow.
+    total = _dot("bngs,bs->bng", weights, valid.astype(jnp.float32))[..., None]
     out = _dot("bngs,bnsd->bngd", weights.astype(values.dtype), values)
     return (out / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from pallas_kernels import Implementation
@@ -31,6 +32,7 @@ from polarjax.generation.tokenizer import Tokenizer
 from polarjax.model import BLOCK_TOKENS
 from polarjax.params import Params
 from polarjax.policy import Dense, SelectionPolicy
+from polarjax.settings import default_numbers
 from polarjax.sharding import DP, axis_size, mesh_of, shard
 from polarjax.sparsity import Density, Polar
 
@@ -56,6 +58,7 @@ class Output:
     stats: Stats
 
 
+@default_numbers
 def generate(
     params: Params,
     prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -81,10 +84,19 @@ def generate(
     Sparse if `params` carries routers, else dense. Settings that say "or one per
     request" take a number or a sequence as long as `prompts`.
 
+    What a request gets depends on itself alone up to rounding, neuron sparsity apart,
+    whose neurons the batch shares: in float32 the tokens are those that it would get
+    alone. In 16 bit a sum in another order may round otherwise, and with it a near tie
+    end otherwise. The order depends on the number of requests, and on how many prompts
+    are of the same width, the next power of two from 16 on, but not on what the others
+    say, nor on their place. Each prompt is read at its own width. On a CPU other widths
+    of the others change nothing, nor does the room in the cache; on a GPU attention is
+    split by that room, the longest request's tokens up to the next power of two.
+
     Args:
       params: the model, from `polarjax.load`.
-      prompts: a list of str, or of lists of token ids (taken verbatim); lengths may
-        differ.
+      prompts: a list of str, or of lists or arrays of token ids (taken verbatim);
+        lengths may differ.
       max_new_tokens: most tokens to add to each prompt. Less are added where the
         model's context ends.
       density: fraction of KV groups to read from layer 1 on, in (0, 1], or one per
@@ -102,8 +114,9 @@ def generate(
       stop: strings that end a text; they are cut off.
       stop_ids: token ids that end a text; None means the model's own.
       stream: called as stream(request, text, tokens) with what is new, between chunks.
-      chunk: decode steps between two looks of the host: stop strings, streaming and
-        the end of all requests take effect at its multiples.
+      chunk: most decode steps between two looks of the host: stop strings, streaming
+        and stop tokens of all requests take effect at its multiples. After the last
+        token that any request may have no step is taken.
       prefill_tokens: prompt tokens, padding included, that are computed at once: fewer
         need less memory.
       memory_fraction: of the memory that XLA may take on a device
@@ -124,8 +137,7 @@ def generate(
       ValueError: if a prompt or setting is out of range; it is named. If the batch
         does not fit into the device's memory; what would fit is named.
     """
-    if mesh is not None:
-        params = shard(params, mesh)
+    params = shard(params, mesh) if mesh is not None else _on_devices(params)
     mesh = mesh_of(params.weights)
     many = mesh is not None and mesh.is_multi_process
     config, tokenizer = params.config, Tokenizer.load(params.config)
@@ -134,10 +146,10 @@ def generate(
         encoded = from_main(encoded)
     batch = len(encoded)
     most = min(positive("max_new_tokens", max_new_tokens), config.context)
-    chunk = positive("chunk", chunk)
+    chunk = min(positive("chunk", chunk), config.context)
     prefill_tokens = positive("prefill_tokens", prefill_tokens)
     stops = stop_strings(stop, tokenizer)
-    ends = stop_tokens(stop_ids, config)
+    end_ids = stop_tokens(stop_ids, config)
     sampling = make_sampling(config, batch, temperature, top_k, top_p, seed)
     asked = density is not None or policy is not None
     policy = _choose_policy(params, density, policy)
@@ -163,7 +175,6 @@ def generate(
         Request(ids, limit, tokenizer, stops)
         for ids, limit in zip(encoded, remaining[:batch].tolist(), strict=True)
     ]
-    end_ids = np.asarray(ends or (-1,), np.int32)
     common = {"config": config.architecture, "implementation": implementation}
     clock = _Clock()
     # Prompts are read as the dense model reads them, with the original weights.
@@ -176,7 +187,7 @@ def generate(
     drawn, real = jax.tree.map(lambda x: x[None], drawn), np.arange(rows) < batch
     live = to_host(state.live) & real
     clock.lap("prefill")
-    counted, go_on = [], real
+    counted, go_on, steps = [], real, 0
     while True:
         if stops:  # the host has to look before it knows who goes on
             seen = _deliver(requests, drawn, live, stream)
@@ -185,8 +196,12 @@ def generate(
             go_on = live
         more = live.any()
         if more:
+            # As many as the requests may still draw, of those that go on.
+            count = min(chunk, int(remaining[live].max()) - 1 - steps)
+            steps += count
             state, following = clock.run(
                 *(loop.decode_chunk, weights, bound, state, go_on, sampling, end_ids),
+                np.int32(count),
                 **{"steps": chunk, "mesh": mesh, **common},
             )
         if not stops:  # while the device is at the next chunk
@@ -198,7 +213,7 @@ def generate(
     clock.lap("decode")
 
     stats = make_stats(
-        *(params, weights, bound, counted[1:], chunk, clock.seconds),
+        *(params, weights, bound, counted[1:], steps, clock.seconds),
         prompt_tokens=int(lengths.sum()),
         new_tokens=sum(len(request.tokens) for request in requests),
         notes=notes,
@@ -212,6 +227,7 @@ def generate(
     )
 
 
+@default_numbers
 def logits(
     params: Params,
     tokens: Any,
@@ -220,6 +236,9 @@ def logits(
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Logits of every position, dense prefill with the original weights.
+
+    It may be called inside `jax.jit`, whose traced ids and lengths have no values that
+    could be checked: an id out of range then yields NaN.
 
     Args:
       params: the model.
@@ -234,10 +253,11 @@ def logits(
     Raises:
       ValueError: if shapes, lengths or ids are out of range.
     """
-    try:
-        tokens = np.asarray(tokens)
-    except ValueError:
-        raise ValueError("the rows of tokens differ in length: pad them") from None
+    if not isinstance(tokens, Tracer):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise ValueError("the rows of tokens differ in length: pad them") from None
     config = params.config
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
@@ -249,12 +269,13 @@ def logits(
         raise ValueError(
             f"tokens has shape [{b}, {t}]; t may be 1 to {config.context}, the context"
         )
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+    values = isinstance(tokens, np.ndarray)
+    if values and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
         raise ValueError(
             f"token ids go from 0 to {config.vocab_size - 1}, got {tokens.min()} to "
             f"{tokens.max()}"
         )
-    if lengths is not None:
+    if lengths is not None and not isinstance(lengths, Tracer):
         # Causality alone keeps padding out of what comes before it.
         lengths = np.asarray(lengths)
         whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == (b,)
@@ -266,6 +287,15 @@ def logits(
         implementation=implementation,
         mesh=mesh_of(params.weights),
     )
+
+
+def _on_devices(params: Params) -> Params:
+    """The model as it is, or where its arrays are the host's, on the default device."""
+
+    def put(leaf: Any) -> jax.Array:
+        return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+    return jax.tree.map(put, params)
 
 
 def _choose_policy(

@@ -14,7 +14,7 @@ class Block:
 
     Attributes:
       prompts: which of the batch it reads, as indices.
-      rows: computed, at least as many; a power of two.
+      rows: computed, of each part of the batch at least as many; a power of two.
       width: tokens of each row; a power of two, or the model's context.
     """
 
@@ -23,32 +23,39 @@ class Block:
     width: int
 
 
-def plan_blocks(lengths: Sequence[int], context: int, budget: int) -> list[Block]:
+def plan_blocks(
+    lengths: Sequence[int], context: int, budget: int, parts: int = 1
+) -> list[Block]:
     """Cut a batch of prompts into calls of bounded size and few shapes.
 
-    Longest first. Each call is as wide as its longest prompt needs; prompts of smaller
-    buckets only fill rows that would be empty otherwise.
+    Widest first. Each prompt is read in rows of its own width, whatever lengths its
+    batch-mates have: in 16 bit a wider row rounds otherwise.
 
     Args:
       lengths: tokens of each prompt, at least 1.
       context: most tokens that the model takes.
-      budget: most tokens, rows x width, of a call. A longer prompt has a call of its
-        own.
+      budget: most tokens, rows x width, of a call, or of one part's rows. A longer
+        prompt has a call of its own.
+      parts: equal ones of the batch, one behind the other, which different devices
+        read; each has its own rows in a call.
 
     Returns:
       Blocks that hold each prompt once.
     """
-    left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    blocks = []
-    while left:
-        size = bucket(lengths[left[0]])
+    sizes = [bucket(length) for length in lengths]
+    each, blocks = len(lengths) // parts, []
+    # Longest first: what is padding in all rows of a call is left out.
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for size in sorted(set(sizes), reverse=True):
         width = min(size, context)
-        same = sum(bucket(lengths[i]) == size for i in left)
-        rows = filled_rows(same, width, budget)
-        most = max(1, budget // width)
-        rows = min(rows, 1 << (most.bit_length() - 1))
-        blocks.append(Block(tuple(left[:rows]), rows, width))
-        left = left[rows:]
+        same = [i for i in order if sizes[i] == size]
+        left = [[i for i in same if i // each == part] for part in range(parts)]
+        while many := max(map(len, left)):
+            most = max(1, budget // width)
+            rows = min(filled_rows(many, width, budget), 1 << (most.bit_length() - 1))
+            taken = [i for part in left for i in part[:rows]]
+            blocks.append(Block(tuple(taken), rows, width))
+            left = [part[rows:] for part in left]
     return blocks
 
 

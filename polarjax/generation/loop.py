@@ -17,7 +17,13 @@ from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.generation.blocks import plan_blocks
-from polarjax.generation.places import CACHE, ROWS, empty_cache, policy_specs
+from polarjax.generation.places import (
+    CACHE,
+    ROWS,
+    empty_cache,
+    insert_all,
+    policy_specs,
+)
 from polarjax.generation.sampling import Sampling, sample
 from polarjax.model import BLOCK_TOKENS, Share, make_decoder, run
 from polarjax.params import Tree
@@ -203,29 +209,48 @@ def read_prompts(
         raise ValueError(f"dp {dp} does not divide the batch of {b}")
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     dtype = weights["embed"]["tokens"].dtype
-    cache = empty_cache(config, b, capacity, dtype, mesh)
-    logits = _zeros((b, config.vocab_size), mesh)
-    # What lies at one place of every device's part of the batch is read together.
+    here = next(iter(weights["embed"]["tokens"].devices()))
+
+    def room(rows: int, positions: int) -> tuple[KVCache, jax.Array]:
+        with jax.default_device(None if mesh else here):  # where the model is
+            cache = empty_cache(config, rows, positions, dtype, mesh)
+            return cache, _zeros((rows, config.vocab_size), mesh)
+
+    cache, logits = room(b, capacity)
     each = b // dp
-    longest = lengths.reshape(dp, each).max(axis=0)
-    for block in plan_blocks(longest.tolist(), config.context, most):
+    for block in plan_blocks(lengths.tolist(), config.context, most, dp):
         tokens = np.zeros((dp, block.rows, block.width), np.int32)
         counts = np.ones((dp, block.rows), np.int32)
         rows = np.empty((dp, block.rows), np.int32)
         rows[:] = each + np.arange(block.rows, dtype=np.int32)
-        for i, place in enumerate(block.prompts):
-            rows[:, i] = place
-            for part in range(dp):
-                prompt = part * each + place
-                tokens[part, i, : lengths[prompt]] = prompts[prompt]
-                counts[part, i] = lengths[prompt]
-        tokens = tokens.reshape(-1, block.width)
-        cache, logits = call(
-            *(prefill, weights, tokens, counts.reshape(-1), rows.reshape(-1)),
-            *(cache, logits),
-            **{"config": config, "most": most, "implementation": implementation},
+        filled = [0] * dp
+        for prompt in block.prompts:
+            part, place = divmod(prompt, each)
+            i = filled[part]
+            filled[part] += 1
+            rows[part, i] = place
+            tokens[part, i, : lengths[prompt]] = prompts[prompt]
+            counts[part, i] = lengths[prompt]
+        count, places = dp * block.rows, rows.reshape(-1)
+        read = functools.partial(
+            call,
+            prefill,
+            weights,
+            tokens.reshape(count, -1),
+            counts.reshape(-1),
+            config=config,
+            most=most,
+            implementation=implementation,
             mesh=mesh,
         )
+        if here.platform == "gpu":
+            cache, logits = read(places, cache, logits)
+            continue
+        # Into a cache of its own size, so that neither the batch nor its capacity is a
+        # part of the large program. A GPU would wait for the copy, measurably.
+        own = np.tile(np.arange(block.rows, dtype=np.int32), dp)
+        part, last = read(own, *room(count, block.width))
+        cache, logits = insert_all(cache, logits, part, last, places, mesh, call)
     remaining = np.asarray(remaining, np.int32)
     return call(first_token, cache, logits, remaining, sampling, stop_ids)
 
@@ -247,13 +272,14 @@ def decode_chunk(
     go_on: jax.Array,
     sampling: Sampling,
     stop_ids: jax.Array,
+    count: Any = None,
     *,
     config: ModelConfig,
     steps: int,
     implementation: Implementation | None,
     mesh: Mesh | None = None,
 ) -> tuple[State, Drawn]:
-    """A fixed number of decode steps, with no word to the host between them.
+    """Some decode steps, with no word to the host between them.
 
     Args:
       weights: bound.
@@ -262,19 +288,21 @@ def decode_chunk(
       go_on: bool[b], False for requests that the host has ended (stop strings).
       sampling: settings.
       stop_ids: int32[e].
+      count: int32[], the steps to take, at most `steps`; None for all of them.
       config: of the model.
-      steps: trip count.
+      steps: most steps, for which there is room in what is returned.
       implementation: of the kernels.
       mesh: that the model is cut over; None for one device.
 
     Returns:
-      The new state, and what was drawn, each leaf with a leading axis of `steps`.
+      The new state, and what was drawn, each leaf with a leading axis of `steps`; 0 in
+      those that were not taken.
     """
     model = make_decoder(config, weights, policy.score_rows, implementation, mesh)
     cut = model.share if model.share and model.share.cuts_vocabulary else None
 
-    def follow(weights, policy, state, go_on, sampling, stop_ids):
-        def step(state: State, _) -> tuple[State, Drawn]:
+    def follow(weights, policy, state, go_on, sampling, stop_ids, count):
+        def step(state: State) -> tuple[State, Drawn]:
             live = state.live
             (logits, cache, reads), shares = model.apply(
                 {"params": weights},
@@ -289,17 +317,38 @@ def decode_chunk(
             own = None if mesh is None else _own_reads(shares["shares"])
             return after, Drawn(after.token, logprob, valid, reads, visible, own)
 
-        state = dataclasses.replace(state, live=state.live & go_on)
-        return jax.lax.scan(step, state, length=steps)
+        def take(i: jax.Array, carry: tuple[State, Drawn]) -> tuple[State, Drawn]:
+            state, new = step(carry[0])
+            return state, jax.tree.map(lambda all, x: all.at[i].set(x), carry[1], new)
 
-    args = weights, policy, state, go_on, sampling, stop_ids
+        state = dataclasses.replace(state, live=state.live & go_on)
+        room = _room(steps, config.layers, len(state.token), mesh)
+        # Of a known number of steps a GPU asks after none whether it was the last.
+        trips = steps if count is None else count
+        return jax.lax.fori_loop(0, trips, take, (state, room))
+
+    args = weights, policy, state, go_on, sampling, stop_ids, count
     later: Any = P(None, DP)
     reads: Any = P(None, None, DP)
     kept = State(CACHE, ROWS, ROWS, ROWS)
     own: Any = P(None, None, DP, TP)
     drawn = Drawn(later, later, later, reads, later, own)
-    specs = weight_specs(weights, mesh), policy_specs(policy), kept, ROWS, ROWS, P()
+    given = kept, ROWS, ROWS, P(), P()
+    specs = weight_specs(weights, mesh), policy_specs(policy), *given
     return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
+
+
+def _room(steps: int, layers: int, batch: int, mesh: Mesh | None) -> Drawn:
+    """For what so many steps bring, of one device's part of the batch."""
+    whole = jnp.zeros((steps, batch), jnp.int32)
+    return Drawn(
+        token=whole,
+        logprob=jnp.zeros(whole.shape, jnp.float32),
+        valid=jnp.zeros(whole.shape, bool),
+        reads=jnp.zeros((steps, layers, batch), jnp.int32),
+        visible=whole,
+        own=None if mesh is None else jnp.zeros((steps, layers, 1, 1), jnp.int32),
+    )
 
 
 def _own_reads(shares: Any) -> jax.Array:

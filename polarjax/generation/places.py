@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import put
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.generation.sampling import Sampling
 from polarjax.policy import SelectionPolicy
-from polarjax.sharding import DP, TP, local_config
+from polarjax.sharding import DP, TP, local_config, over_mesh
 
 # How a cache on a mesh is cut: batch, and KV groups.
 _GROUPS: Any = P(DP, TP)
@@ -48,6 +52,62 @@ def empty_cache(
     cache = KVCache.empty(config, batch, capacity, dtype, where)
     lengths = jnp.zeros(batch, jnp.int32, device=NamedSharding(mesh, ROWS))
     return dataclasses.replace(cache, lengths=lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("whole",))
+def insert(whole: Any, part: Any, rows: jax.Array, *, mesh: Mesh | None = None) -> Any:
+    """Put the rows of some arrays into larger ones, in place.
+
+    Args:
+      whole: arrays [b, ...]; donated.
+      part: as many, [r, ...]; where they have four axes, the third may be of another
+        size: what both have is written.
+      rows: int32[r], where each goes, as in `prefill`.
+      mesh: that rows lie on; None for one device.
+    """
+
+    def write(whole: Any, part: Any, rows: jax.Array) -> Any:
+        def one(whole: jax.Array, part: jax.Array) -> jax.Array:
+            if whole.ndim < 4:
+                return put(whole, rows, part, unique=True)
+            both = min(whole.shape[2], part.shape[2])
+            at = rows, slice(None), slice(both)
+            return put(whole, at, part[:, :, :both], unique=True)
+
+        return jax.tree.map(one, whole, part)
+
+    cut = jax.tree.map(lambda x: CACHE.keys if x.ndim == 4 else ROWS, whole)
+    return over_mesh(write, mesh, (cut, cut, ROWS), cut)(whole, part, rows)
+
+
+def insert_all(
+    cache: KVCache,
+    logits: jax.Array,
+    part: KVCache,
+    last: jax.Array,
+    rows: np.ndarray,
+    mesh: Mesh | None,
+    call: Callable[..., Any],
+) -> tuple[KVCache, jax.Array]:
+    """Put what a call of prefill read into the cache and the logits of the batch.
+
+    Args:
+      cache: of the batch; donated.
+      logits: float32[b, v]; donated.
+      part: the call's cache, of r rows.
+      last: float32[r, v].
+      rows: int32[r], where each goes, as in `prefill`.
+      mesh: that all of them lie on; None for one device.
+      call: runs each compiled program, as call(function, *args, **kwargs).
+    """
+    layers = zip(cache.keys, cache.values, part.keys, part.values, strict=True)
+    # A layer at a time: the program, one for each size of both, is small so.
+    found = [call(insert, (k, v), (a, b), rows, mesh=mesh) for k, v, a, b in layers]
+    keys, values = zip(*found, strict=True)
+    lengths, logits = call(
+        insert, (cache.lengths, logits), (part.lengths, last), rows, mesh=mesh
+    )
+    return KVCache(keys, values, lengths), logits
 
 
 def policy_specs(policy: SelectionPolicy) -> Any:

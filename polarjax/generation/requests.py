@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from polarjax.config import ModelConfig
 from polarjax.generation.sampling import Sampling
@@ -19,7 +21,7 @@ def encode_prompts(
     """Token ids of each prompt.
 
     Args:
-      prompts: a list of str, or of lists of token ids.
+      prompts: a list of str, or of lists or arrays of token ids.
       tokenizer: of the checkpoint, or None.
       config: of the model.
 
@@ -60,11 +62,28 @@ def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
                 "lists of token ids"
             )
         return tokenizer.encode(prompt)
-    if isinstance(prompt, list | tuple | np.ndarray):
-        whole = [isinstance(x, int | np.integer) for x in prompt]
-        if all(whole) and not any(isinstance(x, bool) for x in prompt):
-            return [int(x) for x in prompt]
+    ids = _listed(f"prompt {i}", prompt)
+    if isinstance(ids, list | tuple):
+        whole = [isinstance(x, int | np.integer) for x in ids]
+        if all(whole) and not any(isinstance(x, bool) for x in ids):
+            return [int(x) for x in ids]
     raise TypeError(f"prompt {i} must be a str or a list of token ids, got {prompt!r}")
+
+
+def _listed(name: str, value: Any) -> Any:
+    """What an array holds, as Python has it; anything else as it is.
+
+    Raises:
+      TypeError: if the array is being traced.
+    """
+    if isinstance(value, list | tuple):
+        return [_listed(name, x) if isinstance(x, jax.Array) else x for x in value]
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} is being traced: generate looks at its values, so it cannot be "
+            "called inside jax.jit"
+        )
+    return value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
 
 
 def per_request(
@@ -83,8 +102,7 @@ def per_request(
     Raises:
       ValueError: naming the setting, the value and the range.
     """
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    value = _listed(name, value)
     many = isinstance(value, Sequence) and not isinstance(value, str)
     values: list[Any] = list(value) if many else [value] * batch
     if len(values) != batch:
@@ -149,21 +167,32 @@ def stop_strings(stop: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def stop_tokens(stop_ids: Any, config: ModelConfig) -> tuple[int, ...]:
+def stop_tokens(stop_ids: Any, config: ModelConfig) -> np.ndarray:
     """The token ids that end a request; None means the model's own.
+
+    Returns:
+      int32[e], filled up with -1, which no token is: one program serves any number up
+      to 8, the next up to 16, and so on.
 
     Raises:
       ValueError: if one is no token id of the model.
     """
     if stop_ids is None:
-        return config.eos_ids
+        return _filled_up(config.eos_ids)
     v = config.vocab_size
-    several = isinstance(stop_ids, Sequence | set | frozenset | np.ndarray)
+    stop_ids = _listed("stop_ids", stop_ids)
+    several = isinstance(stop_ids, Sequence | set | frozenset)
     if not several or isinstance(stop_ids, str):
         raise ValueError(f"stop_ids must be a list of token ids, got {stop_ids!r}")
-    return tuple(
+    return _filled_up(
         per_request("stop_ids", list(stop_ids), len(stop_ids), 0, v - 1, whole=True)
     )
+
+
+def _filled_up(ids: Sequence[int]) -> np.ndarray:
+    filled = np.full(bucket(len(ids), 8), -1, np.int32)
+    filled[: len(ids)] = ids
+    return filled
 
 
 def bucket(length: int, smallest: int = 16) -> int:

@@ -28,7 +28,8 @@ class Stats:
       policy: name of the selection policy.
       prompt_tokens: read by prefill, padding not counted.
       new_tokens: in the output, all requests together.
-      steps: decode steps computed, those after the last request's end included.
+      steps: decode steps computed, those after a stop token of the last request, up to
+        its chunk's end, included.
       compile_seconds: spent compiling; 0 when the programs were there already.
       prefill_seconds: wall time, first token of each request included.
       decode_seconds: wall time of all decode steps.
@@ -168,7 +169,7 @@ def make_stats(
     weights: Tree,
     policy: SelectionPolicy,
     chunks: Sequence[Drawn],
-    steps_per_chunk: int,
+    steps: int,
     seconds: Mapping[str, float],
     *,
     prompt_tokens: int,
@@ -182,7 +183,7 @@ def make_stats(
       weights: bound to the policy.
       policy: bound.
       chunks: what each chunk of steps drew.
-      steps_per_chunk: decode steps in each.
+      steps: that were taken in all of them.
       seconds: spent on "compile", "prefill" and "decode".
       prompt_tokens: of all requests.
       new_tokens: of all requests.
@@ -201,7 +202,6 @@ def make_stats(
         kv_whole += whole
         decoded += int(np.asarray(drawn.valid).sum())
     row_bytes = kv_row_bytes(config, params.dtype)
-    steps = steps_per_chunk * len(chunks)
     weight_bytes = step_weight_bytes(weights, config, policy)
     devices = weights["embed"]["tokens"].devices()
     [here, *_] = weights["embed"]["tokens"].sharding.addressable_devices

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, put
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
 from polarjax.model.attention import Gates, Prefix
@@ -193,18 +193,18 @@ class Decoder(nn.Module):
         x = self.embed(
             tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         )
-        put = {"mode": "drop", "unique_indices": True}
 
         def store(whole: jax.Array, part: jax.Array) -> jax.Array:
             part = part[:, : cache.capacity].swapaxes(1, 2).astype(whole.dtype)
-            return whole.at[rows, :, : part.shape[2]].set(part, **put)
+            at = rows, slice(None), slice(part.shape[2])
+            return put(whole, at, part, unique=True)
 
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             x, k, v = layer.read(x, lengths, most, i == self.config.layers - 1)
             keys.append(store(cache.keys[i], k))
             values.append(store(cache.values[i], v))
-        held = cache.lengths.at[rows].set(lengths.astype(jnp.int32), **put)
+        held = put(cache.lengths, rows, lengths.astype(jnp.int32), unique=True)
         return self.logits(x[:, 0]), KVCache(tuple(keys), tuple(values), held)
 
     def masked(

@@ -86,6 +86,18 @@ def test_one_compilation_per_batch_bucket_and_config(params, traced):
     generate(prompts, [0.25, 1.0, 0.5, 0.01])
     generate(prompts, stop_ids=[7])
     assert traced() == (0, 0, 0)
+    # Other numbers of them; then more than a program is made for.
+    for number in range(9):
+        generate(prompts, stop_ids=list(range(number)))
+    assert traced() == (0, 0, 0)
+    generate(prompts, stop_ids=list(range(9)))
+    assert traced() == (2, 0, 1)
+    generate(prompts, stop_ids=list(range(16)))
+    assert traced() == (0, 0, 0)
+    # Limits below the chunk: no step more than they need, and no other program.
+    for most in (6, 7, 9, 12):
+        generate(prompts, new=most)
+    assert traced() == (0, 0, 0)
     # Another checkpoint of the same architecture, in another place.
     other = random_params(CONFIG, 1, routers=True)
     config = dataclasses.replace(
@@ -188,3 +200,38 @@ def test_no_step_copies_a_cache(params):
     if jax.default_backend() != "gpu":  # there the attention kernel appends
         assert re.search(rf"= {cache}\S* scatter\(", text)
     assert not copies
+
+
+def test_prefills_programs_are_bounded_whatever_the_calls():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there prompts are read into the batch's own cache")
+    config = dataclasses.replace(CONFIG, context=8192)
+    weights = jax.eval_shape(lambda: random_params(config).weights)
+    table = {"embed": {"tokens": jnp.zeros((1, 1))}}  # all that is looked at
+    weights = {**weights, **table}
+    rng, found = np.random.default_rng(0), collections.defaultdict(set)
+
+    def call(function, *args, **kwargs):
+        """Note the program, run nothing."""
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
+        found[function].add((shapes, tuple(sorted(map(str, kwargs.items())))))
+        if function is loop.prefill:
+            return args[4], args[5]
+        return args[0]
+
+    for batch in rng.integers(1, 17, size=100).tolist():
+        lengths = np.exp(rng.normal(5, 1.2, batch)).clip(1, 4000).astype(int)
+        loop.read_prompts(
+            weights,
+            [[1] * n for n in lengths.tolist()],
+            [9] * batch,
+            None,
+            None,
+            config=config,
+            capacity=int(2 ** np.ceil(np.log2(lengths.max() + 16))),
+            implementation=None,
+            call=call,
+        )
+    # Rows and widths alone: of 16 384 tokens, rows of a power of two, for batches up to
+    # 16 at most 44 programs. Batch and capacity are those of what puts them in place.
+    assert len(found[loop.prefill]) <= 44
