@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from polarjax.generation.stats import read_bandwidth
+from polarjax.host_memory import host_memory
 
 # From NVIDIA's datasheets: bytes of memory, bytes per second that it is read at.
 GPUS = {
@@ -89,8 +90,8 @@ def live(device: Any) -> Memory:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         limit, source = stats["bytes_limit"], "memory as the device says"
-    elif device.platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    elif device.platform == "cpu" and (host := host_memory()):
+        limit = host.limit
         source = "memory of this machine"
     else:
         raise ValueError(

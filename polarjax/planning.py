@@ -20,6 +20,7 @@ from polarjax.generation.memory import (
     cache_bytes,
     capacities,
     check_fraction,
+    cpu_step_bytes,
     largest,
     prefill_bytes,
     sampling_bytes,
@@ -28,6 +29,7 @@ from polarjax.generation.requests import bucket, positive
 from polarjax.model import BLOCK_TOKENS, weight_shapes
 from polarjax.params import Params
 from polarjax.per_device import bound_bytes, device_cost, of_device, step_sent_bytes
+from polarjax.settings import default_numbers
 from polarjax.sharding import check_tp
 from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.cost import StepCost, tree_bytes
@@ -106,6 +108,7 @@ class Plan:
     largest_batch: dict[int, int]
 
 
+@default_numbers
 def plan(
     config: ModelConfig,
     device: Any = None,
@@ -214,15 +217,18 @@ def plan(
     def needed(batch: int, context: int, density: float) -> int:
         # As `generate` rounds them.
         capacity, width = capacities(config, context)[1], bucket(context)
-        part = -(-batch // dp)
+        part, step = -(-batch // dp), 0
+        if memory.platform == "cpu":
+            step = cpu_step_bytes(own.config, part, capacity, dtype, weights)
+        prefill = prefill_bytes(
+            *(own.config, part, min(width, config.context), dtype),
+            platform=memory.platform,
+            prefill_tokens=BLOCK_TOKENS,
+        )
         return (
             held_bytes[density]
             + cache_bytes(own.config, part, capacity, dtype)
-            + prefill_bytes(
-                *(own.config, part, min(width, config.context), dtype),
-                platform=memory.platform,
-                prefill_tokens=BLOCK_TOKENS,
-            )
+            + max(prefill, step)
             + sampling_bytes(config, part)
         )
 

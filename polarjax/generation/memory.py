@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
 from polarjax.generation.blocks import filled_rows
 from polarjax.generation.requests import bucket
+from polarjax.host_memory import host_memory
 from polarjax.model.causal import BLOCK, flash_serves
 from polarjax.params import Params
 from polarjax.sharding import DP, TP, axis_size, local_config, mesh_of
@@ -80,7 +82,29 @@ def prefill_bytes(
     # A longer prompt is a call of its own, and a few rows of a call may be empty.
     rows = max(batch, filled_rows(batch, width, prefill_tokens))
     tokens = max(width, min(rows * width, prefill_tokens))
-    return tokens * whole + min(tokens, prefill_tokens) * block
+    # What a call has read is copied into the batch's cache, but on a GPU.
+    kept = 0 if platform == "gpu" else cache_bytes(config, 1, tokens, dtype)
+    return kept + tokens * whole + min(tokens, prefill_tokens) * block
+
+
+def cpu_step_bytes(
+    config: ModelConfig, batch: int, capacity: int, dtype: Any, weight_bytes: int
+) -> int:
+    """Bytes that a decode step takes on a CPU beside weights, cache and logits.
+
+    An estimate from above: a layer's values come once more, masked; of 16-bit numbers
+    XLA makes float32 ones, a layer's cache at a time, and all weights for a chunk.
+
+    Args:
+      config: of the model.
+      batch: sequences, b.
+      capacity: positions of each, s.
+      dtype: of weights and cache.
+      weight_bytes: of all weights.
+    """
+    layer = cache_bytes(config, batch, capacity, dtype) // config.layers
+    narrow = jnp.dtype(dtype).itemsize == 2
+    return 2 * (layer + weight_bytes) if narrow else layer
 
 
 def sampling_bytes(config: ModelConfig, batch: int) -> int:
@@ -99,7 +123,8 @@ def cache_capacity(
 ) -> int:
     """The first of `capacities` with which a batch fits into its devices' memory.
 
-    Devices that do not tell theirs, such as CPUs, are taken to have enough.
+    CPU devices share this machine's memory. What tells nothing of its own is taken to
+    have enough.
 
     Args:
       params: the model, in its devices' memory.
@@ -118,9 +143,12 @@ def cache_capacity(
     check_fraction(memory_fraction)
     config = params.config
     devices = params.weights["embed"]["tokens"].sharding.addressable_devices
-    free = min(_free(device, memory_fraction) for device in devices)
+    rooms = [_free(device, memory_fraction, len(devices)) for device in devices]
+    free, on_host = min(rooms)
     platform = next(iter(devices)).platform
     width = min(bucket(prompt_tokens), config.context)
+    shards = (x.addressable_shards[0].data for x in jax.tree.leaves(params.weights))
+    weight_bytes = sum(shard.nbytes for shard in shards)
     mesh = mesh_of(params.weights)
     dp, own = axis_size(mesh, DP), local_config(config, axis_size(mesh, TP))
 
@@ -132,7 +160,10 @@ def cache_capacity(
             platform=platform,
             prefill_tokens=prefill_tokens,
         )
-        return cache + prefill + sampling_bytes(config, batch)
+        step = 0
+        if on_host:
+            step = cpu_step_bytes(own, batch, capacity, params.dtype, weight_bytes)
+        return cache + max(prefill, step) + sampling_bytes(config, batch)
 
     roomy, capacity = capacities(config, tokens)
     for positions in (roomy, capacity):
@@ -154,11 +185,21 @@ def cache_capacity(
     )
 
 
-def _free(device: Any, memory_fraction: float) -> float:
+def _free(device: Any, memory_fraction: float, devices: int) -> tuple[float, bool]:
+    """Bytes that a batch may take of a device, and whether they are the machine's.
+
+    Args:
+      device: of this machine.
+      memory_fraction: of all its memory.
+      devices: that share what is the machine's.
+    """
     stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return float("inf")
-    return memory_fraction * stats["bytes_limit"] - stats["bytes_in_use"]
+    if "bytes_limit" in stats:
+        return memory_fraction * stats["bytes_limit"] - stats["bytes_in_use"], False
+    host = host_memory() if device.platform == "cpu" else None
+    if host is None:
+        return float("inf"), False
+    return (memory_fraction * host.limit - host.in_use) / devices, True
 
 
 def check_fraction(memory_fraction: float) -> None:

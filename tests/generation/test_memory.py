@@ -11,6 +11,8 @@ import polarjax
 from polarjax import sharding
 from polarjax.cache import KVCache
 from polarjax.generation import loop, memory, places
+from polarjax.generation.requests import make_sampling
+from polarjax.host_memory import HostMemory, host_memory
 from polarjax.model import weight_shapes
 from tests.models import LLAMA, random_params
 
@@ -177,3 +179,136 @@ def test_a_cache_that_is_not_cut_counts_whole_on_every_device(kv_heads, share, d
     device(limit=int(1.0 * 1024 * row / share))
     with pytest.raises(ValueError, match="needs"):
         memory.cache_capacity(params, 1000, 1024, **fits)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A CPU of so much memory."""
+
+    def tell(limit, in_use=0):
+        monkeypatch.setattr(memory, "host_memory", lambda: HostMemory(limit, in_use))
+
+    return tell
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    def run(*_, **__):
+        raise AssertionError("something was allocated")
+
+    monkeypatch.setattr(loop, "read_prompts", run)
+
+
+def refused(params, prompts, **settings):
+    with pytest.raises(ValueError) as caught:
+        polarjax.generate(params, prompts, **settings)
+    message = str(caught.value)
+    assert "\n" not in message and "polarjax plan" in message
+    return message
+
+
+def test_a_cpu_refuses_what_its_machine_has_no_room_for(params, machine, nothing_runs):
+    machine(limit=8_000_000_000, in_use=6_000_000_000)
+    message = refused(params, [[1, 2, 3]] * 100_000, max_new_tokens=1000)
+    assert "batch 100000 with 1024 tokens of context needs" in message
+    assert "1.60 GB left (memory_fraction 0.95): batch " in message
+    smaller = int(re.findall(r"batch (\d+)(?: or .*)? would fit", message)[0])
+
+    def fits(batch):
+        try:
+            polarjax.generate(params, [[1, 2, 3]] * batch, max_new_tokens=1000)
+        except ValueError:
+            return False
+        except AssertionError:
+            return True
+
+    assert fits(smaller) and not fits(smaller + 1)
+    message = refused(params, [[1] * 4000] * 1000, max_new_tokens=9)
+    assert "batch 1000 with 4032 tokens" in message
+    message = refused(params, [[1]], max_new_tokens=9, memory_fraction=0.7)
+    assert "0.00 GB left (memory_fraction 0.7): not even batch 1" in message
+
+
+def test_this_machine_has_no_room_for_everything(params, nothing_runs):
+    found = host_memory()
+    if found is None:
+        pytest.skip("this machine does not say what memory it has")
+    assert 0 < found.in_use < found.limit
+    config = dataclasses.replace(CONFIG, context=2**20)
+    large = dataclasses.replace(params, config=config)
+    message = refused(large, [[1]] * 100_000, max_new_tokens=2**20)
+    assert "batch 100000 with 1048576 tokens" in message
+
+
+@pytest.mark.devices(4)
+def test_host_devices_share_the_machine(machine):
+    config = dataclasses.replace(CONFIG, heads=12, kv_heads=4)
+    params = sharding.shard(random_params(config), sharding.make_mesh(4))
+    fits = {"prefill_tokens": 64, "prompt_tokens": 30}
+    needed = memory.cache_bytes(config, 1000, 1024, params.dtype)
+    machine(limit=int(1.8 * needed))
+    assert memory.cache_capacity(params, 1000, 1024, **fits) == 1024
+    machine(limit=int(1.2 * needed))
+    with pytest.raises(ValueError, match="needs"):
+        memory.cache_capacity(params, 1000, 1024, **fits)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_estimate_of_a_cpus_step_is_above_what_xla_takes(dtype):
+    if jax.default_backend() == "gpu":
+        pytest.skip("it is of a CPU")
+    config, batch, capacity = dataclasses.replace(CONFIG, layers=4), 64, 1024
+    shapes = weight_shapes(config, dtype)
+    weights = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes)
+    params = polarjax.Params(weights, {}, config)
+    bound = polarjax.Dense().bind(params, batch)[1]
+    numbers = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    live = jax.ShapeDtypeStruct((batch,), bool)
+    cache = jax.eval_shape(lambda: KVCache.empty(config, batch, capacity, dtype))
+    compiled = loop.decode_chunk.lower(
+        weights,
+        bound,
+        loop.State(cache, numbers, live, numbers),
+        live,
+        make_sampling(config, batch, 0.0, 0, 1.0, 0),
+        jax.ShapeDtypeStruct((8,), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        config=config.architecture,
+        steps=16,
+        implementation=None,
+    ).compile()
+    taken = compiled.memory_analysis().temp_size_in_bytes
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    estimate = memory.cpu_step_bytes(config, batch, capacity, dtype, held)
+    estimate += memory.sampling_bytes(config, batch)
+    assert taken < estimate < 4 * taken
+    # No copy of the whole cache, such as one in float32.
+    assert taken < 0.75 * memory.cache_bytes(config, batch, capacity, dtype)
+
+
+def test_what_the_machine_says(tmp_path):
+    assert host_memory(str(tmp_path)) is None
+    (tmp_path / "proc/self").mkdir(parents=True)
+    info = "MemTotal:  1000 kB\nMemFree:  1 kB\nMemAvailable:  600 kB\n"
+    (tmp_path / "proc/meminfo").write_text(info)
+    assert host_memory(str(tmp_path)) == HostMemory(1000 << 10, 400 << 10)
+    # Version 2: a group above has the limit.
+    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    folder = tmp_path / "sys/fs/cgroup/a/b"
+    folder.mkdir(parents=True)
+    (folder / "memory.max").write_text("max\n")
+    (folder / "memory.current").write_text("5\n")
+    (folder.parent / "memory.max").write_text("500000\n")
+    (folder.parent / "memory.current").write_text("300000\n")
+    (folder.parent / "memory.stat").write_text("anon 1\ninactive_file 100000\n")
+    assert host_memory(str(tmp_path)) == HostMemory(500_000, 200_000)
+    # Version 1, in a container: the path is the host's.
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu:/x\n3:memory:/host/only\n")
+    folder = tmp_path / "sys/fs/cgroup/memory"
+    folder.mkdir()
+    (folder / "memory.limit_in_bytes").write_text("400000\n")
+    (folder / "memory.usage_in_bytes").write_text("100000\n")
+    assert host_memory(str(tmp_path)) == HostMemory(400_000, 100_000)
+    # What the machine itself has left may be less.
+    (tmp_path / "proc/meminfo").write_text(info.replace(" 600", " 100"))
+    assert host_memory(str(tmp_path)) == HostMemory(400_000, 400_000 - (100 << 10))
