@@ -308,6 +308,7 @@ def test_each_device_reads_its_own_rows(tmp_path, monkeypatch):
     class Rows:
         def __init__(self, rows):
             self.rows, self.get_shape = rows, rows.get_shape
+            self.get_dtype = rows.get_dtype
 
         def __getitem__(self, index):
             part = self.rows[index]
@@ -330,7 +331,7 @@ def test_each_device_reads_its_own_rows(tmp_path, monkeypatch):
         def get_slice(self, name):
             return Rows(get_slice(self.opened, name))
 
-    monkeypatch.setattr("polarjax.params.safe_open", Spied)
+    monkeypatch.setattr("polarjax.tensors.safe_open", Spied)
     loaded = polarjax.load(tmp_path / "model", mesh=mesh)
     leaves = jax.tree.leaves((params.weights, params.routers))
     largest = max(leaf.nbytes for leaf in leaves)
