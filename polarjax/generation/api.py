@@ -199,6 +199,7 @@ def generate(
         if more:
             # As many as the requests may still draw, of those that go on.
             count = min(chunk, int(remaining[live].max()) - 1 - steps)
+            count += -count % loop.stride(chunk)
             steps += count
             state, following = clock.run(
                 *(loop.decode_chunk, weights, bound, state, go_on, sampling, end_ids),

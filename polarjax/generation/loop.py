@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -288,7 +289,8 @@ def decode_chunk(
       go_on: bool[b], False for requests that the host has ended (stop strings).
       sampling: settings.
       stop_ids: int32[e].
-      count: int32[], the steps to take, at most `steps`; None for all of them.
+      count: int32[], the steps to take, at most `steps`, rounded up to a multiple of
+        `stride(steps)`; None for all of them.
       config: of the model.
       steps: most steps, for which there is room in what is returned.
       implementation: of the kernels.
@@ -323,9 +325,16 @@ def decode_chunk(
 
         state = dataclasses.replace(state, live=state.live & go_on)
         room = _room(steps, config.layers, len(state.token), mesh)
-        # Of a known number of steps a GPU asks after none whether it was the last.
-        trips = steps if count is None else count
-        return jax.lax.fori_loop(0, trips, take, (state, room))
+        if count is None:
+            return jax.lax.fori_loop(0, steps, take, (state, room))
+        each = stride(steps)
+
+        def take_several(i: jax.Array, carry: tuple[State, Drawn]):
+            begin = i * each
+            return jax.lax.fori_loop(begin, begin + each, take, carry)
+
+        trips = (count + each - 1) // each
+        return jax.lax.fori_loop(0, trips, take_several, (state, room))
 
     args = weights, policy, state, go_on, sampling, stop_ids, count
     later: Any = P(None, DP)
@@ -336,6 +345,18 @@ def decode_chunk(
     given = kept, ROWS, ROWS, P(), P()
     specs = weight_specs(weights, mesh), policy_specs(policy), *given
     return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
+
+
+def stride(steps: int) -> int:
+    """Steps that `decode_chunk` takes before it asks whether there is another.
+
+    Where their number is data, a GPU waits for the answer: 0.06 ms, which the smallest
+    models' steps would take a tenth longer for.
+
+    Args:
+      steps: most of a chunk.
+    """
+    return math.gcd(steps, 4) if jax.default_backend() == "gpu" else 1
 
 
 def _room(steps: int, layers: int, batch: int, mesh: Mesh | None) -> Drawn:

@@ -49,7 +49,7 @@ class Card:
       quality: perplexities by text and policy.
       contract: what is promised.
       made: command, time, versions, device.
-      warnings: sentences about the quality.
+      warning: of a quality much worse than the dense model's.
       data: whatever its maker says of its data.
       notes: whatever its maker says besides.
     """
@@ -79,7 +79,7 @@ class Card:
     quality: Record = field(default_factory=dict)
     contract: Record = field(default_factory=dict)
     made: Record = field(default_factory=dict)
-    warnings: list[Any] = field(default_factory=list)
+    warning: Annotated[str, Between(0, 4000)] = ""
     data: Any = None
     notes: Any = None
 
