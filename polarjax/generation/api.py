@@ -20,6 +20,7 @@ from polarjax.generation import loop, places
 from polarjax.generation.crossover import bind_where_it_pays
 from polarjax.generation.memory import MEMORY_FRACTION, cache_capacity
 from polarjax.generation.requests import (
+    bucket,
     encode_prompts,
     make_sampling,
     positive,
@@ -117,7 +118,9 @@ def generate(
       stream: called as stream(request, text, tokens) with what is new, between chunks.
       chunk: most decode steps between two looks of the host: stop strings, streaming
         and stop tokens of all requests take effect at its multiples. After the last
-        token that any request may have no step is taken.
+        token that any request may have no step is taken, but that a GPU ends its last
+        chunk; one is as many as are needed up to the next power of two, where that is
+        less.
       prefill_tokens: prompt tokens, padding included, that are computed at once: fewer
         need less memory.
       memory_fraction: of the memory that XLA may take on a device
@@ -189,6 +192,9 @@ def generate(
     live = to_host(state.live) & real
     clock.lap("prefill")
     counted, go_on, steps = [], real, 0
+    whole = loop.takes_whole_chunks(params.weights)
+    if whole:
+        chunk = min(chunk, bucket(int(remaining[:batch].max()) - 1, 1))
     while True:
         if stops:  # the host has to look before it knows who goes on
             seen = _deliver(requests, drawn, live, stream)
@@ -199,11 +205,10 @@ def generate(
         if more:
             # As many as the requests may still draw, of those that go on.
             count = min(chunk, int(remaining[live].max()) - 1 - steps)
-            count += -count % loop.stride(chunk)
-            steps += count
+            steps += chunk if whole else count
             state, following = clock.run(
                 *(loop.decode_chunk, weights, bound, state, go_on, sampling, end_ids),
-                np.int32(count),
+                None if whole else np.int32(count),
                 **{"steps": chunk, "mesh": mesh, **common},
             )
         if not stops:  # while the device is at the next chunk

@@ -79,7 +79,8 @@ def test_one_compilation_per_batch_bucket_and_config(params, traced):
     generate(prompts)
     assert traced() == (0, 0, 0)
     # Other prompts, lengths and limits within the bucket.
-    generate(random_prompts(CONFIG, (16, 1, 1, 5), seed=1), new=7)
+    few = 10 if jax.default_backend() == "gpu" else 7  # there a power of two
+    generate(random_prompts(CONFIG, (16, 1, 1, 5), seed=1), new=few)
     generate(random_prompts(CONFIG, (1, 2, 3, 4), seed=2), new=14)
     assert traced() == (0, 0, 0)
     # Other densities with the same largest budget, other stop tokens.
