@@ -27,6 +27,7 @@ from tests.convert.tokenizers import (
     write,
 )
 from tests.models import byte_tokenizer
+from tests.seal import seal
 
 BYTES = {**LLAMA, "vocab_size": 257, "sliding_window": 20, "model_type": "mistral"}
 BYTES["architectures"] = ["MistralForCausalLM"]
@@ -166,6 +167,7 @@ def test_another_configuration(changes, match, source, checkpoint, tmp_path):
     if changes.get("rope"):
         changes = {"rope": {**fields["rope"], **changes["rope"]}}
     (folder / "config.json").write_text(json.dumps(fields | changes))
+    seal(folder)
     with pytest.raises(ValueError, match=match) as caught:
         verify(source, folder, ["short"])
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import inspect
 import json
 
 import numpy as np
@@ -195,6 +196,9 @@ def test_smollm2_equals_transformers(scorer, smollm2_torch, shared_data, task, c
     backend, rows = tokenizer.backend, read_rows(path, count)
     found = measure(scorer, task_items(rows, tokenizer, config))["Dense"]
     answers = grade(rows, found.nll, found.greedy)
+    # As newer versions of transformers call it, and older ones.
+    names = inspect.signature(smollm2_torch.forward).parameters
+    cache = "cache" if "cache" in names else "past_key_values"
     near = at = 0
     for i, line in enumerate(lines):
         head = backend.encode(line["context"] or "<|endoftext|>").ids
@@ -206,11 +210,11 @@ def test_smollm2_equals_transformers(scorer, smollm2_torch, shared_data, task, c
         # Causal: what fills a row up at its end changes nothing before it.
         tails = [[head[-1], *new, *[0] * (longest - len(new))] for new in news]
         with torch.no_grad():
-            past = None
+            past = {}
             if len(head) > 1:  # read once for all choices
-                past = smollm2_torch(torch.tensor([head[:-1]])).past_key_values
-                past.batch_repeat_interleave(len(news))
-            logits = smollm2_torch(torch.tensor(tails), past_key_values=past).logits
+                past = {cache: smollm2_torch(torch.tensor([head[:-1]]))[cache]}
+                past[cache].batch_repeat_interleave(len(news))
+            logits = smollm2_torch(torch.tensor(tails), **past).logits
         for new, row in zip(news, logits, strict=True):
             logp = row[: len(new)].log_softmax(-1)
             scores.append(sum(logp[j, token].item() for j, token in enumerate(new)))

@@ -225,7 +225,7 @@ def test_stats_are_consistent(out, prompts):
 
 def test_in_16_bit_longer_mates_of_other_widths_change_nothing():
     if jax.default_backend() == "gpu":
-        pytest.skip("there attention is split by the cache's capacity")
+        pytest.skip("needs a CPU (JAX_PLATFORMS=cpu): a GPU splits by capacity")
     config = dataclasses.replace(CONFIG, context=2048)
     params = random_params(config, SEED, routers=True)
     weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.weights)

@@ -95,8 +95,9 @@ def test_one_compilation_per_batch_bucket_and_config(params, traced):
     assert traced() == (2, 0, 1)
     generate(prompts, stop_ids=list(range(16)))
     assert traced() == (0, 0, 0)
-    # Limits below the chunk: no step more than they need, and no other program.
-    for most in (6, 7, 9, 12):
+    # Limits below the chunk: no step more than they need, and no other program. A GPU,
+    # which takes whole chunks, has one for each power of two.
+    for most in (10, 12) if jax.default_backend() == "gpu" else (6, 7, 9, 12):
         generate(prompts, new=most)
     assert traced() == (0, 0, 0)
     # Another checkpoint of the same architecture, in another place.
@@ -205,7 +206,7 @@ def test_no_step_copies_a_cache(params):
 
 def test_prefills_programs_are_bounded_whatever_the_calls():
     if jax.default_backend() == "gpu":
-        pytest.skip("there prompts are read into the batch's own cache")
+        pytest.skip("needs a CPU (JAX_PLATFORMS=cpu): a GPU reads in place")
     config = dataclasses.replace(CONFIG, context=8192)
     weights = jax.eval_shape(lambda: random_params(config).weights)
     table = {"embed": {"tokens": jnp.zeros((1, 1))}}  # all that is looked at

@@ -184,6 +184,8 @@ def test_a_cache_that_is_not_cut_counts_whole_on_every_device(kv_heads, share, d
 @pytest.fixture
 def machine(monkeypatch):
     """A CPU of so much memory."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("needs a CPU (JAX_PLATFORMS=cpu): its memory is the machine's")
 
     def tell(limit, in_use=0):
         monkeypatch.setattr(memory, "host_memory", lambda: HostMemory(limit, in_use))
@@ -256,7 +258,7 @@ def test_host_devices_share_the_machine(machine):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_estimate_of_a_cpus_step_is_above_what_xla_takes(dtype):
     if jax.default_backend() == "gpu":
-        pytest.skip("it is of a CPU")
+        pytest.skip("needs a CPU (JAX_PLATFORMS=cpu), which it is of")
     config, batch, capacity = dataclasses.replace(CONFIG, layers=4), 64, 1024
     shapes = weight_shapes(config, dtype)
     weights = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes)
