@@ -19,7 +19,7 @@ from polarjax.calibration import Calibration, Terms, Texts, calibrate
 from polarjax.console import choose_mesh
 from polarjax.evaluation import Perplexity, Recall
 from polarjax.evaluation.record import environment, now
-from polarjax.folder import check_destination
+from polarjax.folder import CARD_FILE, check_destination
 from polarjax.hub import load
 from polarjax.params import Params
 from polarjax.recovery import Recovered, recover_on_text
@@ -91,7 +91,8 @@ def _save(args: argparse.Namespace, found: Calibration | Recovered) -> None:
 def run_calibrate(args: argparse.Namespace) -> None:
     """Run `polarjax calibrate`, of the arguments that its parser describes."""
     distributed.start_from(args)
-    check_destination(args.out, args.overwrite)  # before the work, not after
+    # Before the work, not after.
+    check_destination(args.out, args.overwrite, CARD_FILE)
     mesh = choose_mesh(args, args.batch)
     params, console = load(args.checkpoint, mesh=mesh), make_console()
     training = RouterTraining(
@@ -141,7 +142,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
 def run_recover(args: argparse.Namespace) -> None:
     """Run `polarjax recover`, of the arguments that its parser describes."""
     distributed.start_from(args)
-    check_destination(args.out, args.overwrite)
+    check_destination(args.out, args.overwrite, CARD_FILE)
     mesh = choose_mesh(args, args.batch)
     params = load(
         args.checkpoint, adapter=args.adapter, mesh=mesh, any_model=args.any_model

@@ -28,6 +28,7 @@ from polarjax.quality import (
     quality_card,
     windows,
 )
+from polarjax.settings import default_numbers
 from polarjax.sharding import mesh_of, of_processes, shard
 from polarjax.sparsity.adapter import as_stored
 from polarjax.training import (
@@ -214,6 +215,7 @@ class Calibration:
         return card
 
 
+@default_numbers
 def calibrate(
     params: Params,
     texts: Texts,

@@ -26,19 +26,27 @@ _NEW, _OLD, _GONE = "new", "old", "gone"
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: str | Path, overwrite: bool = False, known_by: str = CONFIG_FILE
+) -> Iterator[Path]:
     """A folder of polarjax's that appears whole or not at all; see `whole_folder`.
 
     Args:
       path: where the folder shall be.
-      overwrite: replace what is there, if it is polarjax's own.
+      overwrite: replace what is there, if it is of the same kind.
+      known_by: the file that tells its kind: `CONFIG_FILE` of a checkpoint, `CARD_FILE`
+        of an adapter.
 
     Raises:
       FileExistsError: if `path` exists and is not to be overwritten, another process
         is writing it, or `PATH.partial` is not polarjax's.
       OSError: if it cannot be written.
     """
-    with whole_folder(path, lambda: check_destination(path, overwrite)) as new:
+
+    def check() -> None:
+        check_destination(path, overwrite, known_by)
+
+    with whole_folder(path, check) as new:
         yield new
 
 
@@ -79,7 +87,12 @@ def whole_folder(path: str | Path, check: Callable[[], None]) -> Iterator[Path]:
             raise
 
 
-def try_destination(path: str | Path, nbytes: int, overwrite: bool = False) -> None:
+def try_destination(
+    path: str | Path,
+    nbytes: int,
+    overwrite: bool = False,
+    known_by: str = CONFIG_FILE,
+) -> None:
     """Raise unless a folder can be made: before long work, not after it.
 
     The folder beside it, in which it will be built, is made and removed.
@@ -87,13 +100,14 @@ def try_destination(path: str | Path, nbytes: int, overwrite: bool = False) -> N
     Args:
       path: the folder to make.
       nbytes: that it will take, with a margin.
-      overwrite: whether an older checkpoint or adapter there may be replaced.
+      overwrite: whether an older folder of the same kind may be replaced.
+      known_by: the file that tells its kind; see `new_folder`.
 
     Raises:
       FileExistsError: as `new_folder`.
       OSError: if it cannot be written, or the disk is too small.
     """
-    check_destination(path, overwrite)
+    check_destination(path, overwrite, known_by)
     with _workshop(Path(path)) as workshop:
         check_room(path, workshop, nbytes)
 
@@ -249,12 +263,15 @@ def write_tensors(
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def check_destination(path: str | Path, overwrite: bool) -> None:
+def check_destination(
+    path: str | Path, overwrite: bool, known_by: str = CONFIG_FILE
+) -> None:
     """Raise unless a checkpoint or adapter may be written to a place.
 
     Args:
       path: the folder to make.
-      overwrite: whether an older checkpoint or adapter there may be replaced.
+      overwrite: whether an older folder of the same kind may be replaced.
+      known_by: the file that tells its kind; see `new_folder`.
 
     Raises:
       FileExistsError: if there is one and it may not, or if there is something else.
@@ -267,9 +284,10 @@ def check_destination(path: str | Path, overwrite: bool) -> None:
             f"{path} exists: choose another place, or overwrite it (--overwrite)"
         )
     empty = path.is_dir() and not any(path.iterdir())
-    if not empty and not any(map(_has_format, (path / CONFIG_FILE, path / CARD_FILE))):
+    if not empty and not _has_format(path / known_by):
+        kind = "adapter" if known_by == CARD_FILE else "checkpoint"
         raise FileExistsError(
-            f"{path} is no polarjax checkpoint or adapter: it will not be overwritten"
+            f"{path} is no polarjax {kind}: it will not be overwritten"
         )
 
 

@@ -27,6 +27,7 @@ from polarjax.quality import (
     much_lost,
     quality_card,
 )
+from polarjax.settings import default_numbers
 from polarjax.sharding import (
     mesh_of,
     of_processes,
@@ -151,6 +152,7 @@ class Recovered:
         }
 
 
+@default_numbers
 def recover_on_text(
     params: Params,
     texts: Texts,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -83,3 +84,43 @@ def _word(kind: str) -> str:
     letters = kind.rstrip("0123456789")
     number = kind[len(letters) :]
     return known[letters] + number if letters in known and number else kind.lower()
+
+
+def weight_dtype(dtype: Any) -> Any:
+    """A dtype that weights may have in memory.
+
+    Args:
+      dtype: its name, or whatever else numpy takes for it.
+
+    Raises:
+      ValueError: if it is another.
+    """
+    known = sorted(str(kind) for kind in DTYPES.values())
+    try:
+        name = str(jnp.dtype(dtype))
+    except TypeError:
+        name = repr(dtype)
+    if name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {name}")
+    return jnp.dtype(name)
+
+
+def narrowed(name: str, array: np.ndarray, dtype) -> np.ndarray:
+    """An array in another dtype, if its numbers are no larger than that has them.
+
+    Args:
+      name: of the tensor, for the message.
+      array: of floats.
+      dtype: the other one.
+
+    Raises:
+      ValueError: naming the tensor and its largest number.
+    """
+    found = array.astype(dtype)
+    if np.isinf(found).any() and np.isfinite(array).all():
+        wide = array.astype(np.float32)
+        raise ValueError(
+            f"{name} has values up to {np.abs(wide).max():g}, more than "
+            f"{jnp.dtype(dtype)} holds: load it as bfloat16 or float32"
+        )
+    return found

@@ -228,7 +228,13 @@ def test_the_places_are_tried_before_the_work(
     for wrong, message in (
         (f"--out /proc/nope {work}", "cannot write it: No such file or"),
         (f"--out {tmp_path / 'mine'} {work}", "mine exists: choose another place"),
-        (f"--out {tmp_path / 'mine'} --overwrite", "mine is no polarjax checkpoint"),
+        (f"--out {tmp_path / 'mine'} --overwrite", "mine is no polarjax adapter"),
+        (
+            f"--out {checkpoint} --overwrite",
+            "model is no polarjax adapter: it will not",
+        ),
+        (f"--out {tmp_path / 'b'} --work {tmp_path / 'b'}", "neither may be the other"),
+        (f"--out {tmp_path / 'b/c'} {work}/../b", "neither may be the other"),
         (f"--out {tmp_path / 'a'} {work}", "a.partial holds thesis.txt, which this"),
         (f"--out {tmp_path / 'b'} {mine}", "mine is no training of polarjax"),
         (f"--out {tmp_path / 'b'} --work /proc/nope", "No such file or directory"),

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from polarjax.folder import MARK_FILE, new_folder, try_destination
+from polarjax.folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MARK_FILE,
+    new_folder,
+    try_destination,
+)
 
 THEIRS = "years of work"
 
@@ -56,6 +62,25 @@ def test_a_folder_that_is_made_meanwhile_stays(tmp_path, overwrite):
             (tmp_path / "model" / "inside").write_text("theirs")
     assert (tmp_path / "model" / "inside").read_text() == "theirs"
     assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"), [(CONFIG_FILE, CARD_FILE), (CARD_FILE, CONFIG_FILE)]
+)
+def test_only_a_folder_of_the_same_kind_is_replaced(there, wanted, tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / there).write_text('{"format_version": 1}')
+    kind = "adapter" if wanted == CARD_FILE else "checkpoint"
+    message = f"place is no polarjax {kind}: it will not be overwritten"
+    with pytest.raises(FileExistsError, match=message):
+        with new_folder(place, True, wanted):
+            pass
+    with pytest.raises(FileExistsError, match=message):
+        try_destination(place, 0, True, wanted)
+    with new_folder(place, True, there) as folder:
+        (folder / there).write_text("new")
+    assert (place / there).read_text() == "new"
 
 
 def test_somebodys_own_neighbours_are_left_alone(tmp_path):

@@ -74,7 +74,8 @@ def test_a_recovery_that_does_not_help_ends_early_and_changes_nothing(params, ra
     settings = dataclasses.replace(
         SETTINGS, learning_rate=rate, router_learning_rate=rate
     )
-    found = mend(params, settings, patience=3, progress=lambda *x: told.append(x))
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        found = mend(params, settings, patience=3, progress=lambda *x: told.append(x))
     steps = [done for what, done, _ in told if what.startswith("recovering")]
     assert steps == [1, 2, 3]
     assert_same(found.params.routers, params.routers)

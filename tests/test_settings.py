@@ -148,6 +148,9 @@ def test_weights_may_be_the_hosts(params, expected):
 
 
 def test_prompts_and_settings_may_be_arrays_of_jax(params, expected):
+    whole = polarjax.generate(params, jnp.asarray([PROMPTS[1]] * 2), max_new_tokens=3)
+    rows = polarjax.generate(params, [PROMPTS[1]] * 2, max_new_tokens=3)
+    assert whole.tokens == rows.tokens
     prompts = [jnp.asarray(ids) for ids in PROMPTS]
     prompts[1] = list(prompts[1])
     out = polarjax.generate(
@@ -210,6 +213,13 @@ def test_float16_works_as_the_others_do(base, policy):
     nll = scorer.score(batch)["Whole"].nll[0]
     want = [-expected[i, prompt[i + 1]] for i in range(4, 8)]
     np.testing.assert_allclose(nll, want, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "foo", bool])
+def test_dtypes_that_weights_have_not_are_refused(dtype, params, tmp_path):
+    polarjax.save(params, tmp_path / "model")
+    with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, flo"):
+        polarjax.load(tmp_path / "model", dtype=dtype)
 
 
 def test_what_a_dtype_does_not_hold_is_refused_by_name(tmp_path):

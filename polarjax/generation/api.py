@@ -96,8 +96,8 @@ def generate(
 
     Args:
       params: the model, from `polarjax.load`.
-      prompts: a list of str, or of lists or arrays of token ids (taken verbatim);
-        lengths may differ.
+      prompts: a list of str, or of lists or arrays of token ids (taken verbatim),
+        whose lengths may differ; or an array int[b, t].
       max_new_tokens: most tokens to add to each prompt. Less are added where the
         model's context ends.
       density: fraction of KV groups to read from layer 1 on, in (0, 1], or one per
@@ -124,7 +124,8 @@ def generate(
       prefill_tokens: prompt tokens, padding included, that are computed at once: fewer
         need less memory.
       memory_fraction: of the memory that XLA may take on a device
-        (XLA_PYTHON_CLIENT_MEM_FRACTION), how much the batch may fill.
+        (XLA_PYTHON_CLIENT_MEM_FRACTION), how much may be filled; on a CPU, of what the
+        machine has available.
       mesh: of `polarjax.sharding.make_mesh`: the model is cut over its axis "tp", the
         batch over "dp". None for where `params` is: on one device, or on the mesh that
         it was loaded on, which spares each call the moving. Where it spans processes

@@ -190,7 +190,7 @@ def _free(device: Any, memory_fraction: float, devices: int) -> tuple[float, boo
 
     Args:
       device: of this machine.
-      memory_fraction: of all its memory.
+      memory_fraction: of all its memory; on a CPU, of what is available.
       devices: that share what is the machine's.
     """
     stats = device.memory_stats() or {}
@@ -199,7 +199,8 @@ def _free(device: Any, memory_fraction: float, devices: int) -> tuple[float, boo
     host = host_memory() if device.platform == "cpu" else None
     if host is None:
         return float("inf"), False
-    return (memory_fraction * host.limit - host.in_use) / devices, True
+    # What others hold of a machine is not this process' to leave free as well.
+    return memory_fraction * (host.limit - host.in_use) / devices, True
 
 
 def check_fraction(memory_fraction: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def encode_prompts(
     """Token ids of each prompt.
 
     Args:
-      prompts: a list of str, or of lists or arrays of token ids.
+      prompts: a list of str, or of lists or arrays of token ids, or int[b, t].
       tokenizer: of the checkpoint, or None.
       config: of the model.
 
@@ -31,6 +32,8 @@ def encode_prompts(
       ValueError: if one is empty, too long, no Unicode text or has an id that the model
         lacks.
     """
+    if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2:
+        prompts = list(prompts)  # of one length
     if not isinstance(prompts, list | tuple):
         raise TypeError(
             "prompts must be a list of str or of lists of token ids, "
@@ -113,8 +116,10 @@ def per_request(
     what = "an integer" if whole else "a number"
     for x in values:
         right = isinstance(x, kinds) and not isinstance(x, bool)
-        if not right or not low <= float(x) <= high:
-            raise ValueError(f"{name} must be {what} from {low} to {high}, got {x!r}")
+        if not right or not low <= x <= high:
+            raise ValueError(
+                f"{name} must be {what} from {low} to {high}, got {reprlib.repr(x)}"
+            )
     return values
 
 

@@ -97,7 +97,7 @@ def save_adapter(
     text = card_text({**(card or {}), **facts})
     if not writes(mesh_of(params.weights)):
         return
-    with new_folder(path, overwrite) as partial:
+    with new_folder(path, overwrite, CARD_FILE) as partial:
         write_tensors(partial / ROUTERS_FILE, tensors)
         fingerprint.save(partial / FINGERPRINT_FILE)
         names = (ROUTERS_FILE, FINGERPRINT_FILE)
@@ -123,8 +123,9 @@ def as_stored(routers: Tree) -> Tree:
 def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> Params:
     """Give a model the routers of an adapter.
 
-    It must be the model that the adapter was learned on: its hash is the adapter's, or
-    its weights are, within rounding of their dtypes (see `sparsity.fingerprint`).
+    It must be the model that the adapter was learned on: its weights are, within
+    rounding of their dtypes, those of which the adapter holds a sample (see
+    `sparsity.fingerprint`); or for an older adapter without one, its hash is the same.
 
     Args:
       params: the model, on any devices. Of several processes all must call it.
@@ -161,6 +162,11 @@ def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> P
         if not any_model:
             _check_same(path, card["model_hash"], params, sample)
         tree = _read_routers(path / ROUTERS_FILE, shapes, config)
+        if card.get("kv_heads", config.kv_heads) != config.kv_heads:
+            raise FileError(
+                f"{path / CARD_FILE} is of a model with {card['kv_heads']} KV groups, "
+                f"this one has {config.kv_heads}"
+            )
     except ValueError as error:
         check_files(path, files, REASON_BYTES)  # damage is the better reason
         named = str(path) in str(error)
@@ -193,13 +199,14 @@ def _check_same(
 ) -> None:
     """Raise unless the model is the one that the adapter was learned on."""
     own = params.config.model_hash
-    if learned_on == own:
-        return
-    reason = "it has no sample of that model's weights to compare"
-    if sample:
+    if sample:  # weights may have changed since the hash of their source was taken
         reason = sample.difference(Fingerprint.of(params))
         if not reason:
             return
+    elif own and learned_on == own:
+        return
+    else:
+        reason = "it has no sample of that model's weights to compare"
     raise FileError(
         f"adapter {path} was made for another model (hash {learned_on[:12]}, this one "
         f"is {own[:12] or 'unknown'}; {reason}): calibrate this model with `polarjax "

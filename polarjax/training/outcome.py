@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from polarjax.folder import try_destination
+from polarjax.folder import CARD_FILE, try_destination
 from polarjax.params import Params
 from polarjax.sharding import by_writer, mesh_of, writes
 from polarjax.sparsity.adapter import save_adapter
@@ -41,15 +41,23 @@ def try_places(
     Raises:
       FileExistsError: if `out` is there and may not be replaced, or what is beside it
         is in the way.
-      ValueError: if `work` is no folder of a training.
+      ValueError: if `work` is no folder of a training, or one of both in the other.
       OSError: if one of them cannot be written, or there is no room.
     """
     nbytes = 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) + _CARD_BYTES
 
     def do() -> None:
         if work:
+            places = [Path(place).resolve() for place in (out, work)]
+            if places[0] in (places[1], *places[1].parents) or places[1] in (
+                places[0].parents
+            ):
+                raise ValueError(
+                    f"{work} keeps the training and {out} shall be the adapter: "
+                    "neither may be the other, nor lie in it"
+                )
             claim(work)
-        try_destination(out, nbytes, overwrite)
+        try_destination(out, nbytes, overwrite, CARD_FILE)
 
     by_writer(mesh, do)
 

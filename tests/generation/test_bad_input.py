@@ -31,7 +31,9 @@ def with_tokenizer(params, tmp_path_factory):
         (None, TypeError, "prompts must be a list .* got NoneType"),
         (7, TypeError, "prompts must be a list .* got int"),
         ({"a": 1}, TypeError, "prompts must be a list .* got dict"),
-        (np.ones((2, 3), int), TypeError, "prompts must be a list .* got ndarray"),
+        (np.ones(3, int), TypeError, "prompts must be a list .* got ndarray"),
+        (np.ones((2, 3, 1), int), TypeError, "prompts must be a list .* got ndarray"),
+        (np.ones((2, 3)), TypeError, "prompt 0 must be a str or a list of token ids"),
         ([], ValueError, "prompts is empty"),
         ((), ValueError, "prompts is empty"),
         ([[1], []], ValueError, "prompt 1 is empty"),
@@ -104,7 +106,7 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
         ),
         *(
             ({"seed": bad}, "seed must be an integer from 0")
-            for bad in (-1, 2**32, 1.5, None, "1", True, [1, -1])
+            for bad in (-1, 2**32, 10**400, 1.5, None, "1", True, [1, -1])
         ),
         *(
             ({name: [1, 1, 1]}, f"{name} has 3 values for 2 prompts")

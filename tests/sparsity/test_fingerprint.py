@@ -127,9 +127,6 @@ def test_other_weights_are_refused(params, saved, change, match):
     assert "\n" not in str(caught.value)
     found = load_adapter(model, saved, any_model=True)
     assert found.config.budgets == CONFIG.budgets
-    # By its hash a model is known without a look at its weights.
-    config = dataclasses.replace(model.config, model_hash=CONFIG.model_hash)
-    load_adapter(dataclasses.replace(model, config=config), saved)
 
 
 def test_models_that_have_nothing_in_common(params, saved):
@@ -163,6 +160,17 @@ def test_adapters_without_a_sample_are_known_by_their_hash(params, saved, tmp_pa
     with pytest.raises(ValueError, match=r"it has no sample .* any_model=True"):
         load_adapter(same(params), folder)
     assert load_adapter(same(params), folder, any_model=True).routers
+
+
+@pytest.mark.parametrize("known", ["", "of its source"])
+def test_a_hash_does_not_speak_for_weights_that_have_changed(params, tmp_path, known):
+    config = dataclasses.replace(params.config, model_hash=known)
+    params = dataclasses.replace(params, config=config)
+    save_adapter(tmp_path / "adapter", params)
+    other = dataclasses.replace(params, weights=jax.tree.map(jnp.flip, params.weights))
+    with pytest.raises(ValueError, match="sampled weights differ by"):
+        load_adapter(other, tmp_path / "adapter")
+    assert load_adapter(params, tmp_path / "adapter").routers
 
 
 def test_load_and_the_override(params, saved, tmp_path):
