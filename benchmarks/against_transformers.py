@@ -86,17 +86,18 @@ def measure(
         cache = transformers.StaticCache(config=theirs, max_cache_len=context)
     else:
         cache = transformers.DynamicCache(config=theirs)
-    wants_positions = "cache_position" in inspect.signature(model.forward).parameters
+    names = inspect.signature(model.forward).parameters
+    wants_positions = "cache_position" in names
+    kept = "cache" if "cache" in names else "past_key_values"  # newer versions, older
     positions = torch.arange(context, device=device)
 
     def read(call: Callable[..., Any], tokens: Any, start: int) -> Any:
         where = positions[start : start + tokens.shape[1]].clone()
-        given: dict[str, Any] = {"position_ids": where[None]}
+        given: dict[str, Any] = {"position_ids": where[None], kept: cache}
         if wants_positions:  # before transformers 5
             given["cache_position"] = where
         out = call(
-            *(tokens,),
-            past_key_values=cache,
+            tokens,
             use_cache=True,
             logits_to_keep=1,
             **given,

@@ -182,6 +182,13 @@ def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
     )
     if args.any_model and not args.adapter:
         raise ValueError("--any-model goes with --adapter")
+    real = [name for name in args.cases or () if name not in TOY_CASES]
+    real += [model for model in args.models or () if parse_model(model)]
+    if args.toy and real:
+        raise ValueError(
+            f"--toy is of its own cases ({', '.join(TOY_CASES)}): {real[0]} is a real "
+            "model's, leave one of them out"
+        )
     if not args.models:
         given = [name for name in lists if getattr(args, name)]
         if given:

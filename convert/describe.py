@@ -18,8 +18,9 @@ def read_config(source: str | Path) -> ModelConfig:
     """Read what a model is.
 
     Args:
-      source: a folder whose config.json is Hugging Face's or polarjax's, a GGUF file
-        (its header is read), or an id of the hub (its config.json alone is downloaded).
+      source: a folder whose config.json is Hugging Face's or polarjax's, or that file,
+        a GGUF file (its header is read), or an id of the hub (its config.json alone is
+        downloaded).
 
     Raises:
       ConversionError: if it is none of these, damaged or not supported.
@@ -34,6 +35,8 @@ def read_config(source: str | Path) -> ModelConfig:
                 "with a config.json, or a file that is here"
             )
         path = repository.download(CONFIG_FILE)
+    if path.name == CONFIG_FILE and path.is_file():
+        path = path.parent
     with naming(path):
         if not path.is_dir():
             return understand(open_source(path).config)[0]

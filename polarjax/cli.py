@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         parser.print_help(sys.stderr)
         return 2
+    args = argparse.Namespace()
     try:
         args = parser.parse_args(argv)
         args.given = argv
@@ -74,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        work = getattr(args, "work", None)
+        kept = f": the same command goes on from {work}" if work else ""
+        print(f"interrupted{kept}", file=sys.stderr)
         return 130
 
 

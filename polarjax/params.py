@@ -264,6 +264,10 @@ def read_description(path: str | Path) -> ModelConfig:
       ValueError: if its description is damaged or of another format.
     """
     path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        raise FileNotFoundError(
+            f"{path} is a GGUF file: convert it first: `polarjax convert {path} DST`"
+        )
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint folder at {path}")
     if not is_there(path / CONFIG_FILE):

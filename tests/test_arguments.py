@@ -299,3 +299,21 @@ def test_nobody_is_told_to_run_the_module():
         for path in sorted((REPOSITORY / package).rglob("*.py")):
             if str(path.relative_to(REPOSITORY)) not in allowed:
                 assert told not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize(
+    "options", ["--cases llama-3.1-8b-b1", "--models llama-3.1-8b --batches 1"]
+)
+def test_a_dry_run_times_no_real_model(options, capsys):
+    assert cli.main(["bench", "--toy", *options.split()]) == 1
+    assert "--toy is of its own cases" in capsys.readouterr().err
+
+
+def test_who_interrupts_is_told_what_goes_on(monkeypatch, tmp_path, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    words = f"calibrate x --text y --out {tmp_path / 'z'} --work {tmp_path / 'w'}"
+    assert cli.main(words.split()) == 130
+    assert f"the same command goes on from {tmp_path / 'w'}" in capsys.readouterr().err

@@ -454,6 +454,14 @@ def test_an_unknown_kind_of_rope_is_refused(folder):
         polarjax.load(folder)
 
 
+def test_a_gguf_file_is_to_be_converted(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        FileNotFoundError, match=r"`polarjax convert .*model\.gguf DST`"
+    ):
+        polarjax.load(tmp_path / "model.gguf")
+
+
 def test_places_without_a_checkpoint_say_so(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint folder at .*nowhere"):
         polarjax.load(tmp_path / "nowhere")

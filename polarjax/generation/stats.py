@@ -82,7 +82,7 @@ class Stats:
             f"{self.bandwidth / 1e9:,.1f} GB/s; prefill {self.prefill_seconds:.2f} s; "
             f"compile {self.compile_seconds:.1f} s)",
             f"density {mean}, KV read {self.kv_bytes / 1e6:,.1f} MB of "
-            f"{self.kv_bytes_dense / 1e6:,.1f} MB, weights "
+            f"{self.kv_bytes_dense / 1e6:,.1f} MB in all, weights "
             f"{self.weight_bytes / 1e6:,.1f} MB a step",
             *self.notes,
         ]

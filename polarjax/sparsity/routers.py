@@ -131,8 +131,8 @@ def append_rows(
         name = f"layers_{layer}"
         if "heads" not in params.routers.get(name, {}):
             raise ValueError(
-                f"no router for layer {layer}: load the model with adapter=, or make "
-                "one with `polarjax calibrate`"
+                f"no router for layer {layer}: load the model with adapter= "
+                "(--adapter), or make one with `polarjax calibrate`"
             )
         router = params.routers[name]
         heads = router["heads"] if layer in layers else {}

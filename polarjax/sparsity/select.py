@@ -145,7 +145,7 @@ def head_budget(
         if not config.budgets:
             raise ValueError(
                 "no density given and no adapter loaded that brings its own: pass "
-                "density=, or load with adapter="
+                "density= (--density), or load with adapter= (--adapter)"
             )
         if config.adaptive:
             raise ValueError(

@@ -241,7 +241,7 @@ def test_a_cpu_refuses_what_its_machine_has_no_room_for(params, machine, nothing
 def test_this_machine_has_no_room_for_everything(params, nothing_runs):
     found = host_memory()
     if found is None:
-        pytest.skip("this machine does not say what memory it has")
+        pytest.skip("needs a machine that says what memory it has (Linux)")
     assert 0 < found.in_use < found.limit
     config = dataclasses.replace(CONFIG, context=2**20)
     large = dataclasses.replace(params, config=config)
