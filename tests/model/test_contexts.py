@@ -13,7 +13,7 @@ from convert.export import export
 from tests.convert.checkpoints import LLAMA, OPT, opt_tensors, write_hf
 from tests.seal import seal
 
-torch = pytest.importorskip("torch", reason="parity is checked against torch")
+torch = pytest.importorskip("torch", reason="needs it: pip install torch")
 transformers = pytest.importorskip(
     "transformers", reason="needs it: pip install transformers"
 )
