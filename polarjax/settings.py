@@ -35,7 +35,8 @@ def default_numbers(
 
     Who forbids promotion in programs of their own, or has 64-bit numbers there
     (`jax_numpy_dtype_promotion="strict"`, `jax_numpy_rank_promotion="raise"`,
-    `jax_enable_x64`), need not do so here, and gets the same.
+    `jax_enable_x64`), need not do so here, and gets the same; so does who draws by the
+    older order of random bits (`jax_threefry_partitionable`).
     """
 
     @functools.wraps(function)
@@ -44,6 +45,7 @@ def default_numbers(
             jax.enable_x64(False),
             jax.numpy_dtype_promotion("standard"),
             jax.numpy_rank_promotion("allow"),
+            jax.threefry_partitionable(True),
         ):
             return function(*args, **kwargs)
 

@@ -75,11 +75,12 @@ def expected(params, opt):
     }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [*SETTINGS, "older bits"])
 def test_jaxs_settings_change_nothing(setting, params, opt, expected, tmp_path):
+    older = {"older bits": lambda: jax.threefry_partitionable(False)}
     polarjax.save(params, tmp_path / "model")
     neurons = polarjax.Polar(0.5, neuron_density=0.5)
-    with SETTINGS[setting]():
+    with (SETTINGS | older)[setting]():
         loaded = polarjax.load(tmp_path / "model")
         assert loaded.dtype == jnp.bfloat16
         for name, way in WAYS.items():
