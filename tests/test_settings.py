@@ -149,9 +149,9 @@ def test_weights_may_be_the_hosts(params, expected):
 
 
 def test_prompts_and_settings_may_be_arrays_of_jax(params, expected):
-    whole = polarjax.generate(params, jnp.asarray([PROMPTS[1]] * 2), max_new_tokens=3)
-    rows = polarjax.generate(params, [PROMPTS[1]] * 2, max_new_tokens=3)
-    assert whole.tokens == rows.tokens
+    some = {"max_new_tokens": 3, "density": 0.5}
+    whole = polarjax.generate(params, jnp.asarray([PROMPTS[1]] * 2), **some)
+    assert whole.tokens == polarjax.generate(params, [PROMPTS[1]] * 2, **some).tokens
     prompts = [jnp.asarray(ids) for ids in PROMPTS]
     prompts[1] = list(prompts[1])
     out = polarjax.generate(
