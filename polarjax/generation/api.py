@@ -39,6 +39,11 @@ from polarjax.sparsity import Density, Polar
 
 Stream = Callable[[int, str, list[int]], None]
 
+# Kept at once of each of generation's functions, one for each shape of a batch: some
+# 10 MB each. Beyond that all are dropped: to compile anew now and then is better than
+# memory that grows with every kind of call.
+MOST_PROGRAMS = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -332,6 +337,8 @@ class _Clock:
         shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
         if (function, shapes) not in self._compiled:
             start = time.perf_counter()
+            if function._cache_size() >= MOST_PROGRAMS:
+                function.clear_cache()  # what is running stays until it ends
             function.lower(*args, **kwargs).compile()  # kept: the call finds it
             self._compiled.add((function, shapes))
             taken = time.perf_counter() - start

@@ -11,7 +11,7 @@ import pytest
 
 import polarjax
 from polarjax.cache import KVCache
-from polarjax.generation import loop
+from polarjax.generation import api, loop
 from polarjax.generation.requests import make_sampling
 from tests.models import LLAMA, random_params
 from tests.sparsity.reference import random_prompts
@@ -237,3 +237,20 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
     # Rows and widths alone: of 16 384 tokens, rows of a power of two, for batches up to
     # 16 at most 44 programs. Batch and capacity are those of what puts them in place.
     assert len(found[loop.prefill]) <= 44
+
+
+def test_the_programs_kept_are_bounded_whatever_the_calls(params, monkeypatch):
+    # On a GPU the batch and its capacity are part of prefill's programs, and they are
+    # part of decoding's anywhere.
+    monkeypatch.setattr(api, "MOST_PROGRAMS", 3)
+    settings = {"max_new_tokens": 2, "stop_ids": [], "density": 0.5}
+    prompts = random_prompts(CONFIG, (3, 5, 2, 7, 1))
+    for function in (loop.prefill, loop.decode_chunk):
+        function.clear_cache()
+    alone = [polarjax.generate(params, [ids], **settings).tokens[0] for ids in prompts]
+    for batch in range(1, 6):
+        output = polarjax.generate(params, prompts[:batch], **settings)
+        assert output.tokens == alone[:batch]
+        kept = [f._cache_size() for f in (loop.prefill, loop.decode_chunk)]
+        assert max(kept) <= 3
+    assert kept[1] == 2  # three were dropped for the fourth
