@@ -42,7 +42,7 @@ from polarjax.training import (
 )
 from polarjax.training.loop import digest, with_steps
 from polarjax.training.neuron_budgets import neuron_budgets
-from polarjax.training.outcome import save_trained
+from polarjax.training.outcome import Trained
 from polarjax.training.thresholds import score_thresholds, sorted_scores
 
 # Of the text learned from, blocks on which thresholds are found.
@@ -150,7 +150,7 @@ class Terms:
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
+class Calibration(Trained):
     """Trained routers and their quality on held-out text.
 
     Attributes:
@@ -180,27 +180,6 @@ class Calibration:
             "`polarjax recover` on this adapter, a higher --density, or a promise "
             "(--max-drop 1%), for which budgets are searched layer by layer"
         )
-
-    def save(
-        self,
-        path: str | Path,
-        card: Mapping[str, Any] | None = None,
-        *,
-        overwrite: bool = False,
-    ) -> None:
-        """Write the adapter, and then delete `work`; see `save_trained`.
-
-        Args:
-          path: the folder to make.
-          card: what else its card shall say, as JSON values.
-          overwrite: replace an adapter that is there.
-
-        Raises:
-          FileExistsError: if something is at `path`.
-          OSError: if it cannot be written; `work` stays.
-        """
-        whole = {**self.card(), **(card or {})}
-        save_trained(path, self.params, whole, self.work, overwrite)
 
     def card(self) -> dict[str, Any]:
         """What an adapter's card says of it, as JSON values."""

@@ -40,7 +40,7 @@ from polarjax.sparsity.adapter import as_stored
 from polarjax.sparsity.distance import divergence
 from polarjax.training import Recovery, Resume, recover
 from polarjax.training.loop import BEST_FILE, damaged, digest, with_steps
-from polarjax.training.outcome import save_trained
+from polarjax.training.outcome import Trained
 from polarjax.training.recover import check_model, parameters
 from polarjax.writing import write_file
 
@@ -86,7 +86,7 @@ class _Best:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recovered:
+class Recovered(Trained):
     """A model with updates, and its quality on held-out text.
 
     Attributes:
@@ -116,27 +116,6 @@ class Recovered:
             f"{lost}: more text helps (--tokens, now {self.facts['tokens']:,}), a "
             "higher --rank, or a higher --density"
         )
-
-    def save(
-        self,
-        path: str | Path,
-        card: Mapping[str, Any] | None = None,
-        *,
-        overwrite: bool = False,
-    ) -> None:
-        """Write the adapter, and then delete `work`; see `save_trained`.
-
-        Args:
-          path: the folder to make.
-          card: what else its card shall say, as JSON values.
-          overwrite: replace an adapter that is there.
-
-        Raises:
-          FileExistsError: if something is at `path`.
-          OSError: if it cannot be written; `work` stays.
-        """
-        whole = {**self.card(), **(card or {})}
-        save_trained(path, self.params, whole, self.work, overwrite)
 
     def card(self) -> dict[str, Any]:
         """What an adapter's card says of it, as JSON values."""

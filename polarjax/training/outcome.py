@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,39 +63,54 @@ def try_places(
     by_writer(mesh, do)
 
 
-def save_trained(
-    path: str | Path,
-    params: Params,
-    card: dict[str, Any],
-    work: Path | None,
-    overwrite: bool = False,
-) -> None:
-    """Write an adapter, and then delete the folder that kept its training.
+class Trained:
+    """What a training yields: a model, its card, and the folder that kept the work.
 
-    Of several processes all must call it; if the one that writes fails, all do.
-
-    Args:
-      path: of the adapter.
+    Attributes:
       params: the model with what was trained.
-      card: of the adapter.
-      work: the folder; None for none. It stays if the adapter cannot be written.
-      overwrite: replace an adapter that is at `path`.
-
-    Raises:
-      FileExistsError: if something is at `path`.
-      OSError: if it cannot be written.
-      ValueError: if what was trained holds NaN.
+      work: folder that keeps the training until `save` has written its outcome; None
+        for none.
     """
-    mesh, failed = mesh_of(params.weights), None
-    try:
-        save_adapter(path, params, card, overwrite=overwrite)
-    except OSError as error:
-        failed = error
 
-    def tell() -> None:
-        if failed:
-            raise failed
+    params: Params
+    work: Path | None
 
-    by_writer(mesh, tell)
-    if work and writes(mesh):
-        clear(work)
+    def card(self) -> dict[str, Any]:
+        """What an adapter's card says of it, as JSON values."""
+        raise NotImplementedError
+
+    def save(
+        self,
+        path: str | Path,
+        card: Mapping[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the adapter, and then delete `work`.
+
+        Of several processes all must call it; if the one that writes fails, all do.
+
+        Args:
+          path: the folder to make.
+          card: what else its card shall say, as JSON values.
+          overwrite: replace an adapter that is there.
+
+        Raises:
+          FileExistsError: if something is at `path`.
+          OSError: if it cannot be written; `work` stays.
+          ValueError: if what was trained holds NaN.
+        """
+        mesh, failed = mesh_of(self.params.weights), None
+        whole = {**self.card(), **(card or {})}
+        try:
+            save_adapter(path, self.params, whole, overwrite=overwrite)
+        except OSError as error:
+            failed = error
+
+        def tell() -> None:
+            if failed:
+                raise failed
+
+        by_writer(mesh, tell)
+        if self.work and writes(mesh):
+            clear(self.work)
