@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
-from polarjax.arguments.common import add_any_model, fraction
+from polarjax.terminal.common import add_any_model, fraction
 
 DESCRIPTION = (
     "Time decode steps at the shapes of real models, on random weights or a "
@@ -257,7 +257,7 @@ def check(cases: dict[str, Case]) -> None:
       ValueError: naming the case, or the density.
     """
     from benchmarks.steps import STEPS  # jax is loaded from here on
-    from polarjax.sparsity.select import check_density
+    from polarjax.policies.budgets import check_density
 
     for name, case in cases.items():
         for tp, dp in case.meshes:
@@ -282,8 +282,8 @@ def check(cases: dict[str, Case]) -> None:
 
 
 def _check_mesh(name: str, case: Case, tp: int, dp: int) -> None:
-    from polarjax.sharding import check_tp
-    from polarjax.sparsity.select import check_parts
+    from polarjax.mesh.cut import check_tp
+    from polarjax.policies.budgets import check_parts
 
     if min(tp, dp) < 1:
         raise ValueError(f"--tp and --dp must be positive, got {tp} and {dp}")

@@ -55,12 +55,12 @@ from benchmarks.rows import read as read_rows
 from benchmarks.shapes import Case, layers_alone, parse_model
 from benchmarks.table import table
 from benchmarks.timing import time_policy
-from polarjax.generation.stats import read_bandwidth
 from polarjax.model import weight_shapes
 from polarjax.params import Params
-from polarjax.sparsity.cost import kv_row_bytes
-from polarjax.sparsity.select import with_density
-from polarjax.terminal import make_console
+from polarjax.planning.bandwidth import read_bandwidth
+from polarjax.planning.cost import kv_row_bytes
+from polarjax.policies.budgets import with_density
+from polarjax.terminal.output import make_console
 
 # Where torch's dense attention reads fastest, see the kernels' table.
 RATE_SHAPES = {name: KERNEL_CASES[name] for name in ("llama-2-7b", "opt-66b")}

@@ -45,7 +45,7 @@ from pallas_kernels.tuning.timing import (
     normal,
     sets_to_rotate,
 )
-from polarjax.generation.stats import read_bandwidth
+from polarjax.planning.bandwidth import read_bandwidth
 
 # A row to be, and what compiles its calls.
 Row = tuple[Result, Callable[[], Chain]]

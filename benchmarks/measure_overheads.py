@@ -26,18 +26,18 @@ import polarjax
 from benchmarks.random_weights import draw
 from benchmarks.shapes import opt
 from benchmarks.steps import STEPS, chunks_in, make_chunk, make_state, times
-from pallas_kernels.tuning.table import file_name
+from pallas_kernels.tables import file_name
 from polarjax.config import ModelConfig
 from polarjax.evaluation.record import commit
-from polarjax.generation.crossover import Measured, Overhead, fit
-from polarjax.generation.stats import read_bandwidth
 from polarjax.params import Params
-from polarjax.planning import abstract_params
+from polarjax.planning.bandwidth import read_bandwidth
+from polarjax.planning.cost import step_cost
+from polarjax.planning.crossover import Measured, Overhead, fit
+from polarjax.planning.plan import abstract_params
+from polarjax.policies import Polar
+from polarjax.policies.budgets import with_density
 from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sparsity import Polar
-from polarjax.sparsity.cost import step_cost
-from polarjax.sparsity.select import with_density
-from polarjax.writing import try_file, write_file
+from polarjax.storage.writing import try_file, write_file
 
 REPEATS, CAPACITY = 7, 128
 

@@ -19,10 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from polarjax import Params, SelectionPolicy
 from polarjax.config import ModelConfig
-from polarjax.generation.loop import Drawn
-from polarjax.generation.stats import seen_tokens
-from polarjax.per_device import step_sent_bytes
-from polarjax.sharding import DP, TP, make_mesh, over_mesh
+from polarjax.engine.programs import Drawn
+from polarjax.engine.stats import seen_tokens
+from polarjax.mesh.cut import DP, TP, make_mesh, over_mesh
+from polarjax.planning.per_device import step_sent_bytes
 
 CALLS = 8  # all-reduces that are timed at once
 

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.profiling import GROUPS
 from benchmarks.readme import newest
 from benchmarks.rows import Row, read, shown_case, shown_mesh
-from polarjax.writing import write_file
+from polarjax.storage.writing import write_file
 
 COLOURS = ("#343a40", "#0b6e99", "#d9480f", "#2f9e44", "#862e9c", "#e8590c", "#868e96")
 

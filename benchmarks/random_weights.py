@@ -12,10 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.meshes import drawn_apart
 from polarjax import ModelConfig, Params
+from polarjax.mesh.cut import placement, router_spec
 from polarjax.model import weight_shapes
 from polarjax.params import Placement
-from polarjax.sharding import placement, router_spec
-from polarjax.sparsity import routers
+from polarjax.policies import routers
 
 NEURON_RANK = 1024  # of neuron routers, as in the paper
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import polarjax
 from benchmarks.rows import counted, shown_case, shown_ratio
 from benchmarks.rows import read as read_rows
-from polarjax.writing import write_file
+from polarjax.storage.writing import write_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _MESH_COLUMNS = "a step's collectives", "sent", "busiest / mean", "over one device"

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.cases import Attention, Mlp, Select
 from polarjax.evaluation import record
-from polarjax.writing import write_file
+from polarjax.storage.writing import write_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.readme import newest
-from polarjax.writing import write_file
+from polarjax.storage.writing import write_file
 
 COLOURS = {
     "triton": "#0b6e99",

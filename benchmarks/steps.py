@@ -23,13 +23,13 @@ from benchmarks.meshes import busiest_rows, drawn_apart, of_one
 from pallas_kernels import Implementation
 from polarjax import ModelConfig, Params, SelectionPolicy
 from polarjax.cache import KVCache
-from polarjax.generation import loop, places
-from polarjax.generation.loop import Drawn, State
-from polarjax.generation.requests import make_sampling
-from polarjax.generation.stats import kv_rows
+from polarjax.engine import places, programs
+from polarjax.engine.checks import make_sampling
+from polarjax.engine.programs import Drawn, State
+from polarjax.engine.stats import kv_rows
+from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
 from polarjax.model.layer import Layer
-from polarjax.sharding import DP, TP, axis_size, local_config, mesh_of
-from polarjax.sparsity.cost import kv_row_bytes, step_weight_bytes
+from polarjax.planning.cost import kv_row_bytes, step_weight_bytes
 
 STEPS = 16  # a chunk, as in generate
 CHUNKS = 4  # timed at once, each sent to the device before the one before has ended
@@ -144,7 +144,7 @@ def make_chunk(
         jnp.array([-1]),
     )
     options["mesh"] = mesh_of(params.weights)
-    return Chunk(loop.decode_chunk, (weights, policy), after, options)
+    return Chunk(programs.decode_chunk, (weights, policy), after, options)
 
 
 def make_state(params: Params, batch: int, context: int, alone: bool = False) -> Any:
@@ -322,8 +322,8 @@ def prefill_times(
             known[name] += each
         return function(*args, **kwargs)
 
-    def read(call: Callable[..., Any] = loop.run_plainly) -> None:
-        drawn = loop.read_prompts(
+    def read(call: Callable[..., Any] = programs.run_plainly) -> None:
+        drawn = programs.read_prompts(
             *(params.weights, prompts_read, jnp.full(prompts, 10**8, jnp.int32)),
             *(make_sampling(config, prompts, 0.0, 0, 1.0, 0), jnp.array([-1])),
             config=config.architecture,

@@ -10,9 +10,9 @@ import polarjax
 from benchmarks import profiling, steps
 from benchmarks.meshes import Devices, of_one, sent_bytes
 from benchmarks.shapes import Case
-from polarjax.generation.crossover import bind_where_it_pays
-from polarjax.generation.stats import imbalance
+from polarjax.engine.stats import imbalance
 from polarjax.params import Params
+from polarjax.planning.crossover import bind_where_it_pays
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     check(parser, options)
-    from convert.command import run  # which loads jax
+    from polarjax.cli.convert import run  # which loads jax
 
     return run(options)
 

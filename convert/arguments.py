@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from polarjax.arguments.common import add_any_model
+from polarjax.terminal.common import add_any_model
 
 DESCRIPTION = (
     "Convert an OPT, LLaMA, Mistral, Qwen or SmolLM checkpoint into the folder that "
@@ -34,7 +34,7 @@ examples:
 Then, in Python: polarjax.load("checkpoints/smollm2")
 """
 
-# `tests/test_arguments.py` holds these against the code that knows them.
+# `tests/cli/test_arguments.py` holds these against the code that knows them.
 DTYPES = ("bfloat16", "float16", "float32")
 TOLERANCE = 1e-4
 

@@ -25,9 +25,9 @@ from convert.rules import context_notes, understand, unread
 from convert.rules.rule import Rule
 from convert.source import ConversionError, Source, SourceTensor, naming
 from polarjax.config import ModelConfig
-from polarjax.folder import check_destination, partial_of
 from polarjax.params import TOKENIZER_FILE, check_finite, new_checkpoint
-from polarjax.terminal import bytes_bar, make_console
+from polarjax.storage.folder import check_destination, partial_of
+from polarjax.terminal.output import bytes_bar, make_console
 
 DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,

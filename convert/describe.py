@@ -10,8 +10,8 @@ from convert.readers.huggingface import no_config
 from convert.rules import understand
 from convert.source import ConversionError, naming
 from polarjax.config import ModelConfig
-from polarjax.folder import CONFIG_FILE
-from polarjax.repository import Repository
+from polarjax.storage.folder import CONFIG_FILE
+from polarjax.storage.repository import Repository
 
 
 def read_config(source: str | Path) -> ModelConfig:

@@ -20,43 +20,35 @@ from convert.places import Place, find_places
 from convert.rules import describe
 from convert.source import ConversionError
 from polarjax.config import ModelConfig
-from polarjax.folder import check_room, new_folder, write_tensors
-from polarjax.hub import load
 from polarjax.model import check_weights
 from polarjax.params import (
     CHAT_TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    Params,
     Tree,
     check_finite,
     text_files,
 )
-from polarjax.sparsity.updates import merge_updates
+from polarjax.policies.updates import merge_updates
+from polarjax.storage.folder import check_room, new_folder, write_tensors
 
 SHARD_BYTES = 4 << 30
 _HEADER = 256  # bytes of a shard's header that a tensor takes, at most
 
 
 def export(
-    source: str | Path,
-    destination: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    dtype: str | None = None,
-    any_model: bool = False,
+    params: Params, destination: str | Path, *, dtype: str | None = None
 ) -> ModelConfig:
-    """Write a polarjax checkpoint as a Hugging Face folder.
+    """Write a model as a Hugging Face folder.
 
     The folder appears whole or not at all.
 
     Args:
-      source: a folder of `convert` or `polarjax.save`.
+      params: a model, whose weights take in the updates of its adapter, as the sparse
+        policy reads them.
       destination: the folder to make.
-      adapter: whose updates the weights shall take in, as the sparse policy reads
-        them; None for the original weights.
-      dtype: of the tensors: "bfloat16", "float16" or "float32"; None for that of the
-        checkpoint.
-      any_model: see `polarjax.load`.
+      dtype: of the tensors: "bfloat16", "float16" or "float32"; None for the model's.
 
     Returns:
       What the model is.
@@ -65,8 +57,29 @@ def export(
       ConversionError: if transformers has no words for the model, or a number is too
         large for the dtype.
       FileExistsError: if there is something at `destination`.
-      FileNotFoundError: if there is no checkpoint, or no adapter.
-      ValueError: if they are damaged, or do not belong together.
+    """
+    check_destination(destination, dtype)
+    describe(params.config)  # before the work
+    write(
+        destination,
+        params.config,
+        merge_updates(params).weights,
+        dtype=dtype or str(params.dtype),
+        files=text_files(params.config),
+    )
+    return params.config
+
+
+def check_destination(destination: str | Path, dtype: str | None) -> None:
+    """Raise unless `export` may write there, before a model is loaded.
+
+    Args:
+      destination: the folder to make.
+      dtype: of its tensors, None for the model's.
+
+    Raises:
+      ConversionError: if there is no such dtype.
+      FileExistsError: if there is something at `destination`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -74,14 +87,6 @@ def export(
         raise FileExistsError(
             f"{destination} exists: choose another place, or remove it yourself"
         )
-    params = load(source, adapter=adapter, any_model=any_model)
-    describe(params.config)  # before the work
-    write(
-        *(destination, params.config, merge_updates(params).weights),
-        dtype=dtype or str(params.dtype),
-        files=text_files(params.config),
-    )
-    return params.config
 
 
 def shards(config: ModelConfig, dtype: str, limit: int) -> list[dict[str, Place]]:

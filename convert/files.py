@@ -1,12 +1,12 @@
-"""Small text files of a checkpoint: as `polarjax.files`, with conversion's error."""
+"""Small text files of a checkpoint, refused with conversion's own error."""
 
 from __future__ import annotations
 
 import functools
 
 from convert.source import ConversionError
-from polarjax import files
-from polarjax.files import LARGEST_CONFIG, LARGEST_TABLE, LARGEST_TEXT
+from polarjax.storage import files
+from polarjax.storage.files import LARGEST_CONFIG, LARGEST_TABLE, LARGEST_TEXT
 
 __all__ = [
     "LARGEST_CONFIG",

@@ -16,8 +16,8 @@ from convert.readers.huggingface import (
 from convert.rules import understand
 from convert.source import ConversionError
 from convert.special_tokens import TEMPLATES_FOLDER
-from polarjax.folder import CONFIG_FILE
-from polarjax.repository import Repository
+from polarjax.storage.folder import CONFIG_FILE
+from polarjax.storage.repository import Repository
 
 _TEXTS = ("*.json", "*.jinja", "merges.txt", "tokenizer.model", "tiktoken.model")
 _TEMPLATES = f"{TEMPLATES_FOLDER}/*.jinja"

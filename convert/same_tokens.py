@@ -16,7 +16,7 @@ from convert.readers.gguf_header import read_header
 from convert.source import ConversionError
 from convert.tokenizing.byte_level import SMOLLM
 from convert.tokenizing.gguf import splitting, starts_texts
-from polarjax.repository import first_line
+from polarjax.storage.repository import first_line
 
 # What tokenizers differ in: digits, spaces, line ends, composed and decomposed accents,
 # scripts, joined emoji, contractions, upper and lower case, code, tokens of others.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from polarjax.files import FileError
+from polarjax.storage.files import FileError
 
 
 class ConversionError(FileError):

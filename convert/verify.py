@@ -25,7 +25,7 @@ from convert.source import ConversionError, Source, naming
 from polarjax.config import ModelConfig
 from polarjax.model import Decoder, check_weights
 from polarjax.params import TOKENIZER_FILE, Params, Tree, read_folder
-from polarjax.repository import first_line
+from polarjax.storage.repository import first_line
 
 TOLERANCE = 1e-4
 PROMPTS = (

@@ -13,7 +13,6 @@ from pallas_kernels._backend import Implementation, gathering, resolve, traced_g
 from pallas_kernels._dot import product
 from pallas_kernels._put import put
 from pallas_kernels.attention import append_and_attend, select_head_attention
-from pallas_kernels.heads import rotate, split_heads
 from pallas_kernels.mlp import (
     gathered_mlp,
     masked_mlp,
@@ -21,6 +20,7 @@ from pallas_kernels.mlp import (
     partial_product,
 )
 from pallas_kernels.norm import add_norm, normalize
+from pallas_kernels.qkv import rotate, split_heads
 from pallas_kernels.select import (
     needed_neurons,
     needed_totals,

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
         Rope,
         SelectionPolicy,
         Stats,
+        calibrate,
         generate,
         load,
         logits,
         plan,
+        recover,
         save,
     )
 
@@ -37,10 +39,12 @@ __all__ = [
     "Rope",
     "SelectionPolicy",
     "Stats",
+    "calibrate",
     "generate",
     "load",
     "logits",
     "plan",
+    "recover",
     "save",
 ]
 

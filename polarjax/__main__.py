@@ -10,7 +10,7 @@ _HERE, _HOME = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(__fi
 if not sys.flags.safe_path and os.path.realpath(_HERE) != os.path.realpath(_HOME):
     sys.path[:1] = [path for path in sys.path[:1] if path not in ("", _HERE)]
 
-from polarjax.cli import main  # noqa: E402
+from polarjax.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

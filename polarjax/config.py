@@ -7,14 +7,14 @@ import json
 import reprlib
 from typing import Annotated, Literal
 
-from polarjax.checked import (
+from polarjax.storage.checked import (
     LATER,
     UNSTORED,
     Between,
     check_record,
     read_record,
 )
-from polarjax.files import FileError, parse_json
+from polarjax.storage.files import FileError, parse_json
 
 FORMAT_VERSION = 2
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]

@@ -20,7 +20,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from polarjax.checksums import (
+from polarjax.config import ModelConfig
+from polarjax.storage.checksums import (
     CHECKSUMS_FILE,
     REASON_BYTES,
     check_files,
@@ -30,11 +31,16 @@ from polarjax.checksums import (
     read_checksums,
     write_checksums,
 )
-from polarjax.config import ModelConfig
-from polarjax.files import LARGEST_CONFIG, FileError, is_there, read_text
-from polarjax.folder import CONFIG_FILE, new_folder, write_tensors
+from polarjax.storage.files import LARGEST_CONFIG, FileError, is_there, read_text
+from polarjax.storage.folder import CONFIG_FILE, new_folder, write_tensors
+from polarjax.storage.tensors import (
+    TENSORS,
+    narrowed,
+    open_tensors,
+    shapes_of,
+    weight_dtype,
+)
 from polarjax.summary import summary
-from polarjax.tensors import narrowed, open_tensors, shapes_of, weight_dtype
 
 Tree = dict[str, Any]
 
@@ -58,7 +64,6 @@ Place = Callable[[str, tuple[int, ...], ModelConfig], Placement]
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # roles of tokens, named templates
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-TENSORS = "tensors-{}.safetensors"
 _WEIGHTS, _ROUTERS = "weights", "routers"
 
 # Of arrays in one file. Two such groups are in memory at a time: one is written while
@@ -235,7 +240,7 @@ def save(params: Params, path: str | Path, *, overwrite: bool = False) -> None:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
             raise ValueError(
                 "the model is cut over devices, its rows in their order: save "
-                "polarjax.sharding.whole(params)"
+                "polarjax.mesh.cut.whole(params)"
             )
     write_folder(
         *(path, params.config, params.weights, params.routers),

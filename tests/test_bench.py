@@ -24,12 +24,12 @@ from benchmarks import (
     steps,
 )
 from benchmarks.table import table
-from polarjax import cli
 from polarjax.cache import KVCache
+from polarjax.cli import main
 from polarjax.model import weight_shapes
 from polarjax.model.decoder import Layer
-from polarjax.sparsity.cost import step_weight_bytes
-from polarjax.terminal import make_console
+from polarjax.planning.cost import step_weight_bytes
+from polarjax.terminal.output import make_console
 from tests.models import LLAMA, random_params, write_checkpoint
 
 
@@ -41,8 +41,8 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "read_bandwidth", lambda device: 1e10)
         first = ["--cases", "toy-llama", "--repeats", "2", "--profile"]
-        assert cli.main(["bench", *first, *common]) == 0
-        assert cli.main(["bench", "--cases", "toy-layers", *common]) == 0
+        assert main.main(["bench", *first, *common]) == 0
+        assert main.main(["bench", "--cases", "toy-layers", *common]) == 0
     return path
 
 
@@ -327,7 +327,7 @@ def test_lists_become_cases():
     ],
 )
 def test_what_does_not_fit_is_one_line(argv, message, capsys):
-    assert cli.main(["bench", *argv]) == 1
+    assert main.main(["bench", *argv]) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 

@@ -21,12 +21,12 @@ from benchmarks import (
     steps,
 )
 from benchmarks.meshes import Devices
-from polarjax import cli
-from polarjax.generation import loop
-from polarjax.generation.loop import Drawn
-from polarjax.generation.stats import imbalance
+from polarjax.cli import main
+from polarjax.engine import programs
+from polarjax.engine.programs import Drawn
+from polarjax.engine.stats import imbalance
+from polarjax.mesh.cut import make_mesh, placement, shard, whole
 from polarjax.params import Params
-from polarjax.sharding import make_mesh, placement, shard, whole
 from tests.test_bench import options
 
 pytestmark = pytest.mark.devices(8)
@@ -42,9 +42,9 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "read_bandwidth", lambda device: 1e10)
         patch.setattr(meshes, "link_rate", lambda mesh: 2e9)
-        assert cli.main(["bench", "--cases", "toy-tp2", *common]) == 0
+        assert main.main(["bench", "--cases", "toy-tp2", *common]) == 0
         given = ["--tp", "1", "--dp", "2", "--link-gb-s", "5", "--prefill", "2x16"]
-        assert cli.main(["bench", "--cases", "toy-llama", *given, *common]) == 0
+        assert main.main(["bench", "--cases", "toy-llama", *given, *common]) == 0
     return path
 
 
@@ -162,7 +162,7 @@ def test_noise_is_made_where_it_lies_and_one_program_runs():
     chunk = steps.make_chunk(params, weights, bound, 4)
     jax.clear_caches()
     _, _, [drawn] = steps.times([chunk], state, 64, 1)
-    assert loop.decode_chunk._cache_size() == 1
+    assert programs.decode_chunk._cache_size() == 1
     assert drawn[0].own.shape == (steps.STEPS, 2, 2, 2)
 
 
@@ -299,7 +299,7 @@ def test_too_few_devices_are_an_error_only_where_asked_for(capsys):
     ],
 )
 def test_what_does_not_fit_a_mesh_is_one_line(argv, message, capsys):
-    assert cli.main(["bench", "--toy", "--no-torch", *argv]) == 1
+    assert main.main(["bench", "--toy", "--no-torch", *argv]) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 

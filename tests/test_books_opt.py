@@ -14,7 +14,7 @@ from benchmarks.models import books_opt, books_text, opt_training
 from benchmarks.models.opt_training import Training, train
 from convert import convert
 from convert.export import shards
-from polarjax.generation import Tokenizer
+from polarjax.engine import Tokenizer
 from polarjax.model import Decoder, run
 
 SHARD = 45_000

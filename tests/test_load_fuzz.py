@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.generation import Tokenizer
+from polarjax.engine import Tokenizer
 from polarjax.model.positions import frequencies
-from polarjax.sparsity import read_card, save_adapter
+from polarjax.policies import read_card, save_adapter
 from tests.convert.damage import (
     Damage,
     SafetensorsDamage,
@@ -27,7 +27,7 @@ from tests.convert.damage import (
 )
 from tests.models import LLAMA, random_params, write_checkpoint
 from tests.seal import seal
-from tests.test_files import KINDS, replace
+from tests.storage.test_files import KINDS, replace
 
 CONFIG = dataclasses.replace(
     *(LLAMA,),

@@ -13,14 +13,14 @@ import pytest
 from safetensors.numpy import save_file
 
 import polarjax
-from polarjax import hub
+from polarjax import loading
 from polarjax import params as params_module
-from polarjax.folder import MARK_FILE, new_folder
 from polarjax.params import check_finite, write_folder
+from polarjax.storage.folder import MARK_FILE, new_folder
 from tests.convert.damage import limits
 from tests.models import LLAMA, OPT, random_params, write_checkpoint
 from tests.seal import seal
-from tests.test_files import KINDS, replace
+from tests.storage.test_files import KINDS, replace
 
 CONFIG = dataclasses.replace(
     LLAMA, layers=2, budgets=(4, 2), eos_ids=(256,), bos_ids=(1,), model_hash="abc"
@@ -291,13 +291,13 @@ def test_a_description_is_what_was_written(folder):
         flipped[at] ^= 1 << at % 4
         (folder / "config.json").write_bytes(flipped)
         with pytest.raises(ValueError, match=r"config\.json|this polarjax") as caught:
-            hub.read_config(folder)
+            loading.read_config(folder)
         found += "config.json is not what was written" in str(caught.value)
     assert found > 20
     fields = json.loads(whole)
     (folder / "config.json").write_text(json.dumps({**fields, "eos_ids": [7]}))
     match = r"is not what was written; if you changed it on purpose, take its line out"
-    for load in (polarjax.load, hub.read_config):
+    for load in (polarjax.load, loading.read_config):
         with pytest.raises(ValueError, match=match):
             load(folder)
     # As checkpoints of before are, or where someone did as told.
@@ -370,7 +370,7 @@ def test_what_is_no_file_is_refused(folder, name, kind):
         polarjax.load(folder)
     if name == "config.json":
         with limits(), pytest.raises(ValueError, match=r"config\.json"):
-            hub.read_config(folder)
+            loading.read_config(folder)
         with limits(), pytest.raises(FileExistsError, match="no polarjax checkpoint"):
             polarjax.save(random_params(CONFIG), folder, overwrite=True)
 

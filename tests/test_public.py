@@ -11,7 +11,7 @@ import pytest
 import pallas_kernels
 import polarjax
 from convert import convert
-from polarjax.sparsity import save_adapter
+from polarjax.policies import save_adapter
 from tests.models import LLAMA, random_params, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent

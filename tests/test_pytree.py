@@ -145,5 +145,5 @@ def test_whatever_jax_puts_into_a_model_shows_itself(params):
 
 @pytest.mark.devices(2)
 def test_a_model_on_a_mesh_says_so(params):
-    there = polarjax.sharding.shard(params, polarjax.sharding.make_mesh(2))
+    there = polarjax.mesh.cut.shard(params, polarjax.mesh.cut.make_mesh(2))
     assert "on 2 devices" in repr(there)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax.engine import stats
+from polarjax.engine.checks import make_sampling
+from polarjax.engine.sampling import sample
 from polarjax.evaluation import Continuation, Scorer
-from polarjax.generation import stats
-from polarjax.generation.requests import make_sampling
-from polarjax.generation.sampling import sample
+from polarjax.policies.polar import random_ranking
 from polarjax.settings import draw_key
-from polarjax.sparsity.polar import random_ranking
 from polarjax.training.neurons import init_low_rank
 from tests.models import LLAMA, OPT, random_params
-from tests.sparsity.reference import random_prompts
+from tests.policies.reference import random_prompts
 
 CONFIG = dataclasses.replace(LLAMA, layers=2)
 PROMPTS = random_prompts(CONFIG, (3, 11, 1, 7))

@@ -28,10 +28,10 @@ from benchmarks.shapes import opt
 from convert.core import DTYPES
 from convert.export import shards, write
 from polarjax.config import ModelConfig
-from polarjax.folder import try_destination
 from polarjax.model import weight_shapes
 from polarjax.params import TOKENIZER_FILE
-from polarjax.terminal import counting_bar, make_console, one_line
+from polarjax.storage.folder import try_destination
+from polarjax.terminal.output import counting_bar, make_console, one_line
 
 LARGEST = 28_000_000  # parameters
 

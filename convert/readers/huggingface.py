@@ -23,7 +23,7 @@ from convert.files import (
 from convert.readers.names import unwrap
 from convert.source import ConversionError, Source, SourceTensor
 from convert.tokenizer import from_folder
-from polarjax.params import TENSORS
+from polarjax.storage.tensors import TENSORS
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

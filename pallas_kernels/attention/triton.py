@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import tables
 from pallas_kernels._backend import once, pltriton
 from pallas_kernels._dot import dot
 from pallas_kernels.attention.combine import combine_pieces
 from pallas_kernels.attention.configs import Config, heuristic
 from pallas_kernels.attention.shares import Work
-from pallas_kernels.tuning import table
 
 _MAX_GROUP = 128
 _MAX_HEAD_DIM = 256
@@ -66,7 +66,7 @@ def attend(
     n = k if heads is None else heads.shape[1]
     if config is None:
         facts = {"b": b, "n": n, "g": g, "s": s, "d": d, "itemsize": q.dtype.itemsize}
-        config = table.attention_config(heuristic(**facts), **facts)
+        config = tables.attention_config(heuristic(**facts), **facts)
     programs = config.programs
     work = Work(s=s, n=n, block=config.block, programs=programs, window=window)
     static = _Static(work, b, k, g, d, scale, softcap)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import tables
 from pallas_kernels._backend import Implementation, resolve_without_mosaic
 from pallas_kernels.mlp import reference, triton
-from pallas_kernels.tuning import table
 
 Activation = Literal["relu", "silu", "gelu"]
 
@@ -190,7 +190,7 @@ def _dense_is_faster(x, weights, neurons) -> bool:
     """Whether the product over all neurons was measured faster on this device."""
     b, m = x.shape
     f = weights["up"].shape[0]
-    limit = table.mlp_dense_above(
+    limit = tables.mlp_dense_above(
         b=b, m=m, f=f, gated="gate" in weights, itemsize=x.dtype.itemsize
     )
     return limit is not None and neurons.shape[0] / f > limit

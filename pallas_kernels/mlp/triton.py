@@ -25,13 +25,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import tables
 from pallas_kernels._backend import once, pltriton
 from pallas_kernels._dot import dot
 from pallas_kernels._sizes import ceil_multiple, ceil_power_of_two
 from pallas_kernels.mlp import one_kernel, tiles
 from pallas_kernels.mlp.activations import ACTIVATIONS
 from pallas_kernels.mlp.configs import Config, heuristic, product_config
-from pallas_kernels.tuning import table
 
 
 @once("activation", "interpret", "config", "parts", "padded")
@@ -52,7 +52,7 @@ def mlp(
     if config is None:
         facts = {"b": b, "n": n, "m": m, "itemsize": x.dtype.itemsize}
         facts["gated"] = "gate" in weights
-        config = table.mlp_config(heuristic(**facts), **facts)
+        config = tables.mlp_config(heuristic(**facts), **facts)
     act = ACTIVATIONS[activation]
     if config.fused:
         args = (x, weights, neurons, n, act, config, interpret)
@@ -76,7 +76,7 @@ def partial_product(
     n = matrix.shape[1 - axis]
     if config is None:
         facts = {"axis": axis, "b": b, "n": n, "m": m, "itemsize": x.dtype.itemsize}
-        config = table.product_config(product_config(**facts), **facts)
+        config = tables.product_config(product_config(**facts), **facts)
     if axis == 0:  # as the second product of an MLP whose neurons are the inputs
         weights = {"down": matrix, "down_bias": bias}
         options = {"parts": True, "name": "product_columns"}

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import tables
 from pallas_kernels.attention import configs as attention_configs
 from pallas_kernels.attention import select_head_attention
 from pallas_kernels.attention import triton as attention_triton
 from pallas_kernels.mlp import configs as mlp_configs
 from pallas_kernels.mlp import gathered_mlp, partial_product
 from pallas_kernels.mlp import triton as mlp_triton
-from pallas_kernels.tuning import table
 from pallas_kernels.tuning.timing import calls_to_time, normal, sets_to_rotate
 
 # What a chain of calls starts with, and the arguments of each.
@@ -45,7 +45,7 @@ class Attention:
     @property
     def shape(self) -> dict[str, int]:
         """The table's key."""
-        return table.attention_shape(**self.facts)
+        return tables.attention_shape(**self.facts)
 
     @property
     def default(self) -> attention_configs.Config:
@@ -119,7 +119,7 @@ class Mlp:
     @property
     def shape(self) -> dict[str, int]:
         """The table's key."""
-        return table.mlp_shape(**self.facts)
+        return tables.mlp_shape(**self.facts)
 
     @property
     def default(self) -> mlp_configs.Config:
@@ -196,7 +196,7 @@ class Product:
     @property
     def shape(self) -> dict[str, int]:
         """The table's key."""
-        return table.product_shape(**self.facts)
+        return tables.product_shape(**self.facts)
 
     @property
     def default(self) -> mlp_configs.Config:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.tuning import table
+from pallas_kernels import tables
 from pallas_kernels.tuning.problems import KINDS, Mlp, Problem, parse
 from pallas_kernels.tuning.search import Outcome, Search, dense_above, search
 
@@ -179,13 +179,13 @@ def _open(out: Path | None, toy: bool) -> tuple[Path | None, dict[str, Any]]:
         ValueError: if that is no table, or one of another device.
     """
     kind = jax.devices()[0].device_kind
-    packaged = Path(__file__).parent / table.file_name(kind)
+    packaged = Path(__file__).parent / tables.file_name(kind)
     target = out or (None if toy else packaged)
     source = target if target and target.exists() else packaged
     record: dict[str, Any] = {"device": kind, "jax": jax.__version__}
     if source.exists():
         text = source.read_text(encoding="utf-8")
-        old = table.parse(text, str(source))
+        old = tables.parse(text, str(source))
         if old.device != kind:
             raise ValueError(f"{source} is the table of {old.device}, not of {kind}")
         record = {**json.loads(text), **record}
@@ -206,7 +206,7 @@ def _enter(record: dict[str, Any], problem: Problem, outcome: Outcome) -> None:
 
 
 def _replace(
-    record: dict[str, Any], section: str, shape: table.Shape, entry: dict | None
+    record: dict[str, Any], section: str, shape: tables.Shape, entry: dict | None
 ) -> None:
     others = [e for e in record.get(section, []) if e["shape"] != shape]
     entries = [*others, *([] if entry is None else [entry])]
@@ -218,7 +218,7 @@ def _write(target: Path | None, record: dict[str, Any]) -> None:
     if target is None:
         return
     text = json.dumps(record, indent=1) + "\n"
-    table.parse(text, str(target))
+    tables.parse(text, str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name of nobody's, which is gone if it cannot be written.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tuning-") as folder:
@@ -235,12 +235,12 @@ def _layers(problems: Sequence[Problem]) -> list[Mlp]:
 
 def _dense_shape(layer: Mlp) -> dict[str, int]:
     facts = {name: value for name, value in layer.facts.items() if name != "n"}
-    return table.dense_shape(f=layer.f, **facts)
+    return tables.dense_shape(f=layer.f, **facts)
 
 
 def _served_by(record: dict[str, Any]) -> Callable[[Mlp], Any]:
-    measured = table.parse(json.dumps(record), "the table so far")
-    return lambda layer: table.lookup(measured, "mlp", layer.shape, layer.default)
+    measured = tables.parse(json.dumps(record), "the table so far")
+    return lambda layer: tables.lookup(measured, "mlp", layer.shape, layer.default)
 
 
 def _summary(problem: Problem, outcome: Outcome) -> str:

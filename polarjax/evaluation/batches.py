@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from polarjax.generation.requests import bucket
+from polarjax.planning.sizes import bucket
 
 Mode = Literal["decode", "kernel", "mask"]
 """How continuations are scored; see `polarjax.evaluation.scoring`."""

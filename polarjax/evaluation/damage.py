@@ -19,16 +19,16 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
-from polarjax.distributed import to_host
+from polarjax.engine.generate import generate
+from polarjax.engine.places import CACHE, ROWS, place_rows, policy_specs, widen
 from polarjax.evaluation.measure import Journal, Progress
 from polarjax.evaluation.programs import decode_step, prefill, spread
-from polarjax.generation import generate
-from polarjax.generation.places import CACHE, ROWS, place_rows, policy_specs, widen
-from polarjax.generation.requests import bucket
+from polarjax.mesh.cut import DP, axis_size, mesh_of, over_mesh, weight_specs
+from polarjax.mesh.processes import to_host
 from polarjax.model import make_decoder
 from polarjax.params import Params, Tree
+from polarjax.planning.sizes import bucket
 from polarjax.policy import Dense, SelectionPolicy
-from polarjax.sharding import DP, axis_size, mesh_of, over_mesh, weight_specs
 
 
 @dataclasses.dataclass(frozen=True)

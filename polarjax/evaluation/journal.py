@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from polarjax.folder import is_open_at, locked
-from polarjax.writing import name_path, try_file, write_file
+from polarjax.storage.folder import is_open_at, locked
+from polarjax.storage.writing import name_path, try_file, write_file
 
 _HEAD = "journal of polarjax eval"
 _START = f'{{"{_HEAD}": '.encode()

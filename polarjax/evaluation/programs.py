@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Implementation
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
-from polarjax.generation.places import CACHE, ROWS, cache_places, policy_specs
+from polarjax.engine.places import CACHE, ROWS, cache_places, policy_specs
+from polarjax.mesh.cut import over_mesh, weight_specs
+from polarjax.mesh.share import add_up_batch, gather_logits, largest
 from polarjax.model import Decoder, make_decoder, run
-from polarjax.model.share import add_up_batch, gather_logits, largest
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy, groups_read
-from polarjax.sharding import over_mesh, weight_specs
 
 # Positions of which the logits are in memory at once.
 _CHUNK = 128

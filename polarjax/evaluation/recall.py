@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
+from polarjax.mesh.cut import mesh_of, over_mesh, weight_specs
 from polarjax.params import Params, Tree
+from polarjax.policies.updates import merge_updates
 from polarjax.settings import draw_key
-from polarjax.sharding import mesh_of, over_mesh, weight_specs
-from polarjax.sparsity.updates import merge_updates
 from polarjax.training.collect import observe_heads, top_labels
 from polarjax.training.losses import kept_norm, recall, router_scores
 

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from polarjax.mesh.cut import mesh_of, whole_routers
 from polarjax.params import Params
-from polarjax.sharding import mesh_of, whole_routers
 
 
 def now() -> str:

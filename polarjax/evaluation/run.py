@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pallas_kernels import Implementation, resolve
-from polarjax.distributed import agree, from_main
+from polarjax.engine import Tokenizer, start_token
 from polarjax.evaluation import statistics
 from polarjax.evaluation.batches import Mode
 from polarjax.evaluation.damage import check_lengths, measure_damage
@@ -32,12 +32,12 @@ from polarjax.evaluation.results import (
 )
 from polarjax.evaluation.scoring import Scorer
 from polarjax.evaluation.tasks import read_rows, task_items
-from polarjax.generation import Tokenizer, start_token
-from polarjax.generation.requests import positive, up_to_context
+from polarjax.mesh.cut import mesh_of, of_processes, writes
+from polarjax.mesh.processes import agree, from_main
 from polarjax.params import Params
+from polarjax.planning.sizes import positive, up_to_context
 from polarjax.policy import Dense, SelectionPolicy
 from polarjax.settings import default_numbers
-from polarjax.sharding import mesh_of, of_processes, writes
 from polarjax.training.text import open_text
 
 Kind = Literal["windows", "strided", "words"]
@@ -110,7 +110,7 @@ def evaluate(
       progress: called as the work goes on.
 
     Returns:
-      The result, as JSON values, which `polarjax.evaluation.report` draws; and its
+      The result, as JSON values, which `polarjax.evaluation.report.page` draws; and its
       file.
 
     Raises:

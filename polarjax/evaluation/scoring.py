@@ -22,19 +22,19 @@ from jax.sharding import NamedSharding
 
 from pallas_kernels import Implementation
 from polarjax.cache import KVCache
-from polarjax.distributed import to_host
-from polarjax.evaluation import programs
-from polarjax.evaluation.batches import Batch, Continuation, Mode, make_batches
-from polarjax.generation.places import (
+from polarjax.engine.places import (
     cache_places,
     empty_cache,
     place_rows,
     widen,
 )
-from polarjax.generation.requests import positive
+from polarjax.evaluation import programs
+from polarjax.evaluation.batches import Batch, Continuation, Mode, make_batches
+from polarjax.mesh.cut import DP, axis_size, mesh_of
+from polarjax.mesh.processes import to_host
 from polarjax.params import Params
+from polarjax.planning.sizes import positive
 from polarjax.policy import SelectionPolicy
-from polarjax.sharding import DP, axis_size, mesh_of
 
 
 @dataclasses.dataclass(frozen=True)

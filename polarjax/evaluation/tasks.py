@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from polarjax.config import ModelConfig
+from polarjax.engine import Tokenizer, start_token
 from polarjax.evaluation.batches import Continuation
-from polarjax.generation import Tokenizer, start_token
 from polarjax.training.text import open_text
 
 

@@ -1,5 +1,6 @@
 """Dense model code: it reads like the papers and knows no routers."""
 
+from polarjax.mesh.share import Share
 from polarjax.model.attention import Gates, Prefix
 from polarjax.model.decoder import (
     BLOCK_TOKENS,
@@ -10,7 +11,6 @@ from polarjax.model.decoder import (
     run,
     weight_shapes,
 )
-from polarjax.model.share import Share
 
 __all__ = [
     "BLOCK_TOKENS",

@@ -21,11 +21,7 @@ from pallas_kernels import (
     top_heads,
 )
 from polarjax.config import ModelConfig
-from polarjax.model.causal import causal_attention
-from polarjax.model.linear import linear
-from polarjax.model.norms import Norm
-from polarjax.model.positions import angles
-from polarjax.model.share import (
+from polarjax.mesh.share import (
     Share,
     add_up,
     add_up_groups,
@@ -34,6 +30,10 @@ from polarjax.model.share import (
     once,
     own_groups,
 )
+from polarjax.model.causal import causal_attention
+from polarjax.model.linear import linear
+from polarjax.model.norms import Norm
+from polarjax.model.positions import angles
 from polarjax.policy import SelectionPolicy, groups_read
 
 

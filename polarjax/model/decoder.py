@@ -14,15 +14,15 @@ from jax.sharding import Mesh
 from pallas_kernels import Implementation, put
 from polarjax.cache import KVCache
 from polarjax.config import ModelConfig
+from polarjax.mesh.cut import local_config
+from polarjax.mesh.share import Share, add_up, gather_logits, place
 from polarjax.model.attention import Gates, Prefix
 from polarjax.model.layer import Layer
 from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
 from polarjax.model.positions import LEARNED_OFFSET
-from polarjax.model.share import Share, add_up, gather_logits, place
 from polarjax.params import Tree
 from polarjax.policy import SelectionPolicy
-from polarjax.sharding import local_config
 
 # Of a prompt's, computed at once: more are no faster on an H100, and what they need is
 # a gigabyte or two.

@@ -12,11 +12,11 @@ from flax import linen as nn
 
 from pallas_kernels import Implementation, gathering
 from polarjax.config import ModelConfig
+from polarjax.mesh.share import Share
 from polarjax.model.attention import Attention, Gates, Prefix
 from polarjax.model.causal import long_attention
 from polarjax.model.mlp import MLP
 from polarjax.model.norms import Norm
-from polarjax.model.share import Share
 from polarjax.policy import SelectionPolicy
 
 

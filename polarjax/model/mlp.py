@@ -14,7 +14,7 @@ from pallas_kernels import (
     partial_mlp,
 )
 from polarjax.config import ModelConfig
-from polarjax.model.share import Share, add_up, add_up_parts, once
+from polarjax.mesh.share import Share, add_up, add_up_parts, once
 
 
 class MLP(nn.Module):

@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polarjax.config import ModelConfig
-from polarjax.folder import MARK_FILE, has_mark, mark
-from polarjax.sharding import by_writer, put
-from polarjax.writing import leftovers, write_file
+from polarjax.mesh.cut import by_writer, put
+from polarjax.storage.folder import MARK_FILE, has_mark, mark
+from polarjax.storage.writing import leftovers, write_file
 
 _FACTS = "training.json"
 _STEPS = "steps"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from polarjax.model.share import Share, batch_mean
+from polarjax.mesh.share import Share, batch_mean
 from polarjax.training.collect import top_labels
 
 HeadLoss = Literal["bce", "ranking"]

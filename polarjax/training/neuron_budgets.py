@@ -18,11 +18,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from polarjax.config import ModelConfig
+from polarjax.mesh.cut import batch_spec, mesh_of, over_mesh, weight_specs
 from polarjax.model import make_decoder, run
 from polarjax.params import Params, Tree
-from polarjax.sharding import batch_spec, mesh_of, over_mesh, weight_specs
-from polarjax.sparsity.neurons import NEURON_STEP
-from polarjax.sparsity.updates import merge_updates
+from polarjax.policies.neurons import NEURON_STEP
+from polarjax.policies.updates import merge_updates
 from polarjax.training.neurons import active_neurons, neuron_scores, union_curve
 from polarjax.training.unions import NeuronBudgets, UnionRecall, union_rankings
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from polarjax.mesh.share import Share, batch_mean, gather
 from polarjax.model.linear import linear
-from polarjax.model.share import Share, batch_mean, gather
 from polarjax.params import Tree
 
 # Added to the share of active neurons, so that a negative weighs something even where

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from polarjax.folder import CARD_FILE, try_destination
+from polarjax.mesh.cut import by_writer, mesh_of, writes
 from polarjax.params import Params
-from polarjax.sharding import by_writer, mesh_of, writes
-from polarjax.sparsity.adapter import save_adapter
+from polarjax.policies.adapter import save_adapter
+from polarjax.storage.folder import CARD_FILE, try_destination
 from polarjax.training.loop import claim, clear
 
 # Of a card; a contract with many settings takes a tenth of it.

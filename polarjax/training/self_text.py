@@ -7,12 +7,12 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax.distributed import to_host
-from polarjax.generation import loop
-from polarjax.generation.requests import make_sampling
+from polarjax.engine import programs
+from polarjax.engine.checks import make_sampling
+from polarjax.mesh.cut import DP, axis_size, mesh_of
+from polarjax.mesh.processes import to_host
 from polarjax.params import Params
 from polarjax.policy import Dense
-from polarjax.sharding import DP, axis_size, mesh_of
 
 
 def write_blocks(
@@ -64,14 +64,14 @@ def write_blocks(
     for at in range(0, blocks, batch):
         seeds = [(seed * 1_000_003 + at + i) % 2**32 for i in range(batch)]
         sampling = make_sampling(config, batch, 1.0, 0, 1.0, seeds)
-        state, first = loop.read_prompts(
+        state, first = programs.read_prompts(
             *(weights, [[start]] * batch, ones * length, sampling, never),
             capacity=-(-length // 128) * 128,
             **common,
         )
         rows = [np.full(batch, start), to_host(first.token)]
         if length > 2:
-            state, drawn = loop.decode_chunk(
+            state, drawn = programs.decode_chunk(
                 *(weights, dense, state, ones > 0, sampling, never),
                 steps=length - 2,
                 mesh=mesh,

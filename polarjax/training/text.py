@@ -15,7 +15,7 @@ from typing import Any, TextIO, cast
 
 import numpy as np
 
-from polarjax.generation import Tokenizer
+from polarjax.engine import Tokenizer
 
 _PIECE = 1 << 18  # characters held at a time
 _PIECES = 16  # that are tokenized together, on all cores

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
+from polarjax.mesh.cut import mesh_of, over_mesh, weight_specs
 from polarjax.params import Params, Tree
-from polarjax.sharding import mesh_of, over_mesh, weight_specs
-from polarjax.sparsity.updates import merge_updates
+from polarjax.policies.updates import merge_updates
 from polarjax.training.collect import observe_heads
 from polarjax.training.losses import router_scores
 

@@ -15,11 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
-from polarjax.model import Prefix, Share
-from polarjax.model.share import mean_of_parts
-from polarjax.params import Params, Tree
-from polarjax.settings import default_numbers, draw_key
-from polarjax.sharding import (
+from polarjax.mesh.cut import (
     DP,
     mesh_of,
     over_mesh,
@@ -27,8 +23,12 @@ from polarjax.sharding import (
     shard,
     weight_specs,
 )
-from polarjax.sparsity import Polar
-from polarjax.sparsity.select import check_density, count
+from polarjax.mesh.share import mean_of_parts
+from polarjax.model import Prefix, Share
+from polarjax.params import Params, Tree
+from polarjax.policies import Polar
+from polarjax.policies.budgets import check_density, count
+from polarjax.settings import default_numbers, draw_key
 from polarjax.training.collect import observe_layers, top_labels
 from polarjax.training.loop import (
     Progress,
@@ -149,7 +149,7 @@ def train_routers(
       params: the model; its own routers are left out of account.
       blocks: int32[n, t] token ids.
       training: settings.
-      mesh: of `polarjax.sharding.make_mesh`: the model is cut over its axis "tp", each
+      mesh: of `polarjax.mesh.cut.make_mesh`: the model is cut over its axis "tp", each
         batch over "dp". None for where `params` is. What is learned is the same.
       resume: where the state is kept, and found after an interruption, on whichever
         mesh.

@@ -217,7 +217,7 @@ KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from polarjax import params
-from polarjax.checksums import check_files, read_checksums
+from polarjax.storage.checksums import check_files, read_checksums
 from convert import convert
 
 params.GROUP_BYTES = 1_000_000

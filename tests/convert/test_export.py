@@ -14,8 +14,8 @@ from convert.__main__ import main
 from convert.export import export, write
 from convert.source import ConversionError
 from polarjax.config import Rope
-from polarjax.sparsity import save_adapter
-from polarjax.sparsity.updates import init_updates, merge_updates
+from polarjax.policies import save_adapter
+from polarjax.policies.updates import init_updates, merge_updates
 from tests.models import LLAMA, OPT, random_params, write_checkpoint
 
 
@@ -33,7 +33,7 @@ def tensors_of(folder):
 
 
 def test_tokenizer_and_ids_come_along(params, tmp_path):
-    export(params.config.folder, tmp_path / "hf")
+    export(polarjax.load(params.config.folder), tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["bos_token_id"] == 1 and config["eos_token_id"] == [2, 3]
     assert (tmp_path / "hf/tokenizer.json").exists()

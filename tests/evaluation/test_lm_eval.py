@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 import polarjax
-from polarjax import cli, evaluate_cli
-from polarjax.evaluation import lm_eval as lm_eval_module
-from polarjax.evaluation.lm_eval import run_lm_eval, table
+from polarjax.cli import evaluate, main
+from polarjax.evaluation.lm_eval import tasks as lm_eval_module
+from polarjax.evaluation.lm_eval.tasks import run_lm_eval, table
 from polarjax.evaluation.statistics import difference_interval, mcnemar, mean_interval
 from tests.evaluation.tiny_tasks import (
     GENERATION,
@@ -29,7 +29,7 @@ from tests.evaluation.tiny_tasks import (
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs it: pip install lm-eval")
 
-from polarjax.evaluation.polar_lm import PolarLM  # noqa: E402
+from polarjax.evaluation.lm_eval.model import PolarLM  # noqa: E402
 
 TASKS = {
     "choose": """
@@ -273,17 +273,17 @@ def test_the_command_writes_what_it_prints(
         "--policies dense,random --densities 1/2 --limit 3 --batch 4 --out".split()
     )
     arguments += ["--include-path", str(folder), *options, str(out)]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     record = json.loads(out.read_text())
     shown = capsys.readouterr().out
     assert f"lm-eval {lm_eval.__version__}, mode decode" in shown
     assert list(record["tasks"]["choose"]["policies"]) == ["Dense", "Random 0.500"]
     assert record["made"]["versions"]["jax"] and record["setup"]["dtype"] == "float32"
-    assert cli.main(arguments) == 1
+    assert main.main(arguments) == 1
     assert "exists" in capsys.readouterr().err
     # Before the work, not after it.
-    monkeypatch.setattr(evaluate_cli, "load", None)
-    assert cli.main([*arguments[:-1], "/proc/results.json"]) == 1
+    monkeypatch.setattr(evaluate, "load", None)
+    assert main.main([*arguments[:-1], "/proc/results.json"]) == 1
     assert "cannot write it: " in capsys.readouterr().err
     monkeypatch.undo()
     # Nobody's files but its own, and the old one until the new one is whole.
@@ -293,7 +293,7 @@ def test_the_command_writes_what_it_prints(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert cli.main([*arguments, "--overwrite"]) == 1
+    assert main.main([*arguments, "--overwrite"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert json.loads(out.read_text()) == record
     assert (tmp_path / f"{out.name}.tmp").read_text() == "years of work"

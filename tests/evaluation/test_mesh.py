@@ -7,9 +7,9 @@ import pytest
 
 import polarjax
 from polarjax import Polar
+from polarjax.calibration.search import search_budgets
 from polarjax.evaluation import Scorer, Settings, evaluate, measure, perplexity
-from polarjax.evaluation.search import search_budgets
-from polarjax.sharding import make_mesh, shard
+from polarjax.mesh.cut import make_mesh, shard
 from tests.evaluation.test_run import numbers
 from tests.evaluation.test_scoring import make_items
 from tests.evaluation.test_tasks import make_rows, write
@@ -103,7 +103,7 @@ def test_balanced_is_another_model_on_the_same_rows(tmp_path):
     against = many["tasks"]["words"]["results"]["Balanced"]["against_dense"]
     assert len(against["accuracy"]) == 3
     pytest.importorskip("matplotlib", reason="needs it: pip install matplotlib")
-    from polarjax.evaluation.report import make_report
+    from polarjax.evaluation.report.page import make_report
 
     page = make_report([path], tmp_path / "page").read_text(encoding="utf-8")
     assert "Polar balanced 4" in page

@@ -121,7 +121,7 @@ def test_smollm2_perplexity_equals_transformers(
     path = shared_data / "text" / "wikitext2_raw_test.txt.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         words = file.read(8 * count)
-    tokenizer = polarjax.generation.Tokenizer.load(smollm2.config)
+    tokenizer = polarjax.engine.Tokenizer.load(smollm2.config)
     tokens = np.array(tokenizer.encode(words)[:count])
     assert len(tokens) == count
     windows = window_items(tokens, 2048)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.generation import Tokenizer
+from polarjax.engine import Tokenizer
 from tests.evaluation.tiny_tasks import (
     CONTEXT,
     GENERATION,
@@ -23,7 +23,7 @@ pytest.importorskip("lm_eval", reason="needs it: pip install lm-eval")
 
 from lm_eval.utils import get_rolling_token_windows
 
-from polarjax.evaluation.polar_lm import PolarLM
+from polarjax.evaluation.lm_eval.model import PolarLM
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_cache_and_journal(params, tmp_path, monkeypatch):
     assert len(first.dbdict) == 4
     with monkeypatch.context() as patch:
         patch.setattr("polarjax.evaluation.scoring.Scorer.score", None)
-        patch.setattr("polarjax.evaluation.polar_lm.generate", None)
+        patch.setattr("polarjax.evaluation.lm_eval.model.generate", None)
         again = CachingLM(make(journal={}), str(tmp_path / "cache.db"))
         assert expected == (
             again.loglikelihood(requests),

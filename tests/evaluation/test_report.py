@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs it: pip install matplotlib")
 
-from polarjax.evaluation import plots
-from polarjax.evaluation.report import make_report
-from polarjax.folder import mark
+from polarjax.evaluation.report import plots
+from polarjax.evaluation.report.page import make_report
+from polarjax.storage.folder import mark
 from tests.evaluation.report_sample import DENSITY, POLICIES, task, text, whole
 
 PLOTS = {

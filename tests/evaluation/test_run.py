@@ -156,7 +156,7 @@ def test_generation(whole, params, files):
     assert sparse["kl"][0] > 0.01 and sparse["agreement"][0] < 1
     assert sparse["density"] == pytest.approx((1 + 0.25) / 2)
     text = (files / "text.txt").read_text(encoding="utf-8")
-    tokens = polarjax.generation.Tokenizer.load(params.config).encode(text[:300])
+    tokens = polarjax.engine.Tokenizer.load(params.config).encode(text[:300])
     prompts = [tokens[at : at + 9] for at in range(0, 75, 15)]
     dense, other = (
         polarjax.generate(
@@ -428,7 +428,7 @@ def test_one_window_and_a_text_without_spaces(params, files, tmp_path):
     assert value > 1 and low is None and high is None
     assert found["words"]["results"]["P"]["word_perplexity"][1:] == [None, None]
     pytest.importorskip("matplotlib", reason="needs it: pip install matplotlib")
-    from polarjax.evaluation.report import make_report
+    from polarjax.evaluation.report.page import make_report
 
     assert make_report([path], tmp_path / "page").exists()
 

@@ -8,10 +8,10 @@ import pytest
 
 import polarjax
 from benchmarks import readme
+from polarjax.engine import Tokenizer
 from polarjax.evaluation import perplexity, router_recall, window_items
-from polarjax.generation import Tokenizer
-from polarjax.hub import find_adapter
-from polarjax.sparsity import read_card
+from polarjax.loading import find_adapter
+from polarjax.policies import read_card
 
 RECOVERED, PROMISED = "smollm2-135m", "smollm2-135m-1pct"
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax.engine import Tokenizer, start_token
 from polarjax.evaluation import Scorer, grade, measure, read_rows, task_items
 from polarjax.evaluation.tasks import encode_pair
-from polarjax.generation import Tokenizer, start_token
 from tests.models import LLAMA, random_params, write_checkpoint
 
 WORDS = "one two three four five six seven eight nine ten".split()

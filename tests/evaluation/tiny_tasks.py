@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 import polarjax
-from polarjax.generation import Tokenizer
+from polarjax.engine import Tokenizer
 from tests.models import LLAMA, random_params, write_checkpoint
 
 CONTEXT = 64

@@ -112,7 +112,7 @@ def test_dynamic_scaling_goes_by_the_context(tmp_path, capsys):
         context=60,
         progress=False,
     )
-    export(tmp_path / "long", tmp_path / "back")
+    export(polarjax.load(tmp_path / "long"), tmp_path / "back")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert back.config.max_position_embeddings == 60
     assert_same(theirs(back, TEXT[:9]), short)
@@ -155,7 +155,7 @@ def test_longrope_goes_by_the_context(kind, also, tmp_path, capsys):
     assert "long factors" not in capsys.readouterr().err
     assert_same(ours(tmp_path / "short", TEXT[:10]), short)
     for name in ("out", "short"):
-        export(tmp_path / name, tmp_path / f"{name}-back")
+        export(polarjax.load(tmp_path / name), tmp_path / f"{name}-back")
         back = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / f"{name}-back"
         )

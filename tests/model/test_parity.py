@@ -326,7 +326,7 @@ def test_greedy_tokens(pair, prompts, outputs):
 def test_the_way_back_is_exact(pair, tmp_path):
     """What transformers loads from an exported folder is what it had saved."""
     reference, params = pair
-    export(params.config.folder, tmp_path / "hf")
+    export(polarjax.load(params.config.folder), tmp_path / "hf")
     back, report = type(reference).from_pretrained(
         tmp_path / "hf", output_loading_info=True, dtype=torch.float32
     )

@@ -10,7 +10,7 @@ import pytest
 
 import polarjax
 from polarjax.cache import KVCache
-from polarjax.generation import loop
+from polarjax.engine import programs
 from polarjax.model import Decoder, causal, run, weight_shapes
 from tests.models import LLAMA, MHA, OPT, OPT_AFTER, random_params
 
@@ -119,7 +119,7 @@ def test_a_long_prompt_needs_little_memory():
     config = dataclasses.replace(LLAMA, layers=2, neurons=4096, context=t)
     cache = jax.eval_shape(lambda: KVCache.empty(config, 1, t, jnp.float32))
     numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
-    program = loop.prefill.lower(
+    program = programs.prefill.lower(
         *(weight_shapes(config), jax.ShapeDtypeStruct((1, t), jnp.int32)),
         *(numbers, numbers, cache),
         jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
@@ -167,7 +167,7 @@ def test_real_sizes_lower_for_cuda(rows, t, window, monkeypatch):
     device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = loop.prefill.trace(
+        traced = programs.prefill.trace(
             *(weight_shapes(config, jnp.bfloat16), shape((rows, t))),
             *(shape((rows,)), shape((rows,)), cache),
             jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),

@@ -9,9 +9,8 @@ import pytest
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from pallas_kernels import gathered_mlp
+from pallas_kernels import gathered_mlp, tables
 from pallas_kernels.mlp import api, configs, triton
-from pallas_kernels.tuning import table
 
 TOLERANCE = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 ACTIVATIONS = {
@@ -186,7 +185,7 @@ def test_dense_above_the_measured_fraction(monkeypatch):
             asked.append(facts)
             return limit
 
-        monkeypatch.setattr(table, "mlp_dense_above", dense_above)
+        monkeypatch.setattr(tables, "mlp_dense_above", dense_above)
         return gathered_mlp(*case, activation="relu", implementation=implementation)
 
     monkeypatch.setattr(
@@ -332,7 +331,7 @@ def test_lowers_for_cuda(model, dtype, lower_for_cuda, monkeypatch):
         weights |= {"up_bias": spec((f,), dtype), "down_bias": spec((m,), dtype)}
     # A named kernel must not ask which backend this host has, but for measured configs.
     monkeypatch.setattr(jax, "default_backend", None)
-    monkeypatch.setattr(table, "device_kind", lambda: None)
+    monkeypatch.setattr(tables, "device_kind", lambda: None)
     for activation, neurons in (("gelu", None), ("silu", spec((n,), "int32"))):
         mlp = functools.partial(
             gathered_mlp, activation=activation, implementation="triton"

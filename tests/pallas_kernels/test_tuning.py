@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from pallas_kernels import tables
 from pallas_kernels.mlp import configs as mlp_configs
-from pallas_kernels.tuning import problems, search, table, timing, tune
+from pallas_kernels.tuning import problems, search, timing, tune
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Config:
 
 
 DEFAULT = Config(64, 4)
-SHAPE = table.attention_shape(b=64, n=4, g=4, s=4096, d=128, itemsize=2)
+SHAPE = tables.attention_shape(b=64, n=4, g=4, s=4096, d=128, itemsize=2)
 
 
 def entry(**config):
@@ -32,26 +33,32 @@ def text(**sections):
 
 
 def test_an_entry_serves_its_bucket_and_nothing_else():
-    measured = table.parse(text(attention=[entry(block=32)]), "x.json")
-    found = table.lookup(measured, "attention", SHAPE, DEFAULT)
+    measured = tables.parse(text(attention=[entry(block=32)]), "x.json")
+    found = tables.lookup(measured, "attention", SHAPE, DEFAULT)
     assert found == Config(32, 4)
     for other in (SHAPE | {"d": 64}, SHAPE | {"s": 8192}):
-        assert table.lookup(measured, "attention", other, DEFAULT) is DEFAULT
-    assert table.lookup(measured, "mlp", SHAPE, DEFAULT) is DEFAULT
-    assert table.lookup(None, "attention", SHAPE, DEFAULT) is DEFAULT
+        assert tables.lookup(measured, "attention", other, DEFAULT) is DEFAULT
+    assert tables.lookup(measured, "mlp", SHAPE, DEFAULT) is DEFAULT
+    assert tables.lookup(None, "attention", SHAPE, DEFAULT) is DEFAULT
 
 
 def test_buckets():
     facts = {"g": 4, "d": 128, "itemsize": 2}
     assert SHAPE == {"itemsize": 2, "g": 4, "d": 128, "s": 4096, "bn": 256}
     # b * n and s to the nearest power of two by ratio.
-    assert table.attention_shape(b=8, n=45, s=3000, **facts) == SHAPE
-    assert table.attention_shape(b=8, n=46, s=3000, **facts)["bn"] == 512
+    assert tables.attention_shape(b=8, n=45, s=3000, **facts) == SHAPE
+    assert tables.attention_shape(b=8, n=46, s=3000, **facts)["bn"] == 512
     # The batch up to the next one; the neurons as they are.
-    shape = table.mlp_shape(b=65, n=11059, m=9216, gated=False, itemsize=2)
+    shape = tables.mlp_shape(b=65, n=11059, m=9216, gated=False, itemsize=2)
     assert shape == {"itemsize": 2, "gated": 0, "b": 128, "m": 9216, "n": 11059}
-    assert [table.ceil_power_of_two(x) for x in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
-    assert [table.nearest_power_of_two(x) for x in (1, 2, 3, 5, 6)] == [1, 2, 4, 4, 8]
+    assert [tables.ceil_power_of_two(x) for x in (1, 2, 3, 64, 65)] == [
+        1,
+        2,
+        4,
+        64,
+        128,
+    ]
+    assert [tables.nearest_power_of_two(x) for x in (1, 2, 3, 5, 6)] == [1, 2, 4, 4, 8]
 
 
 @pytest.mark.parametrize(
@@ -64,17 +71,17 @@ def test_buckets():
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(config, message):
-    measured = table.parse(text(attention=[entry(**config)]), "x.json")
+    measured = tables.parse(text(attention=[entry(**config)]), "x.json")
     with pytest.raises(ValueError, match=message):
-        table.lookup(measured, "attention", SHAPE, DEFAULT)
+        tables.lookup(measured, "attention", SHAPE, DEFAULT)
     short = entry()
     del short["config"]["block"]
-    measured = table.parse(text(attention=[short]), "x.json")
+    measured = tables.parse(text(attention=[short]), "x.json")
     with pytest.raises(ValueError, match=r"missing \['block'\]"):
-        table.lookup(measured, "attention", SHAPE, DEFAULT)
+        tables.lookup(measured, "attention", SHAPE, DEFAULT)
 
 
-DENSE = {"shape": table.dense_shape(b=1, m=8, f=32, gated=True, itemsize=2)}
+DENSE = {"shape": tables.dense_shape(b=1, m=8, f=32, gated=True, itemsize=2)}
 
 
 @pytest.mark.parametrize(
@@ -97,43 +104,43 @@ DENSE = {"shape": table.dense_shape(b=1, m=8, f=32, gated=True, itemsize=2)}
 )
 def test_a_damaged_table_is_refused(bad, message):
     with pytest.raises(ValueError, match=message):
-        table.parse(bad, "x.json")
+        tables.parse(bad, "x.json")
 
 
 def test_what_the_kernels_ask(monkeypatch):
     facts = dict(b=64, n=4, g=4, s=4096, d=128, itemsize=2)
     layer = dict(b=2, m=8, gated=True, itemsize=2)
-    measured = table.parse(
+    measured = tables.parse(
         text(
             attention=[entry(block=16)],
-            mlp=[entry() | {"shape": table.mlp_shape(n=16, **layer)}],
+            mlp=[entry() | {"shape": tables.mlp_shape(n=16, **layer)}],
             mlp_dense_above=[
-                {"shape": table.dense_shape(f=32, **layer), "fraction": 0.6}
+                {"shape": tables.dense_shape(f=32, **layer), "fraction": 0.6}
             ],
         ),
         "x.json",
     )
-    monkeypatch.setattr(table, "shipped", lambda kind: measured)
-    assert table.attention_config(DEFAULT, **facts).block == 16
-    assert table.mlp_config(Config(1, 1), n=16, **layer) == DEFAULT
-    assert table.mlp_dense_above(f=32, **layer) == 0.6
-    assert table.mlp_dense_above(f=64, **layer) is None
+    monkeypatch.setattr(tables, "shipped", lambda kind: measured)
+    assert tables.attention_config(DEFAULT, **facts).block == 16
+    assert tables.mlp_config(Config(1, 1), n=16, **layer) == DEFAULT
+    assert tables.mlp_dense_above(f=32, **layer) == 0.6
+    assert tables.mlp_dense_above(f=64, **layer) is None
 
 
 def test_without_a_gpu_or_a_table_the_heuristic_serves():
-    assert table.shipped(None) is None
-    assert table.shipped("No Such GPU") is None
-    assert table.file_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3.json"
+    assert tables.shipped(None) is None
+    assert tables.shipped("No Such GPU") is None
+    assert tables.file_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3.json"
     facts = dict(b=64, n=4, g=4, s=4096, d=128, itemsize=2)
     if jax.default_backend() != "gpu":
-        assert table.device_kind() is None
-        assert table.attention_config(DEFAULT, **facts) is DEFAULT
-        assert table.mlp_dense_above(b=1, m=8, f=32, gated=0, itemsize=2) is None
+        assert tables.device_kind() is None
+        assert tables.attention_config(DEFAULT, **facts) is DEFAULT
+        assert tables.mlp_dense_above(b=1, m=8, f=32, gated=0, itemsize=2) is None
 
 
 def test_a_trace_for_another_device_asks_too(lower_for_cuda):
     def function(x):
-        config = table.mlp_config(
+        config = tables.mlp_config(
             DEFAULT, b=x.shape[0], n=4, m=8, gated=False, itemsize=2
         )
         return jax.numpy.zeros(config.block) + x[0]
@@ -143,23 +150,23 @@ def test_a_trace_for_another_device_asks_too(lower_for_cuda):
 
 
 def shipped_tables():
-    return sorted(Path(table.__file__).parent.glob("*.json"))
+    return sorted(Path(tables.__file__).parent.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", shipped_tables(), ids=lambda path: path.name)
 def test_shipped_tables_fit_the_kernels(path):
-    measured = table.parse(path.read_text(encoding="utf-8"), path.name)
-    assert table.file_name(measured.device) == path.name
+    measured = tables.parse(path.read_text(encoding="utf-8"), path.name)
+    assert tables.file_name(measured.device) == path.name
     for each in measured.sections.get("attention", ()):
         shape = dict(each["shape"])
         call = dict(b=shape.pop("bn"), k=1, n=1, **shape)
         problem = problems.Attention(**_dtype(call))
         assert problem.shape == each["shape"]
-        table.lookup(measured, "attention", problem.shape, problem.default)
+        tables.lookup(measured, "attention", problem.shape, problem.default)
     for each in measured.sections.get("mlp", ()):
         problem = problems.Mlp(f=each["shape"]["n"], **_dtype(dict(each["shape"])))
         assert problem.shape == each["shape"]
-        table.lookup(measured, "mlp", problem.shape, problem.default)
+        tables.lookup(measured, "mlp", problem.shape, problem.default)
 
 
 def _dtype(call):
@@ -319,7 +326,7 @@ def test_the_command_writes_a_table(tmp_path, capsys):
     words = "attention:b=1,k=2,g=1,s=16,d=16,n=1,dtype=float32"
     command = ["--toy", "--seconds", "0", "--shapes", words, "--out", str(out)]
     assert tune.main(command) == 0
-    after = table.parse(out.read_text(), str(out))
+    after = tables.parse(out.read_text(), str(out))
     assert after.entry("attention", other) is not None
     assert after.jax == jax.__version__ and after.device == kind
     assert [path.name for path in out.parent.iterdir()] == ["toy.json"]
@@ -335,8 +342,8 @@ def test_a_winner_replaces_an_old_entry_and_a_loser_takes_it_out():
     record = {"device": "X 1", "jax": "0", "attention": [entry()]}
     outcome = search.Outcome(Config(16, 2), 1.0, 2.0, search.Search())
     tune._enter(record, problem, outcome)
-    measured = table.parse(json.dumps(record), "x")
-    assert table.lookup(measured, "attention", SHAPE, DEFAULT) == Config(16, 2)
+    measured = tables.parse(json.dumps(record), "x")
+    assert tables.lookup(measured, "attention", SHAPE, DEFAULT) == Config(16, 2)
     tune._enter(record, problem, dataclasses.replace(outcome, config=None))
     assert record["attention"] == []
 
@@ -360,11 +367,11 @@ def test_a_product_is_served_by_its_bucket(monkeypatch):
         "heuristic_us": 2.0,
     }
     text = json.dumps({"device": "some GPU", "jax": "1", "product": [entry]})
-    monkeypatch.setattr(table, "shipped", lambda kind: table.parse(text, "here"))
+    monkeypatch.setattr(tables, "shipped", lambda kind: tables.parse(text, "here"))
 
     def stages(**facts):
         default = mlp_configs.product_config(**facts)
-        return table.product_config(default, **facts).up_stages
+        return tables.product_config(default, **facts).up_stages
 
     shape = {"axis": 1, "b": 48, "n": 6152, "m": 4096, "itemsize": 2}
     assert stages(**shape) == 3  # a router's rows, and a batch below the next power

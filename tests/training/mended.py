@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax.sparsity.updates import init_updates
+from polarjax.policies.updates import init_updates
 from tests.models import LLAMA, OPT, random_params
-from tests.sparsity.reference import Model
+from tests.policies.reference import Model
 
 GQA = dataclasses.replace(LLAMA, layers=3, vocab_size=61, budgets=(4, 2, 1))
 BIASED = dataclasses.replace(OPT, layers=3, vocab_size=61, budgets=(6, 2, 6))

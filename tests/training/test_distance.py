@@ -11,13 +11,13 @@ import pytest
 
 import polarjax
 from polarjax.model import Decoder, Prefix, run
-from polarjax.sparsity import Polar
-from polarjax.sparsity import distance as module
-from polarjax.sparsity.distance import divergence
-from polarjax.sparsity.updates import merge_updates
+from polarjax.policies import Polar
+from polarjax.policies.updates import merge_updates
+from polarjax.training import distance as module
 from polarjax.training.collect import observe_layers
+from polarjax.training.distance import divergence
 from polarjax.training.losses import head_loss, router_scores
-from polarjax.training.recover import _gradients, straight_through
+from polarjax.training.recovery import _gradients, straight_through
 from tests.models import random_params
 from tests.training.mended import BIASED, GQA, in_numpy, model, text, with_updates
 
@@ -212,7 +212,7 @@ def test_a_share_of_the_sequences_has_a_prompt(monkeypatch):
     seen = []
     monkeypatch.setattr(
         # Not the function of the same name.
-        *(importlib.import_module("polarjax.training.recover"), "distance"),
+        *(importlib.import_module("polarjax.training.recovery"), "distance"),
         lambda params, tokens, starts, *_: (seen.append(starts) or jnp.zeros(()), []),
     )
     options = {"config": GQA, "routers": "nothing", "remat": False}

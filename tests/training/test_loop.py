@@ -19,8 +19,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from polarjax.folder import MARK_FILE
-from polarjax.sharding import make_mesh
+from polarjax.mesh.cut import make_mesh
+from polarjax.storage.folder import MARK_FILE
 from polarjax.training import Resume
 from polarjax.training.loop import claim, fit, warmup_cosine, with_steps
 

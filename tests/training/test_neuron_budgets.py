@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.sparsity.neurons import check_neuron_budgets
+from polarjax.policies.neurons import check_neuron_budgets
 from polarjax.training.neuron_budgets import measure_unions, neuron_budgets
 from polarjax.training.unions import UnionRecall, compare_rules
 from tests.models import LLAMA, OPT, random_params
-from tests.sparsity.reference import Model
+from tests.policies.reference import Model
 
 CONFIG = dataclasses.replace(OPT, layers=3, neurons=640)
 F, RANK = CONFIG.neurons, 8

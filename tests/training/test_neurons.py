@@ -17,7 +17,7 @@ from polarjax.training.neurons import (
     union_recall,
 )
 from tests.models import LLAMA, OPT, random_params
-from tests.sparsity.reference import Model
+from tests.policies.reference import Model
 
 GATED = dataclasses.replace(LLAMA, activation="relu")
 TOKENS = np.random.default_rng(5).integers(OPT.vocab_size, size=(3, 7))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.sharding import make_mesh, shard
+from polarjax.mesh.cut import make_mesh, shard
 from polarjax.training import write_blocks
 from tests.models import LLAMA, random_params
 

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from polarjax.generation import Tokenizer
+from polarjax.engine import Tokenizer
 from polarjax.training import Source, read_corpus, token_blocks
 from polarjax.training import text as text_module
 from tests.models import byte_tokenizer

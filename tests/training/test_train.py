@@ -8,10 +8,10 @@ import pytest
 
 import polarjax
 from polarjax.evaluation import router_recall
+from polarjax.mesh.cut import make_mesh, shard, whole_routers
 from polarjax.model import Decoder, Prefix
 from polarjax.model.attention import head_norms
-from polarjax.sharding import make_mesh, shard, whole_routers
-from polarjax.sparsity import load_adapter, save_adapter
+from polarjax.policies import load_adapter, save_adapter
 from polarjax.training import Resume, RouterTraining, train_routers
 from polarjax.training.collect import observe_heads, observe_layers
 from polarjax.training.neuron_budgets import measure_unions

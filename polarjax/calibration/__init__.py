@@ -1,0 +1,1 @@
+"""Adapters from text: routers, budgets, recovery, and what they may promise."""

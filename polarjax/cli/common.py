@@ -1,0 +1,115 @@
+"""What commands make of their arguments: meshes and policies."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import jax
+from jax.sharding import Mesh
+
+from polarjax.loading import read_config
+from polarjax.mesh.cut import check_mesh, default_mesh, make_mesh
+from polarjax.policies import Oracle, Polar, Random
+from polarjax.policy import Dense, SelectionPolicy
+from polarjax.terminal.common import fraction
+
+POLICIES = {"polar": Polar, "adaptive": Polar, "oracle": Oracle, "random": Random}
+
+
+def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | None:
+    """The devices asked for, or all GPUs; says which.
+
+    Args:
+      args: that a parser with `add_mesh_arguments` made, and with a checkpoint.
+      batch: of a training, see `default_mesh`.
+    """
+    if args.tp or args.dp:
+        mesh = make_mesh(args.tp, args.dp)
+        check_mesh(mesh, read_config(args.checkpoint))
+    elif jax.default_backend() == "gpu" and jax.device_count() > 1:
+        mesh = default_mesh(read_config(args.checkpoint), batch)
+    else:
+        return None
+    sizes = " and ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(f"over {mesh.size} devices: {sizes}", file=sys.stderr)
+    return mesh
+
+
+def make_policy(
+    name: str, density: float | None, neuron_density: float | None = None
+) -> SelectionPolicy:
+    """A policy by its name.
+
+    Args:
+      name: "dense" or one of `POLICIES`.
+      density: of heads; None for the adapter's budgets.
+      neuron_density: of MLP neurons, for "polar" and "adaptive"; None for the
+        adapter's own budgets, or all where it has none.
+
+    Raises:
+      ValueError: if there is none of that name, or it has no use for a density.
+    """
+    if name in ("dense", "adaptive") and density is not None:
+        how = "reads all" if name == "dense" else "goes by thresholds"
+        raise ValueError(f"the policy {name} takes no density: it {how}")
+    if name not in ("polar", "adaptive") and neuron_density is not None:
+        raise ValueError(f"the policy {name} takes no density of neurons")
+    if name == "dense":
+        return Dense()
+    if name not in POLICIES:
+        raise ValueError(
+            f"no policy {name!r}: there are dense, {', '.join(sorted(POLICIES))}"
+        )
+    if name in ("polar", "adaptive"):
+        return Polar(density, neuron_density, adaptive=name == "adaptive")
+    return POLICIES[name](density)
+
+
+def make_policies(
+    names: str,
+    densities: str,
+    neuron_density: float | None = None,
+    balanced: int | None = None,
+) -> dict[str, SelectionPolicy]:
+    """Every policy at every density, by label; without densities, the adapter's own.
+
+    Args:
+      names: such as "dense,polar".
+      densities: such as "1/2,2/3"; may be empty.
+      neuron_density: see `make_policy`.
+      balanced: beside "polar", that of so many parts; see `Polar`.
+
+    Raises:
+      ValueError: if a name or a density is none, or stands there twice, or no policy
+        has a use for one.
+    """
+    try:
+        wanted = [fraction(x) for x in densities.split(",") if x] or [None]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--densities: {error}") from None
+    policies: dict[str, SelectionPolicy] = {}
+    wanted_names = [name.strip() for name in names.split(",")]
+    if balanced is not None and "polar" not in wanted_names:
+        raise ValueError("--balanced is of the policy polar: name it in --policies")
+    if densities and not {"polar", "oracle", "random"} & {*wanted_names}:
+        raise ValueError(
+            "--densities has no effect on dense and adaptive: name a policy that takes "
+            "one in --policies, or leave it out"
+        )
+    if neuron_density is not None and not {"polar", "adaptive"} & {*wanted_names}:
+        raise ValueError(
+            "--neuron-density is of the policies polar and adaptive: name one in "
+            "--policies, or leave it out"
+        )
+    for name in wanted_names:
+        own = neuron_density if name in ("polar", "adaptive") else None
+        for density in [None] if name in ("dense", "adaptive") else wanted:
+            label = name.capitalize() + (f" {density:.3f}" if density else "")
+            if label in policies:
+                raise ValueError(f"--policies, --densities: {label} is there twice")
+            policies[label] = make_policy(name, density, own)
+            if name == "polar" and balanced is not None:
+                label = label.replace("Polar", f"Polar balanced {balanced}")
+                policies[label] = Polar(density, neuron_density, balanced=balanced)
+    return policies

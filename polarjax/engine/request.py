@@ -1,0 +1,259 @@
+"""The host's side of one request: its text, stop strings and what to stream."""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from polarjax.engine.detokenize import Detokenizer
+from polarjax.engine.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass
+class Request:
+    """One prompt and what has been drawn for it.
+
+    Attributes:
+      prompt: token ids.
+      limit: most tokens to draw.
+      tokenizer: or None.
+      stops: strings that end the text. They are looked for in the text as it is shown,
+        and in the text with special tokens spelled out.
+      tokens: new token ids.
+      logprobs: of each.
+      going: whether more may come.
+      finish_reason: "stop" or "length", once it has ended.
+    """
+
+    prompt: list[int]
+    limit: int
+    tokenizer: Tokenizer | None = None
+    stops: tuple[str, ...] = ()
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    going: bool = True
+    finish_reason: str = ""
+    _written: _Written | None = None
+    _streamed_text: int = 0
+    _streamed_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """Of the tokens, cut before a stop string; "" without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        written = self._read(self.tokenizer)
+        return written.shown(0, written.shown_at(written.end))
+
+    def add(self, tokens: list[int], logprobs: list[float], ended: bool) -> None:
+        """Take in a chunk.
+
+        Args:
+          tokens: new ids, stop tokens left out.
+          logprobs: of each.
+          ended: whether the device has ended the request.
+        """
+        self.tokens += tokens
+        self.logprobs += logprobs
+        if ended:
+            self.going = False
+            self.finish_reason = "length" if len(self.tokens) == self.limit else "stop"
+        if self.tokenizer is not None and self.stops:
+            written = self._read(self.tokenizer)
+            if written.cut is not None:
+                kept = written.tokens_at(written.cut)
+                del self.tokens[kept:], self.logprobs[kept:]
+                self.going, self.finish_reason = False, "stop"
+
+    def news(self) -> tuple[str, list[int]]:
+        """Text and tokens since the last call, as far as they can no longer change."""
+        text, count = "", len(self.tokens)
+        if self.tokenizer is not None:
+            written = self._read(self.tokenizer)
+            place = written.settled() if self.going else written.end
+            if self.going:
+                count = written.tokens_at(place)
+            end = written.shown_at(place)
+            text = written.shown(self._streamed_text, end)
+            self._streamed_text = end
+        tokens = self.tokens[self._streamed_tokens : count]
+        self._streamed_tokens = count
+        return text, tokens
+
+    def _read(self, tokenizer: Tokenizer) -> _Written:
+        """What is written, the newest tokens included."""
+        if self._written is None:  # decoded when it is asked for: that takes time
+            pieces = tokenizer.pieces
+            reader = pieces.after(self.prompt)
+            self._written = _Written(reader, pieces.special, self.stops)
+        self._written.take(self.tokens, ended=not self.going)
+        return self._written
+
+
+class _Written:
+    """A text that grows token by token, with what is known of each.
+
+    There are two of it: the *shown* one, and the *whole* one in which special tokens
+    are spelled out, as a stop string may have them. A place is a number of characters
+    of the whole one. A special token amid a character's bytes stands before it, but
+    where it ends the text: then the character is broken.
+
+    Args:
+      reader: of the tokens that are not special.
+      special: texts of those that are, by id.
+      stops: strings that end the text.
+
+    Attributes:
+      cut: the place where the first complete stop string begins, if there is one.
+    """
+
+    def __init__(
+        self, reader: Detokenizer, special: dict[int, str], stops: Sequence[str]
+    ):
+        self._reader, self._special = reader, special
+        self._searches = [_Search(stops), _Search(stops)] if stops else []
+        self.cut: int | None = None
+        # After each token, and before all of them: characters shown, and in the whole;
+        # and whether the last character is complete.
+        self._shown, self._whole, self._complete = [0], [0], [True]
+        self._parts = [""]  # of the shown text
+        self._count, self._ended = 0, False
+
+    @property
+    def end(self) -> int:
+        """The place where the text ends."""
+        return self._whole[-1] if self.cut is None else self.cut
+
+    def take(self, tokens: Sequence[int], ended: bool) -> None:
+        """Read on, until a stop string is complete.
+
+        Args:
+          tokens: all of them, those that were read already included.
+          ended: whether none will come after them.
+        """
+        while self.cut is None and self._count < len(tokens):
+            token = tokens[self._count]
+            self._count += 1
+            special = self._special.get(token)
+            if special is None:
+                text = self._reader.add(token)
+                self._append(text, text)
+            else:
+                self._break_before(special)
+                self._append("", special)
+        if ended and self.cut is None and not self._ended:
+            self._ended = True
+            text = self._reader.end()
+            self._append(text, text)
+
+    def _append(self, shown: str, whole: str) -> None:
+        self._parts.append(shown)
+        self._shown.append(self._shown[-1] + len(shown))
+        self._whole.append(self._whole[-1] + len(whole))
+        self._complete.append(not self._reader.waiting)
+        self._search(shown, whole)
+
+    def _break_before(self, special: str) -> None:
+        """End the character that waits, if a special token begins what ends the text.
+
+        Args:
+          special: the token's text.
+        """
+        if not self._searches or not self._reader.waiting:
+            return
+        start = self._searches[1].find(special)
+        if start is not None and start >= self._whole[-1]:
+            text = self._reader.end()
+            self._parts[-1] += text
+            self._shown[-1] += len(text)
+            self._whole[-1] += len(text)
+            self._complete[-1] = True
+            self._search(text, text)
+
+    def _search(self, shown: str, whole: str) -> None:
+        if not self._searches or self.cut is not None:
+            return
+        at, place = (
+            search.add(text)
+            for search, text in zip(self._searches, (shown, whole), strict=True)
+        )
+        places = [] if place is None else [place]
+        if at is not None:
+            places.append(self._place(at))
+        self.cut = min(places, default=None)
+
+    def settled(self) -> int:
+        """The place up to which no stop string can begin any more."""
+        if not self._searches:
+            return self._whole[-1]
+        shown, whole = (search.settled() for search in self._searches)
+        return min(self._place(shown), whole)
+
+    def shown(self, start: int, end: int) -> str:
+        """Characters of the shown text.
+
+        Args:
+          start: number of the first.
+          end: number behind the last.
+        """
+        first = bisect_right(self._shown, start)
+        text = "".join(self._parts[first:])
+        offset = start - self._shown[first - 1]
+        return text[offset : offset + end - start]
+
+    def shown_at(self, place: int) -> int:
+        """Characters shown before a place."""
+        i = bisect_right(self._whole, place)
+        if i == len(self._whole) or self._shown[i] == self._shown[i - 1]:
+            return self._shown[i - 1]  # at the end, or in a special token
+        return self._shown[i - 1] + place - self._whole[i - 1]
+
+    def tokens_at(self, place: int) -> int:
+        """The most tokens that are all of whole characters before a place."""
+        i = bisect_right(self._whole, place) - 1
+        while not self._complete[i]:
+            i -= 1
+        return min(i, self._count)
+
+    def _place(self, shown: int) -> int:
+        """Where the character begins that so many are shown before."""
+        i = bisect_right(self._shown, shown)
+        if i == len(self._shown):
+            return self._whole[-1]
+        return self._whole[i - 1] + shown - self._shown[i - 1]
+
+
+class _Search:
+    """Looks for stop strings in a text that grows.
+
+    Args:
+      stops: the strings.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._most = max(map(len, stops)) - 1  # characters that one may yet begin in
+        self._tail, self._length = "", 0
+
+    def find(self, text: str) -> int | None:
+        """Where the first stop string begins that is complete with more text."""
+        if not text:
+            return None
+        text, start = self._tail + text, self._length - len(self._tail)
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        return start + min(found) if found else None
+
+    def add(self, text: str) -> int | None:
+        """As `find`; then the text has been read."""
+        found = self.find(text)
+        self._length += len(text)
+        text = self._tail + text
+        self._tail = text[max(0, len(text) - self._most) :]
+        return found
+
+    def settled(self) -> int:
+        """Characters up to the first that may begin a stop string."""
+        starts = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+        held = max((len(s) for s in starts if self._tail.endswith(s)), default=0)
+        return self._length - held

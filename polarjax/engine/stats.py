@@ -1,0 +1,202 @@
+"""What a generation cost, beside the least it could have cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from polarjax.config import ModelConfig
+from polarjax.engine.programs import Drawn
+from polarjax.mesh.cut import DP, TP, axis_size, mesh_of
+from polarjax.params import Params, Tree
+from polarjax.planning.bandwidth import read_bandwidth
+from polarjax.planning.cost import kv_row_bytes, neuron_densities, step_weight_bytes
+from polarjax.policy import SelectionPolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Measured times and counted bytes of one call of `generate`.
+
+    Attributes:
+      policy: name of the selection policy.
+      prompt_tokens: read by prefill, padding not counted.
+      new_tokens: in the output, all requests together.
+      steps: decode steps computed, those after a stop token of the last request, up to
+        its chunk's end, included.
+      compile_seconds: spent compiling; 0 when the programs were there already.
+      prefill_seconds: wall time, first token of each request included.
+      decode_seconds: wall time of all decode steps.
+      tokens_per_second: tokens of the decode steps by `decode_seconds`.
+      density: per layer, KV groups read / KV groups there, over live requests; empty
+        where no decode step ran.
+      neuron_density: per layer, MLP neurons read / neurons there.
+      kv_bytes: KV bytes that the decode steps had to read.
+      kv_bytes_dense: what they would have been at density 1.
+      weight_bytes: per decode step.
+      bandwidth: bytes per second that the memory of all devices in use can be read
+        at, measured on one of them, once in this process.
+      floor_seconds: (steps x weight_bytes + kv_bytes) / bandwidth.
+      notes: what a reader of the numbers should know.
+      imbalance: KV groups that the busiest of the devices that share the model reads in
+        a layer / their mean, over layers and steps; 1 on one device, and where all
+        read as many.
+    """
+
+    policy: str
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+    density: tuple[float, ...]
+    neuron_density: tuple[float, ...]
+    kv_bytes: float
+    kv_bytes_dense: float
+    weight_bytes: int
+    bandwidth: float
+    floor_seconds: float
+    notes: tuple[str, ...] = ()
+    imbalance: float = 1.0
+
+    @property
+    def floor_fraction(self) -> float:
+        """floor_seconds / decode_seconds: 1 is as fast as the memory allows."""
+        return self.floor_seconds / self.decode_seconds if self.decode_seconds else 0.0
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        mean = f"{np.mean(self.density):.3f}" if self.density else "not measured"
+        lines = [
+            f"{self.policy}: {self.new_tokens} tokens in {self.steps} steps, "
+            f"{self.tokens_per_second:,.1f} tokens/s "
+            f"(decode {self.decode_seconds:.2f} s, floor {self.floor_seconds:.2f} s at "
+            f"{self.bandwidth / 1e9:,.1f} GB/s; prefill {self.prefill_seconds:.2f} s; "
+            f"compile {self.compile_seconds:.1f} s)",
+            f"density {mean}, KV read {self.kv_bytes / 1e6:,.1f} MB of "
+            f"{self.kv_bytes_dense / 1e6:,.1f} MB in all, weights "
+            f"{self.weight_bytes / 1e6:,.1f} MB a step",
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+
+def seen_tokens(drawn: Drawn, config: ModelConfig) -> np.ndarray:
+    """Tokens of each request that a layer's attention sees, int64[steps, layers, b]."""
+    windows = [config.window(i) or config.context for i in range(config.layers)]
+    visible = np.asarray(drawn.visible, np.int64)[..., None, :]  # [steps, 1, b]
+    return np.minimum(visible, np.array(windows)[:, None])
+
+
+def imbalance(chunks: Sequence[Drawn]) -> float:
+    """See `Stats`, of what chunks of steps brought."""
+    own = [np.asarray(drawn.own, np.int64) for drawn in chunks if drawn.own is not None]
+    busiest = sum(each.max(axis=3).sum() for each in own)  # of [steps, layers, dp, tp]
+    mean = sum(each.mean(axis=3).sum() for each in own)
+    return float(busiest / mean) if mean else 1.0
+
+
+def kv_rows(drawn: Drawn, config: ModelConfig) -> tuple[int, int]:
+    """Keys (and as many values) that a chunk of decode steps had to read.
+
+    Args:
+      drawn: what the steps brought.
+      config: of the model.
+
+    Returns:
+      Over steps, layers, groups and requests: those read, and what they would have
+      been with every group.
+    """
+    seen = seen_tokens(drawn, config)
+    read = (np.asarray(drawn.reads) * seen).sum()
+    return int(read), int(config.kv_heads * seen.sum())
+
+
+def make_stats(
+    params: Params,
+    weights: Tree,
+    policy: SelectionPolicy,
+    chunks: Sequence[Drawn],
+    steps: int,
+    seconds: Mapping[str, float],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    notes: Sequence[str] = (),
+) -> Stats:
+    """Count what the decode chunks read, and set it beside what they took.
+
+    Args:
+      params: the model.
+      weights: bound to the policy.
+      policy: bound.
+      chunks: what each chunk of steps drew.
+      steps: that were taken in all of them.
+      seconds: spent on "compile", "prefill" and "decode".
+      prompt_tokens: of all requests.
+      new_tokens: of all requests.
+      notes: to begin with.
+    """
+    config = params.config
+    reads = np.zeros(config.layers, np.int64)
+    live_steps, kv_read, kv_whole, decoded = 0, 0.0, 0.0, 0
+    for drawn in chunks:
+        by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
+        reads += by_layer.sum(axis=(0, 2))
+        # Layer 0 is always dense: it counts the steps.
+        live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
+        read, whole = kv_rows(drawn, config)
+        kv_read += read
+        kv_whole += whole
+        decoded += int(np.asarray(drawn.valid).sum())
+    row_bytes = kv_row_bytes(config, params.dtype)
+    weight_bytes = step_weight_bytes(weights, config, policy)
+    devices = weights["embed"]["tokens"].devices()
+    [here, *_] = weights["embed"]["tokens"].sharding.addressable_devices
+    bandwidth = read_bandwidth(here) * len(devices)
+    mesh = mesh_of(params.weights)
+    weight_bytes *= axis_size(mesh, DP)
+    neuron_density = neuron_densities(config, policy)
+    notes, uneven = list(notes), imbalance(chunks)
+    if mesh is not None:
+        notes.append(
+            f"tp {mesh.shape[TP]} x dp {mesh.shape[DP]} = {len(devices)} devices: "
+            "bytes and bandwidth are theirs together, the floor is without what they "
+            "say to each other; in a layer the busiest of those that share the model "
+            f"reads {uneven:.2f} times the mean of their KV groups"
+        )
+    if policy.wants_norms:
+        notes.append(
+            f"{type(policy).__name__} computes dense attention first, to know the "
+            "norms: its times are no measure of sparsity, its bytes are those it chose"
+        )
+    if min(neuron_density) < 1:
+        notes.append(
+            "neuron sparsity: the batch shares one set of neurons, so a request's "
+            "result may depend on its batch-mates"
+        )
+    return Stats(
+        policy=type(policy).__name__,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        steps=steps,
+        compile_seconds=seconds["compile"],
+        prefill_seconds=seconds["prefill"],
+        decode_seconds=seconds["decode"],
+        tokens_per_second=decoded / seconds["decode"] if decoded else 0.0,
+        density=tuple((reads / (live_steps * config.kv_heads)).tolist())
+        if live_steps
+        else (),
+        neuron_density=neuron_density,
+        kv_bytes=kv_read * row_bytes,
+        kv_bytes_dense=kv_whole * row_bytes,
+        weight_bytes=weight_bytes,
+        bandwidth=bandwidth,
+        floor_seconds=(steps * weight_bytes + kv_read * row_bytes) / bandwidth,
+        notes=tuple(notes),
+        imbalance=uneven,
+    )

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness: its tasks, on this library's models."""

@@ -1,0 +1,1 @@
+"""Several devices and processes: the mesh, its cuts, one device's share."""

@@ -1,0 +1,1 @@
+"""What a step, a batch and a device cost: bytes, memory, links and times."""

@@ -1,0 +1,73 @@
+"""Which prompts prefill reads together, and how wide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from polarjax.planning.sizes import bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One call of prefill.
+
+    Attributes:
+      prompts: which of the batch it reads, as indices.
+      rows: computed, of each part of the batch at least as many; a power of two.
+      width: tokens of each row; a power of two, or the model's context.
+    """
+
+    prompts: tuple[int, ...]
+    rows: int
+    width: int
+
+
+def plan_blocks(
+    lengths: Sequence[int], context: int, budget: int, parts: int = 1
+) -> list[Block]:
+    """Cut a batch of prompts into calls of bounded size and few shapes.
+
+    Widest first. Each prompt is read in rows of its own width, whatever lengths its
+    batch-mates have: in 16 bit a wider row rounds otherwise.
+
+    Args:
+      lengths: tokens of each prompt, at least 1.
+      context: most tokens that the model takes.
+      budget: most tokens, rows x width, of a call, or of one part's rows. A longer
+        prompt has a call of its own.
+      parts: equal ones of the batch, one behind the other, which different devices
+        read; each has its own rows in a call.
+
+    Returns:
+      Blocks that hold each prompt once.
+    """
+    sizes = [bucket(length) for length in lengths]
+    each, blocks = len(lengths) // parts, []
+    # Longest first: what is padding in all rows of a call is left out.
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for size in sorted(set(sizes), reverse=True):
+        width = min(size, context)
+        same = [i for i in order if sizes[i] == size]
+        left = [[i for i in same if i // each == part] for part in range(parts)]
+        while many := max(map(len, left)):
+            most = max(1, budget // width)
+            rows = min(filled_rows(many, width, budget), 1 << (most.bit_length() - 1))
+            taken = [i for part in left for i in part[:rows]]
+            blocks.append(Block(tuple(taken), rows, width))
+            left = [part[rows:] for part in left]
+    return blocks
+
+
+def filled_rows(prompts: int, width: int, budget: int) -> int:
+    """Rows that prompts of one width begin to fill, a power of two.
+
+    Some may be empty: a few of them cost less than one more program.
+
+    Args:
+      prompts: how many.
+      width: tokens of each row.
+      budget: most tokens of a call.
+    """
+    rows = bucket(prompts, 1)
+    return rows if (rows - prompts) * width <= budget // 8 else rows // 2

@@ -1,0 +1,224 @@
+"""What a batch takes of a device's memory, known before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.config import ModelConfig
+from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
+from polarjax.model.causal import BLOCK, flash_serves
+from polarjax.params import Params
+from polarjax.planning.blocks import filled_rows
+from polarjax.planning.cost import kv_row_bytes
+from polarjax.planning.host_memory import host_memory
+from polarjax.planning.sizes import bucket
+
+# A cache for which memory is short has a multiple of so many positions.
+_TIGHT = 64
+# Of what XLA may take. The rest is for what is not counted: programs, gaps between
+# buffers.
+MEMORY_FRACTION = 0.95
+
+
+def capacities(config: ModelConfig, tokens: int) -> tuple[int, int]:
+    """Positions of the cache that `generate` makes for so many tokens a request.
+
+    Returns:
+      A power of two, so that one program serves many lengths; and, where there is no
+      room for that, few more than the tokens.
+    """
+    roomy, tight = bucket(tokens), -(-tokens // _TIGHT) * _TIGHT
+    return min(roomy, config.context), min(roomy, tight, config.context)
+
+
+def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> int:
+    """Bytes of the KV cache of a batch.
+
+    Args:
+      config: of the model.
+      batch: sequences, b.
+      capacity: positions of each, s.
+      dtype: of keys and values.
+    """
+    rows = batch * capacity * config.layers * config.kv_heads
+    return rows * kv_row_bytes(config, dtype)
+
+
+def prefill_bytes(
+    config: ModelConfig,
+    batch: int,
+    width: int,
+    dtype: Any,
+    *,
+    platform: str,
+    prefill_tokens: int,
+) -> int:
+    """Bytes that prefill takes beside weights and cache.
+
+    An estimate from above: what a call has of all its tokens, and of one block a layer
+    at its widest: either attention's products or the MLP's, which are float32 in small
+    blocks. Where attention is not flash attention its weights are counted too.
+
+    Args:
+      config: of the model.
+      batch: sequences, b.
+      width: tokens of each prompt, padding included.
+      dtype: of the activations.
+      platform: of the device: "gpu", ...
+      prefill_tokens: that are computed at once.
+    """
+    c, size = config, jnp.dtype(dtype).itemsize
+    q, kv = c.heads * c.head_dim, 2 * c.kv_heads * c.head_dim
+    # Keys and values come once more, before they are laid out as the cache has them.
+    whole = size * (3 * c.dim + 2 * q + 2 * kv)
+    if platform != "gpu" or not flash_serves(size, width, c.head_dim):
+        whole += 3 * 4 * c.heads * min(width, BLOCK)
+    mlp = c.neurons * (4 * (1 + c.gated_mlp) + size)
+    block = 4 * c.dim + max((q + kv) * (4 + size), mlp)
+    # A longer prompt is a call of its own, and a few rows of a call may be empty.
+    rows = max(batch, filled_rows(batch, width, prefill_tokens))
+    tokens = max(width, min(rows * width, prefill_tokens))
+    # What a call has read is copied into the batch's cache, but on a GPU.
+    kept = 0 if platform == "gpu" else cache_bytes(config, 1, tokens, dtype)
+    return kept + tokens * whole + min(tokens, prefill_tokens) * block
+
+
+def cpu_step_bytes(
+    config: ModelConfig, batch: int, capacity: int, dtype: Any, weight_bytes: int
+) -> int:
+    """Bytes that a decode step takes on a CPU beside weights, cache and logits.
+
+    An estimate from above: a layer's values come once more, masked; of 16-bit numbers
+    XLA makes float32 ones, a layer's cache at a time, and all weights for a chunk.
+
+    Args:
+      config: of the model.
+      batch: sequences, b.
+      capacity: positions of each, s.
+      dtype: of weights and cache.
+      weight_bytes: of all weights.
+    """
+    layer = cache_bytes(config, batch, capacity, dtype) // config.layers
+    narrow = jnp.dtype(dtype).itemsize == 2
+    return 2 * (layer + weight_bytes) if narrow else layer
+
+
+def sampling_bytes(config: ModelConfig, batch: int) -> int:
+    """Bytes of a step's logits, float32, sorted and with what they are sorted by."""
+    return 4 * 4 * batch * config.vocab_size
+
+
+def cache_capacity(
+    params: Params,
+    batch: int,
+    tokens: int,
+    *,
+    prefill_tokens: int,
+    prompt_tokens: int,
+    memory_fraction: float = MEMORY_FRACTION,
+) -> int:
+    """The first of `capacities` with which a batch fits into its devices' memory.
+
+    CPU devices share this machine's memory. What tells nothing of its own is taken to
+    have enough.
+
+    Args:
+      params: the model, in its devices' memory.
+      batch: sequences, b.
+      tokens: most of a request, prompt and continuation.
+      prefill_tokens: that are computed at once.
+      prompt_tokens: of the longest prompt.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
+
+    Returns:
+      Positions of the cache, s.
+
+    Raises:
+      ValueError: if it does not fit; it names what would.
+    """
+    check_fraction(memory_fraction)
+    config = params.config
+    devices = params.weights["embed"]["tokens"].sharding.addressable_devices
+    rooms = [_free(device, memory_fraction, len(devices)) for device in devices]
+    free, on_host = min(rooms)
+    platform = next(iter(devices)).platform
+    width = min(bucket(prompt_tokens), config.context)
+    shards = (x.addressable_shards[0].data for x in jax.tree.leaves(params.weights))
+    weight_bytes = sum(shard.nbytes for shard in shards)
+    mesh = mesh_of(params.weights)
+    dp, own = axis_size(mesh, DP), local_config(config, axis_size(mesh, TP))
+
+    def needed(batch: int, capacity: int) -> float:
+        batch = -(-batch // dp)  # a device's part, of all heads that it has
+        cache = cache_bytes(own, batch, capacity, params.dtype)
+        prefill = prefill_bytes(
+            *(own, batch, width, params.dtype),
+            platform=platform,
+            prefill_tokens=prefill_tokens,
+        )
+        step = 0
+        if on_host:
+            step = cpu_step_bytes(own, batch, capacity, params.dtype, weight_bytes)
+        return cache + max(prefill, step) + sampling_bytes(config, batch)
+
+    roomy, capacity = capacities(config, tokens)
+    for positions in (roomy, capacity):
+        if needed(batch, positions) <= free:
+            return positions
+    need = needed(batch, capacity)
+    smaller = largest(lambda b: needed(b, capacity) <= free, batch)
+    most = -(-capacity // _TIGHT)
+    shorter = _TIGHT * largest(lambda n: needed(batch, n * _TIGHT) <= free, most)
+    fits = [f"batch {smaller}"] if smaller else []
+    if shorter > prompt_tokens:
+        fits.append(f"max_new_tokens={shorter - prompt_tokens}")
+    raise ValueError(
+        f"batch {batch} with {capacity} tokens of context needs {need / 1e9:.2f} GB "
+        f"for its cache and working memory, and the device has "
+        f"{max(free, 0) / 1e9:.2f} GB left (memory_fraction {memory_fraction:g}): "
+        + (f"{' or '.join(fits)} would fit" if fits else "not even batch 1 would fit")
+        + "; `polarjax plan` shows what does"
+    )
+
+
+def _free(device: Any, memory_fraction: float, devices: int) -> tuple[float, bool]:
+    """Bytes that a batch may take of a device, and whether they are the machine's.
+
+    Args:
+      device: of this machine.
+      memory_fraction: of all its memory; on a CPU, of what is available.
+      devices: that share what is the machine's.
+    """
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return memory_fraction * stats["bytes_limit"] - stats["bytes_in_use"], False
+    host = host_memory() if device.platform == "cpu" else None
+    if host is None:
+        return float("inf"), False
+    # What others hold of a machine is not this process' to leave free as well.
+    return memory_fraction * (host.limit - host.in_use) / devices, True
+
+
+def check_fraction(memory_fraction: float) -> None:
+    """Raise unless it is a fraction of a memory.
+
+    Raises:
+      ValueError: naming the value.
+    """
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(
+            f"memory_fraction must be above 0 and at most 1, got {memory_fraction!r}"
+        )
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, if all below it do; 0 for none."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

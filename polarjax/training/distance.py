@@ -1,0 +1,139 @@
+"""How far a sparse model's next-token odds are from those of the dense model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from polarjax.config import ModelConfig
+from polarjax.mesh.cut import (
+    batch_spec,
+    mesh_of,
+    over_mesh,
+    router_specs,
+    weight_specs,
+)
+from polarjax.mesh.share import add_up_batch
+from polarjax.model import Gates, Observe, Prefix, make_decoder, run
+from polarjax.params import Params, Tree
+from polarjax.policies.polar import Polar
+
+# Positions of which the logits are in memory at once, each 8 bytes a word.
+_POSITIONS = 4096
+
+
+def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
+    """Mean KL divergence of the sparse model from the dense one, nats a token.
+
+    Every position is sparse, as in mode "mask"; MLP neurons are all read.
+
+    Args:
+      params: the model with routers and budgets.
+      blocks: int32[n, t] token ids; what does not fill a batch is left out.
+      batch: blocks computed together.
+
+    Raises:
+      ValueError: if there is not one batch.
+    """
+    batch = min(batch, len(blocks))
+    if not batch:
+        raise ValueError("there is no text to measure the divergence on")
+    config = params.config
+    static = dataclasses.replace(config.architecture, budgets=config.budgets)
+    found = [
+        float(
+            _divergence(
+                *(params.weights, params.routers, jnp.asarray(blocks[i : i + batch])),
+                config=static,
+                mesh=mesh_of(params.weights),
+            )
+        )
+        for i in range(0, len(blocks) - batch + 1, batch)
+    ]
+    return float(np.mean(found))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _divergence(
+    weights: Tree,
+    routers: Tree,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    mesh: Mesh | None,
+) -> jax.Array:
+    def measure(weights: Tree, routers: Tree, tokens: jax.Array) -> jax.Array:
+        starts = jnp.zeros(len(tokens), jnp.int32)
+        params = Params(weights, routers, config)
+        return distance(params, tokens, starts, mesh=mesh)[0]
+
+    cut = weight_specs(weights, mesh), router_specs(routers, mesh)
+    specs = *cut, batch_spec(mesh, len(tokens))
+    return over_mesh(measure, mesh, specs, P())(weights, routers, tokens)
+
+
+def distance(
+    params: Params,
+    tokens: jax.Array,
+    starts: jax.Array,
+    gates: Gates | None = None,
+    observe: Observe | None = None,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, list[Any]]:
+    """Mean KL divergence of the sparse model from the dense one, float32[], nats.
+
+    Args:
+      params: the model with routers and budgets; differentiable in its routers. On a
+        mesh, in `over_mesh`, its weights and their updates as one device has them.
+      tokens: int32[b, t].
+      starts: int32[b], tokens that the dense model reads as a prompt; what it leaves
+        in the KV cache is what the sparse one sees. They are not counted.
+      gates: see `Decoder.masked`.
+      observe: likewise, of the sparse model.
+      remat: likewise.
+      mesh: that the model is cut over; None for one device.
+
+    Returns:
+      The divergence, and what `observe` returned, by layer.
+    """
+    config, (b, t) = params.config, tokens.shape
+    dense = make_decoder(config.architecture, params.weights, mesh=mesh)
+    teacher, keys, values = jax.lax.stop_gradient(
+        run(dense, params.weights, "states", tokens)
+    )
+    weights, policy = Polar().bind(params, b)
+    rows = policy.score_rows
+    sparse = make_decoder(
+        config.architecture, weights, rows, mesh=mesh, cuts_scores=False
+    )
+    args = tokens, jnp.full(b, t), policy, Prefix(starts, keys, values)
+    student, _, seen = run(sparse, weights, "masked", *args, gates, observe, remat)
+    size = max(1, min(t, _POSITIONS // b))
+    while t % size:
+        size -= 1
+
+    def chunks(x: jax.Array) -> jax.Array:  # [b, t, ...] -> [t / size, b, size, ...]
+        return x.reshape(b, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def part(states: tuple[jax.Array, ...]) -> jax.Array:
+        right, found, counted = states
+        # Both heads are the same: recovery leaves embedding and last norm alone.
+        p, q = (
+            jax.nn.log_softmax(run(dense, params.weights, "logits", x))
+            for x in (right, found)
+        )
+        return ((jnp.exp(p) * (p - q)).sum(axis=-1) * counted).sum()
+
+    counted = (jnp.arange(t) >= starts[:, None]).astype(jnp.float32)
+    total = jax.lax.map(part, tuple(map(chunks, (teacher, student, counted)))).sum()
+    total, count = (add_up_batch(x, dense.share) for x in (total, counted.sum()))
+    return total / count, seen

@@ -1,0 +1,185 @@
+"""Bad input to `generate` and `logits`: one clear error each, that names it."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+
+import polarjax
+from polarjax.engine import Tokenizer
+from tests.models import LLAMA, random_params, write_checkpoint
+
+CONFIG = dataclasses.replace(LLAMA, layers=2, vocab_size=257, context=32)
+GOOD = [[1, 2, 3], [4]]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, 0)
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(params, tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("bytes") / "model", params)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ("a text", TypeError, "prompts must be a list of str or .* got str"),
+        (None, TypeError, "prompts must be a list .* got NoneType"),
+        (7, TypeError, "prompts must be a list .* got int"),
+        ({"a": 1}, TypeError, "prompts must be a list .* got dict"),
+        (np.ones(3, int), TypeError, "prompts must be a list .* got ndarray"),
+        (np.ones((2, 3, 1), int), TypeError, "prompts must be a list .* got ndarray"),
+        (np.ones((2, 3)), TypeError, "prompt 0 must be a str or a list of token ids"),
+        ([], ValueError, "prompts is empty"),
+        ((), ValueError, "prompts is empty"),
+        ([[1], []], ValueError, "prompt 1 is empty"),
+        ([1, 2, 3], TypeError, "prompt 0 must be a str or a list of token ids"),
+        ([[1], None], TypeError, "prompt 1 must be a str or a list of token ids"),
+        ([[1], [True]], TypeError, "prompt 1 must be"),
+        ([[1], [2.0]], TypeError, "prompt 1 must be"),
+        ([[1], ["a"]], TypeError, "prompt 1 must be"),
+        ([[1], [[2]]], TypeError, "prompt 1 must be"),
+        ([np.array([1.0])], TypeError, "prompt 0 must be"),
+        ([[1], [2, 257]], ValueError, "prompt 1 has token id 257; ids go .* to 256"),
+        ([[1], [-1]], ValueError, "prompt 1 has token id -1; ids go from 0"),
+        ([[1], [10**30]], ValueError, "prompt 1 has token id 1000"),
+        ([[1], [2] * 32], ValueError, "prompt 1 has 32 tokens; .* may have 31 at"),
+        ([[1], "text"], ValueError, "prompt 1 is a str, but .* no tokenizer"),
+    ],
+)
+def test_prompts(params, prompts, error, message):
+    with pytest.raises(error, match=message):
+        polarjax.generate(params, prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["text", ""], "prompt 1 is empty"),
+        (["x" * 32], "prompt 0 has 32 tokens; the model's context is 32"),
+        (
+            ["text", os.fsdecode(b"caf\xe9")],
+            r"prompt 1 is no Unicode text: its character 3 is the lone surrogate "
+            r"'\\udce9'",
+        ),
+        (["\ud83d"], r"prompt 0 is no .* character 0 is the lone surrogate '\\ud83d'"),
+    ],
+)
+def test_texts(with_tokenizer, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        polarjax.generate(with_tokenizer, prompts)
+
+
+def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
+    config = dataclasses.replace(CONFIG, vocab_size=50)
+    small = write_checkpoint(tmp_path / "model", random_params(config, 0))
+    with pytest.raises(ValueError, match=r"prompt 0 has token id 93; .* to 49"):
+        polarjax.generate(small, ["!~"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(
+            ({"max_new_tokens": bad}, "max_new_tokens must be a positive integer")
+            for bad in (0, -1, 1.5, True, None, "8", float("nan"), [4, 4])
+        ),
+        *(
+            ({"chunk": bad}, "chunk must be a positive integer")
+            for bad in (0, -1, 1.5, True, None)
+        ),
+        *(
+            ({"temperature": bad}, "temperature must be a number from 0.0")
+            for bad in (-0.1, float("nan"), float("inf"), None, "1", True, [1.0, None])
+        ),
+        *(
+            ({"top_p": bad}, "top_p must be")
+            for bad in (0, 0.0, -0.5, 1.1, float("nan"), None, "1", [0.5, 0.0])
+        ),
+        *(
+            ({"top_k": bad}, "top_k must be an integer from 0")
+            for bad in (-1, 2.5, float("nan"), None, "1", True, [1, -1], 2**31)
+        ),
+        *(
+            ({"seed": bad}, "seed must be an integer from 0")
+            for bad in (-1, 2**32, 10**400, 1.5, None, "1", True, [1, -1])
+        ),
+        *(
+            ({name: [1, 1, 1]}, f"{name} has 3 values for 2 prompts")
+            for name in ("temperature", "top_p", "top_k", "seed")
+        ),
+        ({"temperature": []}, "temperature has 0 values for 2 prompts"),
+        ({"temperature": np.array([1.0])}, "temperature has 1 values for 2 prompts"),
+        *(
+            ({"stop_ids": bad}, "stop_ids must be")
+            for bad in (7, "7", [-1], [257], [1.5], [True], [None], [[1]], 2.0)
+        ),
+        ({"stop": "end"}, "stop strings need a tokenizer"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'; it must be one of"),
+    ],
+)
+def test_settings(params, settings, message):
+    with pytest.raises(ValueError, match=message):
+        polarjax.generate(params, GOOD, **settings)
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [1], 5, None, [None], {"a": 1}])
+def test_stop_strings(with_tokenizer, stop):
+    with pytest.raises(ValueError, match="stop must be non-empty strings"):
+        polarjax.generate(with_tokenizer, ["text"], stop=stop)
+
+
+def test_a_stop_string_that_is_no_text(with_tokenizer):
+    with pytest.raises(
+        ValueError, match=r"the stop string 'a\\udcff' is no Unicode text.* character 1"
+    ):
+        polarjax.generate(with_tokenizer, ["text"], stop=["b", "a\udcff"])
+
+
+def test_texts_that_are_none(with_tokenizer):
+    tokenizer = Tokenizer.require(with_tokenizer.config, "the test")
+    with pytest.raises(ValueError, match=r"text 1 is no Unicode .* character 2 is"):
+        tokenizer.encode_many(["good", "ba\ud800d"])
+    with pytest.raises(ValueError, match=r"the text is no Unicode text"):
+        tokenizer.encode("\udcff")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}', "\0"])
+def test_a_damaged_tokenizer(with_tokenizer, tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    config = dataclasses.replace(with_tokenizer.config, folder=str(tmp_path))
+    damaged = dataclasses.replace(with_tokenizer, config=config)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        polarjax.generate(damaged, ["text"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        ([1, 2], None, r"tokens must be integers of shape \[b, t\], got int64 \[2\]"),
+        (5, None, "tokens must be integers of shape"),
+        ("text", None, "tokens must be integers of shape"),
+        ([[1.5]], None, "tokens must be integers of shape"),
+        ([[True]], None, "tokens must be integers of shape"),
+        ([[[1]]], None, "tokens must be integers of shape"),
+        ([], None, "tokens must be integers of shape"),
+        (np.zeros((0, 3), int), None, r"tokens has shape \[0, 3\]"),
+        (np.zeros((2, 0), int), None, r"tokens has shape \[2, 0\]; t may be 1 to 32"),
+        (np.zeros((1, 33), int), None, r"tokens has shape \[1, 33\]; t may be 1 to 32"),
+        ([[1, 2], [3]], None, "rows of tokens differ in length"),
+        ([[1, 257]], None, "ids go from 0 to 256, got 1 to 257"),
+        ([[-1, 2]], None, "ids go from 0 to 256, got -1 to 2"),
+        ([[1, 2]], [3], "lengths must be 1 integers from 1 to 2"),
+        ([[1, 2]], [0], "lengths must be 1 integers from 1 to 2"),
+        ([[1, 2]], [1, 1], "lengths must be 1 integers from 1 to 2"),
+        ([[1, 2]], 1, "lengths must be 1 integers from 1 to 2"),
+        ([[1, 2]], [1.5], "lengths must be 1 integers from 1 to 2"),
+    ],
+)
+def test_logits(params, tokens, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        polarjax.logits(params, tokens, lengths)
