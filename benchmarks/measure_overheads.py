@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = jnp.float32 if args.toy else jnp.bfloat16
     bandwidth = read_bandwidth(device)
     print(f"{device.device_kind}, jax {jax.__version__}, {bandwidth / 1e9:.0f} GB/s")
-    packaged = Path(polarjax.__file__).parent / "overheads"
+    packaged = Path(polarjax.__file__).parent / "planning" / "overheads"
     packaged /= file_name(device.device_kind)
     out = args.out or (None if args.toy else packaged)
     if out is not None:

@@ -112,7 +112,7 @@ def parse(text: str, source: str) -> tuple[Overhead, ...]:
 @functools.cache
 def shipped(device_kind: str) -> tuple[Overhead, ...]:
     """What was measured on a kind of device; empty if nothing was."""
-    folder = importlib.resources.files("polarjax") / "overheads"
+    folder = importlib.resources.files("polarjax.planning") / "overheads"
     file = folder / file_name(device_kind)
     if not file.is_file():
         return ()

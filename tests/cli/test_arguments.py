@@ -13,8 +13,7 @@ import convert.verify
 from convert import arguments as conversion
 from convert.__main__ import main as convert_main
 from pallas_kernels import Implementation
-from polarjax.cli import common
-from polarjax.cli.main import main
+from polarjax.cli import common, main
 from polarjax.evaluation.batches import Mode
 from polarjax.evaluation.run import Kind
 from polarjax.planning import devices, memory, plan
@@ -24,13 +23,13 @@ from polarjax.training.losses import HeadLoss
 from polarjax.training.recovery import Routers
 from tests.convert.checkpoints import write_gguf
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = [command.name for command in main.COMMANDS]
 
 # What is asked of the script, and what must not be loaded to answer.
 ANSWERED = """
 import contextlib, io, sys
-from polarjax.cli.main import main
+from polarjax.cli import main
 calls = [[], ["--help"], ["nonsense"], ["generate", "x", "y", "--densitty", "1"]]
 calls += [["generate", "x", "y", "--density", "half"], ["plan"]]
 calls += [[name, "--help"] for name in {names}]

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import polarjax
-from polarjax.cli import demo, main
+from polarjax.cli import calibrate, demo, evaluate, generate, main
 from polarjax.policies import save_adapter
 from polarjax.policies.budgets import with_density
 from tests.models import LLAMA, random_params, write_checkpoint
@@ -81,10 +81,10 @@ def test_bytes_that_are_no_text_are_one_line(checkpoint, options, capsys):
 @pytest.mark.parametrize(
     ("command", "module"),
     [
-        ("generate MODEL hi", generate_cli),
-        ("eval MODEL --text TEXT", evaluate_cli),
-        ("lm-eval MODEL --tasks arc_easy", evaluate_cli),
-        ("recover MODEL --text TEXT --out OUT", calibrate_cli),
+        ("generate MODEL hi", generate),
+        ("eval MODEL --text TEXT", evaluate),
+        ("lm-eval MODEL --tasks arc_easy", evaluate),
+        ("recover MODEL --text TEXT --out OUT", calibrate),
         ("demo MODEL", demo),
     ],
 )

@@ -22,7 +22,7 @@ from polarjax.policies.budgets import with_density
 from polarjax.terminal import output
 from tests.models import LLAMA, random_params, write_checkpoint
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 NASTY = r"The formula \[x^2 + y\] says :smile: that, a \[/b] c, [red]1 'two'[/red] {0}"
 ESCAPES = "\x1b[2J\x07\x9b31m"
 

@@ -25,7 +25,7 @@ from tests.evaluation.test_tasks import make_rows, write
 from tests.mesh.one_of_several import TOKENS, eval_settings, learn, small_model
 from tests.models import random_params, write_checkpoint
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("one_of_several.py")
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import polarjax
 from convert import convert
 from convert.export import export
 from polarjax.model import Decoder

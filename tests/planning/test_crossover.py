@@ -183,7 +183,7 @@ def test_a_damaged_table_is_named(text):
 def test_tables_in_the_package_are_whole():
     from importlib import resources
 
-    folder = resources.files("polarjax") / "overheads"
+    folder = resources.files("polarjax.planning") / "overheads"
     for file in folder.iterdir() if folder.is_dir() else ():
         assert crossover.parse(file.read_text(), file.name)
 

@@ -177,7 +177,7 @@ def test_a_kill_at_any_step_loses_nothing(tmp_path):
     code += "; kill_at_every_step(Path(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, tmp_path],
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
         timeout=120,
