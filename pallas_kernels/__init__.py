@@ -14,6 +14,7 @@ from pallas_kernels._dot import product
 from pallas_kernels._put import put
 from pallas_kernels.attention import append_and_attend, select_head_attention
 from pallas_kernels.mlp import (
+    activate,
     gathered_mlp,
     masked_mlp,
     partial_mlp,
@@ -30,6 +31,7 @@ from pallas_kernels.select import (
 
 __all__ = [
     "Implementation",
+    "activate",
     "add_norm",
     "append_and_attend",
     "gathered_mlp",

@@ -5,16 +5,20 @@ import importlib
 TYPE_CHECKING = False  # of typing, which costs time to import
 if TYPE_CHECKING:
     from polarjax.public import (
+        Adaptive,
         Dense,
+        Engine,
         ModelConfig,
         Oracle,
         Output,
         Params,
         Plan,
         Polar,
+        Policy,
         Random,
+        Request,
         Rope,
-        SelectionPolicy,
+        Settings,
         Stats,
         calibrate,
         generate,
@@ -28,16 +32,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptive",
     "Dense",
+    "Engine",
     "ModelConfig",
     "Oracle",
     "Output",
     "Params",
     "Plan",
     "Polar",
+    "Policy",
     "Random",
+    "Request",
     "Rope",
-    "SelectionPolicy",
+    "Settings",
     "Stats",
     "calibrate",
     "generate",

@@ -1,61 +1,330 @@
-"""The KV cache of one batch."""
+"""The KV cache of a batch: who writes it, who reads it, and how it lies in memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
 
+from pallas_kernels import (
+    Implementation,
+    append_and_attend,
+    put,
+    select_head_attention,
+)
 from polarjax.config import ModelConfig
+from polarjax.policy import Groups, Pages
+
+# Queries of a chunk that are attended from at once.
+_QUERIES = 128
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every layer, each layer a buffer of its own.
+class PagedCache:
+    """Keys and values of every layer, and how far each sequence has come.
 
-    A selected KV group is one contiguous stream of s rows. Positions at and beyond a
-    sequence's length hold garbage that nothing reads.
+    A sequence's positions of one KV group lie behind one another, one page a sequence:
+    a selected group is one contiguous stream. Positions at and beyond a sequence's
+    length hold garbage that nothing reads. Nobody else knows this layout but the
+    attention kernels.
 
     Attributes:
-      keys: per layer, [b, k, s, d].
-      values: per layer, [b, k, s, d].
-      lengths: int32[b], valid positions of each sequence, in tokens.
+      keys: per layer, [rows, k, s, d], each a buffer of its own.
+      values: per layer, [rows, k, s, d].
+      lengths: int32[b], positions that each sequence has.
+      rows: int32[b], the row of each sequence, distinct; numbers beyond the rows that
+        there are stand for none: what is written for them is dropped. None for row i
+        of sequence i.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     lengths: jax.Array
+    rows: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
-        """Positions that the buffers hold, s."""
+        """Positions that there is room for, s."""
         return self.keys[0].shape[2]
+
+    @property
+    def layers(self) -> int:
+        """Layers that are kept."""
+        return len(self.keys)
 
     @classmethod
     def empty(
         cls,
         config: ModelConfig,
-        batch: int,
-        capacity: int,
-        dtype,
+        slots: int,
+        context: int,
+        dtype: Any,
         sharding: jax.sharding.Sharding | None = None,
-    ) -> KVCache:
-        """A cache of no tokens.
+    ) -> PagedCache:
+        """A cache of no positions.
 
         Args:
-          config: of the model.
-          batch: sequences, b.
-          capacity: positions, s.
+          config: what the model is.
+          slots: sequences, b.
+          context: positions that each has room for, s.
           dtype: of keys and values.
-          sharding: of each layer's; None for the default device.
+          sharding: of each layer's arrays; None for the default device.
         """
-        shape = (batch, config.kv_heads, capacity, config.head_dim)
+        shape = (slots, config.kv_heads, context, config.head_dim)
         zeros = functools.partial(jnp.zeros, shape, dtype, device=sharding)
         return cls(
             keys=tuple(zeros() for _ in range(config.layers)),
             values=tuple(zeros() for _ in range(config.layers)),
-            lengths=jnp.zeros(batch, jnp.int32),
+            lengths=jnp.zeros(slots, jnp.int32),
         )
+
+    @classmethod
+    def cut(cls, rows: PartitionSpec, groups: PartitionSpec) -> Any:
+        """How a cache lies on a mesh, a prefix of its tree.
+
+        Args:
+          rows: of arrays by sequence.
+          groups: of keys and values.
+        """
+        each: Any = groups
+        lengths: Any = rows
+        return cls(each, each, lengths)
+
+    def of_rows(self, rows: jax.Array, lengths: jax.Array | None = None) -> PagedCache:
+        """The same memory, seen by the sequences of some rows.
+
+        Args:
+          rows: int32[r], as in the class.
+          lengths: int32[r], positions that they have; None for none.
+        """
+        if lengths is None:
+            lengths = jnp.zeros(len(rows), jnp.int32)
+        return dataclasses.replace(self, lengths=lengths, rows=rows)
+
+    def back_in(self, whole: PagedCache) -> PagedCache:
+        """The cache that this one is a view of, with what was written through it.
+
+        Args:
+          whole: that `of_rows` was called on.
+        """
+        assert self.rows is not None
+        lengths = put(whole.lengths, self.rows, self.lengths, unique=True)
+        return dataclasses.replace(self, lengths=lengths, rows=None)
+
+    def copies(self, rows: jax.Array, context: int) -> PagedCache:
+        """A cache whose sequences begin as copies of this one's.
+
+        Args:
+          rows: int32[b], the sequence that each is a copy of.
+          context: positions that there is room for in it, at least as many as here.
+        """
+        room = ((0, 0), (0, 0), (0, context - self.capacity), (0, 0))
+
+        def take(part: jax.Array) -> jax.Array:
+            return jnp.pad(part[rows], room)
+
+        keys, values = (tuple(map(take, parts)) for parts in (self.keys, self.values))
+        return PagedCache(keys, values, self.lengths[rows])
+
+    def apart(self) -> list[Any]:
+        """The arrays of each layer, for `put_rows` and `joined`."""
+        return list(zip(self.keys, self.values, strict=True))
+
+    def joined(self, layers: list[Any], lengths: jax.Array) -> PagedCache:
+        """The cache that has these arrays of each layer instead.
+
+        Args:
+          layers: as `apart` returns them.
+          lengths: int32[b].
+        """
+        keys, values = zip(*layers, strict=True)
+        return PagedCache(keys, values, lengths)
+
+    def grown(self, counts: jax.Array) -> PagedCache:
+        """The cache once so many new positions of each are in every layer.
+
+        Args:
+          counts: int32[b].
+        """
+        return dataclasses.replace(self, lengths=self.lengths + counts)
+
+    def attend(
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        live: jax.Array,
+        groups: Groups | None = None,
+        pages: Pages | None = None,
+        window: int | None = None,
+        implementation: Implementation | None = None,
+    ) -> tuple[jax.Array, PagedCache]:
+        """Attention of the newest position of each sequence.
+
+        Keys and values of all groups are written, whatever is read.
+
+        Args:
+          layer: from 0.
+          q: [b, h, d].
+          k: [b, k, d], the newest position's; None if it is there already.
+          v: [b, k, d].
+          live: bool[b]; the others read and write nothing: they may be full.
+          groups: the KV groups to read; None for all.
+          pages: the spans to read; None for all.
+          window: newest positions attended to, itself included; None for all.
+          implementation: of the kernel; None chooses by device.
+
+        Returns:
+          [b, h, d], and the cache with the position written. Its lengths are those of
+          before: see `grown`.
+
+        Raises:
+          NotImplementedError: if pages are selected, for which there is no kernel yet.
+        """
+        if pages is not None:
+            raise NotImplementedError(
+                "pages cannot be selected while decoding: no kernel reads lists of "
+                "them yet; measure the policy in mode mask"
+            )
+        assert self.rows is None, "views are written by chunks"
+        index, count = (None, None) if groups is None else groups
+        keys, values = self.keys[layer], self.values[layer]
+        visible = jnp.where(live, self.lengths + 1, 0)
+        options: Any = {"window": window, "implementation": implementation}
+        if k is None or v is None:
+            o = select_head_attention(q, keys, values, visible, index, count, **options)
+            return o, self
+        k, v = k.astype(keys.dtype), v.astype(values.dtype)
+        o, keys, values = append_and_attend(
+            q, k, v, keys, values, visible, index, count, **options
+        )
+        return o, self._with_layer(layer, keys, values)
+
+    def write(self, layer: int, k: jax.Array, v: jax.Array) -> PagedCache:
+        """The first positions of sequences that have none yet.
+
+        Args:
+          layer: from 0.
+          k: [b, t, k, d]; what there is no room for is dropped.
+          v: [b, t, k, d].
+        """
+        rows = jnp.arange(len(k)) if self.rows is None else self.rows
+
+        def store(whole: jax.Array, part: jax.Array) -> jax.Array:
+            part = part[:, : self.capacity].swapaxes(1, 2).astype(whole.dtype)
+            at = rows, slice(None), slice(part.shape[2])
+            return put(whole, at, part, unique=True)
+
+        keys, values = store(self.keys[layer], k), store(self.values[layer], v)
+        return self._with_layer(layer, keys, values)
+
+    def attend_chunk(
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        counts: jax.Array,
+        window: int | None = None,
+    ) -> tuple[jax.Array, PagedCache]:
+        """Attention of several new positions of each sequence, behind what it has.
+
+        Args:
+          layer: from 0.
+          q: [b, t, h, d].
+          k: [b, t, k, d].
+          v: [b, t, k, d].
+          counts: int32[b], new positions of each, at most t; the others mean nothing.
+          window: newest positions attended to, itself included; None for all.
+
+        Returns:
+          [b, t, h, d], and the cache with the positions written, as in `attend`.
+        """
+        b, t, h, d = q.shape
+        rows = jnp.arange(b) if self.rows is None else self.rows
+        place = self.lengths[:, None] + jnp.arange(t)
+        new = jnp.arange(t) < counts[:, None]
+        to = jnp.where(new, place, self.capacity)  # nowhere
+
+        def store(whole: jax.Array, part: jax.Array) -> jax.Array:
+            at = rows[:, None], slice(None), to
+            return put(whole, at, part.astype(whole.dtype))
+
+        keys, values = store(self.keys[layer], k), store(self.values[layer], v)
+        cache = self._with_layer(layer, keys, values)
+        if self.rows is not None:
+            keys, values = (jnp.take(x, rows, axis=0) for x in (keys, values))
+        size = min(t, _QUERIES)
+        pad = ((0, 0), (0, -t % size))
+        places = jnp.pad(place, pad).reshape(b, -1, size).swapaxes(0, 1)
+        queries = jnp.pad(q, (*pad, (0, 0), (0, 0)))
+        queries = queries.reshape(b, -1, size, h, d).swapaxes(0, 1)
+
+        def read(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return _attend_from(*block, keys, values, window)
+
+        o = lax.map(read, (queries, places))
+        return o.swapaxes(0, 1).reshape(b, -1, h, d)[:, :t], cache
+
+    def _with_layer(self, i: int, keys: jax.Array, values: jax.Array) -> PagedCache:
+        return dataclasses.replace(
+            self,
+            keys=(*self.keys[:i], keys, *self.keys[i + 1 :]),
+            values=(*self.values[:i], values, *self.values[i + 1 :]),
+        )
+
+
+def put_rows(whole: Any, part: Any, rows: jax.Array) -> Any:
+    """Arrays with some of their rows from others.
+
+    Args:
+      whole: arrays [b, ...]; donate them.
+      part: as many, [r, ...]; those of a cache may have room for more or fewer
+        positions: what both have is written.
+      rows: int32[r], distinct, where each goes; beyond b, nowhere.
+    """
+
+    def one(whole: jax.Array, part: jax.Array) -> jax.Array:
+        if whole.ndim < 4:
+            return put(whole, rows, part, unique=True)
+        both = min(whole.shape[2], part.shape[2])
+        at = rows, slice(None), slice(both)
+        return put(whole, at, part[:, :, :both], unique=True)
+
+    return jax.tree.map(one, whole, part)
+
+
+def _attend_from(
+    q: jax.Array,
+    places: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Attention of queries [b, n, h, d] at places int32[b, n] to all before them."""
+    b, n, h, d = q.shape
+    k, s = keys.shape[1:3]
+    einsum = functools.partial(
+        jnp.einsum,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    grouped = q.reshape(b, n, k, h // k, d)
+    scores = einsum("bnkgd,bksd->bkngs", grouped, keys)
+    at = jnp.arange(s)
+    seen = at <= places[..., None]
+    if window is not None:
+        seen &= at > places[..., None] - window
+    scores = jnp.where(seen[:, None, :, None], scores / d**0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    # What lies beyond is garbage, and no number times it need be 0.
+    there = jnp.where(seen.any(axis=1)[:, None, :, None], values, 0)
+    o = einsum("bkngs,bksd->bnkgd", weights, there.astype(jnp.float32))
+    return o.reshape(b, n, h, d).astype(q.dtype)

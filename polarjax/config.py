@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from polarjax.storage.checked import (
     LATER,
@@ -28,10 +28,8 @@ TokenId = Annotated[int, Between(0, LARGEST - 1)]
 Word = Annotated[str, Between(0, 64)]
 # float32 makes zeros or infinities of what is far beyond.
 Moderate = Annotated[float, Between(1e-6, 1e6)]
-Budgets = tuple[Annotated[float, Between(1, LARGEST)], ...]
-NeuronBudgets = tuple[tuple[Size, tuple[Size, ...]], ...]
-Thresholds = tuple[Annotated[float, Between(-1e30, 1e30)], ...]
-# Of an adapter's policy: `sparsity.budgets` checks them, and files of them.
+# What a checkpoint that was saved with an adapter says of its policy, in the same file:
+# the numbers of `polarjax.policy.Learned`.
 POLICY = ("budgets", "adaptive", "neuron_budgets", "thresholds")
 
 
@@ -129,15 +127,6 @@ class ModelConfig:
       final_norm: whether the last layer's output is normalised before the output head.
       bos_ids: tokens that start a text; for information, the tokenizer adds them.
       eos_ids: tokens that end a text.
-      budgets: KV groups that an adapter's policy reads in each layer; empty without
-        an adapter.
-      adaptive: whether they are means over tokens: which token reads how many is then
-        decided by the thresholds.
-      neuron_budgets: MLP neurons that an adapter's policy reads in each layer, by
-        batch size: ((batch, (n of layer 0, n of layer 1, ...)), ...), batch sizes
-        ascending; empty for all neurons.
-      thresholds: per layer, the router score from which on an adaptive policy reads a
-        KV group; empty without an adapter that brings them.
       model_hash: SHA-256 over the source tensors, hexadecimal.
       folder: the checkpoint's folder; holds the tokenizer.
     """
@@ -168,15 +157,11 @@ class ModelConfig:
     final_norm: bool = True
     bos_ids: tuple[TokenId, ...] = ()
     eos_ids: tuple[TokenId, ...] = ()
-    budgets: Budgets = ()
-    adaptive: bool = False
-    neuron_budgets: NeuronBudgets = ()
-    thresholds: Thresholds = ()
     model_hash: Word = ""
     folder: Annotated[str, UNSTORED] = ""
 
     def __post_init__(self) -> None:
-        check_record(self, skip=POLICY)
+        check_record(self)
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
@@ -265,23 +250,24 @@ class ModelConfig:
             self,
             bos_ids=(),
             eos_ids=(),
-            budgets=(),
-            adaptive=False,
-            neuron_budgets=(),
-            thresholds=(),
             model_hash="",
             folder="",
         )
 
-    def to_json(self) -> str:
-        """The record as JSON text, without `folder` (it may move)."""
+    def to_json(self, policy: dict[str, Any]) -> str:
+        """The record as JSON text, without `folder` (it may move).
+
+        Args:
+          policy: what else the file says: `polarjax.policy.Learned.numbers`.
+        """
         fields = dataclasses.asdict(self)
         del fields["folder"]
-        return json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=2)
+        record = {"format_version": FORMAT_VERSION, **fields, **policy}
+        return json.dumps(record, indent=2)
 
     @classmethod
     def from_json(cls, text: str, folder: str = "") -> ModelConfig:
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, but for its policy.
 
         Args:
           text: JSON.
@@ -303,8 +289,9 @@ class ModelConfig:
                 f"checkpoint format {reprlib.repr(version)}, but this polarjax reads "
                 f"{FORMAT_VERSION}: convert the original model again"
             )
+        own = {name: value for name, value in fields.items() if name not in POLICY}
         try:
-            found = read_record(cls, fields)
+            found = read_record(cls, own)
         except ValueError as error:
             raise FileError(f"{what}: {error}") from None
         return dataclasses.replace(found, folder=folder)

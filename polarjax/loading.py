@@ -16,13 +16,13 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from polarjax.config import FORMAT_VERSION, POLICY, ModelConfig
+from polarjax.config import FORMAT_VERSION, ModelConfig
 from polarjax.mesh.cut import check_mesh, place_routers, placement
 from polarjax.model import check_weights
-from polarjax.params import Params, read_description, read_folder
+from polarjax.params import Params, read_description, read_folder, taught
 from polarjax.policies import load_adapter, read_card
-from polarjax.policies.adapter import FILES
-from polarjax.policies.check_budgets import check_budgets
+from polarjax.policies.adapter import FILES, of_learned
+from polarjax.policies.budgets import check_budgets
 from polarjax.policies.routers import check_routers
 from polarjax.settings import default_numbers
 from polarjax.storage.files import FileError
@@ -86,21 +86,21 @@ def load(
         try:
             check_weights(shapes.weights, shapes.config)
             check_routers(shapes.routers, shapes.weights, shapes.config)
-            if any(getattr(shapes.config, name) for name in POLICY):
-                check_budgets(shapes.config)
+            if any(shapes.policy.learned.numbers().values()):
+                check_budgets(shapes.config, shapes.policy.learned)
         except ValueError as error:
             raise FileError(f"{path}: {error}") from None
         if mesh:
             check_mesh(mesh, shapes.config)
 
     place = partial(placement, mesh=mesh) if mesh else None
-    params = read_folder(find_checkpoint(path, dtype), dtype, place, check)
+    folder_of = find_checkpoint(path, dtype)
+    params = read_folder(folder_of, dtype, place, check, of_learned)
     if context is not None:
         params = _with_context(params, context)
     if folder:
         return load_adapter(params, folder, any_model)
-    routers = place_routers(params.routers, params.config, mesh)
-    return Params(params.weights, routers, params.config)
+    return taught(params, place_routers(params.routers, params.config, mesh))
 
 
 def _with_context(params: Params, context: int) -> Params:

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from polarjax.config import ModelConfig
+from polarjax.policy import Dense, Learned, Policy, Tree
 from polarjax.storage.checksums import (
     CHECKSUMS_FILE,
     REASON_BYTES,
@@ -41,8 +42,6 @@ from polarjax.storage.tensors import (
     weight_dtype,
 )
 from polarjax.summary import summary
-
-Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +73,16 @@ GROUP_BYTES = 384 << 20
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Params:
-    """A model: weights, routers and what they are.
+    """A model: weights, the policy that it came with, and what it is.
 
     Attributes:
       weights: nested dict of arrays, the Linen parameters of `model.Decoder`.
-      routers: nested dict of arrays, empty without an adapter: per sparse layer
-        `layers_3/heads/{weight [k, m], bias [k]}`, and for ReLU models optionally
-        `layers_3/neurons/{down [r, m], up [f, r]}`.
+      policy: of the adapter, not yet bound; `Dense()` without one.
       config: static and hashable.
     """
 
     weights: Tree
-    routers: Tree
+    policy: Policy
     config: ModelConfig = dataclasses.field(metadata={"static": True})
 
     @property
@@ -93,9 +90,29 @@ class Params:
         """Of the weights."""
         return self.weights["embed"]["tokens"].dtype
 
+    @property
+    def routers(self) -> Tree:
+        """The arrays that the policy learned; empty without an adapter."""
+        return self.policy.learned.routers
+
     def __repr__(self) -> str:
         """A few lines: a notebook shows them, and not every number."""
-        return summary(self.weights, self.routers, self.config)
+        return summary(self.weights, self.policy.learned, self.config)
+
+
+def taught(params: Params, routers: Tree, **numbers: Any) -> Params:
+    """The model whose policy has learned something else.
+
+    Args:
+      params: the model.
+      routers: the arrays in place of those it had.
+      **numbers: further fields of `polarjax.policy.Learned` to replace.
+    """
+    learned = dataclasses.replace(params.policy.learned, routers=routers, **numbers)
+    policy: Any = params.policy
+    if routers or params.routers:
+        policy = dataclasses.replace(policy, learned=learned)
+    return dataclasses.replace(params, policy=policy)
 
 
 class CheckpointWriter:
@@ -129,19 +146,25 @@ class CheckpointWriter:
             self._flush()
             self._wait()
 
-    def finish(self, config: ModelConfig, files: Mapping[str, str]) -> None:
+    def finish(
+        self,
+        config: ModelConfig,
+        files: Mapping[str, str],
+        learned: Learned | None = None,
+    ) -> None:
         """Write what is left, and that it is a checkpoint.
 
         Args:
           config: what the model is.
           files: further text files by name (tokenizer, chat template).
+          learned: what an adapter brought, whose arrays were added; None for nothing.
 
         Raises:
           OSError: if the disk cannot be written.
         """
         self._flush()
         self._wait()
-        text = config.to_json() + "\n"
+        text = config.to_json((learned or Learned()).numbers()) + "\n"
         sums = {**self._sums, CONFIG_FILE: checksum(text.encode())}
         write_checksums(self._folder, sums)
         # The last of them is what a folder does not load without.
@@ -196,7 +219,7 @@ def write_folder(
     path: str | Path,
     config: ModelConfig,
     weights: Tree,
-    routers: Tree | None = None,
+    learned: Learned | None = None,
     files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -206,7 +229,7 @@ def write_folder(
       path: the folder.
       config: what the model is.
       weights: nested dict of numpy or jax arrays.
-      routers: nested dict, or None.
+      learned: what an adapter brought; None for nothing.
       files: further text files by name (tokenizer, chat template).
       overwrite: replace what is there.
 
@@ -214,13 +237,14 @@ def write_folder(
       FileExistsError: if `path` exists and is not to be overwritten.
       OSError: if the disk is too small or cannot be written.
     """
-    trees = {_WEIGHTS: weights, _ROUTERS: routers or {}}
+    learned = learned or Learned()
+    trees = {_WEIGHTS: weights, _ROUTERS: learned.routers}
     leaves: dict[str, Any] = flatten_dict(trees, sep="/")
     nbytes = sum(leaf.nbytes for leaf in leaves.values())
     with new_checkpoint(path, nbytes, overwrite) as checkpoint:
         for name, leaf in leaves.items():
             checkpoint.add(name, np.asarray(leaf))
-        checkpoint.finish(config, files or {})
+        checkpoint.finish(config, files or {}, learned)
 
 
 def save(params: Params, path: str | Path, *, overwrite: bool = False) -> None:
@@ -243,7 +267,10 @@ def save(params: Params, path: str | Path, *, overwrite: bool = False) -> None:
                 "polarjax.mesh.cut.whole(params)"
             )
     write_folder(
-        *(path, params.config, params.weights, params.routers),
+        path,
+        params.config,
+        params.weights,
+        params.policy.learned,
         files=text_files(params.config),
         overwrite=overwrite,
     )
@@ -268,7 +295,11 @@ def read_description(path: str | Path) -> ModelConfig:
       FileNotFoundError: if there is no such folder, or no checkpoint in it.
       ValueError: if its description is damaged or of another format.
     """
-    path = Path(path)
+    return _read_description(Path(path))[0]
+
+
+def _read_description(path: Path) -> tuple[ModelConfig, Learned]:
+    """And the numbers of the policy that it was saved with."""
     if path.suffix == ".gguf" and path.is_file():
         raise FileNotFoundError(
             f"{path} is a GGUF file: convert it first: `polarjax convert {path} DST`"
@@ -283,6 +314,7 @@ def read_description(path: str | Path) -> ModelConfig:
     text = read_text(path / CONFIG_FILE, LARGEST_CONFIG)
     try:
         config = ModelConfig.from_json(text, folder=str(path.absolute()))
+        learned = Learned.from_json(text)
     except ValueError as error:
         if is_there(path / CHECKSUMS_FILE):
             raise FileError(f"{path}: {error}") from None
@@ -291,7 +323,7 @@ def read_description(path: str | Path) -> ModelConfig:
             f"convert it first: `polarjax convert {path} DST`"
         ) from None
     check_text(path, CONFIG_FILE, text, _checksums(path))
-    return config
+    return config, learned
 
 
 def read_folder(
@@ -299,6 +331,7 @@ def read_folder(
     dtype=None,
     place: Place | None = None,
     check: Callable[[Params], None] | None = None,
+    policy: Callable[[Learned], Policy] = lambda _: Dense(),
 ) -> Params:
     """Read a checkpoint folder, each device its own rows.
 
@@ -310,19 +343,26 @@ def read_folder(
         any case.
       check: called before any array is read, with `jax.ShapeDtypeStruct` in their
         places, as the files' headers have them; to raise ValueError.
+      policy: makes the policy of what was learned; else the model has none.
 
     Raises:
       FileNotFoundError: if there is no such folder, or no checkpoint in it.
       ValueError: if the checkpoint is damaged or of another format.
     """
     path, dtype = Path(path), None if dtype is None else weight_dtype(dtype)
-    config = read_description(path)
+    config, learned = _read_description(path)
+
+    def make(found: dict[str, dict[str, Any]]) -> Params:
+        weights, routers = _trees(path, found)
+        own = dataclasses.replace(learned, routers=routers)
+        return Params(weights, policy(own), config)
+
     sums = _checksums(path)
     files = {name: value for name, value in sums.items() if name != CONFIG_FILE}
     try:
         found = _shapes(path, files)
         if check:
-            check(_params(path, found, config))
+            check(make(found))
     except ValueError:
         check_files(path, files, REASON_BYTES)  # damage is the better reason
         raise
@@ -340,7 +380,7 @@ def read_folder(
                 kind = dtype if weight else None
                 with np.errstate(over="ignore"):  # `_read` refuses it by name
                     found[part][leaf] = _read(full, rows, shape, where, kind)
-    return _params(path, found, config)
+    return make(found)
 
 
 def _checksums(path: Path) -> dict[str, str]:
@@ -373,14 +413,12 @@ def _shapes(path: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _params(
-    path: Path, found: dict[str, dict[str, Any]], config: ModelConfig
-) -> Params:
+def _trees(path: Path, found: dict[str, dict[str, Any]]) -> tuple[Tree, Tree]:
     try:
         weights, routers = (unflatten_dict(tree, sep="/") for tree in found.values())
     except (TypeError, IndexError):  # a name that continues another
         raise FileError(f"{path} is damaged: its tensors make no tree") from None
-    return Params(weights, routers, config)
+    return weights, routers
 
 
 def _read(

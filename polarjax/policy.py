@@ -1,134 +1,367 @@
-"""What a step asks of contextual sparsity, and the policy that answers "all of it".
+"""What a policy may be asked, what it is shown, and the policy that reads everything.
 
-A policy answers two questions for each layer and computes no layer itself. It is a
-frozen pytree and an argument of the jitted step, so that its arithmetic and the
-layer's compile into one program.
+A policy answers questions about one layer and computes no layer itself. It is a frozen
+pytree and an argument of the compiled step, so that its arithmetic and the layer's
+become one program. Any question may be left alone: None is "all of it".
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Implementation
-from polarjax.params import Params, Tree
+from polarjax.config import LARGEST, POLICY
+from polarjax.storage.checked import UNSTORED, Between, read_record
+from polarjax.storage.files import parse_json
+
+Tree = dict[str, Any]
+
+Budgets = tuple[Annotated[float, Between(1, LARGEST)], ...]
+NeuronBudgets = tuple[
+    tuple[
+        Annotated[int, Between(1, LARGEST)],
+        tuple[Annotated[int, Between(1, LARGEST)], ...],
+    ],
+    ...,
+]
+Thresholds = tuple[Annotated[float, Between(-1e30, 1e30)], ...]
+
+_static = {"static": True}
 
 
-class SelectionPolicy(Protocol):
-    """Which KV groups each sequence reads, and which neurons the batch reads."""
+class Groups(NamedTuple):
+    """The KV groups that each sequence reads.
 
-    @property
-    def wants_norms(self) -> bool:
-        """Whether `heads` needs the true head-output norms (they cost a dense pass)."""
-        ...
+    Attributes:
+      index: int32[b, n], best first.
+      count: int32[b], how many of them are read, at least 1.
+    """
 
-    @property
-    def score_rows(self) -> tuple[int, ...]:
-        """Per layer, the rows that `bind` appended to the QKV matrix; () for none."""
-        ...
+    index: jax.Array
+    count: jax.Array
 
-    def bind(self, params: Params, batch: int) -> tuple[Tree, SelectionPolicy]:
-        """Prepare weights and policy for a batch, once, outside the step.
+
+class Pages(NamedTuple):
+    """The spans of the KV cache that each sequence and KV group reads.
+
+    Attributes:
+      index: int32[b, k, p] or int32[b, 1, p] for all groups alike: numbers of spans,
+        distinct, in any order.
+      count: int32[b, k] or int32[b, 1], how many of them are read.
+    """
+
+    index: jax.Array
+    count: jax.Array
+
+
+class Rows(NamedTuple):
+    """The MLP neurons that the whole batch reads.
+
+    Attributes:
+      index: int32[n], distinct. Numbers of neurons that the device lacks are none.
+      count: int32[], how many of them are read; None for all n.
+      scale: float32[b, n], what each request multiplies each neuron's activation by;
+        None for 1.
+    """
+
+    index: jax.Array
+    count: jax.Array | None = None
+    scale: jax.Array | None = None
+
+
+class Threshold(NamedTuple):
+    """The inputs of a product that count: those with |x_i| scale_i > tau, row by row.
+
+    Attributes:
+      tau: float32[].
+      scale: float32[inputs]; None for 1.
+    """
+
+    tau: jax.Array
+    scale: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Wants:
+    """What has to be computed for a policy, known when the step is compiled.
+
+    Attributes:
+      scores: by layer, the rows that `Policy.bind` appended to the QKV matrix; () for
+        none.
+      norms: whether `groups` needs the true norms of the groups' outputs, which cost a
+        pass of dense attention.
+      summary: how a span of keys is summed up, keys [..., span, d] to [..., u, w];
+        None for no summaries.
+      span: positions that `Pages` counts in, 16 or 64.
+      gate: whether `neurons` needs the gate's values before the other matrices are
+        read.
+    """
+
+    scores: tuple[int, ...] = ()
+    norms: bool = False
+    summary: Callable[[jax.Array], jax.Array] | None = None
+    span: int = 64
+    gate: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What is known of one layer at the moment a policy is asked.
+
+    Fields are filled as the layer goes on and are None until then. What no policy uses
+    is not computed.
+
+    Attributes:
+      live: bool[b], False for finished rows and padding, which have no say.
+      density: float32[b], the fraction of the KV groups that each request asked for; 0
+        for the policy's own budgets.
+      lengths: int32[b], positions in the cache, the newest included.
+      slot: int32[b], number of each row among all rows of the batch.
+      u: [b, m], the layer's input as attention reads it.
+      scores: float32[b, r], what the rows of `Wants.scores` yield for u.
+      q: [b, h, d], queries, rotated.
+      summary: [b, spans, k, u, w], of the keys of each whole span.
+      norms: float32[b, k], L2 norms of the groups' true outputs.
+      z: [b, m], the MLP's input.
+      gate: float32[b, f], the activated gate.
+      before: the same record of the layer below; None in layer 0.
+    """
+
+    live: jax.Array
+    density: jax.Array
+    lengths: jax.Array
+    slot: jax.Array
+    u: Any = None
+    scores: Any = None
+    q: Any = None
+    summary: Any = None
+    norms: Any = None
+    z: Any = None
+    gate: Any = None
+    before: Seen | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a decode step has to do, for plans of what it reads.
+
+    Attributes:
+      batch: requests that are decoded together.
+      context: positions in the cache of each, a mean.
+      density: fraction of the KV groups that requests ask for, a mean; None if they
+        ask for none.
+    """
+
+    batch: int
+    context: int
+    density: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """What a decode step reads: planned by a policy, or counted by steps.
+
+    Attributes:
+      groups: by layer, KV groups that a request reads, a mean.
+      neurons: by layer, the fraction of the MLP's neurons that the batch reads; () for
+        all of them.
+    """
+
+    groups: tuple[float, ...]
+    neurons: tuple[float, ...] = ()
+
+    @classmethod
+    def everything(cls, config: Any) -> Reads:
+        """What the dense model reads, of a `ModelConfig`."""
+        layers = config.layers
+        return cls((float(config.kv_heads),) * layers, (1.0,) * layers)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """What training left for a policy: an adapter's arrays and numbers.
+
+    Attributes:
+      routers: nested dict of arrays, by layer, such as
+        `layers_3/heads/{weight [k, m], bias [k]}`,
+        `layers_3/neurons/{down [r, m], up [f, r]}` and `layers_3/updates/...`.
+      budgets: KV groups to read in each layer; () for none.
+      adaptive: whether the budgets are means over tokens: which token reads how many
+        is then decided by the thresholds.
+      neuron_budgets: MLP neurons to read in each layer, by batch size:
+        ((batch, (n of layer 0, n of layer 1, ...)), ...), batch sizes ascending; ()
+        for all neurons.
+      thresholds: by layer, the router score from which on a KV group is read; () for
+        none.
+    """
+
+    routers: Annotated[Tree, UNSTORED] = dataclasses.field(default_factory=dict)
+    budgets: Budgets = dataclasses.field(default=(), metadata=_static)
+    adaptive: bool = dataclasses.field(default=False, metadata=_static)
+    neuron_budgets: NeuronBudgets = dataclasses.field(default=(), metadata=_static)
+    thresholds: Thresholds = dataclasses.field(default=(), metadata=_static)
+
+    @classmethod
+    def from_json(cls, text: str) -> Learned:
+        """The numbers that a checkpoint's config.json says, without arrays.
 
         Args:
-          params: the model.
-          batch: number of requests, b.
-
-        Returns:
-          The weights with router rows appended to each QKV matrix, and the policy that
-          the step takes with them.
+          text: JSON that `ModelConfig.from_json` takes.
 
         Raises:
-          ValueError: if the policy does not fit the model or the batch.
+          ValueError: naming the one that is of another type or range.
         """
-        ...
+        fields = parse_json(text, "it")
+        return read_record(cls, {n: v for n, v in fields.items() if n in POLICY})
 
-    def heads(
-        self,
-        layer: int,
-        scores: jax.Array | None,
-        norms: jax.Array | None,
-        implementation: Implementation | None = None,
-    ) -> tuple[jax.Array, jax.Array] | None:
-        """Choose the KV groups that each sequence's attention reads.
+    def numbers(self) -> dict[str, Any]:
+        """All but the arrays, as JSON values."""
+        return {
+            "budgets": list(self.budgets),
+            "adaptive": self.adaptive,
+            "neuron_budgets": [[b, list(n)] for b, n in self.neuron_budgets],
+            "thresholds": list(self.thresholds),
+        }
+
+
+class Policy:
+    """Which KV groups, pages, neurons and channels a step reads.
+
+    Attributes:
+      wants: what has to be computed for it.
+      asks: the questions that it answers and could leave alone: "groups", "neurons".
+      flexible: whether it follows `Seen.density`.
+      learned: what it took from training; empty if it needs nothing.
+    """
+
+    wants: Wants = Wants()
+    asks: tuple[str, ...] = ()
+    flexible: bool = False
+    learned: Learned = Learned()
+
+    def bind(self, params: Any) -> tuple[Tree, Policy]:
+        """Prepare weights and policy for an engine's life, outside the step.
+
+        Args:
+          params: `polarjax.Params`, the model.
+
+        Returns:
+          Weights and policy as the step takes them.
+
+        Raises:
+          ValueError: if the policy does not fit the model.
+        """
+        return params.weights, self
+
+    def of(self, learned: Learned) -> Policy:
+        """The policy with a model's own adapter, where it needs one and has none.
+
+        Args:
+          learned: of the model's adapter.
+        """
+        del learned
+        return self
+
+    def flexing(self) -> Policy:
+        """The policy that follows the densities that requests ask for, if it can."""
+        return self
+
+    def sized(self, batch: int) -> Policy:
+        """The policy whose choices for the whole batch are made for so many requests.
+
+        Args:
+          batch: requests that are decoded together.
+        """
+        del batch
+        return self
+
+    def asking(self, asks: tuple[str, ...]) -> Policy:
+        """The policy that answers some of its questions, and leaves the others alone.
+
+        Args:
+          asks: of `asks`, those to answer.
+        """
+        return dataclasses.replace(cast(Any, self), asks=asks)
+
+    def settings(self) -> dict[str, Any]:
+        """What a user may set of it, by name, for records of results."""
+        fields = dataclasses.fields(cast(Any, self))
+        named = [field.name for field in fields if field.metadata.get("setting")]
+        return {name: getattr(self, name) for name in named}
+
+    def budgeted(self, budgets: Any, thresholds: Any = ()) -> Policy:
+        """A bound policy with other budgets as data: no program is compiled anew.
+
+        Args:
+          budgets: KV groups by layer.
+          thresholds: by layer, if the budgets are means over tokens.
+
+        Raises:
+          ValueError: if the policy has no budgets.
+        """
+        del budgets, thresholds
+        raise ValueError(f"{type(self).__name__} has no budgets to search")
+
+    def groups(self, layer: int, seen: Seen, pick: Any) -> Groups | None:
+        """Choose the KV groups that each sequence reads.
 
         Args:
           layer: from 0.
-          scores: float32[b, r], what the router rows yield for this layer's input.
-          norms: float32[b, k], L2 norms of the groups' true outputs, if wanted.
-          implementation: of the selection kernel; None is the default backend's own.
-
-        Returns:
-          (indices int32[b, n], n_active int32[b]): sequence i reads the groups
-          indices[i, :n_active[i]]. None means every group.
+          seen: up to `q`, `summary` and, if wanted, `norms`.
+          pick: `polarjax.model.Pick`, which ranks and counts on the device.
         """
-        ...
 
-    def neurons(
-        self,
-        layer: int,
-        scores: jax.Array | None,
-        live: jax.Array,
-        implementation: Implementation | None = None,
-        share: Any = None,
-    ) -> jax.Array | None:
-        """Choose the MLP neurons that the whole batch reads.
+    def pages(self, layer: int, seen: Seen, pick: Any) -> Pages | None:
+        """Choose the spans of the KV cache that each sequence and group reads."""
+
+    def neurons(self, layer: int, seen: Seen, pick: Any) -> Rows | None:
+        """Choose the MLP neurons that the whole batch reads; `seen` is whole."""
+
+    def channels(
+        self, layer: int, matrix: str, x: jax.Array, pick: Any
+    ) -> Threshold | None:
+        """Choose the inputs of one product that count, row by row.
 
         Args:
           layer: from 0.
-          scores: as in `heads`.
-          live: bool[b], False for finished rows and padding: they have no say.
-          implementation: as in `heads`.
-          share: `polarjax.model.Share` of one device of several; `live` is then of its
-            part of the batch.
-
-        Returns:
-          int32[n], distinct. None means every neuron. Of a share, numbers among its
-          own neurons; those beyond are none.
+          matrix: "qkv", "out", "up" (and the gate) or "down".
+          x: [..., inputs] of the product.
+          pick: as in `groups`.
         """
-        ...
+
+    def reads(self, config: Any, load: Load) -> Reads | None:
+        """What a step will read; None of a policy that only measures.
+
+        Args:
+          config: `ModelConfig` of the model.
+          load: what the step has to do.
+        """
+        del load
+        return Reads.everything(config)
 
 
-def groups_read(
-    chosen: tuple[jax.Array, jax.Array] | None, b: int, k: int
-) -> jax.Array:
-    """Which KV groups an answer of `SelectionPolicy.heads` stands for.
+def groups_read(chosen: Groups | None, b: int, k: int) -> jax.Array:
+    """Which KV groups an answer of `Policy.groups` stands for, bool[b, k].
 
     Args:
       chosen: the answer.
       b: sequences.
       k: KV groups.
-
-    Returns:
-      bool[b, k].
     """
     if chosen is None:
         return jnp.ones((b, k), bool)
-    indices, n_active = chosen
-    active = jnp.arange(indices.shape[1]) < n_active[:, None]
-    return (jax.nn.one_hot(indices, k, dtype=bool) & active[..., None]).any(axis=1)
+    active = jnp.arange(chosen.index.shape[1]) < chosen.count[:, None]
+    read = jax.nn.one_hot(chosen.index, k, dtype=bool) & active[..., None]
+    return read.any(axis=1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dense:
-    """Every head, every neuron, the original weights."""
-
-    wants_norms = False
-    score_rows = ()
-
-    def bind(self, params: Params, batch: int) -> tuple[Tree, Dense]:
-        """Nothing to prepare."""
-        del batch
-        return params.weights, self
-
-    def heads(self, layer, scores, norms, implementation=None) -> None:
-        """Every KV group."""
-        del layer, scores, norms, implementation
-
-    def neurons(self, layer, scores, live, implementation=None, share=None) -> None:
-        """Every neuron."""
-        del layer, scores, live, implementation, share
+class Dense(Policy):
+    """Every group, page, neuron and channel, with the original weights."""

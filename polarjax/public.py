@@ -7,25 +7,32 @@ check_ours("pallas_kernels")
 from polarjax.calibration.calibrate import calibrate  # noqa: E402
 from polarjax.calibration.recover import recover  # noqa: E402
 from polarjax.config import ModelConfig, Rope  # noqa: E402
-from polarjax.engine.generate import Output, generate, logits  # noqa: E402
+from polarjax.engine.checks import Settings  # noqa: E402
+from polarjax.engine.engine import Engine, Output  # noqa: E402
+from polarjax.engine.generate import generate, logits  # noqa: E402
+from polarjax.engine.request import Request  # noqa: E402
 from polarjax.engine.stats import Stats  # noqa: E402
 from polarjax.loading import load  # noqa: E402
 from polarjax.params import Params, save  # noqa: E402
 from polarjax.planning.plan import Plan, plan  # noqa: E402
-from polarjax.policies import Oracle, Polar, Random  # noqa: E402
-from polarjax.policy import Dense, SelectionPolicy  # noqa: E402
+from polarjax.policies import Adaptive, Oracle, Polar, Random  # noqa: E402
+from polarjax.policy import Dense, Policy  # noqa: E402
 
 __all__ = [
+    "Adaptive",
     "Dense",
+    "Engine",
     "ModelConfig",
     "Oracle",
     "Output",
     "Params",
     "Plan",
     "Polar",
+    "Policy",
     "Random",
+    "Request",
     "Rope",
-    "SelectionPolicy",
+    "Settings",
     "Stats",
     "calibrate",
     "generate",

@@ -9,24 +9,25 @@ import jax
 from jax.core import Tracer
 
 from polarjax.config import ModelConfig
+from polarjax.policy import Learned
 
 
-def summary(weights: Any, routers: Any, config: ModelConfig) -> str:
+def summary(weights: Any, learned: Learned, config: ModelConfig) -> str:
     """Family, sizes, dtype, bytes, place and adapter of a model.
 
     Args:
       weights: of the model. JAX also puts shapes, tracers and other things in their
         place: those without a shape and dtype are left out.
-      routers: likewise.
+      learned: what its policy learned, likewise.
       config: of the model.
     """
-    c, leaves, added = config, _arrays(weights), _arrays(routers)
+    c, leaves, added = config, _arrays(weights), _arrays(learned.routers)
     number, dtypes = sum(leaf.size for leaf in leaves), {str(x.dtype) for x in leaves}
     adapter = "no adapter"
-    if routers:
-        adapter = f"adapter for {len(routers)} layers, {_megabytes(added)}"
-    if routers and c.budgets:
-        mean = sum(c.budgets) / len(c.budgets)
+    if learned.routers:
+        adapter = f"adapter for {len(learned.routers)} layers, {_megabytes(added)}"
+    if learned.routers and learned.budgets:
+        mean = sum(learned.budgets) / len(learned.budgets)
         adapter += f", reads {mean:.2f} of {c.kv_heads} KV groups on average"
     return (
         f"Params({c.family}, {number / 1e6:,.1f}M weights, "

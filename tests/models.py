@@ -8,6 +8,8 @@ import numpy as np
 
 import polarjax
 from polarjax.model import weight_shapes
+from polarjax.policies import of_learned
+from polarjax.policy import Learned
 
 LLAMA = polarjax.ModelConfig(
     family="llama",
@@ -47,9 +49,9 @@ OPT_AFTER = dataclasses.replace(OPT, norm_after=True, final_norm=False, embed_di
 
 
 def random_params(
-    config, seed=0, routers=False, neuron_rank=0, scale=0.2, head_rank=0
+    config, seed=0, routers=False, neuron_rank=0, scale=0.2, head_rank=0, **learned
 ) -> polarjax.Params:
-    """Random weights, norms and biases included; optionally random routers."""
+    """Random weights, norms and biases included; optionally routers and budgets."""
     rng = np.random.default_rng(seed)  # jax's would compile for each shape
 
     def draw(shape):
@@ -74,7 +76,8 @@ def random_params(
                 "up": draw((f, neuron_rank)),
             }
         tree[f"layers_{layer}"] = parts
-    return jax.tree.map(jnp.asarray, polarjax.Params(weights, tree, config))
+    policy = of_learned(Learned(tree, **learned))
+    return jax.tree.map(jnp.asarray, polarjax.Params(weights, policy, config))
 
 
 def byte_tokenizer():
@@ -99,5 +102,6 @@ def write_checkpoint(folder, params) -> polarjax.Params:
         "chat_template.jinja": "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
         "{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}",
     }
-    write_folder(folder, params.config, params.weights, params.routers, files)
+    learned = params.policy.learned
+    write_folder(folder, params.config, params.weights, learned, files)
     return polarjax.load(folder)

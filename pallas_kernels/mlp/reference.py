@@ -17,6 +17,11 @@ _ACTIVATIONS = {
 }
 
 
+def activate(x, activation):
+    """What an activation function makes of an array."""
+    return _ACTIVATIONS[activation](x)
+
+
 def mlp(x, weights, neurons, *, activation, dtype, padded=False):
     """See `partial_mlp`, in dtype; the arguments are checked there."""
     if neurons is None:
@@ -31,21 +36,29 @@ def mlp(x, weights, neurons, *, activation, dtype, padded=False):
     return _leave(hidden.astype(x.dtype), rows, dtype)
 
 
-def masked_mlp(x, weights, neurons, *, activation, dtype=None, padded=False):
+def masked_mlp(
+    x, weights, neurons, *, activation, dtype=None, padded=False, keep=None
+):
     """As `gathered_mlp`, by dense products: what is not selected is set to 0.
 
     Args:
         x: inputs, [b, m].
         weights: as there.
-        neurons: int32 [n].
+        neurons: int32 [n], or None for all.
         activation: as there.
         dtype: of the output; None for that of x.
         padded: as in `partial_mlp`.
+        keep: applied to the hidden values, float32 [b, f], before they leave; None for
+            nothing.
     """
     f = weights["up"].shape[0]
-    mode = "drop" if padded else "clip"
-    selected = jnp.zeros(f, bool).at[neurons].set(True, mode=mode)
-    hidden = jnp.where(selected, _enter(x, weights, activation), 0.0)
+    hidden = _enter(x, weights, activation)
+    if neurons is not None:
+        mode = "drop" if padded else "clip"
+        selected = jnp.zeros(f, bool).at[neurons].set(True, mode=mode)
+        hidden = jnp.where(selected, hidden, 0.0)
+    if keep is not None:
+        hidden = keep(hidden)
     return _leave(hidden.astype(x.dtype), weights, dtype or x.dtype)
 
 

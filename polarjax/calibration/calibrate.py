@@ -29,7 +29,7 @@ from polarjax.mesh.cut import mesh_of, of_processes, shard
 from polarjax.mesh.processes import agree
 from polarjax.params import Params
 from polarjax.planning.sizes import up_to_context
-from polarjax.policies.adapter import as_stored
+from polarjax.policies.adapter import as_stored, with_learned
 from polarjax.settings import default_numbers
 from polarjax.training import (
     Corpus,
@@ -88,7 +88,10 @@ class Texts:
 
         def write(count: int) -> np.ndarray:
             return write_blocks(
-                *(params, start_token(tokenizer, config), context, count),
+                params,
+                start_token(tokenizer, config),
+                context,
+                count,
                 batch=512,
                 seed=self.seed,
                 progress=lambda done, total: say("writing text", done, total),
@@ -272,16 +275,19 @@ def calibrate(
 
     begin = time.perf_counter()
     trained = train_routers(
-        *(params, corpus.blocks, training),
+        params,
+        corpus.blocks,
+        training,
         resume=resume,
         progress=lambda p: say(
             f"training: loss {p.metrics['loss']:.4f}, recall {p.metrics['recall']:.3f}",
-            *(p.step, p.steps),
+            p.step,
+            p.steps,
         ),
         stop=enough,
     )
     made["training_seconds"] = round(time.perf_counter() - begin, 1)
-    trained = dataclasses.replace(trained, routers=as_stored(trained.routers))
+    trained = with_learned(trained, routers=as_stored(trained.routers))
     say("recall on held-out text", 0, 1)
     recall = measure_recall(trained, corpus.held_out)
     say("recall on held-out text", 1, 1)
@@ -295,10 +301,9 @@ def calibrate(
     contract = None
     if terms is not None:
         trained, contract = _with_contract(trained, corpus, scores, terms, say)
-    config = trained.config
-    thresholds = score_thresholds(scores, config.budgets, config.kv_heads)
-    config = dataclasses.replace(config, thresholds=thresholds)
-    trained = dataclasses.replace(trained, config=config)
+    budgets = trained.policy.learned.budgets
+    thresholds = score_thresholds(scores, budgets, trained.config.kv_heads)
+    trained = with_learned(trained, thresholds=thresholds)
     together = terms.batch if terms else 16
     quality = measure_quality(trained, corpus.held_out, mode, say, together)
     return Calibration(trained, recall, quality, contract, made, work)
@@ -323,11 +328,11 @@ def _with_neuron_budgets(
     sizes = tuple(b for b in (1, 8, 64) if 2 * b <= min(len(held), len(corpus.blocks)))
 
     most = 16 * sizes[-1]
+    learned_from = spread(corpus.blocks, most)
     budgets, found = neuron_budgets(
-        *(params, spread(corpus.blocks, most), sizes), held_out=spread(held, most)
+        params, learned_from, sizes, held_out=spread(held, most)
     )
-    config = dataclasses.replace(params.config, neuron_budgets=budgets)
-    total = config.neurons
+    total = params.config.neurons
     card = {
         str(batch): {
             "density": round(float(np.mean(counts[1:]) / total), 4),
@@ -338,7 +343,7 @@ def _with_neuron_budgets(
             budgets, found.union, found.reached(budgets), strict=True
         )
     }
-    return dataclasses.replace(params, config=config), card
+    return with_learned(params, neuron_budgets=budgets), card
 
 
 def _with_contract(
@@ -358,7 +363,8 @@ def _with_contract(
         k = params.config.kv_heads
         thresholds = functools.partial(score_thresholds, scores, kv_heads=k)
     path = search_budgets(
-        *(params, search),
+        params,
+        search,
         max_drop=terms.max_drop,
         batch=terms.batch,
         context=terms.context,
@@ -366,7 +372,9 @@ def _with_contract(
         progress=say,
     )
     contract = keep_promise(
-        *(params, path, test),
+        params,
+        path,
+        test,
         max_drop=terms.max_drop,
         confidence=terms.confidence,
         mode=terms.mode,
@@ -374,9 +382,8 @@ def _with_contract(
         thresholds=thresholds,
         progress=say,
     )
-    budgets = {"budgets": contract.budgets, "adaptive": terms.adaptive}
+    budgets: Any = {"budgets": contract.budgets, "adaptive": terms.adaptive}
     if contract.budgets is None:  # the promise is then the dense model
         k, layers = params.config.kv_heads, params.config.layers
         budgets = {"budgets": (k,) * layers, "neuron_budgets": ()}
-    config = dataclasses.replace(params.config, **budgets)
-    return dataclasses.replace(params, config=config), contract
+    return with_learned(params, **budgets), contract

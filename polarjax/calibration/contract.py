@@ -42,8 +42,8 @@ from polarjax.evaluation.measure import Journal, Progress
 from polarjax.evaluation.perplexity import Perplexity, perplexity
 from polarjax.evaluation.statistics import Interval, mean_interval
 from polarjax.params import Params
-from polarjax.policies import Polar
-from polarjax.policy import Dense
+from polarjax.policies import Polar, with_learned
+from polarjax.policy import Dense, Policy
 
 # How far the tests go, in calibration drop, as a multiple of the allowed one: a little
 # beyond. As the sequence ends by itself, to test what may fail risks nothing.
@@ -238,16 +238,16 @@ def keep_promise(
     sequence = choose_sequence(path, max_drop, tests)
     _check_domains(domains)
 
-    def measured(name: str, policy: Dense | Polar, budgets: Budgets) -> Perplexity:
-        config = dataclasses.replace(
-            params.config,
+    def measured(name: str, policy: Policy, budgets: Budgets) -> Perplexity:
+        model = with_learned(
+            params,
             budgets=budgets,
             adaptive=thresholds is not None,
             thresholds=thresholds(budgets) if thresholds else (),
         )
         label = ",".join(map(str, budgets))
         found = perplexity(
-            dataclasses.replace(params, config=config),
+            model,
             domains[name],
             {label: policy},
             mode=mode,

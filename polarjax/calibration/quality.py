@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,10 +18,10 @@ from polarjax.evaluation import (
 )
 from polarjax.evaluation.measure import Progress
 from polarjax.mesh.cut import model_shapes, whole_routers
-from polarjax.params import Params
+from polarjax.params import Params, taught
 from polarjax.planning.cost import step_cost
-from polarjax.policies import Oracle, Polar, Random
-from polarjax.policy import Dense, SelectionPolicy
+from polarjax.policies import Adaptive, Oracle, Polar, Random
+from polarjax.policy import Dense, Policy, Reads
 
 # More perplexity than this, relative to dense, is said. The adapters that ship lose up
 # to 0.12, on what the model itself writes.
@@ -49,15 +50,18 @@ def measure_quality(
     more than its norms tell.
     """
     say = progress or (lambda *_: None)
-    policies: dict[str, SelectionPolicy] = {"Dense": Dense()}
-    if not params.config.adaptive:
+    policies: dict[str, Policy] = {"Dense": Dense()}
+    learned = params.policy.learned
+    if not learned.adaptive:
         policies["Oracle"] = Oracle()
     policies |= {"Polar": Polar(), "Random": Random()}
-    if params.config.thresholds and not params.config.adaptive:
-        policies["Adaptive"] = Polar(adaptive=True)
+    if learned.thresholds and not learned.adaptive:
+        policies["Adaptive"] = Adaptive()
     return {
         name: perplexity(
-            *(params, windows(held), policies),
+            params,
+            windows(held),
+            policies,
             mode=mode,
             batch=batch,
             name=name,
@@ -115,16 +119,17 @@ def cost_card(params: Params, batch: int = 16, context: int = 2048) -> dict[str,
 
     The speed-up is that of memory's floor: no step is faster, and few as fast.
     """
-    config = params.config
+    config, budgets = params.config, params.policy.learned.budgets
     shapes = model_shapes(params.weights, config)
-    params = Params(shapes, whole_routers(params), config)
-    cost = step_cost(params, batch=batch, context=context)
-    dense = cost.bytes_read((config.kv_heads,) * config.layers)
-    sparse = cost.bytes_read(config.budgets)
+    whole = dataclasses.replace(params, weights=shapes)
+    cost = step_cost(taught(whole, whole_routers(params)), batch=batch, context=context)
+    everything = Reads.everything(config)
+    dense = cost.bytes_read(everything)
+    sparse = cost.bytes_read(Reads(budgets, everything.neurons))
     return {
         "batch": batch,
         "context": context,
-        "density": round(sum(config.budgets) / config.kv_heads / config.layers, 5),
+        "density": round(sum(budgets) / config.kv_heads / config.layers, 5),
         "step_bytes": sparse,
         "step_bytes_dense": dense,
         "bytes_saved": dense - sparse,

@@ -35,7 +35,7 @@ from polarjax.mesh.cut import (
 )
 from polarjax.mesh.processes import agree
 from polarjax.params import Params, Tree
-from polarjax.policies.adapter import as_stored
+from polarjax.policies.adapter import as_stored, with_learned
 from polarjax.settings import default_numbers
 from polarjax.storage.writing import write_file
 from polarjax.training import Recovery, Resume, train_updates
@@ -174,7 +174,7 @@ def recover(
     facts = {
         **texts.facts(corpus),
         "recovery": dataclasses.asdict(recovery),
-        "budgets": list(params.config.budgets),
+        "budgets": list(params.policy.learned.budgets),
         "weights_dtype": str(params.dtype),
     }
     before = whole_routers(params)
@@ -208,21 +208,23 @@ def recover(
 
     begin = time.perf_counter()
     train_updates(
-        *(params, corpus.blocks, recovery),
+        params,
+        corpus.blocks,
+        recovery,
         resume=resume,
         progress=lambda p: say(
             f"recovering: KL {p.metrics['kl']:.4f}, held out {last:.4f}",
-            *(p.step, p.steps),
+            p.step,
+            p.steps,
         ),
         stop=settled,
     )
     facts["training_seconds"] = round(time.perf_counter() - begin, 1)
     routers = as_stored(jax.tree.map(jnp.asarray, best.routers))
-    # Thresholds were of the routers before.
-    config = dataclasses.replace(params.config, thresholds=())
     facts["parameters"] = parameters(routers)
-    routers = place_routers(routers, config, mesh_of(params.weights))
-    found = dataclasses.replace(params, routers=routers, config=config)
+    routers = place_routers(routers, params.config, mesh_of(params.weights))
+    # Thresholds were of the routers before.
+    found = with_learned(params, routers=routers, thresholds=())
     say("divergence on held-out text", 0, 1)
     before, after = (
         {name: divergence(model, held) for name, held in corpus.held_out.items()}

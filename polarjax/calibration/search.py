@@ -23,7 +23,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Implementation
@@ -33,8 +32,8 @@ from polarjax.evaluation.scoring import Scorer
 from polarjax.evaluation.statistics import Interval, further_bound, mean_interval
 from polarjax.params import Params
 from polarjax.planning.cost import StepCost, step_cost
-from polarjax.policies import HeadBudget, Oracle, Polar, Random
-from polarjax.policy import Dense
+from polarjax.policies import Polar, with_learned
+from polarjax.policy import Dense, Policy, Reads
 
 Budgets = tuple[float, ...]
 """KV groups that each sequence reads, by layer; layer 0 reads all of them. Means over
@@ -90,7 +89,7 @@ def search_budgets(
     max_drop: float,
     batch: int,
     context: int,
-    policy: Polar | Oracle | Random | None = None,
+    policy: Policy | None = None,
     mode: Mode = "mask",
     rows: int = 16,
     width: int = 4,
@@ -143,14 +142,17 @@ def search_budgets(
     if step is None:
         step = k / 12 if thresholds else max(1, k // 8)
     for name, value in (
-        *(("max_drop", max_drop), ("rows", rows), ("width", width)),
-        *(("step", step), ("reach", reach)),
+        ("max_drop", max_drop),
+        ("rows", rows),
+        ("width", width),
+        ("step", step),
+        ("reach", reach),
     ):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if not thresholds and step != int(step):
         raise ValueError(f"step {step}: a part of a group needs thresholds")
-    if thresholds and not isinstance(policy or Polar(), Polar):
+    if thresholds and policy is not None and not policy.asks:
         raise ValueError(
             "thresholds are of routers' scores: they need the policy Polar"
         )
@@ -159,7 +161,11 @@ def search_budgets(
     items = [item for windows in domains.values() for item in windows]
     cost = step_cost(params, batch=batch, context=context)
     evaluate = _evaluator(
-        *(params, items, policy or Polar(), mode, min(rows, len(items))),
+        params,
+        items,
+        policy or Polar(),
+        mode,
+        min(rows, len(items)),
         thresholds,
         implementation,
         {} if journal is None else journal,
@@ -215,7 +221,10 @@ def search_path(
     """
     layers = len(cost.group)
     dense: Budgets = (cost.kv_heads,) * layers
-    dense_bytes, dense_nll = cost.bytes_read(dense), _finite(evaluate(dense), dense)
+    dense_bytes, dense_nll = (
+        cost.bytes_read(Reads(dense)),
+        _finite(evaluate(dense), dense),
+    )
     ends = np.cumsum([len(counts) for counts in scored])[:-1]
 
     def measured(budgets: Budgets) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -248,7 +257,7 @@ def search_path(
             else:  # no gain to harm what was less harmed than the rest
                 mean = float((found[0] - losses).mean())
                 more = max(further - now_loss, mean)
-            saved = cost.bytes_read(now) - cost.bytes_read(candidate)
+            saved = cost.bytes_read(Reads(now)) - cost.bytes_read(Reads(candidate))
             # Noise makes some losses negative: those bytes are free, none freer by
             # being few.
             ranks[layer] = max(more, 0.0) / saved, more
@@ -260,7 +269,7 @@ def search_path(
         now_loss = float(losses[worst]) if further is None else further
         interval = mean_interval(windows[worst] / scored[worst], scored[worst])
         drop = Interval(*(float(np.expm1(x)) for x in interval))
-        read = cost.bytes_read(now)
+        read = cost.bytes_read(Reads(now))
         bound = None if further is None else float(np.expm1(further))
         setting = Setting(now, drop, read, dense_bytes - read, bound)
         if setting.most > limit:
@@ -300,7 +309,7 @@ def _lowered(now: Budgets, layer: int, step: float, cost: StepCost) -> Budgets |
         # Thirds do not add up in binary.
         n = round(n) if abs(n - round(n)) < 1e-6 else n
         lower = (*now[:layer], n, *now[layer + 1 :])
-        if cost.bytes_read(lower) < cost.bytes_read(now):
+        if cost.bytes_read(Reads(lower)) < cost.bytes_read(Reads(now)):
             return lower
     return None
 
@@ -317,7 +326,7 @@ def _finite(nll: np.ndarray, budgets: Budgets) -> np.ndarray:
 def _evaluator(
     params: Params,
     items: Sequence[Continuation],
-    policy: Polar | Oracle | Random,
+    policy: Policy,
     mode: Mode,
     rows: int,
     thresholds: Thresholds | None,
@@ -325,13 +334,15 @@ def _evaluator(
     journal: Journal,
 ) -> Evaluate:
     """Scores items under one budget after another; compiles on first need."""
-    if policy.density is not None:
+    density = policy.settings().get("density")
+    if density is not None:
         raise ValueError(
-            f"the policy has density {policy.density}: a search finds it, leave it out"
+            f"the policy has density {density}: a search finds it, leave it out"
         )
     # The policy at all heads may still differ from dense: by recovery's updates.
     dense = Scorer(
-        *(params, {_LABEL: Dense()}),
+        params,
+        {_LABEL: Dense()},
         mode=mode,
         batch=rows,
         implementation=implementation,
@@ -364,7 +375,7 @@ class _Budgeted(Scorer):
     def __init__(
         self,
         params: Params,
-        policy: Polar | Oracle | Random,
+        policy: Policy,
         mode: Mode,
         batch: int,
         thresholds: Thresholds | None,
@@ -373,10 +384,14 @@ class _Budgeted(Scorer):
         config, self._thresholds = params.config, thresholds
         # Bound as if every layer but the first were sparse: all routers are there.
         lowest = (config.kv_heads, *(1,) * (config.layers - 1))
-        every = dataclasses.replace(config, budgets=lowest, neuron_budgets=())
+        every = with_learned(params, budgets=lowest, adaptive=False, neuron_budgets=())
+        if thresholds:
+            every = with_learned(
+                every, adaptive=True, thresholds=tuple(map(float, lowest))
+            )
         super().__init__(
-            dataclasses.replace(params, config=every),
-            {_LABEL: policy},
+            every,
+            {_LABEL: policy.flexing()},
             mode=mode,
             batch=batch,
             implementation=implementation,
@@ -385,16 +400,10 @@ class _Budgeted(Scorer):
 
     def set_budgets(self, budgets: Budgets) -> None:
         weights, bound = self._bound[_LABEL]
-        assert isinstance(bound, Polar | Oracle | Random)
-        # The limits, which are compiled, leave room for every group.
-        k = self.params.config.kv_heads
-        limits = (None, *(k if k > 1 else None,) * (len(budgets) - 1))
-        counts = np.repeat(np.array(budgets, np.int32)[:, None], self._rows, axis=1)
-        passing = None
+        k, passing = self.params.config.kv_heads, ()
         if self._thresholds:
             # Layers that are not sparse are compiled like the others: all scores pass.
             found = zip(self._thresholds(budgets), budgets, strict=True)
             all_pass = float(np.finfo(np.float32).min)
-            passing = jnp.array([x if n < k else all_pass for x, n in found])
-        budget = HeadBudget(tuple(map(jnp.asarray, counts)), limits, passing)
-        self._bound[_LABEL] = weights, dataclasses.replace(bound, budget=budget)
+            passing = [x if n < k else all_pass for x, n in found]
+        self._bound[_LABEL] = weights, bound.budgeted(budgets, passing)

@@ -22,7 +22,7 @@ from polarjax.evaluation.record import environment, now
 from polarjax.loading import load
 from polarjax.mesh import processes
 from polarjax.params import Params
-from polarjax.policies.budgets import with_density
+from polarjax.policies import with_density
 from polarjax.storage.folder import CARD_FILE, check_destination
 from polarjax.terminal.output import counting_bar, make_console
 from polarjax.training import Recovery, RouterTraining, Source

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 
 from polarjax.loading import read_config
 from polarjax.mesh.cut import check_mesh, default_mesh, make_mesh
-from polarjax.policies import Oracle, Polar, Random
-from polarjax.policy import Dense, SelectionPolicy
+from polarjax.policies import Adaptive, Oracle, Polar, Random
+from polarjax.policy import Dense, Policy
 from polarjax.terminal.common import fraction
 
-POLICIES = {"polar": Polar, "adaptive": Polar, "oracle": Oracle, "random": Random}
+POLICIES = ("polar", "adaptive", "oracle", "random")
 
 
 def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | None:
@@ -38,7 +38,7 @@ def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | No
 
 def make_policy(
     name: str, density: float | None, neuron_density: float | None = None
-) -> SelectionPolicy:
+) -> Policy:
     """A policy by its name.
 
     Args:
@@ -61,9 +61,11 @@ def make_policy(
         raise ValueError(
             f"no policy {name!r}: there are dense, {', '.join(sorted(POLICIES))}"
         )
-    if name in ("polar", "adaptive"):
-        return Polar(density, neuron_density, adaptive=name == "adaptive")
-    return POLICIES[name](density)
+    if name == "polar":
+        return Polar(density, neuron_density)
+    if name == "adaptive":
+        return Adaptive(neuron_density)
+    return Oracle(density) if name == "oracle" else Random(density)
 
 
 def make_policies(
@@ -71,7 +73,7 @@ def make_policies(
     densities: str,
     neuron_density: float | None = None,
     balanced: int | None = None,
-) -> dict[str, SelectionPolicy]:
+) -> dict[str, Policy]:
     """Every policy at every density, by label; without densities, the adapter's own.
 
     Args:
@@ -88,7 +90,7 @@ def make_policies(
         wanted = [fraction(x) for x in densities.split(",") if x] or [None]
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--densities: {error}") from None
-    policies: dict[str, SelectionPolicy] = {}
+    policies: dict[str, Policy] = {}
     wanted_names = [name.strip() for name in names.split(",")]
     if balanced is not None and "polar" not in wanted_names:
         raise ValueError("--balanced is of the policy polar: name it in --policies")

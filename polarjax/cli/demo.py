@@ -15,7 +15,7 @@ from polarjax.evaluation import Perplexity, perplexity, window_items
 from polarjax.loading import find_adapter, load
 from polarjax.params import Params
 from polarjax.policies import Polar, load_adapter, read_card
-from polarjax.policy import Dense, SelectionPolicy
+from polarjax.policy import Dense, Policy
 from polarjax.terminal.output import make_console
 
 PROMPTS = (
@@ -51,7 +51,7 @@ def show(
     dense = load(checkpoint)
     models = [load_adapter(dense, find_adapter(x), any_model) for x in adapters]
     names = ["dense", *map(str, adapters)]
-    runs: list[tuple[Params, SelectionPolicy]] = [(dense, Dense())]
+    runs: list[tuple[Params, Policy]] = [(dense, Dense())]
     runs += [(params, Polar()) for params in models]
     outputs: list[Output] = []
     for name, (params, policy) in zip(names, runs, strict=True):

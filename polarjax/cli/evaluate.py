@@ -19,7 +19,7 @@ from polarjax.evaluation.report.page import make_report
 from polarjax.evaluation.results import DENSE
 from polarjax.loading import find_adapter, load
 from polarjax.mesh import processes
-from polarjax.policy import SelectionPolicy
+from polarjax.policy import Policy
 from polarjax.storage.writing import try_file, write_file
 from polarjax.terminal.output import make_console, share_bar
 
@@ -108,7 +108,7 @@ def run_eval(args: argparse.Namespace) -> None:
     console.print(f"written to {path}; draw it: polarjax report {path}")
 
 
-def _policies(args: argparse.Namespace) -> dict[str, SelectionPolicy]:
+def _policies(args: argparse.Namespace) -> dict[str, Policy]:
     chosen = args.policies, args.densities, args.neuron_density, args.balanced
     return make_policies(*chosen)
 

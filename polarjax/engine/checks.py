@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,8 @@ from polarjax.config import ModelConfig
 from polarjax.engine.sampling import Sampling
 from polarjax.engine.templates import check_text
 from polarjax.engine.tokenizer import Tokenizer
-from polarjax.planning.sizes import bucket
+from polarjax.planning.sizes import bucket, positive
+from polarjax.policies.budgets import check_densities
 
 
 def encode_prompts(
@@ -124,26 +126,94 @@ def per_request(
     return values
 
 
-def make_sampling(
-    config: ModelConfig, batch: int, temperature: Any, top_k: Any, top_p: Any, seed: Any
-) -> Sampling:
-    """Settings of a batch, checked; see `generate`."""
-    v = config.vocab_size
-    temperatures = per_request("temperature", temperature, batch, 0.0, 1e6)
-    ks = per_request("top_k", top_k, batch, 0, 2**31 - 1, whole=True)
-    ks = [int(k) or v for k in ks]
-    ps = per_request("top_p", top_p, batch, 0.0, 1.0)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How one request is continued; see `polarjax.generate`.
+
+    Attributes:
+      max_new_tokens: most tokens to add.
+      density: fraction of the KV groups to read; None for the policy's own budgets.
+      temperature: 0 for greedy.
+      top_k: most probable tokens to draw from; 0 for all.
+      top_p: probability mass to draw from.
+      seed: of the draws.
+      stop: strings that end the text.
+      stop_ids: token ids that end it; None for the model's own.
+    """
+
+    max_new_tokens: int = 64
+    density: float | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] | None = None
+
+
+def settings_of(
+    config: ModelConfig, tokenizer: Tokenizer | None, batch: int, asked: dict[str, Any]
+) -> list[Settings]:
+    """Settings of each request of a batch, checked.
+
+    Args:
+      config: what the model is.
+      tokenizer: of the checkpoint, or None.
+      batch: requests, b.
+      asked: fields of `Settings` by name, one value or one per request.
+
+    Raises:
+      ValueError: naming the setting, the value and the range.
+    """
+    plain = dataclasses.asdict(Settings())
+    if unknown := sorted(asked.keys() - plain.keys()):
+        raise TypeError(f"no setting {unknown[0]!r}: there are {', '.join(plain)}")
+    given = {**plain, **asked}
+    most = min(positive("max_new_tokens", given["max_new_tokens"]), config.context)
+    stops = stop_strings(given["stop"], tokenizer)
+    ends = stop_tokens(given["stop_ids"], config)
+    densities = check_densities(given["density"], batch)
+    temperatures = per_request("temperature", given["temperature"], batch, 0.0, 1e6)
+    ks = per_request("top_k", given["top_k"], batch, 0, 2**31 - 1, whole=True)
+    ps = per_request("top_p", given["top_p"], batch, 0.0, 1.0)
     if min(ps) <= 0:
         raise ValueError(f"top_p must be above 0, got {min(ps)}")
-    seeds = per_request("seed", seed, batch, 0, 2**32 - 1, whole=True)
-    if np.ndim(seed) == 0:
+    seeds = per_request("seed", given["seed"], batch, 0, 2**32 - 1, whole=True)
+    if np.ndim(given["seed"]) == 0:
         seeds = [(int(s) + i) % 2**32 for i, s in enumerate(seeds)]
-    greedy = max(temperatures) == 0
+    return [
+        Settings(
+            max_new_tokens=most,
+            density=float(density) or None,
+            temperature=float(temperature),
+            top_k=int(k),
+            top_p=float(p),
+            seed=int(seed),
+            stop=stops,
+            stop_ids=ends,
+        )
+        for density, temperature, k, p, seed in zip(
+            densities, temperatures, ks, ps, seeds, strict=True
+        )
+    ]
+
+
+def make_sampling(config: ModelConfig, requests: Sequence[Settings]) -> Sampling:
+    """How each of a batch of requests draws.
+
+    Args:
+      config: what the model is.
+      requests: settings of each, checked.
+    """
+    v = config.vocab_size
+    ks = [min(one.top_k or v, v) for one in requests]
+    ps = [one.top_p for one in requests]
+    greedy = all(one.temperature == 0 for one in requests)
     return Sampling(
-        jnp.asarray(temperatures, jnp.float32),
-        jnp.asarray([min(k, v) for k in ks], jnp.int32),
+        jnp.asarray([one.temperature for one in requests], jnp.float32),
+        jnp.asarray(ks, jnp.int32),
         jnp.asarray(ps, jnp.float32),
-        jnp.asarray(np.array(seeds, np.uint32)),
+        jnp.asarray(np.array([one.seed for one in requests], np.uint32)),
         greedy=greedy,
         filtered=not greedy and (min(ks) < v or min(ps) < 1),
     )
@@ -166,29 +236,33 @@ def stop_strings(stop: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def stop_tokens(stop_ids: Any, config: ModelConfig) -> np.ndarray:
+def stop_tokens(stop_ids: Any, config: ModelConfig) -> tuple[int, ...]:
     """The token ids that end a request; None means the model's own.
-
-    Returns:
-      int32[e], filled up with -1, which no token is: one program serves any number up
-      to 8, the next up to 16, and so on.
 
     Raises:
       ValueError: if one is no token id of the model.
     """
     if stop_ids is None:
-        return _filled_up(config.eos_ids)
+        return config.eos_ids
     v = config.vocab_size
     stop_ids = _listed("stop_ids", stop_ids)
     several = isinstance(stop_ids, Sequence | set | frozenset)
     if not several or isinstance(stop_ids, str):
         raise ValueError(f"stop_ids must be a list of token ids, got {stop_ids!r}")
-    return _filled_up(
-        per_request("stop_ids", list(stop_ids), len(stop_ids), 0, v - 1, whole=True)
-    )
+    many = list(stop_ids)
+    found = per_request("stop_ids", many, len(many), 0, v - 1, whole=True)
+    return tuple(int(x) for x in found)
 
 
-def _filled_up(ids: Sequence[int]) -> np.ndarray:
-    filled = np.full(bucket(len(ids), 8), -1, np.int32)
-    filled[: len(ids)] = ids
-    return filled
+def stop_table(requests: Sequence[Settings]) -> np.ndarray:
+    """The token ids that end each request.
+
+    Returns:
+      int32[b, e], filled up with -1, which no token is: one program serves any number
+      up to 8, the next up to 16, and so on.
+    """
+    ends = [one.stop_ids or () for one in requests]
+    table = np.full((len(ends), bucket(max(map(len, ends)), 8)), -1, np.int32)
+    for row, ids in zip(table, ends, strict=True):
+        row[: len(ids)] = ids
+    return table

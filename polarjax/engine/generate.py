@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,52 +13,20 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from pallas_kernels import Implementation
-from polarjax.engine import places, programs
-from polarjax.engine.checks import (
-    encode_prompts,
-    make_sampling,
-    stop_strings,
-    stop_tokens,
-)
-from polarjax.engine.request import Request
-from polarjax.engine.stats import Stats, make_stats
+from polarjax.engine import programs
+from polarjax.engine.checks import encode_prompts, settings_of
+from polarjax.engine.engine import Engine, Output, Stream, on_devices
 from polarjax.engine.tokenizer import Tokenizer
-from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
-from polarjax.mesh.processes import from_main, to_host
+from polarjax.mesh.cut import mesh_of, shard
+from polarjax.mesh.processes import from_main
 from polarjax.model import BLOCK_TOKENS
 from polarjax.params import Params
-from polarjax.planning.crossover import bind_where_it_pays
-from polarjax.planning.memory import MEMORY_FRACTION, cache_capacity
-from polarjax.planning.sizes import bucket, positive
+from polarjax.planning.memory import MEMORY_FRACTION, room_for
+from polarjax.planning.sizes import positive
 from polarjax.policies import Density, Polar
-from polarjax.policy import Dense, SelectionPolicy
+from polarjax.policies.budgets import count
+from polarjax.policy import Load, Policy
 from polarjax.settings import default_numbers
-
-Stream = Callable[[int, str, list[int]], None]
-
-# Kept at once of each of generation's functions, one for each shape of a batch: some
-# 10 MB each. Beyond that all are dropped: to compile anew now and then is better than
-# memory that grows with every kind of call.
-MOST_PROGRAMS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """What `generate` returns; lists have one entry per prompt.
-
-    Attributes:
-      tokens: new token ids, the stop token excluded.
-      texts: their text, cut before a stop string; None without a tokenizer.
-      logprobs: natural log-probability of each token under the model.
-      finish_reasons: "stop" (stop token or string) or "length".
-      stats: times, bytes and densities.
-    """
-
-    tokens: list[list[int]]
-    texts: list[str] | None
-    logprobs: list[list[float]]
-    finish_reasons: list[str]
-    stats: Stats
 
 
 @default_numbers
@@ -70,7 +36,7 @@ def generate(
     *,
     max_new_tokens: int = 64,
     density: Density = None,
-    policy: SelectionPolicy | None = None,
+    policy: Policy | None = None,
     temperature: float | Sequence[float] = 0.0,
     top_k: int | Sequence[int] = 0,
     top_p: float | Sequence[float] = 1.0,
@@ -146,105 +112,54 @@ def generate(
       ValueError: if a prompt or setting is out of range; it is named. If the batch
         does not fit into the device's memory; what would fit is named.
     """
-    params = shard(params, mesh) if mesh is not None else _on_devices(params)
-    mesh = mesh_of(params.weights)
-    many = mesh is not None and mesh.is_multi_process
+    params = shard(params, mesh) if mesh is not None else on_devices(params)
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)
-    if many:
+    mesh = mesh_of(params.weights)
+    if mesh is not None and mesh.is_multi_process:
         encoded = from_main(encoded)
-    batch = len(encoded)
-    most = min(positive("max_new_tokens", max_new_tokens), config.context)
-    chunk = min(positive("chunk", chunk), config.context)
-    prefill_tokens = positive("prefill_tokens", prefill_tokens)
-    stops = stop_strings(stop, tokenizer)
-    end_ids = stop_tokens(stop_ids, config)
-    sampling = make_sampling(config, batch, temperature, top_k, top_p, seed)
-    asked = density is not None or policy is not None
+    batch, lengths = len(encoded), [len(ids) for ids in encoded]
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "density": density,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop,
+        "stop_ids": stop_ids,
+    }
+    asked = settings_of(config, tokenizer, batch, settings)
+    limits = [min(asked[0].max_new_tokens, config.context - n) for n in lengths]
+    ends = [n + limit for n, limit in zip(lengths, limits, strict=True)]
+    middles = [n + limit / 2 for n, limit in zip(lengths, limits, strict=True)]
     policy = _choose_policy(params, density, policy)
-
-    lengths = np.array([len(ids) for ids in encoded], np.int32)
-    remaining = np.minimum(most, config.context - lengths).astype(np.int32)
-    visible = math.ceil((lengths + remaining / 2).mean())
-    weights, bound, notes = bind_where_it_pays(params, policy, asked, batch, visible)
-    rows = batch + -batch % axis_size(mesh, DP)
-    if rows > batch:  # each part of the batch is as large: dead rows fill the last one
-        bound, sampling = places.widen(bound, rows), places.widen(sampling, rows)
-        remaining = np.pad(remaining, (0, rows - batch), constant_values=1)
-    capacity = cache_capacity(
-        *(params, rows, int((lengths + remaining[:batch]).max())),
-        prefill_tokens=prefill_tokens,
-        prompt_tokens=int(lengths.max()),
+    k, mean = config.kv_heads, None
+    if density is not None:
+        mean = sum(count(one.density or 1, k) for one in asked) / k / batch
+    dense = any(one.density == 1 for one in asked)  # which promises an exact MLP
+    if policy is not None and dense and "neurons" in policy.asks:
+        policy = policy.asking(tuple(x for x in policy.asks if x != "neurons"))
+    slots, context = room_for(
+        params,
+        batch,
+        max(ends),
+        prefill_tokens=positive("prefill_tokens", prefill_tokens),
+        prompt_tokens=max(lengths),
         memory_fraction=memory_fraction,
     )
-    if many:
-        capacity = from_main(capacity)
-
-    requests = [
-        Request(ids, limit, tokenizer, stops)
-        for ids, limit in zip(encoded, remaining[:batch].tolist(), strict=True)
-    ]
-    common = {"config": config.architecture, "implementation": implementation}
-    clock = _Clock()
-    # Prompts are read as the dense model reads them, with the original weights.
-    filled = [*encoded, *[encoded[int(lengths.argmin())]] * (rows - batch)]
-    state, drawn = programs.read_prompts(
-        *(params.weights, filled, remaining, sampling, end_ids),
-        **{"capacity": capacity, "most": prefill_tokens, **common},
-        call=clock.run,
-    )
-    drawn, real = jax.tree.map(lambda x: x[None], drawn), np.arange(rows) < batch
-    live = to_host(state.live) & real
-    clock.lap("prefill")
-    counted, go_on, steps = [], real, 0
-    whole = programs.takes_whole_chunks(params.weights)
-    if whole:
-        chunk = min(chunk, bucket(int(remaining[:batch].max()) - 1, 1))
-    while True:
-        if stops:  # the host has to look before it knows who goes on
-            seen = _deliver(requests, drawn, live, stream)
-            live = np.zeros(rows, bool)
-            live[:batch] = [request.going for request in requests]
-            go_on = live
-        more = live.any()
-        if more:
-            # As many as the requests may still draw, of those that go on.
-            count = min(chunk, int(remaining[live].max()) - 1 - steps)
-            steps += chunk if whole else count
-            state, following = clock.run(
-                *(
-                    programs.decode_chunk,
-                    weights,
-                    bound,
-                    state,
-                    go_on,
-                    sampling,
-                    end_ids,
-                ),
-                None if whole else np.int32(count),
-                **{"steps": chunk, "mesh": mesh, **common},
-            )
-        if not stops:  # while the device is at the next chunk
-            seen = _deliver(requests, drawn, live, stream)
-        counted.append(seen)
-        if not more:
-            break
-        drawn, live = following, to_host(state.live)
-    clock.lap("decode")
-
-    stats = make_stats(
-        *(params, weights, bound, counted[1:], steps, clock.seconds),
-        prompt_tokens=int(lengths.sum()),
-        new_tokens=sum(len(request.tokens) for request in requests),
-        notes=notes,
-    )
-    return Output(
-        tokens=[request.tokens for request in requests],
-        texts=None if tokenizer is None else [request.text for request in requests],
-        logprobs=[request.logprobs for request in requests],
-        finish_reasons=[request.finish_reason for request in requests],
-        stats=stats,
-    )
+    with Engine(
+        params,
+        policy=policy,
+        slots=slots,
+        context=context,
+        chunk=chunk,
+        prefill_tokens=prefill_tokens,
+        load=Load(batch, math.ceil(sum(middles) / batch), mean),
+        densities=density is not None,
+        implementation=implementation,
+    ) as engine:
+        return engine.generate(encoded, stream=stream, **settings)
 
 
 @default_numbers
@@ -302,86 +217,24 @@ def logits(
         if not whole or lengths.min() < 1 or lengths.max() > t:
             raise ValueError(f"lengths must be {b} integers from 1 to {t}: {lengths}")
     return programs.all_logits(
-        *(params.weights, jnp.asarray(tokens, jnp.int32)),
+        params.weights,
+        jnp.asarray(tokens, jnp.int32),
         config=config.architecture,
         implementation=implementation,
         mesh=mesh_of(params.weights),
     )
 
 
-def _on_devices(params: Params) -> Params:
-    """The model as it is, or where its arrays are the host's, on the default device."""
-
-    def put(leaf: Any) -> jax.Array:
-        return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-
-    return jax.tree.map(put, params)
-
-
 def _choose_policy(
-    params: Params, density: Density, policy: SelectionPolicy | None
-) -> SelectionPolicy:
+    params: Params, density: Density, policy: Policy | None
+) -> Policy | None:
+    """What the user chose; None for what the model came with."""
     if policy is not None:
         if density is not None:
             raise ValueError("pass either policy or density, not both")
-        if isinstance(policy, type) or not hasattr(policy, "bind"):
+        if isinstance(policy, type) or not isinstance(policy, Policy):
             raise TypeError(f"policy must be a policy like Dense(), got {policy!r}")
         return policy
     if density is not None:
-        return Polar(density)
-    return Polar() if params.routers else Dense()
-
-
-class _Clock:
-    """Wall time by kind of work, compilation apart."""
-
-    def __init__(self) -> None:
-        self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
-        self._since, self._compiled = time.perf_counter(), set()
-
-    def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a jitted function; the first time for such arguments, compile it."""
-        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
-        if (function, shapes) not in self._compiled:
-            start = time.perf_counter()
-            if function._cache_size() >= MOST_PROGRAMS:
-                function.clear_cache()  # what is running stays until it ends
-            function.lower(*args, **kwargs).compile()  # kept: the call finds it
-            self._compiled.add((function, shapes))
-            taken = time.perf_counter() - start
-            self.seconds["compile"] += taken
-            self._since += taken
-        return function(*args, **kwargs)
-
-    def lap(self, kind: str) -> None:
-        """Since the last one, or the start, it was this kind of work."""
-        now = time.perf_counter()
-        self.seconds[kind] += now - self._since
-        self._since = now
-
-
-def _deliver(
-    requests: list[Request],
-    drawn: programs.Drawn,
-    live: np.ndarray,
-    stream: Stream | None,
-) -> programs.Drawn:
-    """Hand on what a chunk brought; returns it, fetched from the devices."""
-    drawn = to_host(drawn)
-    token, logprob, valid = drawn.token, drawn.logprob, drawn.valid
-    for i, request in enumerate(requests):
-        if not request.going:
-            continue
-        keep = valid[:, i]
-        if np.isnan(logprob[keep, i]).any():
-            raise ValueError(
-                f"the model yields NaN for prompt {i}: its weights are damaged"
-            )
-        request.add(
-            token[keep, i].tolist(), logprob[keep, i].tolist(), ended=not live[i]
-        )
-        if stream:
-            text, tokens = request.news()
-            if text or tokens:
-                stream(i, text, tokens)
-    return drawn
+        return params.policy if params.routers else Polar()
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,28 +14,35 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Implementation
-from polarjax.cache import KVCache
+from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
 from polarjax.engine.places import (
     CACHE,
     ROWS,
     empty_cache,
     insert_all,
-    policy_specs,
 )
 from polarjax.engine.sampling import Sampling, sample
 from polarjax.mesh.cut import (
     DP,
     TP,
     axis_size,
+    field_specs,
     mesh_of,
     over_mesh,
     weight_specs,
 )
-from polarjax.model import BLOCK_TOKENS, Share, make_decoder, run
-from polarjax.params import Tree
+from polarjax.model import (
+    BLOCK_TOKENS,
+    Read,
+    Share,
+    extend,
+    make_decoder,
+    whole,
+)
+from polarjax.model import logits as logits_of
 from polarjax.planning.blocks import plan_blocks
-from polarjax.policy import SelectionPolicy
+from polarjax.policy import Policy, Tree
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +57,7 @@ class State:
       remaining: int32[b], tokens it may still draw.
     """
 
-    cache: KVCache
+    cache: PagedCache
     token: jax.Array
     live: jax.Array
     remaining: jax.Array
@@ -81,7 +88,7 @@ class Drawn:
 
 def _advance(
     logits: jax.Array,
-    cache: KVCache,
+    cache: PagedCache,
     live: jax.Array,
     remaining: jax.Array,
     sampling: Sampling,
@@ -89,7 +96,7 @@ def _advance(
     share: Share | None = None,
 ) -> tuple[State, jax.Array, jax.Array]:
     token, logprob = sample(logits, sampling, cache.lengths, share)
-    stops = (token[:, None] == stop_ids[None, :]).any(axis=1)
+    stops = (token[:, None] == stop_ids).any(axis=1)
     # The best of NaN logits is token 0: no stop token, but an error for the host.
     stops &= ~jnp.isnan(logprob)
     valid = live & ~stops
@@ -108,14 +115,14 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     rows: jax.Array,
-    cache: KVCache,
+    cache: PagedCache,
     logits: jax.Array,
     *,
     config: ModelConfig,
     most: int,
     implementation: Implementation | None,
     mesh: Mesh | None = None,
-) -> tuple[KVCache, jax.Array]:
+) -> tuple[PagedCache, jax.Array]:
     """Read some prompts of a batch, dense.
 
     Args:
@@ -137,10 +144,13 @@ def prefill(
     """
     model = make_decoder(config, weights, (), implementation, mesh)
 
-    def read(weights: Tree, tokens, lengths, rows, cache: KVCache, logits):
-        last, cache = run(model, weights, "read", tokens, lengths, rows, cache, most)
-        put = {"mode": "drop", "unique_indices": True}
-        return cache, logits.at[rows].set(last, **put)
+    def read(weights: Tree, tokens, lengths, rows, cache: PagedCache, logits):
+        view = cache.of_rows(rows)
+        last, view, _ = extend(
+            model, weights, tokens, lengths, view, most=most, fresh=True
+        )
+        logits = logits.at[rows].set(last, mode="drop", unique_indices=True)
+        return view.back_in(cache), logits
 
     args = weights, tokens, lengths, rows, cache, logits
     each = ROWS, ROWS, ROWS, CACHE, ROWS
@@ -148,27 +158,70 @@ def prefill(
     return over_mesh(read, mesh, specs, (CACHE, ROWS))(*args)
 
 
-@functools.partial(jax.jit, donate_argnames=("cache",))
+@functools.partial(jax.jit, donate_argnames=("state",))
 def first_token(
-    cache: KVCache,
+    state: State,
     logits: jax.Array,
+    admitted: jax.Array,
     remaining: jax.Array,
     sampling: Sampling,
     stop_ids: jax.Array,
 ) -> tuple[State, Drawn]:
-    """Draw each request's first token.
+    """Draw the first token of requests whose prompts have been read.
 
     Args:
-      cache: of the prompts; donated.
+      state: of the batch, with the prompts in its cache; donated.
       logits: float32[b, v], after each prompt's last token.
-      remaining: int32[b], tokens each request may draw, at least 1.
-      sampling: settings.
-      stop_ids: int32[e], tokens that end a request.
+      admitted: bool[b], the requests that begin; the others stay as they are.
+      remaining: int32[b], tokens each of them may draw, at least 1.
+      sampling: how each request draws.
+      stop_ids: int32[b, e], tokens that end each request.
     """
-    live = jnp.ones(remaining.shape, bool)
-    state, logprob, valid = _advance(logits, cache, live, remaining, sampling, stop_ids)
-    reads = jnp.zeros((len(cache.keys), len(remaining)), jnp.int32)
-    return state, Drawn(state.token, logprob, valid, reads, jnp.zeros_like(remaining))
+    new, logprob, valid = _advance(
+        logits, state.cache, admitted, remaining, sampling, stop_ids
+    )
+
+    def mine(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(admitted, new, old)
+
+    reads = jnp.zeros((state.cache.layers, len(remaining)), jnp.int32)
+    drawn = Drawn(new.token, logprob, valid, reads, jnp.zeros_like(remaining))
+    after = State(
+        state.cache,
+        mine(new.token, state.token),
+        mine(new.live, state.live),
+        mine(new.remaining, state.remaining),
+    )
+    return after, drawn
+
+
+def empty_state(
+    config: ModelConfig, slots: int, context: int, weights: Tree
+) -> tuple[State, jax.Array]:
+    """A batch of no requests, and room for the logits after prompts, float32[b, v].
+
+    Args:
+      config: what the model is.
+      slots: requests that there is room for, b.
+      context: positions that each has room for.
+      weights: the original ones, where the batch shall be.
+    """
+    mesh, dtype = mesh_of(weights), weights["embed"]["tokens"].dtype
+    with jax.default_device(None if mesh else _device(weights)):
+        cache = empty_cache(config, slots, context, dtype, mesh)
+        where = None if mesh is None else NamedSharding(mesh, ROWS)
+        zeros = functools.partial(jnp.zeros, device=where)
+        state = State(
+            cache,
+            zeros(slots, jnp.int32),
+            zeros(slots, bool),
+            zeros(slots, jnp.int32),
+        )
+        return state, zeros((slots, config.vocab_size), jnp.float32)
+
+
+def _device(weights: Tree) -> Any:
+    return next(iter(weights["embed"]["tokens"].devices()))
 
 
 def run_plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -178,60 +231,49 @@ def run_plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def read_prompts(
     weights: Tree,
-    prompts: Sequence[Sequence[int]],
-    remaining: Any,
-    sampling: Sampling,
-    stop_ids: Any,
+    prompts: Mapping[int, Sequence[int]],
+    cache: PagedCache,
+    logits: jax.Array,
     *,
     config: ModelConfig,
-    capacity: int,
     implementation: Implementation | None,
     most: int = BLOCK_TOKENS,
     call: Callable[..., Any] = run_plainly,
-) -> tuple[State, Drawn]:
-    """Read a batch of prompts, dense, and draw each request's first token.
+) -> tuple[PagedCache, jax.Array]:
+    """Read prompts into rows of a cache, dense.
 
     Args:
       weights: the original ones.
-      prompts: token ids of each, at least one, fewer than the context.
-      remaining: int[b], tokens each request may draw, at least 1.
-      sampling: settings.
-      stop_ids: int32[e], tokens that end a request.
-      config: the model's architecture.
-      capacity: positions of the cache, s, which each prompt must fit in.
+      prompts: token ids by row, at least one each, fewer than the cache has room for.
+      cache: of the batch; donated.
+      logits: float32[b, v], after each row's prompt; donated.
+      config: what the model is.
       implementation: of the kernels.
       most: tokens that are computed at once, see `plan_blocks`.
       call: runs each compiled program, as call(function, *args, **kwargs).
+
+    Returns:
+      The cache and the logits, the rows filled in.
     """
-    b, mesh = len(prompts), mesh_of(weights)
+    slots, mesh = len(logits), mesh_of(weights)
     dp = axis_size(mesh, DP)
-    if b % dp:
-        raise ValueError(f"dp {dp} does not divide the batch of {b}")
-    lengths = np.array([len(ids) for ids in prompts], np.int32)
-    dtype = weights["embed"]["tokens"].dtype
-    here = next(iter(weights["embed"]["tokens"].devices()))
-
-    def room(rows: int, positions: int) -> tuple[KVCache, jax.Array]:
-        with jax.default_device(None if mesh else here):  # where the model is
-            cache = empty_cache(config, rows, positions, dtype, mesh)
-            return cache, _zeros((rows, config.vocab_size), mesh)
-
-    cache, logits = room(b, capacity)
-    each = b // dp
-    for block in plan_blocks(lengths.tolist(), config.context, most, dp):
+    each, places = slots // dp, sorted(prompts)
+    lengths = [len(prompts[row]) for row in places]
+    parts = [row // each for row in places]
+    for block in plan_blocks(lengths, config.context, most, dp, parts):
         tokens = np.zeros((dp, block.rows, block.width), np.int32)
         counts = np.ones((dp, block.rows), np.int32)
         rows = np.empty((dp, block.rows), np.int32)
         rows[:] = each + np.arange(block.rows, dtype=np.int32)
         filled = [0] * dp
-        for prompt in block.prompts:
-            part, place = divmod(prompt, each)
-            i = filled[part]
+        for number in block.prompts:
+            part, place = divmod(places[number], each)
+            i, ids = filled[part], prompts[places[number]]
             filled[part] += 1
             rows[part, i] = place
-            tokens[part, i, : lengths[prompt]] = prompts[prompt]
-            counts[part, i] = lengths[prompt]
-        count, places = dp * block.rows, rows.reshape(-1)
+            tokens[part, i, : len(ids)] = ids
+            counts[part, i] = len(ids)
+        count, to = dp * block.rows, rows.reshape(-1)
         read = functools.partial(
             call,
             prefill,
@@ -243,21 +285,16 @@ def read_prompts(
             implementation=implementation,
             mesh=mesh,
         )
-        if here.platform == "gpu":
-            cache, logits = read(places, cache, logits)
+        if _device(weights).platform == "gpu":
+            cache, logits = read(to, cache, logits)
             continue
         # Into a cache of its own size, so that neither the batch nor its capacity is a
         # part of the large program. A GPU would wait for the copy, measurably.
         own = np.tile(np.arange(block.rows, dtype=np.int32), dp)
-        part, last = read(own, *room(count, block.width))
-        cache, logits = insert_all(cache, logits, part, last, places, mesh, call)
-    remaining = np.asarray(remaining, np.int32)
-    return call(first_token, cache, logits, remaining, sampling, stop_ids)
-
-
-def _zeros(shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
-    where = None if mesh is None else NamedSharding(mesh, ROWS)
-    return jnp.zeros(shape, jnp.float32, device=where)
+        state, room = empty_state(config, count, block.width, weights)
+        part, last = read(own, state.cache, room)
+        cache, logits = insert_all(cache, logits, part, last, to, mesh, call)
+    return cache, logits
 
 
 @functools.partial(
@@ -267,9 +304,10 @@ def _zeros(shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
 )
 def decode_chunk(
     weights: Tree,
-    policy: SelectionPolicy,
+    policy: Policy,
     state: State,
     go_on: jax.Array,
+    density: jax.Array,
     sampling: Sampling,
     stop_ids: jax.Array,
     count: Any = None,
@@ -286,8 +324,9 @@ def decode_chunk(
       policy: bound.
       state: donated: the caches are updated in place.
       go_on: bool[b], False for requests that the host has ended (stop strings).
+      density: float32[b], as in `polarjax.policy.Seen`.
       sampling: settings.
-      stop_ids: int32[e].
+      stop_ids: int32[b, e].
       count: int32[], the steps to take, at most `steps`; None for all of them.
       config: of the model.
       steps: most steps, for which there is room in what is returned.
@@ -298,23 +337,27 @@ def decode_chunk(
       The new state, and what was drawn, each leaf with a leading axis of `steps`; 0 in
       those that were not taken.
     """
-    model = make_decoder(config, weights, policy.score_rows, implementation, mesh)
+    model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
     cut = model.share if model.share and model.share.cuts_vocabulary else None
 
-    def follow(weights, policy, state, go_on, sampling, stop_ids, count):
+    def follow(weights, policy, state, go_on, density, sampling, stop_ids, count):
         def step(state: State) -> tuple[State, Drawn]:
             live = state.live
-            (logits, cache, reads), shares = model.apply(
-                {"params": weights},
-                *(state.token, state.cache, policy, live),
-                method="decode",
-                mutable="shares",
+            logits, cache, read = extend(
+                model,
+                weights,
+                state.token[:, None],
+                live.astype(jnp.int32),
+                state.cache,
+                policy=policy,
+                density=density,
             )
+            reads = jnp.stack([one.groups for one in read])
             visible = jnp.where(live, cache.lengths, 0)
             after, logprob, valid = _advance(
                 logits, cache, live, state.remaining, sampling, stop_ids, cut
             )
-            own = None if mesh is None else _own_reads(shares["shares"])
+            own = None if mesh is None else _own_reads(read)
             return after, Drawn(after.token, logprob, valid, reads, visible, own)
 
         def take(i: jax.Array, carry: tuple[State, Drawn]) -> tuple[State, Drawn]:
@@ -327,14 +370,14 @@ def decode_chunk(
         room = _room(steps, config.layers, len(state.token), mesh)
         return jax.lax.fori_loop(0, count, take, (state, room))
 
-    args = weights, policy, state, go_on, sampling, stop_ids, count
+    args = weights, policy, state, go_on, density, sampling, stop_ids, count
     later: Any = P(None, DP)
     reads: Any = P(None, None, DP)
     kept = State(CACHE, ROWS, ROWS, ROWS)
     own: Any = P(None, None, DP, TP)
     drawn = Drawn(later, later, later, reads, later, own)
-    given = kept, ROWS, ROWS, P(), P()
-    specs = weight_specs(weights, mesh), policy_specs(policy), *given
+    given = kept, ROWS, ROWS, ROWS, ROWS, P()
+    specs = weight_specs(weights, mesh), field_specs(policy), *given
     return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
 
 
@@ -347,7 +390,7 @@ def takes_whole_chunks(weights: Tree) -> bool:
     Args:
       weights: of the model, on their devices.
     """
-    return next(iter(weights["embed"]["tokens"].devices())).platform == "gpu"
+    return _device(weights).platform == "gpu"
 
 
 def _room(steps: int, layers: int, batch: int, mesh: Mesh | None) -> Drawn:
@@ -363,10 +406,9 @@ def _room(steps: int, layers: int, batch: int, mesh: Mesh | None) -> Drawn:
     )
 
 
-def _own_reads(shares: Any) -> jax.Array:
-    """What each layer's attention said of this device, int32[layers, 1, 1]."""
-    layers = (shares[f"layers_{i}"]["attention"]["reads"] for i in range(len(shares)))
-    return jnp.stack([reads for (reads,) in layers])[:, None, None]
+def _own_reads(read: tuple[Read, ...]) -> jax.Array:
+    """What each layer's attention read on this device, int32[layers, 1, 1]."""
+    return jnp.stack([one.here for one in read])[:, None, None]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
@@ -382,7 +424,7 @@ def all_logits(
     model = make_decoder(config, weights, (), implementation, mesh)
 
     def read(weights: Tree, tokens: jax.Array) -> jax.Array:
-        return run(model, weights, "__call__", tokens)[0]
+        return logits_of(model, weights, whole(model, weights, tokens).x)
 
     specs = weight_specs(weights, mesh), P()
     return over_mesh(read, mesh, specs, P())(weights, tokens)

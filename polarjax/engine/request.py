@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 from polarjax.engine.detokenize import Detokenizer
 from polarjax.engine.tokenizer import Tokenizer
@@ -23,7 +24,9 @@ class Request:
       tokens: new token ids.
       logprobs: of each.
       going: whether more may come.
-      finish_reason: "stop" or "length", once it has ended.
+      finish_reason: "stop", "length" or "cancelled", once it has ended.
+      settings: how it is continued, `polarjax.engine.checks.Settings`.
+      left: tokens that the device may still be asked for.
     """
 
     prompt: list[int]
@@ -34,6 +37,8 @@ class Request:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     going: bool = True
     finish_reason: str = ""
+    settings: Any = None
+    left: int = 0
     _written: _Written | None = None
     _streamed_text: int = 0
     _streamed_tokens: int = 0
@@ -65,6 +70,11 @@ class Request:
                 kept = written.tokens_at(written.cut)
                 del self.tokens[kept:], self.logprobs[kept:]
                 self.going, self.finish_reason = False, "stop"
+
+    def cancel(self) -> None:
+        """End it with what it has."""
+        if self.going:
+            self.going, self.finish_reason = False, "cancelled"
 
     def news(self) -> tuple[str, list[int]]:
         """Text and tokens since the last call, as far as they can no longer change."""

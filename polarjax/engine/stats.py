@@ -12,8 +12,8 @@ from polarjax.engine.programs import Drawn
 from polarjax.mesh.cut import DP, TP, axis_size, mesh_of
 from polarjax.params import Params, Tree
 from polarjax.planning.bandwidth import read_bandwidth
-from polarjax.planning.cost import kv_row_bytes, neuron_densities, step_weight_bytes
-from polarjax.policy import SelectionPolicy
+from polarjax.planning.cost import kv_row_bytes, step_weight_bytes
+from polarjax.policy import Load, Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +119,12 @@ def kv_rows(drawn: Drawn, config: ModelConfig) -> tuple[int, int]:
 def make_stats(
     params: Params,
     weights: Tree,
-    policy: SelectionPolicy,
+    policy: Policy,
     chunks: Sequence[Drawn],
     steps: int,
     seconds: Mapping[str, float],
     *,
+    name: str,
     prompt_tokens: int,
     new_tokens: int,
     notes: Sequence[str] = (),
@@ -137,6 +138,7 @@ def make_stats(
       chunks: what each chunk of steps drew.
       steps: that were taken in all of them.
       seconds: spent on "compile", "prefill" and "decode".
+      name: of the policy.
       prompt_tokens: of all requests.
       new_tokens: of all requests.
       notes: to begin with.
@@ -154,13 +156,15 @@ def make_stats(
         kv_whole += whole
         decoded += int(np.asarray(drawn.valid).sum())
     row_bytes = kv_row_bytes(config, params.dtype)
-    weight_bytes = step_weight_bytes(weights, config, policy)
+    slots = chunks[0].visible.shape[1] if chunks else 1
+    planned = policy.reads(config, Load(slots, config.context))
+    weight_bytes = step_weight_bytes(weights, config, policy, planned)
     devices = weights["embed"]["tokens"].devices()
     [here, *_] = weights["embed"]["tokens"].sharding.addressable_devices
     bandwidth = read_bandwidth(here) * len(devices)
     mesh = mesh_of(params.weights)
     weight_bytes *= axis_size(mesh, DP)
-    neuron_density = neuron_densities(config, policy)
+    neuron_density = planned.neurons if planned else (1.0,) * config.layers
     notes, uneven = list(notes), imbalance(chunks)
     if mesh is not None:
         notes.append(
@@ -169,9 +173,9 @@ def make_stats(
             "say to each other; in a layer the busiest of those that share the model "
             f"reads {uneven:.2f} times the mean of their KV groups"
         )
-    if policy.wants_norms:
+    if policy.wants.norms:
         notes.append(
-            f"{type(policy).__name__} computes dense attention first, to know the "
+            f"{name} computes dense attention first, to know the "
             "norms: its times are no measure of sparsity, its bytes are those it chose"
         )
     if min(neuron_density) < 1:
@@ -180,7 +184,7 @@ def make_stats(
             "result may depend on its batch-mates"
         )
     return Stats(
-        policy=type(policy).__name__,
+        policy=name,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         steps=steps,

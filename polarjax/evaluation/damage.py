@@ -17,18 +17,25 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Implementation
-from polarjax.cache import KVCache
+from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
 from polarjax.engine.generate import generate
-from polarjax.engine.places import CACHE, ROWS, place_rows, policy_specs, widen
+from polarjax.engine.places import CACHE, ROWS, place_rows
 from polarjax.evaluation.measure import Journal, Progress
 from polarjax.evaluation.programs import decode_step, prefill, spread
-from polarjax.mesh.cut import DP, axis_size, mesh_of, over_mesh, weight_specs
+from polarjax.mesh.cut import (
+    DP,
+    axis_size,
+    field_specs,
+    mesh_of,
+    over_mesh,
+    weight_specs,
+)
 from polarjax.mesh.processes import to_host
 from polarjax.model import make_decoder
-from polarjax.params import Params, Tree
+from polarjax.params import Params
 from polarjax.planning.sizes import bucket
-from polarjax.policy import Dense, SelectionPolicy
+from polarjax.policy import Dense, Policy, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Damage:
 def measure_damage(
     params: Params,
     prompts: Sequence[Sequence[int]],
-    policies: Mapping[str, SelectionPolicy],
+    policies: Mapping[str, Policy],
     *,
     new_tokens: int = 64,
     batch: int = 16,
@@ -133,14 +140,14 @@ def check_lengths(prompts: Sequence[int], new_tokens: int, context: int) -> None
 def _compare(
     params: Params,
     prompts: Sequence[Sequence[int]],
-    policies: Mapping[str, SelectionPolicy],
+    policies: Mapping[str, Policy],
     *,
     new_tokens: int,
     implementation: Implementation | None,
 ) -> dict[str, dict]:
     """One batch, as JSON values."""
 
-    def write(policy: SelectionPolicy) -> np.ndarray:
+    def write(policy: Policy) -> np.ndarray:
         out = generate(
             params,
             [list(prompt) for prompt in prompts],
@@ -172,8 +179,10 @@ def _compare(
     for label, policy in policies.items():
         differs = write(policy) != dense
         same = np.where(differs.any(axis=1), differs.argmax(axis=1), new_tokens)
-        weights, bound = policy.bind(params, len(prompts))
-        args = params.weights, weights, widen(bound, b), cache, lengths > 0, read[3]
+        weights, bound = (
+            policy.of(params.policy.learned).sized(len(prompts)).bind(params)
+        )
+        args = params.weights, weights, bound, cache, lengths > 0, read[3]
         kl, agree, groups = to_host(_divergences(*args, **common))
         kl, agree = kl[: len(prompts)], agree[: len(prompts)]
         if not np.isfinite(kl).all():
@@ -192,8 +201,8 @@ def _compare(
 def _divergences(
     dense_weights: Tree,
     weights: Tree,
-    policy: SelectionPolicy,
-    cache: KVCache,
+    policy: Policy,
+    cache: PagedCache,
     live: jax.Array,
     tokens: jax.Array,
     *,
@@ -206,13 +215,13 @@ def _divergences(
     Returns float32[b, n - 1], KL divergences of what follows token i; bool[b, n - 1],
     whether the best token is the same; and int32[], KV groups that the policy read.
     """
-    model = make_decoder(config, weights, policy.score_rows, implementation, mesh)
+    model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
     dense_model = make_decoder(config, dense_weights, (), implementation, mesh)
 
     def follow(dense_weights, weights, policy, cache, live, tokens):
-        def step(caches: tuple[KVCache, KVCache], token: jax.Array):
+        def step(caches: tuple[PagedCache, PagedCache], token: jax.Array):
             expected, dense, _ = decode_step(
-                *(dense_model, dense_weights, Dense(), token, caches[0], live)
+                dense_model, dense_weights, Dense(), token, caches[0], live
             )
             logits, sparse, read = decode_step(
                 model, weights, policy, token, caches[1], live
@@ -227,5 +236,5 @@ def _divergences(
 
     args = dense_weights, weights, policy, cache, live, tokens
     cut = (weight_specs(x, mesh) for x in (dense_weights, weights))
-    specs = *cut, policy_specs(policy), CACHE, ROWS, ROWS
+    specs = *cut, field_specs(policy), CACHE, ROWS, ROWS
     return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)

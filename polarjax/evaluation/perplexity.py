@@ -14,7 +14,7 @@ from polarjax.evaluation.measure import measure
 from polarjax.evaluation.scoring import Scorer
 from polarjax.evaluation.statistics import Interval, mean_interval, within
 from polarjax.params import Params
-from polarjax.policy import SelectionPolicy
+from polarjax.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def rolling_items(
 def perplexity(
     params: Params,
     items: Sequence[Continuation],
-    policies: Mapping[str, SelectionPolicy],
+    policies: Mapping[str, Policy],
     *,
     mode: Mode = "decode",
     batch: int = 16,

@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Implementation
-from polarjax.cache import KVCache
+from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
-from polarjax.engine.places import CACHE, ROWS, cache_places, policy_specs
-from polarjax.mesh.cut import over_mesh, weight_specs
+from polarjax.engine.places import CACHE, ROWS, cache_places
+from polarjax.mesh.cut import field_specs, over_mesh, weight_specs
 from polarjax.mesh.share import add_up_batch, gather_logits, largest
-from polarjax.model import Decoder, make_decoder, run
-from polarjax.params import Tree
-from polarjax.policy import SelectionPolicy, groups_read
+from polarjax.model import Decoder, extend, make_decoder, whole
+from polarjax.model import logits as logits_of
+from polarjax.policy import Policy, Tree
 
 # Positions of which the logits are in memory at once.
 _CHUNK = 128
@@ -32,7 +32,7 @@ def prefill(
     config: ModelConfig,
     implementation: Implementation | None,
     mesh: Mesh | None = None,
-) -> KVCache:
+) -> PagedCache:
     """Read contexts, dense.
 
     Args:
@@ -45,8 +45,11 @@ def prefill(
     """
     model = make_decoder(config, weights, (), implementation, mesh)
 
-    def read(weights: Tree, contexts: jax.Array, lengths: jax.Array) -> KVCache:
-        return run(model, weights, "prefill", contexts, lengths, contexts.shape[1])[1]
+    def read(weights: Tree, contexts: jax.Array, lengths: jax.Array) -> PagedCache:
+        empty = PagedCache.empty(
+            model.config, len(contexts), contexts.shape[1], model.dtype
+        )
+        return extend(model, weights, contexts, lengths, empty, fresh=True).cache
 
     specs = weight_specs(weights, mesh), ROWS, ROWS
     return over_mesh(read, mesh, specs, CACHE)(weights, contexts, lengths)
@@ -54,8 +57,8 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("capacity", "mesh"))
 def spread(
-    cache: KVCache, rows: jax.Array, capacity: int, mesh: Mesh | None = None
-) -> KVCache:
+    cache: PagedCache, rows: jax.Array, capacity: int, mesh: Mesh | None = None
+) -> PagedCache:
     """Give each row a copy of its context's cache.
 
     Args:
@@ -64,13 +67,7 @@ def spread(
       capacity: positions of the new cache.
       mesh: that both caches are cut over; None for one device.
     """
-    room = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
-
-    def take(part: jax.Array) -> jax.Array:
-        return jnp.pad(part[rows], room)
-
-    keys, values = (tuple(map(take, parts)) for parts in (cache.keys, cache.values))
-    found = KVCache(keys, values, cache.lengths[rows])
+    found = cache.copies(rows, capacity)
     if mesh is None:
         return found
     return jax.lax.with_sharding_constraint(found, cache_places(found, mesh))
@@ -79,8 +76,8 @@ def spread(
 @functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
 def decode(
     weights: Tree,
-    policy: SelectionPolicy,
-    cache: KVCache,
+    policy: Policy,
+    cache: PagedCache,
     tokens: jax.Array,
     counts: jax.Array,
     *,
@@ -104,7 +101,7 @@ def decode(
       Negative log-likelihoods float32[b, n]; whether each token was the most probable,
       bool[b, n]; int32[layers, k], how often each KV group was read.
     """
-    model = make_decoder(config, weights, policy.score_rows, implementation, mesh)
+    model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
 
     def follow(weights, policy, cache, tokens, counts):
         b, n = tokens.shape[0], tokens.shape[1] - 1
@@ -127,14 +124,14 @@ def decode(
         return jax.lax.fori_loop(0, steps, step, first)[1:]
 
     args = weights, policy, cache, tokens, counts
-    specs = weight_specs(weights, mesh), policy_specs(policy), CACHE, ROWS, ROWS
+    specs = weight_specs(weights, mesh), field_specs(policy), CACHE, ROWS, ROWS
     return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
 def mask(
     weights: Tree,
-    policy: SelectionPolicy,
+    policy: Policy,
     tokens: jax.Array,
     counts: jax.Array,
     *,
@@ -143,11 +140,12 @@ def mask(
     mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `decode` from an empty cache, by a masked dense model."""
-    model = make_decoder(config, weights, policy.score_rows, implementation, mesh)
+    model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
 
     def follow(weights, policy, tokens, counts):
         b, n = tokens.shape[0], tokens.shape[1] - 1
-        x, read, _ = run(model, weights, "masked", tokens[:, :-1], counts, policy)
+        made = whole(model, weights, tokens[:, :-1], lengths=counts, policy=policy)
+        x, read = made.x, made.read
         live = jnp.arange(n) < counts[:, None]
         use = (read & live[None, ..., None]).sum(axis=(1, 2), dtype=jnp.int32)
 
@@ -159,7 +157,7 @@ def mask(
             return cut.swapaxes(0, 1)
 
         def part(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return score(run(model, weights, "logits", args[0]), args[1])
+            return score(logits_of(model, weights, args[0]), args[1])
 
         nll, greedy = (
             out.swapaxes(0, 1).reshape(b, -1)[:, :n]
@@ -168,18 +166,18 @@ def mask(
         return jnp.where(live, nll, 0), greedy, add_up_batch(use, model.share)
 
     args = weights, policy, tokens, counts
-    specs = weight_specs(weights, mesh), policy_specs(policy), ROWS, ROWS
+    specs = weight_specs(weights, mesh), field_specs(policy), ROWS, ROWS
     return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)
 
 
 def decode_step(
     model: Decoder,
     weights: Tree,
-    policy: SelectionPolicy,
+    policy: Policy,
     token: jax.Array,
-    cache: KVCache,
+    cache: PagedCache,
     live: jax.Array,
-) -> tuple[jax.Array, KVCache, jax.Array]:
+) -> tuple[jax.Array, PagedCache, jax.Array]:
     """One decode step that also counts what it reads.
 
     Args:
@@ -194,27 +192,12 @@ def decode_step(
       Logits float32[b, v], the cache, and int32[layers, k], how many live rows of the
       whole batch read each of the model's KV groups.
     """
-    k = model.share.kv_heads if model.share else model.config.kv_heads
-    watched = _Watched(policy, token.shape[0], k)
-    logits, cache, _ = run(model, weights, "decode", token, cache, watched, live)
-    read = (jnp.stack(watched.read) & live[:, None]).sum(axis=1, dtype=jnp.int32)
-    logits = gather_logits(logits, model.share)
-    return logits, cache, add_up_batch(read, model.share)
-
-
-class _Watched:
-    """A policy that notes, for the trace it is made in, what another one chooses."""
-
-    def __init__(self, policy: SelectionPolicy, b: int, k: int) -> None:
-        self.policy, self.shape = policy, (b, k)
-        self.wants_norms, self.score_rows = policy.wants_norms, policy.score_rows
-        self.neurons, self.bind = policy.neurons, policy.bind
-        self.read: list[jax.Array] = []
-
-    def heads(self, layer, scores, norms, implementation=None):
-        chosen = self.policy.heads(layer, scores, norms, implementation)
-        self.read.append(groups_read(chosen, *self.shape))
-        return chosen
+    counts = live.astype(jnp.int32)
+    found = extend(model, weights, token[:, None], counts, cache, policy=policy)
+    every = jnp.stack([one.every for one in found.read])
+    logits = gather_logits(found.logits, model.share)
+    read = add_up_batch(every.sum(axis=1, dtype=jnp.int32), model.share)
+    return logits, found.cache, read
 
 
 def score(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

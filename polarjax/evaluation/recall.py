@@ -74,21 +74,24 @@ def router_recall(
     config = params.config
     if not params.routers:
         raise ValueError("the model has no routers: load it with adapter=")
-    params = merge_updates(params)
+    budgets, params = params.policy.learned.budgets, merge_updates(params)
     total = []
     for i, tokens in enumerate(batches):
         key = jax.random.fold_in(draw_key(seed), i)
         total.append(
             _recall(
-                *(params.routers, params.weights, jnp.asarray(tokens, jnp.int32), key),
+                params.routers,
+                params.weights,
+                jnp.asarray(tokens, jnp.int32),
+                key,
                 config=config.architecture,
-                budgets=tuple(map(int, config.budgets)),
+                budgets=tuple(map(int, budgets)),
                 mesh=mesh_of(params.weights),
             )
         )
     found = np.asarray(total, np.float64).mean(axis=0)
     routers, chance, kept = found
-    sparse = np.array(config.budgets[1:]) < config.kv_heads
+    sparse = np.array(budgets[1:]) < config.kv_heads
     return Recall(routers, chance, kept, sparse)
 
 

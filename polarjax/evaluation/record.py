@@ -46,6 +46,7 @@ def model(params: Params, adapter: str | Path | None) -> dict[str, Any]:
     """
     routers, mesh = None, mesh_of(params.weights)
     if params.routers:
+        numbers = params.policy.learned.numbers()
         digest = hashlib.sha256()
         for path, leaf in jax.tree.leaves_with_path(whole_routers(params)):
             digest.update(jax.tree_util.keystr(path).encode())
@@ -53,9 +54,9 @@ def model(params: Params, adapter: str | Path | None) -> dict[str, Any]:
         routers = {
             "name": None if adapter is None else Path(adapter).name,
             "sha256": digest.hexdigest(),
-            "budgets": list(params.config.budgets),
-            "neuron_budgets": [[b, list(n)] for b, n in params.config.neuron_budgets],
-            "thresholds": list(params.config.thresholds),
+            "budgets": numbers["budgets"],
+            "neuron_budgets": numbers["neuron_budgets"],
+            "thresholds": numbers["thresholds"],
         }
     return {
         "checkpoint": Path(params.config.folder).name,

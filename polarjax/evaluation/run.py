@@ -36,7 +36,7 @@ from polarjax.mesh.cut import mesh_of, of_processes, writes
 from polarjax.mesh.processes import agree, from_main
 from polarjax.params import Params
 from polarjax.planning.sizes import positive, up_to_context
-from polarjax.policy import Dense, SelectionPolicy
+from polarjax.policy import Dense, Policy
 from polarjax.settings import default_numbers
 from polarjax.training.text import open_text
 
@@ -66,7 +66,7 @@ class Settings:
       implementation: of the kernels; None chooses by device.
     """
 
-    policies: Mapping[str, SelectionPolicy]
+    policies: Mapping[str, Policy]
     mode: Mode = "decode"
     batch: int = 16
     tasks: Sequence[str | Path] = ()
@@ -169,7 +169,7 @@ class _Work:
 
     def __init__(self, params: Params, settings: Settings) -> None:
         self.params, self.settings = params, settings
-        self.policies: dict[str, SelectionPolicy] = {
+        self.policies: dict[str, Policy] = {
             DENSE: Dense(),
             **settings.policies,
         }
@@ -352,7 +352,7 @@ class _Work:
 
     def _recall(self) -> dict[str, Any] | None:
         """Of the adapter's routers at its budgets, on the text's first tokens."""
-        if not self.params.routers or not self.params.config.budgets:
+        if not self.params.routers or not self.params.policy.learned.budgets:
             return None
         length = min(512, self.params.config.context, len(self.tokens))
         count = min(16, len(self.tokens) // length)
@@ -367,7 +367,6 @@ class _Work:
         }
 
 
-def _describe(policy: SelectionPolicy) -> dict[str, Any]:
-    names = ("density", "neuron_density", "adaptive", "balanced", "seed")
-    facts = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
+def _describe(policy: Policy) -> dict[str, Any]:
+    facts = policy.settings()
     return {"policy": type(policy).__name__.lower(), "density": None, **facts}

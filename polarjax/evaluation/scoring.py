@@ -21,12 +21,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from pallas_kernels import Implementation
-from polarjax.cache import KVCache
+from polarjax.cache import PagedCache
 from polarjax.engine.places import (
     cache_places,
     empty_cache,
     place_rows,
-    widen,
 )
 from polarjax.evaluation import programs
 from polarjax.evaluation.batches import Batch, Continuation, Mode, make_batches
@@ -34,7 +33,7 @@ from polarjax.mesh.cut import DP, axis_size, mesh_of
 from polarjax.mesh.processes import to_host
 from polarjax.params import Params
 from polarjax.planning.sizes import positive
-from polarjax.policy import SelectionPolicy
+from polarjax.policy import Load, Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Scorer:
     def __init__(
         self,
         params: Params,
-        policies: Mapping[str, SelectionPolicy],
+        policies: Mapping[str, Policy],
         *,
         mode: Mode = "decode",
         batch: int = 16,
@@ -94,8 +93,8 @@ class Scorer:
         self._rows = self.batch + -self.batch % self._parts
         self._bound = {}
         for label, policy in policies.items():
-            weights, bound = policy.bind(params, self.batch)
-            self._bound[label] = weights, widen(bound, self._rows)
+            own = policy.of(params.policy.learned).sized(self.batch)
+            self._bound[label] = own.bind(params)
         self._common = {
             "config": params.config.architecture,
             "implementation": implementation,
@@ -110,9 +109,9 @@ class Scorer:
 
     def neuron_density(self, label: str) -> float:
         """MLP neurons that a policy reads / neurons there, mean over layers."""
-        total = self.params.config.neurons
-        budget = getattr(self._bound[label][1], "neuron_budget", ()) or (0,)
-        return float(np.mean([(n or total) / total for n in budget]))
+        config = self.params.config
+        reads = self._bound[label][1].reads(config, Load(self.batch, config.context))
+        return float(np.mean(reads.neurons)) if reads else 1.0
 
     def plan(self, items: Sequence[Continuation]) -> list[Batch]:
         """Cut work into batches, which depend on the items, mode and batch size alone.
@@ -148,7 +147,9 @@ class Scorer:
             first, *others = self._keys(batch)
             if batch.prefix and first not in self._programs:
                 jobs[first] = functools.partial(
-                    *(programs.prefill.lower, self.params.weights, *contexts[:2]),
+                    programs.prefill.lower,
+                    self.params.weights,
+                    *contexts[:2],
                     **self._common,
                 )
             function = programs.mask
@@ -212,11 +213,13 @@ class Scorer:
         """On the devices, each row where it is computed."""
         return place_rows(batch.arrays(self.batch, self._parts), self._mesh)
 
-    def _empty(self, batch: Batch) -> KVCache:
-        size, params = (self._rows, batch.capacity), self.params
-        return empty_cache(params.config, *size, params.dtype, self._mesh)
+    def _empty(self, batch: Batch) -> PagedCache:
+        params = self.params
+        return empty_cache(
+            params.config, self._rows, batch.capacity, params.dtype, self._mesh
+        )
 
-    def _cache_shapes(self, batch: Batch) -> KVCache:
+    def _cache_shapes(self, batch: Batch) -> PagedCache:
         shapes = jax.eval_shape(functools.partial(self._empty, batch))
         if self._mesh is None:
             return shapes

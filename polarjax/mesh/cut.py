@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from polarjax.config import ModelConfig
 from polarjax.mesh.processes import from_main, is_main, to_host
-from polarjax.params import Params, Placement, Tree
+from polarjax.params import Params, Placement, Tree, taught
 
 DP, TP = "dp", "tp"
 # First match wins. Heads, neurons and the vocabulary are rows in every matrix.
@@ -297,6 +297,32 @@ def router_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec()
 
 
+def field_specs(record: Any) -> Any:
+    """How the arrays of a dataclass are cut over a mesh, as its fields say.
+
+    Args:
+      record: a registered dataclass whose fields' metadata may have "cut", the axes of
+        a `PartitionSpec` for all arrays of the field; without it they are whole on
+        every device. Fields that are such dataclasses speak for themselves.
+
+    Returns:
+      A tree like the record's.
+    """
+    if not dataclasses.is_dataclass(record):
+        return jax.tree.map(lambda _: PartitionSpec(), record)
+    found = {}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.metadata.get("static"):
+            continue
+        if cut := field.metadata.get("cut"):
+            found[field.name] = jax.tree.map(lambda _, c=cut: PartitionSpec(*c), value)
+        else:
+            found[field.name] = field_specs(value)
+    made: Any = record
+    return dataclasses.replace(made, **found)
+
+
 def over_mesh(
     function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
@@ -347,7 +373,7 @@ def shard(params: Params, mesh: Mesh) -> Params:
 
     weights = jax.tree_util.tree_map_with_path(place, params.weights)
     routers = place_routers(params.routers, params.config, mesh)
-    return dataclasses.replace(params, weights=weights, routers=routers)
+    return taught(dataclasses.replace(params, weights=weights), routers)
 
 
 def put(leaf: Any, where: Sharding) -> jax.Array:
@@ -405,7 +431,8 @@ def whole(params: Params) -> Params:
         return to_host(leaf)[first] if cut else to_host(leaf)
 
     weights = jax.tree_util.tree_map_with_path(take, params.weights)
-    return dataclasses.replace(params, weights=weights, routers=whole_routers(params))
+    routers = whole_routers(params)
+    return taught(dataclasses.replace(params, weights=weights), routers)
 
 
 def whole_routers(params: Params) -> Tree:

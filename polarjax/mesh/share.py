@@ -60,6 +60,17 @@ def place(share: Share | None) -> jax.Array | int:
     return 0 if share is None else lax.axis_index(TP)
 
 
+def slots(batch: int, share: Share | None) -> jax.Array:
+    """Number of each of this device's rows among those of all, int32[b].
+
+    Args:
+      batch: rows that this device has, b.
+      share: of the device; None for all of the model.
+    """
+    first = 0 if share is None or share.dp == 1 else lax.axis_index(DP) * batch
+    return first + jnp.arange(batch, dtype=jnp.int32)
+
+
 def add_up(x: jax.Array, share: Share | None) -> jax.Array:
     """The sum of what the devices have."""
     return x if share is None or share.tp == 1 else lax.psum(x, TP)

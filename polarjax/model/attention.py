@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,12 @@ from flax import linen as nn
 
 from pallas_kernels import (
     Implementation,
-    append_and_attend,
     gathering,
     partial_product,
     rotate,
-    select_head_attention,
     split_heads,
-    top_heads,
 )
+from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
 from polarjax.mesh.share import (
     Share,
@@ -30,11 +29,12 @@ from polarjax.mesh.share import (
     once,
     own_groups,
 )
-from polarjax.model.causal import causal_attention
+from polarjax.model.causal import causal_attention, spanned_attention
 from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
+from polarjax.model.pick import Pick, pages_read
 from polarjax.model.positions import angles
-from polarjax.policy import SelectionPolicy, groups_read
+from polarjax.policy import Groups, Policy, Seen, Threshold, groups_read
 
 
 @jax.tree_util.register_dataclass
@@ -177,10 +177,17 @@ class Attention(nn.Module):
         y = linear(flat, self.out.T, self._out_bias(), dtype)
         return add_up(y, self.share).astype(o.dtype)
 
+    def thin_output(self, o: jax.Array, policy: Policy, pick: Pick) -> jax.Array:
+        """Head outputs [..., h, d], 0 where the policy leaves them out of `output`."""
+        flat = o.reshape(*o.shape[:-2], -1)
+        return thinned(policy, self.layer, "out", flat, pick).reshape(o.shape)
+
     def output_parts(self, o: jax.Array) -> jax.Array:
         """`output` of [b, h, d] as parts of a sum, float32[p, b, m]."""
         parts = partial_product(
-            *(o.reshape(o.shape[0], -1), self.out, self._out_bias()),
+            o.reshape(o.shape[0], -1),
+            self.out,
+            self._out_bias(),
             axis=0,
             implementation=gathering(self.implementation),
         )
@@ -189,133 +196,243 @@ class Attention(nn.Module):
     def _out_bias(self) -> jax.Array | None:
         return once(self.out_bias, self.share) if self.config.out_bias else None
 
-    def prefill(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Causal attention of whole sequences; padding at the end is never seen.
+    def whole(
+        self, seen: Seen, policy: Policy, prefix: Prefix | None, gates: Gates | None
+    ) -> tuple[Seen, WholeAttention]:
+        """Causal attention of whole sequences, every position sparse.
+
+        What decoding computes, every position at once and nothing saved: what a
+        position does not read is masked. Padding at the end is never seen.
 
         Args:
-          u: [b, t, m], the layer's input as attention reads it.
-
-        Returns:
-          Head outputs [b, t, h, d], keys and values [b, t, k, d].
-        """
-        b, t, _ = u.shape
-        positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        q, k, v, _ = self.project(u, positions)
-        return causal_attention(q, k, v, self.config.window(self.layer)), k, v
-
-    def masked(
-        self,
-        u: jax.Array,
-        policy: SelectionPolicy,
-        prefix: Prefix | None = None,
-        gates: Gates | None = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-        """As `prefill`, with outputs of 0 where the policy picks no group.
-
-        What decoding computes, every position at once and nothing saved.
-
-        Args:
-          u: [b, t, m], the layer's input as attention reads it.
+          seen: with u, [b, t, m] as all fields have an axis of positions.
           policy: bound to the weights.
-          prefix: positions that are read dense, as a prompt is.
+          prefix: positions that are read dense, as a prompt is; None for none.
           gates: what each group's output counts; None for 1 where it is read, else 0.
 
         Returns:
-          Head outputs [b, t, h, d], masked, and as they were; scores float32[b, t, r]
-          or None; bool[b, t, k], the model's KV groups that each position reads.
+          What is seen now, and the results.
         """
-        c, (b, t, _) = self.config, u.shape
-        groups = self.share.kv_heads if self.share else c.kv_heads
+        c, (b, t, _) = self.config, seen.u.shape
+        pick = Pick("xla", self.share)
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        u = thinned(policy, self.layer, "qkv", seen.u, pick)
         q, k, v, scores = self.project(u, positions)
         before = None
         if prefix is not None:
-            before = (positions < prefix.lengths[:, None])[..., None]
+            before = positions < prefix.lengths[:, None]
             if prefix.keys:
-                k = jnp.where(before[..., None], prefix.keys[self.layer], k)
-                v = jnp.where(before[..., None], prefix.values[self.layer], v)
-        o = causal_attention(q, k, v, c.window(self.layer))
-        norms = None
-        if policy.wants_norms:
+                mine = before[..., None, None]
+                k = jnp.where(mine, prefix.keys[self.layer], k)
+                v = jnp.where(mine, prefix.values[self.layer], v)
+        seen = dataclasses.replace(seen, q=q, scores=scores)
+        window = c.window(self.layer)
+        if summary := policy.wants.summary:
+            seen = dataclasses.replace(
+                seen, summary=summaries(k, policy.wants.span, summary)
+            )
+        spans = self._spans(seen, policy, pick)
+        if spans is None:
+            o = causal_attention(q, k, v, window)
+        else:
+            spans = spans if before is None else spans | before[..., None, None]
+            o = spanned_attention(q, k, v, spans, policy.wants.span, window)
+        if policy.wants.norms:
             norms = head_norms(o, c.kv_heads, self.share)
+            seen = dataclasses.replace(seen, norms=norms)
 
-        def choose(_, scores: jax.Array | None, norms: jax.Array | None) -> jax.Array:
-            chosen = policy.heads(self.layer, scores, norms, "xla")
-            return groups_read(chosen, b, groups)
+        def choose(seen: Seen) -> Groups | None:
+            return policy.groups(self.layer, seen, pick)
 
         # A policy answers for one position of each sequence.
-        read = jax.vmap(choose, (0, 1, 1), 1)(jnp.arange(t), scores, norms)
-        read = read if before is None else read | before
+        chosen = jax.vmap(choose, (positions_of(seen),))(seen)
+        read = jnp.ones((b, t, self._groups), bool)
+        if chosen is not None:
+            read = jax.vmap(lambda c: groups_read(c, b, self._groups), 0, 1)(chosen)
+            read = read if before is None else read | before[..., None]
         grouped = o.reshape(b, t, c.kv_heads, -1)
         if gates is None:
             own = own_groups(read, self.share)
-            kept = jnp.where(own[..., None], grouped, 0)
+            kept = grouped if chosen is None else jnp.where(own[..., None], grouped, 0)
         else:
-            own = own_groups(gates(self.layer, u, read), self.share)
+            own = own_groups(gates(self.layer, seen.u, read), self.share)
             kept = grouped * own[..., None].astype(o.dtype)
-        return kept.reshape(o.shape), o, scores, read
+        return seen, WholeAttention(kept.reshape(o.shape), o, read, k, v)
 
-    def decode(
-        self,
-        u: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-        lengths: jax.Array,
-        live: jax.Array,
-        policy: SelectionPolicy,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
-        """Attention of one new token per sequence, to the KV groups the policy picks.
+    def _spans(self, seen: Seen, policy: Policy, pick: Pick) -> jax.Array | None:
+        """Which spans each position reads, bool[b, t, k or 1, spans]; None for all."""
+        spans = -(-seen.u.shape[1] // policy.wants.span)
 
-        The keys and values of all heads are written, whatever is read.
+        def choose(seen: Seen) -> jax.Array | None:
+            chosen = policy.pages(self.layer, seen, pick)
+            return None if chosen is None else pages_read(chosen, spans)
+
+        return jax.vmap(choose, (positions_of(seen),), 1)(seen)
+
+    @property
+    def _groups(self) -> int:
+        """KV groups of the whole model."""
+        return self.share.kv_heads if self.share else self.config.kv_heads
+
+    def chunk(
+        self, u: jax.Array, counts: jax.Array, cache: PagedCache
+    ) -> tuple[jax.Array, PagedCache]:
+        """Attention of several new tokens of each sequence, dense.
 
         Args:
-          u: [b, m], the layer's input as attention reads it.
-          keys: [b, k, s, d], this layer's cache.
-          values: [b, k, s, d].
-          lengths: int32[b], tokens in the cache before this one.
-          live: bool[b]; the others read nothing.
+          u: [b, t, m], the layer's input as attention reads it.
+          counts: int32[b], tokens that are new.
+          cache: of what comes before.
+
+        Returns:
+          Head outputs [b, t, h, d], and the cache with keys and values written.
+        """
+        places = cache.lengths[:, None] + jnp.arange(u.shape[1])
+        q, k, v, _ = self.project(u, places)
+        window = self.config.window(self.layer)
+        return cache.attend_chunk(self.layer, q, k, v, counts, window)
+
+    def step(
+        self, seen: Seen, cache: PagedCache, policy: Policy
+    ) -> tuple[jax.Array, PagedCache, Seen, Read]:
+        """Attention of one new token of each sequence, to what the policy picks.
+
+        Args:
+          seen: with u.
+          cache: of what comes before.
           policy: bound to the weights.
 
         Returns:
-          Head outputs [b, h, d]; the new keys and values; scores float32[b, r] or
-          None; int32[b], the number of KV groups read.
+          Head outputs [b, h, d], the cache, what is seen now, and what was read.
         """
-        c, b = self.config, u.shape[0]
-        q, k, v, scores = self.project_one(u, lengths)
-        k, v = k.astype(keys.dtype), v.astype(values.dtype)
-        # Finished rows may be full: they read and write nothing.
-        visible = jnp.where(live, lengths + 1, 0)
-        options = {
-            "window": c.window(self.layer),
-            "implementation": self.implementation,
-        }
-        append = functools.partial(append_and_attend, **options)
-        norms = None
-        if policy.wants_norms:
-            # Every group is computed once to be measured, before any is chosen.
-            o, keys, values = append(q, k, v, keys, values, visible)
-            norms = head_norms(o, c.kv_heads, self.share)
+        c, b, live = self.config, len(seen.live), seen.live
         kernel = gathering(self.implementation)
-        chosen = policy.heads(self.layer, scores, norms, kernel)
-        heads, n_active = (None, None) if chosen is None else chosen
-        groups = self.share.kv_heads if self.share else c.kv_heads
-        reads = jnp.full(b, groups, jnp.int32) if n_active is None else n_active
-        if self.share and chosen is not None:
-            mine = own_groups(groups_read(chosen, b, groups), self.share)
-            n_active = mine.sum(axis=1, dtype=jnp.int32)
-            # The chosen ones first, in their order.
-            ranking = mine.astype(jnp.float32)
-            heads = top_heads(ranking, c.kv_heads, implementation=kernel)
-        if self.share:
-            own = jnp.full(b, c.kv_heads, jnp.int32) if n_active is None else n_active
-            self.sow("shares", "reads", jnp.where(live, own, 0).sum())
-        if policy.wants_norms:
-            o = select_head_attention(
-                q, keys, values, visible, heads, n_active, **options
+        pick = Pick(kernel, self.share)
+        if policy.wants.summary:
+            raise NotImplementedError(
+                f"{type(policy).__name__} selects pages, which no kernel of decoding "
+                "reads yet: measure it in mode mask"
             )
-        else:
-            o, keys, values = append(q, k, v, keys, values, visible, heads, n_active)
-        return o, keys, values, scores, jnp.where(live, reads, 0)
+        no_channels(policy.channels(self.layer, "qkv", seen.u, pick), policy)
+        q, k, v, scores = self.project_one(seen.u, cache.lengths)
+        seen = dataclasses.replace(seen, q=q, scores=scores)
+        attend = functools.partial(
+            PagedCache.attend,
+            live=live,
+            window=c.window(self.layer),
+            implementation=self.implementation,
+        )
+        if policy.wants.norms:
+            # Every group is computed once to be measured, before any is chosen.
+            o, cache = attend(cache, self.layer, q, k, v)
+            norms = head_norms(o, c.kv_heads, self.share)
+            seen, k, v = dataclasses.replace(seen, norms=norms), None, None
+        chosen = policy.groups(self.layer, seen, pick)
+        pages = policy.pages(self.layer, seen, pick)
+        every = groups_read(chosen, b, self._groups) & live[:, None]
+        count = jnp.full(b, self._groups) if chosen is None else chosen.count
+        own = chosen
+        if self.share and chosen is not None:
+            mine = own_groups(every, self.share)
+            # The chosen ones first, in their order.
+            index = pick.top(mine.astype(jnp.float32), c.kv_heads)
+            own = Groups(index, mine.sum(axis=1, dtype=jnp.int32))
+        here = jnp.full(b, c.kv_heads) if own is None else own.count
+        o, cache = attend(cache, self.layer, q, k, v, groups=own, pages=pages)
+        read = Read(
+            groups=jnp.where(live, count, 0),
+            every=every,
+            here=jnp.where(live, here, 0).sum(),
+        )
+        return o, cache, seen, read
+
+
+class Read(NamedTuple):
+    """What one layer's attention read in a step.
+
+    Attributes:
+      groups: int32[b], how many of the model's KV groups.
+      every: bool[b, k], which of them.
+      here: int32[], KV groups that this device read, of all its sequences.
+    """
+
+    groups: jax.Array
+    every: jax.Array
+    here: jax.Array
+
+
+class WholeAttention(NamedTuple):
+    """What attention made of whole sequences.
+
+    Attributes:
+      kept: [b, t, h, d], head outputs, masked.
+      outputs: [b, t, h, d], as they were.
+      read: bool[b, t, k], the model's KV groups that each position reads.
+      keys: [b, t, k, d].
+      values: [b, t, k, d].
+    """
+
+    kept: jax.Array
+    outputs: jax.Array
+    read: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+
+def positions_of(seen: Seen) -> Any:
+    """For `jax.vmap`: which axes of a whole sequence's record are its positions."""
+    axes = {name: 1 for name in ("live", "lengths", "u", "scores", "q", "norms")}
+    axes |= {"z": 1, "gate": 1}
+    before = None if seen.before is None else positions_of(seen.before)
+    there = {n: 1 for n in axes if getattr(seen, n) is not None}
+    fields = {f.name: None for f in dataclasses.fields(Seen)}
+    made: Any = Seen
+    return made(**fields | there | {"before": before})
+
+
+def thinned(
+    policy: Policy, layer: int, matrix: str, x: jax.Array, pick: Pick
+) -> jax.Array:
+    """The inputs of a product, 0 where the policy leaves them out.
+
+    Args:
+      policy: bound.
+      layer: from 0.
+      matrix: as in `Policy.channels`.
+      x: [..., inputs].
+      pick: of the device.
+    """
+    chosen = policy.channels(layer, matrix, x, pick)
+    if chosen is None:
+        return x
+    size = jnp.abs(x.astype(jnp.float32))
+    size = size if chosen.scale is None else size * chosen.scale
+    return jnp.where(size > chosen.tau, x, 0)
+
+
+def no_channels(channels: Threshold | None, policy: Policy) -> None:
+    """Raise if a policy selects channels, for which there is no kernel yet."""
+    if channels is not None:
+        raise NotImplementedError(
+            f"{type(policy).__name__} selects input channels, which no kernel of "
+            "decoding reads alone yet: measure it in mode mask"
+        )
+
+
+def summaries(
+    keys: jax.Array, span: int, summary: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """What a policy keeps of each span of keys, [b, spans, k, u, w].
+
+    Args:
+      keys: [b, t, k, d]; the last span is filled up with its last key's copies, as
+        nobody asks for a span that is not whole.
+      span: positions of each.
+      summary: as in `Wants`.
+    """
+    b, t, k, d = keys.shape
+    filled = jnp.pad(keys, ((0, 0), (0, -t % span), (0, 0), (0, 0)), mode="edge")
+    return summary(filled.reshape(b, -1, span, k, d).swapaxes(2, 3))
 
 
 def head_norms(o: jax.Array, kv_heads: int, share: Share | None = None) -> jax.Array:

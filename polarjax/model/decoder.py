@@ -1,28 +1,28 @@
-"""The decoder-only transformer, over whole prompts and one token at a time."""
+"""The decoder-only transformer: whole sequences, or new tokens behind a cache."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from pallas_kernels import Implementation, put
-from polarjax.cache import KVCache
+from pallas_kernels import Implementation
+from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
 from polarjax.mesh.cut import local_config
-from polarjax.mesh.share import Share, add_up, gather_logits, place
-from polarjax.model.attention import Gates, Prefix
+from polarjax.mesh.share import Share, add_up, gather_logits, place, slots
+from polarjax.model.attention import Gates, Prefix, Read
 from polarjax.model.layer import Layer
 from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
 from polarjax.model.positions import LEARNED_OFFSET
 from polarjax.params import Tree
-from polarjax.policy import SelectionPolicy
+from polarjax.policy import Dense, Policy, Seen
 
 # Of a prompt's, computed at once: more are no faster on an H100, and what they need is
 # a gigabyte or two.
@@ -32,6 +32,38 @@ Observe = Callable[[int, jax.Array, jax.Array, jax.Array], Any]
 """(layer, attention's input [b, t, m], head outputs [b, t, h, d], MLP's input
 [b, t, m]) -> anything. Both inputs are what a norm puts out, that of layer 0 in a model
 of `norm_after` apart."""
+
+
+class Whole(NamedTuple):
+    """What whole sequences come to.
+
+    Attributes:
+      x: [b, t, m], for `Decoder.logits`.
+      read: bool[layers, b, t, k], the model's KV groups that each position reads.
+      observed: what `observe` returned, by layer.
+      keys: by layer, [b, t, k, d], for `Prefix`; () with `remat`.
+      values: likewise.
+    """
+
+    x: jax.Array
+    read: jax.Array
+    observed: list[Any]
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+class Step(NamedTuple):
+    """What new tokens come to.
+
+    Attributes:
+      logits: float32[b, v], of a share its `own_logits`.
+      cache: with the tokens.
+      read: by layer, what attention read; () of chunks, which read all.
+    """
+
+    logits: jax.Array
+    cache: PagedCache
+    read: tuple[Read, ...]
 
 
 class Embed(nn.Module):
@@ -110,114 +142,18 @@ class Decoder(nn.Module):
         if c.final_norm:
             self.final_norm = Norm(c, c.dim, self.dtype)
 
-    def _forward(self, tokens: jax.Array, observe: Observe | None):
-        b, t = tokens.shape
-        x = self.embed(tokens, jnp.broadcast_to(jnp.arange(t), (b, t)))
-        keys, values, observed = [], [], []
-        for i, layer in enumerate(self.layers):
-            x, k, v, *seen = layer.prefill(x)
-            keys.append(k)
-            values.append(v)
-            if observe:
-                observed.append(observe(i, *seen))
-        return x, keys, values, observed
-
-    def __call__(
-        self, tokens: jax.Array, observe: Observe | None = None
-    ) -> tuple[jax.Array, list[Any]]:
-        """Logits of every position, dense.
-
-        Args:
-          tokens: int32[b, t], padded at the end with any id.
-          observe: called in each layer; the layer's activations are freed after it.
-
-        Returns:
-          float32[b, t, v], and what `observe` returned, by layer.
-        """
-        x, _, _, observed = self._forward(tokens, observe)
-        return self.logits(x), observed
-
-    def observe(self, tokens: jax.Array, observe: Observe) -> list[Any]:
-        """As `__call__`, without the logits."""
-        return self._forward(tokens, observe)[3]
-
-    def states(
-        self, tokens: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Dense: what `logits` takes [b, t, m]; keys and values, for `Prefix`.
-
-        Args:
-          tokens: int32[b, t].
-        """
-        x, keys, values, _ = self._forward(tokens, None)
-        return x, tuple(keys), tuple(values)
-
-    def prefill(
-        self, tokens: jax.Array, lengths: jax.Array, capacity: int
-    ) -> tuple[jax.Array, KVCache]:
-        """Read ragged prompts, dense.
-
-        Args:
-          tokens: int32[b, t], padded at the end with any id.
-          lengths: int32[b], tokens of each prompt, at least 1.
-          capacity: positions of the cache, s, at least t.
-
-        Returns:
-          Logits after each prompt's last token, float32[b, v], and the cache.
-        """
-        rows = jnp.arange(tokens.shape[0])
-        cache = KVCache.empty(self.config, tokens.shape[0], capacity, self.dtype)
-        return self.read(tokens, lengths, rows, cache)
-
-    def read(
+    def whole(
         self,
         tokens: jax.Array,
-        lengths: jax.Array,
-        rows: jax.Array,
-        cache: KVCache,
-        most: int = BLOCK_TOKENS,
-    ) -> tuple[jax.Array, KVCache]:
-        """Read ragged prompts into some rows of a cache, dense.
-
-        Args:
-          tokens: int32[r, t], padded at the end with any id.
-          lengths: int32[r], tokens of each prompt, at least 1.
-          rows: int32[r], distinct, where each goes; what lies beyond the cache goes
-            nowhere.
-          cache: [b, k, s, d], s at least the longest length; donate it.
-          most: tokens that are computed at once, attention apart.
-
-        Returns:
-          Logits after each prompt's last token, float32[r, v], and the cache.
-        """
-        x = self.embed(
-            tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        )
-
-        def store(whole: jax.Array, part: jax.Array) -> jax.Array:
-            part = part[:, : cache.capacity].swapaxes(1, 2).astype(whole.dtype)
-            at = rows, slice(None), slice(part.shape[2])
-            return put(whole, at, part, unique=True)
-
-        keys, values = [], []
-        for i, layer in enumerate(self.layers):
-            x, k, v = layer.read(x, lengths, most, i == self.config.layers - 1)
-            keys.append(store(cache.keys[i], k))
-            values.append(store(cache.values[i], v))
-        held = put(cache.lengths, rows, lengths.astype(jnp.int32), unique=True)
-        return self.logits(x[:, 0]), KVCache(tuple(keys), tuple(values), held)
-
-    def masked(
-        self,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        policy: SelectionPolicy,
+        lengths: jax.Array | None = None,
+        policy: Policy | None = None,
+        density: jax.Array | None = None,
         prefix: Prefix | None = None,
         gates: Gates | None = None,
         observe: Observe | None = None,
         remat: bool = False,
-    ) -> tuple[jax.Array, jax.Array, list[Any]]:
-        """Whole sequences with every position sparse, as a masked dense model.
+    ) -> Whole:
+        """Whole sequences at once, with every position sparse: a masked dense model.
 
         Position i of the batch asks the policy what step i of decoding would ask, so
         that both choose the same; the layers compute everything and mask.
@@ -225,33 +161,118 @@ class Decoder(nn.Module):
         Args:
           tokens: int32[b, t], padded at the end with any id.
           lengths: int32[b], tokens of each sequence; padding has no say in what the
-            batch chooses.
-          policy: bound to the weights.
+            batch chooses. None for t of each.
+          policy: bound to the weights; None for `Dense()`.
+          density: float32[b], as in `Seen`; None for the policy's own.
           prefix: positions that are read dense, as a prompt is; None for none.
           gates: for training: what each group's output counts; None for 1 where it is
             read, else 0.
-          observe: called in each layer, with head outputs before they are masked.
+          observe: called in each layer, with head outputs before they are masked; the
+            layer's activations are freed after it.
           remat: for training: whether to compute each layer again in the backward
             pass, and keep its input alone.
-
-        Returns:
-          [b, t, m], for `logits`; bool[layers, b, t, k], the model's KV groups read;
-          and what `observe` returned, by layer.
         """
         b, t = tokens.shape
-        x = self.embed(tokens, jnp.broadcast_to(jnp.arange(t), (b, t)))
-        live = jnp.arange(t) < lengths[:, None]
-        reads, observed = [], []
+        positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        x = self.embed(tokens, positions)
+        live = (
+            jnp.ones((b, t), bool) if lengths is None else positions < lengths[:, None]
+        )
+        density = jnp.zeros(b) if density is None else density
+        start = Seen(live, density, positions + 1, slots(b, self.share))
+        ask = policy or Dense()
+        read, observed, keys, values = [], [], [], []
+        seen: Seen | None = None
         for i, layer in enumerate(self.layers):
 
-            def apply(layer: Layer, x: jax.Array, i: int = i) -> tuple[Any, ...]:
-                x, read, *seen = layer.masked(x, live, policy, prefix, gates)
-                return x, read, observe(i, *seen) if observe else None
+            def apply(layer: Layer, x: jax.Array, below: Seen | None, i: int = i):
+                first = dataclasses.replace(start, before=below)
+                x, seen, made = layer.whole(x, first, ask, prefix, gates)
+                found = observe(i, seen.u, made.outputs, seen.z) if observe else None
+                states = () if remat else (made.keys, made.values)
+                return x, without_before(seen), made.read, found, states
 
-            x, read, found = (nn.remat(apply) if remat else apply)(layer, x)
-            reads.append(read)
+            x, seen, groups, found, states = (nn.remat(apply) if remat else apply)(
+                layer, x, seen
+            )
+            read.append(groups)
             observed.append(found)
-        return x, jnp.stack(reads), observed if observe else []
+            if states:
+                keys.append(states[0])
+                values.append(states[1])
+        return Whole(
+            x,
+            jnp.stack(read),
+            observed if observe else [],
+            tuple(keys),
+            tuple(values),
+        )
+
+    __call__ = whole
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        counts: jax.Array,
+        cache: PagedCache,
+        policy: Policy | None = None,
+        density: jax.Array | None = None,
+        most: int = BLOCK_TOKENS,
+        fresh: bool = False,
+    ) -> Step:
+        """Read new tokens of each sequence, behind those that the cache has.
+
+        One token of each is read as the policy says; more, a chunk of a prompt, dense.
+
+        Args:
+          tokens: int32[b, t], padded at the end with any id.
+          counts: int32[b], how many of them are new, up to t. Where t is 1: 0 for
+            sequences that have ended, whose cache stays as it is. Where it is more, at
+            least 1.
+          cache: of what comes before; donate it.
+          policy: bound to the weights; None for `Dense()`.
+          density: float32[b], as in `Seen`; None for the policy's own.
+          most: tokens of a chunk that are computed at once, attention apart.
+          fresh: whether the cache has nothing of any of the sequences, which the
+            fastest kernel for prompts needs to know.
+
+        Returns:
+          After each sequence's last new token.
+        """
+        if tokens.shape[1] == 1 and not fresh:
+            ask = policy or Dense()
+            return self._step(tokens[:, 0], counts > 0, cache, ask, density)
+        places = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+        x = self.embed(tokens, places)
+        for i, layer in enumerate(self.layers):
+            last = i == self.config.layers - 1
+            x, cache = layer.chunk(x, counts, cache, most, last, fresh)
+        cache = cache.grown(counts.astype(jnp.int32))
+        return Step(self.own_logits(x[:, 0]), cache, ())
+
+    def _step(
+        self,
+        token: jax.Array,
+        live: jax.Array,
+        cache: PagedCache,
+        policy: Policy,
+        density: jax.Array | None,
+    ) -> Step:
+        b = len(token)
+        density = jnp.zeros(b) if density is None else density
+        visible = cache.lengths + 1
+        start = Seen(live, density, visible, slots(b, self.share))
+        x = self.embed(token, cache.lengths)
+        seen, parts, read = None, None, []
+        for layer in self.layers:
+            first = dataclasses.replace(start, before=seen)
+            x, parts, seen, cache, one = layer.step(x, parts, first, cache, policy)
+            seen = without_before(seen)
+            read.append(one)
+        if parts is not None:
+            x = x + parts.sum(axis=0).astype(x.dtype)
+        cache = cache.grown(live.astype(jnp.int32))
+        return Step(self.own_logits(x), cache, tuple(read))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The last layer's output [..., m] to float32[..., v]."""
@@ -260,43 +281,6 @@ class Decoder(nn.Module):
     def own_logits(self, x: jax.Array) -> jax.Array:
         """Those of the device's part of the vocabulary, as `Share` has it."""
         return self.embed.logits(self.final_norm(x) if self.config.final_norm else x)
-
-    def decode(
-        self,
-        token: jax.Array,
-        cache: KVCache,
-        policy: SelectionPolicy,
-        live: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache, jax.Array]:
-        """Read one more token of each sequence, with the heads the policy picks.
-
-        Args:
-          token: int32[b].
-          cache: what came before; donate it.
-          policy: bound to the weights.
-          live: bool[b], the sequences that go on; None for all. The others' cache
-            stays as it is and their logits mean nothing.
-
-        Returns:
-          Logits float32[b, v], of a share its `own_logits`; the cache;
-          int32[layers, b], KV groups read.
-        """
-        if live is None:
-            live = jnp.ones(token.shape, bool)
-        x = self.embed(token, cache.lengths)
-        keys, values, reads, parts = [], [], [], None
-        for layer, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
-            x, parts, k, v, read = layer.decode(
-                *(x, parts, k, v, cache.lengths, live, policy)
-            )
-            keys.append(k)
-            values.append(v)
-            reads.append(read)
-        lengths = cache.lengths + live.astype(jnp.int32)
-        if parts is not None:
-            x = x + parts.sum(axis=0).astype(x.dtype)
-        logits = self.own_logits(x)
-        return logits, KVCache(tuple(keys), tuple(values), lengths), jnp.stack(reads)
 
 
 def make_decoder(
@@ -325,16 +309,44 @@ def make_decoder(
     return Decoder(config, dtype, score_rows, implementation, share)
 
 
-def run(model: Decoder, weights: Tree, method: str, *args: Any) -> Any:
-    """Call a method of the decoder with the weights that users hold.
+def whole(model: Decoder, weights: Tree, tokens: jax.Array, **options: Any) -> Whole:
+    """`Decoder.whole` of a model with the weights that users hold.
 
     Args:
       model: the module, which has no weights of its own.
       weights: its parameters.
-      method: "prefill", "decode", "masked", "logits", "observe", ... or "__call__".
-      *args: of the method.
+      tokens: int32[b, t].
+      **options: further arguments of the method.
     """
-    return model.apply({"params": weights}, *args, method=method)
+    variables = {"params": weights}
+    return cast(Whole, model.apply(variables, tokens, method=Decoder.whole, **options))
+
+
+def extend(
+    model: Decoder,
+    weights: Tree,
+    tokens: jax.Array,
+    counts: jax.Array,
+    cache: PagedCache,
+    **options: Any,
+) -> Step:
+    """`Decoder.extend` of a model with the weights that users hold; see `whole`."""
+    variables = {"params": weights}
+    found = model.apply(
+        variables, tokens, counts, cache, method=Decoder.extend, **options
+    )
+    return cast(Step, found)
+
+
+def logits(model: Decoder, weights: Tree, x: jax.Array) -> jax.Array:
+    """`Decoder.logits` of a model with the weights that users hold; see `whole`."""
+    found = model.apply({"params": weights}, x, method=Decoder.logits)
+    return cast(jax.Array, found)
+
+
+def without_before(seen: Seen) -> Seen:
+    """A layer's record without that of the layer below it."""
+    return dataclasses.replace(seen, before=None)
 
 
 def weight_shapes(config: ModelConfig, dtype=jnp.float32) -> Tree:
@@ -353,7 +365,10 @@ def weight_shapes(config: ModelConfig, dtype=jnp.float32) -> Tree:
     )
 
     def init(tokens: jax.Array) -> Any:  # the key made inside: no device is touched
-        return Decoder(one, dtype).init(jax.random.key(0), tokens)
+        def every(module: Decoder, tokens: jax.Array) -> jax.Array:
+            return module.logits(module.whole(tokens).x)
+
+        return Decoder(one, dtype).init(jax.random.key(0), tokens, method=every)
 
     shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
     layer = shapes.pop("layers_0")

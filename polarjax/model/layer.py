@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,24 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pallas_kernels import Implementation, gathering
+from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
 from polarjax.mesh.share import Share
-from polarjax.model.attention import Attention, Gates, Prefix
+from polarjax.model.attention import (
+    Attention,
+    Gates,
+    Prefix,
+    Read,
+    WholeAttention,
+    no_channels,
+    positions_of,
+    thinned,
+)
 from polarjax.model.causal import long_attention
 from polarjax.model.mlp import MLP
 from polarjax.model.norms import Norm
-from polarjax.policy import SelectionPolicy
+from polarjax.model.pick import Pick
+from polarjax.policy import Policy, Rows, Seen
 
 
 class Layer(nn.Module):
@@ -37,8 +49,12 @@ class Layer(nn.Module):
         c = self.config
         self.attention_norm = Norm(c, c.dim, self.dtype)
         self.attention = Attention(
-            *(c, self.layer, self.dtype, self.score_rows, self.implementation),
-            share=self.share,
+            c,
+            self.layer,
+            self.dtype,
+            self.score_rows,
+            self.implementation,
+            self.share,
         )
         self.mlp_norm = Norm(c, c.dim, self.dtype)
         self.mlp = MLP(c, self.dtype, self.implementation, self.share)
@@ -51,84 +67,109 @@ class Layer(nn.Module):
         """The residual stream once a half has been added."""
         return norm(x) if self.config.norm_after else x
 
-    def prefill(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """[b, t, m] to the same; also keys, values, and what `Observe` is shown."""
-        u = self.before(self.attention_norm, x)
-        o, k, v = self.attention.prefill(u)
-        y = self.after(self.attention_norm, x + self.attention.output(o))
-        z = self.before(self.mlp_norm, y)
-        return self.after(self.mlp_norm, y + self.mlp(z)), k, v, u, o, z
-
-    def read(
-        self, x: jax.Array, lengths: jax.Array, most: int, last: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `prefill`, with nothing observed and all but attention in blocks.
+    def whole(
+        self,
+        x: jax.Array,
+        seen: Seen,
+        policy: Policy,
+        prefix: Prefix | None = None,
+        gates: Gates | None = None,
+    ) -> tuple[jax.Array, Seen, WholeAttention]:
+        """Whole sequences, every position sparse; see `Decoder.whole`.
 
         Args:
-          x: [b, t, m].
-          lengths: int32[b]. Blocks of padding alone are left out.
-          most: tokens in a block.
-          last: whether no layer follows: only the last tokens then go on.
+          x: [b, t, m], the residual stream.
+          seen: as far as it is known before the layer.
+          policy: bound.
+          prefix: as in `Attention.whole`.
+          gates: likewise.
 
         Returns:
-          [b, t, m], or [b, 1, m] after the last layer; keys and values [b, t, k, d].
+          As x; what was seen; what attention made of it.
         """
-        longest = lengths.max()
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        size = max(1, most // x.shape[0])
+        u = self.before(self.attention_norm, x)
+        seen = dataclasses.replace(seen, u=u)
+        seen, made = self.attention.whole(seen, policy, prefix, gates)
+        pick = Pick("xla", self.share)
+        kept = self.attention.thin_output(made.kept, policy, pick)
+        y = self.after(self.attention_norm, x + self.attention.output(kept))
+        z = self.before(self.mlp_norm, y)
+        seen = dataclasses.replace(seen, z=z)
+        if policy.wants.gate:
+            seen = dataclasses.replace(seen, gate=self.mlp.open_gate(z))
 
-        def project(layer: Layer, x: jax.Array, positions: jax.Array):
-            u = layer.before(layer.attention_norm, x)
-            return layer.attention.project(u, positions)[:3]
+        def choose(seen: Seen) -> Rows | None:
+            return policy.neurons(self.layer, seen, pick)
+
+        rows = jax.vmap(choose, (positions_of(seen),))(seen)
+        thin = functools.partial(thinned, policy, self.layer, pick=pick)
+        y = self.after(self.mlp_norm, y + self.mlp.whole(z, rows, thin))
+        return y, seen, made
+
+    def chunk(
+        self,
+        x: jax.Array,
+        counts: jax.Array,
+        cache: PagedCache,
+        most: int,
+        last: bool,
+        fresh: bool,
+    ) -> tuple[jax.Array, PagedCache]:
+        """Several new tokens of each sequence, dense.
+
+        Args:
+          x: [b, t, m], the residual stream.
+          counts: int32[b], tokens that are new. Blocks of padding alone are left out.
+          cache: of what comes before.
+          most: tokens that are computed at once, attention apart.
+          last: whether no layer follows: only the last tokens then go on.
+          fresh: whether the cache has nothing of any of the sequences.
+
+        Returns:
+          [b, t, m], or [b, 1, m] after the last layer; and the cache.
+        """
+        longest = counts.max()
+        size = max(1, most // x.shape[0])
 
         def add(layer: Layer, x: jax.Array, o: jax.Array) -> tuple[jax.Array]:
             y = layer.after(layer.attention_norm, x + layer.attention.output(o))
             z = layer.before(layer.mlp_norm, y)
             return (layer.after(layer.mlp_norm, y + layer.mlp(z)),)
 
-        q, k, v = _in_blocks(self, project, (x, positions), longest, size)
-        o = long_attention(q, k, v, self.config.window(self.layer))
+        if fresh:
+            o, cache = self._attend_fresh(x, longest, size, cache)
+        else:
+            u = self.before(self.attention_norm, x)
+            o, cache = self.attention.chunk(u, counts, cache)
         if last:
             x, o = (
-                jax.vmap(lambda row, n: row[n - 1][None])(a, lengths) for a in (x, o)
+                jax.vmap(lambda row, n: row[n - 1][None])(a, counts) for a in (x, o)
             )
         (x,) = _in_blocks(self, add, (x, o), longest, size)
-        return x, k, v
+        return x, cache
 
-    def masked(
-        self,
-        x: jax.Array,
-        live: jax.Array,
-        policy: SelectionPolicy,
-        prefix: Prefix | None = None,
-        gates: Gates | None = None,
-    ) -> tuple[jax.Array, ...]:
-        """[b, t, m] to the same; also bool[b, t, k], the model's KV groups read.
+    def _attend_fresh(
+        self, x: jax.Array, longest: jax.Array, size: int, cache: PagedCache
+    ) -> tuple[jax.Array, PagedCache]:
+        """Attention of sequences to themselves alone, by the fastest kernel for it."""
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 
-        And what `Observe` is shown, head outputs before they are masked.
-        """
-        u = self.before(self.attention_norm, x)
-        kept, o, scores, read = self.attention.masked(u, policy, prefix, gates)
+        def project(layer: Layer, x: jax.Array, positions: jax.Array):
+            u = layer.before(layer.attention_norm, x)
+            return layer.attention.project(u, positions)[:3]
 
-        def choose(_, scores: jax.Array | None, live: jax.Array) -> jax.Array | None:
-            return policy.neurons(self.layer, scores, live, "xla", self.share)
+        q, k, v = _in_blocks(self, project, (x, positions), longest, size)
+        o = long_attention(q, k, v, self.config.window(self.layer))
+        return o, cache.write(self.layer, k, v)
 
-        t = jnp.arange(x.shape[1])
-        neurons = jax.vmap(choose, (0, 1, 1))(t, scores, live)
-        y = self.after(self.attention_norm, x + self.attention.output(kept))
-        z = self.before(self.mlp_norm, y)
-        return self.after(self.mlp_norm, y + self.mlp(z, neurons)), read, u, o, z
-
-    def decode(
+    def step(
         self,
         x: jax.Array,
         parts: jax.Array | None,
-        keys: jax.Array,
-        values: jax.Array,
-        lengths: jax.Array,
-        live: jax.Array,
-        policy: SelectionPolicy,
-    ) -> tuple[Any, ...]:
+        seen: Seen,
+        cache: PagedCache,
+        policy: Policy,
+    ) -> tuple[jax.Array, jax.Array | None, Seen, PagedCache, Read]:
         """One new token of each sequence.
 
         What is added to the residual stream is handed on as parts of a sum: who
@@ -137,14 +178,12 @@ class Layer(nn.Module):
         Args:
           x: [b, m], the residual stream.
           parts: float32[p, b, m], whose sum the layer before adds to it, or None.
-          keys: as in `Attention.decode`, as are the others.
-          values: [b, k, s, d].
-          lengths: int32[b].
-          live: bool[b].
+          seen: as far as it is known before the layer.
+          cache: of what comes before.
           policy: bound.
 
         Returns:
-          As x and `parts`; the new keys and values; int32[b], KV groups read.
+          As x and `parts`; what was seen; the cache; what attention read.
         """
         post = self.config.norm_after
         kernel = gathering(self.implementation)
@@ -152,16 +191,21 @@ class Layer(nn.Module):
             x, u = self.attention_norm.add(x, parts, kernel)
         else:
             u = self.before(self.attention_norm, x)
-        o, keys, values, scores, reads = self.attention.decode(
-            u, keys, values, lengths, live, policy
-        )
-        neurons = policy.neurons(self.layer, scores, live, kernel, self.share)
+        seen = dataclasses.replace(seen, u=u)
+        o, cache, seen, read = self.attention.step(seen, cache, policy)
         norm = self.attention_norm if post else self.mlp_norm
         x, z = norm.add(x, self.attention.output_parts(o), kernel)
-        parts = self.mlp.decode(z, neurons)
+        seen = dataclasses.replace(seen, z=z)
+        pick = Pick(kernel, self.share)
+        for matrix, inputs in (("out", o), ("up", z)):
+            no_channels(policy.channels(self.layer, matrix, inputs, pick), policy)
+        if policy.wants.gate:
+            seen = dataclasses.replace(seen, gate=self.mlp.open_gate(z))
+        neurons = policy.neurons(self.layer, seen, pick)
+        parts = self.mlp.step(z, neurons)
         if post:  # what was normalised is the stream
             x, parts = self.mlp_norm.add(z, parts, kernel)[1], None
-        return x, parts, keys, values, reads
+        return x, parts, seen, cache, read
 
 
 def _in_blocks(

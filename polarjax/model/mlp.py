@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from pallas_kernels import (
     Implementation,
+    activate,
     gathered_mlp,
     gathering,
     masked_mlp,
@@ -15,6 +19,8 @@ from pallas_kernels import (
 )
 from polarjax.config import ModelConfig
 from polarjax.mesh.share import Share, add_up, add_up_parts, once
+from polarjax.model.linear import linear
+from polarjax.policy import Rows
 
 
 class MLP(nn.Module):
@@ -39,50 +45,87 @@ class MLP(nn.Module):
                 self.gate_bias = bias
             self.down_bias = self.param("down_bias", zeros, (c.dim,), self.dtype)
 
-    def __call__(self, x: jax.Array, neurons: jax.Array | None = None) -> jax.Array:
-        """Apply the MLP.
-
-        Args:
-          x: [..., m]; with `neurons`, [b, t, m].
-          neurons: int32[t, n], the neurons that count for the whole batch at each
-            position: the others are computed and masked; None for all.
-
-        Returns:
-          Like x.
-        """
-        c, weights = self.config, self._weights()
-        if neurons is not None:
-
-            def feed(x: jax.Array, neurons: jax.Array) -> jax.Array:
-                return masked_mlp(
-                    *(x, weights, neurons),
-                    activation=c.activation,
-                    padded=self.share is not None,
-                )
-
-            return add_up(jax.vmap(feed, (1, 0), 1)(x, neurons), self.share)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the MLP to [..., m], dense."""
         y = gathered_mlp(
-            x.reshape(-1, c.dim),
-            weights,
-            activation=c.activation,
+            x.reshape(-1, self.config.dim),
+            self._weights(),
+            activation=self.config.activation,
             implementation=gathering(self.implementation),
         )
         return add_up(y, self.share).reshape(x.shape)
 
-    def decode(self, x: jax.Array, neurons: jax.Array | None) -> jax.Array:
+    def whole(
+        self, x: jax.Array, rows: Rows | None, thin: Callable[[str, jax.Array], Any]
+    ) -> jax.Array:
+        """Apply the MLP to whole sequences, what is not read masked.
+
+        Args:
+          x: [b, t, m].
+          rows: neurons that count for the whole batch at each position, each array with
+            an axis of positions first; None for all.
+          thin: makes 0 of the inputs that a policy leaves out, by matrix; returns what
+            it got where none are.
+        """
+        entered, weights = thin("up", x), self._weights()
+        probe = jnp.zeros((1, self.config.neurons))
+        thins = thin("down", probe) is not probe
+        if rows is None and not thins:
+            return self(entered)
+
+        def feed(x: jax.Array, rows: Rows | None) -> jax.Array:
+            def keep(hidden: jax.Array) -> jax.Array:
+                hidden = hidden if rows is None else _weighed(hidden, rows)
+                return thin("down", hidden) if thins else hidden
+
+            plain = rows is None or (rows.count is None and rows.scale is None)
+            return masked_mlp(
+                x,
+                weights,
+                None if rows is None else rows.index,
+                activation=self.config.activation,
+                padded=self.share is not None,
+                keep=None if plain and not thins else keep,
+            )
+
+        axes = None if rows is None else 0
+        y = jax.vmap(feed, (1, axes), 1)(entered, rows)
+        return add_up(y, self.share)
+
+    def open_gate(self, x: jax.Array) -> jax.Array:
+        """What the activation makes of the gate, float32[..., f], of [..., m].
+
+        Of a plain MLP, what it makes of the first matrix.
+        """
+        weights, name = self._weights(), "gate" if self.config.gated_mlp else "up"
+        y = linear(x, weights[name], weights.get(f"{name}_bias"), jnp.float32)
+        return activate(y, self.config.activation)
+
+    def step(self, x: jax.Array, rows: Rows | None) -> jax.Array:
         """Of one token of each sequence, as parts of a sum.
 
         Args:
           x: [b, m].
-          neurons: int32[n], the neurons to read for the whole batch; None for all.
+          rows: the neurons to read for the whole batch; None for all.
 
         Returns:
           float32[p, b, m], for `Norm.add`.
+
+        Raises:
+          NotImplementedError: if neurons are counted or scaled on the device, for
+            which there is no kernel yet.
         """
+        if rows is not None and not (rows.count is None and rows.scale is None):
+            raise NotImplementedError(
+                "neurons with a count or a scale of their own cannot be selected while "
+                "decoding: no kernel takes them yet; measure the policy in mode mask"
+            )
         parts = partial_mlp(
-            *(x, self._weights(), neurons),
+            x,
+            self._weights(),
+            None if rows is None else rows.index,
             activation=self.config.activation,
-            padded=self.share is not None and neurons is not None,
+            padded=self.share is not None and rows is not None,
             implementation=gathering(self.implementation),
         )
         return add_up_parts(parts, self.share)
@@ -100,3 +143,15 @@ class MLP(nn.Module):
             if c.gated_mlp:
                 weights["gate_bias"] = self.gate_bias
         return weights
+
+
+def _weighed(hidden: jax.Array, rows: Rows) -> jax.Array:
+    """Hidden values [b, f] of the neurons that are read, scaled; 0 for the others."""
+    read = jnp.ones(rows.index.shape, bool)
+    if rows.count is not None:
+        read = jnp.arange(len(rows.index)) < rows.count
+    weight = jnp.broadcast_to(read.astype(hidden.dtype), (len(hidden), len(read)))
+    if rows.scale is not None:
+        weight = weight * rows.scale
+    scale = jnp.zeros_like(hidden).at[:, rows.index].set(weight, mode="drop")
+    return hidden * scale

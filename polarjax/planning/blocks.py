@@ -24,7 +24,11 @@ class Block:
 
 
 def plan_blocks(
-    lengths: Sequence[int], context: int, budget: int, parts: int = 1
+    lengths: Sequence[int],
+    context: int,
+    budget: int,
+    parts: int = 1,
+    where: Sequence[int] | None = None,
 ) -> list[Block]:
     """Cut a batch of prompts into calls of bounded size and few shapes.
 
@@ -36,20 +40,24 @@ def plan_blocks(
       context: most tokens that the model takes.
       budget: most tokens, rows x width, of a call, or of one part's rows. A longer
         prompt has a call of its own.
-      parts: equal ones of the batch, one behind the other, which different devices
-        read; each has its own rows in a call.
+      parts: of the batch, which different devices read; each has its own rows in a
+        call.
+      where: the part that each prompt is of; None for as many of each, one behind the
+        other.
 
     Returns:
       Blocks that hold each prompt once.
     """
     sizes = [bucket(length) for length in lengths]
     each, blocks = len(lengths) // parts, []
+    if where is None:
+        where = [i // each for i in range(len(lengths))]
     # Longest first: what is padding in all rows of a call is left out.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for size in sorted(set(sizes), reverse=True):
         width = min(size, context)
         same = [i for i in order if sizes[i] == size]
-        left = [[i for i in same if i // each == part] for part in range(parts)]
+        left = [[i for i in same if where[i] == part] for part in range(parts)]
         while many := max(map(len, left)):
             most = max(1, budget // width)
             rows = min(filled_rows(many, width, budget), 1 << (most.bit_length() - 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,37 +11,30 @@ import jax.numpy as jnp
 from polarjax.config import ModelConfig
 from polarjax.params import Params, Tree
 from polarjax.policies.routers import append_rows
-from polarjax.policy import Dense, SelectionPolicy
-
-
-def neuron_densities(config: ModelConfig, policy: SelectionPolicy) -> tuple[float, ...]:
-    """Per layer, the fraction of MLP neurons that a bound policy reads."""
-    budget = getattr(policy, "neuron_budget", ()) or (0,) * config.layers
-    return tuple((n or config.neurons) / config.neurons for n in budget)
+from polarjax.policy import Dense, Policy, Reads
 
 
 def step_weight_bytes(
-    weights: Tree, config: ModelConfig, policy: SelectionPolicy
+    weights: Tree, config: ModelConfig, policy: Policy, reads: Reads | None = None
 ) -> int:
-    """Bytes of weights that one decode step must read.
+    """Bytes of weights that one decode step must read, the policy's own included.
 
     The token table counts only where it is the output head too: a lookup reads a row.
 
     Args:
       weights: bound to the policy.
-      config: of the model.
+      config: what the model is.
       policy: bound.
+      reads: what the policy plans to read; None for all neurons.
     """
-    total = tree_bytes(weights)
+    total = tree_bytes(weights) + tree_bytes(policy)
     embed = weights["embed"]
     if not config.tied_embeddings:
         total -= tree_bytes(embed["tokens"])
     total -= tree_bytes(embed.get("positions"))
-    for layer, density in enumerate(neuron_densities(config, policy)):
+    for layer, density in enumerate(reads.neurons if reads else ()):
         if density < 1:
             total -= round(_neuron_bytes(weights, layer) * (1 - density))
-    for second in ("head_routers", "neuron_routers"):
-        total += tree_bytes(getattr(policy, second, {}))
     return total
 
 
@@ -93,20 +85,16 @@ class StepCost:
     neurons: tuple[int, ...] = ()
     neuron_routers: tuple[int, ...] = ()
 
-    def bytes_read(
-        self, budgets: Sequence[float], neuron_densities: Sequence[float] = ()
-    ) -> int:
+    def bytes_read(self, reads: Reads) -> int:
         """Bytes that one step reads.
 
         Args:
-          budgets: KV groups that each sequence reads, by layer; means, if they vary.
-          neuron_densities: fraction of the neurons that the batch reads, by layer;
-            empty for all.
+          reads: what it reads of each layer.
 
         Raises:
-          ValueError: if there is not one budget per layer, from 1 to k.
+          ValueError: if there is not one number of groups per layer, from 1 to k.
         """
-        k = self.kv_heads
+        k, budgets = self.kv_heads, reads.groups
         right = len(budgets) == len(self.group) and all(1 <= n <= k for n in budgets)
         if not right:
             raise ValueError(
@@ -115,8 +103,8 @@ class StepCost:
             )
         layers = zip(budgets, self.routers, self.group, strict=True)
         total = self.weights + round(sum(n * g + (n < k) * r for n, r, g in layers))
-        if neuron_densities:
-            mlps = zip(neuron_densities, self.neuron_routers, self.neurons, strict=True)
+        if reads.neurons:
+            mlps = zip(reads.neurons, self.neuron_routers, self.neurons, strict=True)
             total += round(sum((d < 1) * r - (1 - d) * n for d, r, n in mlps))
         return total
 

@@ -13,19 +13,13 @@ import importlib.resources
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 
 from pallas_kernels.tables import file_name, mlp_dense_above
 from polarjax.config import ModelConfig
-from polarjax.params import Params, Tree
+from polarjax.params import Params
 from polarjax.planning.bandwidth import read_bandwidth
-from polarjax.planning.cost import StepCost, neuron_densities, step_cost
-from polarjax.policies import Polar
-from polarjax.policies.budgets import with_density
-from polarjax.policies.neurons import neuron_counts
-from polarjax.policy import SelectionPolicy
+from polarjax.planning.cost import StepCost, step_cost
+from polarjax.policy import Dense, Load, Policy, Reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,102 +135,91 @@ class Prediction:
     overhead: Overhead
     dense_above: float = 1.0
 
-    def seconds(self, budgets: Sequence[float], densities: Sequence[float]) -> float:
-        """Of a step.
-
-        Args:
-          budgets: KV groups that each sequence reads, by layer.
-          densities: fraction of the neurons that the batch reads, by layer.
-        """
-        heads = sum(n < self.cost.kv_heads for n in budgets)
-        neurons = sum(density < 1 for density in densities)
+    def seconds(self, reads: Reads) -> float:
+        """Of a step that reads so much."""
+        heads = sum(n < self.cost.kv_heads for n in reads.groups)
+        neurons = sum(density < 1 for density in reads.neurons)
         launches = heads * self.overhead.heads_us + neurons * self.overhead.neurons_us
-        read = self.cost.bytes_read(budgets, densities)
-        mlps = zip(densities, self.cost.neurons, strict=True)
+        read = float(self.cost.bytes_read(reads))
+        mlps = zip(reads.neurons, self.cost.neurons, strict=True)
         read += sum((1 - d) * n for d, n in mlps if d > self.dense_above)
         return read / self.bandwidth + launches * 1e-6
 
 
-def bind_where_it_pays(
-    params: Params, policy: SelectionPolicy, asked: bool, batch: int, context: int
-) -> tuple[Tree, SelectionPolicy, tuple[str, ...]]:
-    """Bind a policy, without the sparse axes that would make the step slower.
+def settle(
+    params: Params, policy: Policy | None, load: Load, densities: bool
+) -> tuple[Policy, tuple[str, ...]]:
+    """The policy of an engine, without the axes that would make its steps slower.
 
     What the user asked for is done as it was asked, and a note says if it is predicted
     to be slower than dense. Where no overheads were measured, nothing is turned off.
 
     Args:
       params: the model.
-      policy: not yet bound.
-      asked: whether the user chose it, or a density; else the adapter's budgets count.
-      batch: number of requests, b.
-      context: tokens in the cache of each, a mean over the requests and their steps.
+      policy: that the user asked for, not yet bound; None for the model's own.
+      load: what the engine is made for.
+      densities: whether requests may ask for densities of their own.
 
     Returns:
-      As `SelectionPolicy.bind`, and notes for `Stats`.
+      A policy, not yet bound, and notes for `Stats`.
     """
-    config, notes = params.config, []
+    asked, config = policy is not None, params.config
+    if policy is None:
+        policy = params.policy if params.routers else Dense()
+    policy = policy.of(params.policy.learned).sized(load.batch)
+    policy = policy.flexing() if densities else policy
     devices = list(params.weights["embed"]["tokens"].devices())
     overheads = shipped(devices[0].device_kind) if len(devices) == 1 else ()
-    budgeted = asked or bool(config.budgets)
-    if not overheads or not isinstance(policy, Polar) or not budgeted:
-        weights, bound = policy.bind(params, batch)
-        return weights, bound, ()
+    if not overheads or not policy.asks:
+        return policy, ()
     prediction = Prediction(
-        step_cost(params, batch=batch, context=context),
+        step_cost(params, batch=load.batch, context=load.context),
         read_bandwidth(devices[0]),
-        nearest(overheads, batch),
-        _dense_above(params, batch),
+        nearest(overheads, load.batch),
+        _dense_above(params, load.batch),
     )
-    everything = (config.kv_heads,) * config.layers, (1.0,) * config.layers
     if not asked:
-        heads, neurons, notes = _axes(prediction, config, batch)
-        # All groups in every layer, and still what recovery made of the weights.
-        params = params if heads else with_density(params, 1.0)
-        policy = policy if neurons else dataclasses.replace(policy, neuron_density=1.0)
-    weights, bound = policy.bind(params, batch)
-    if asked:
-        sparse = prediction.seconds(*_reads(config, bound))
-        dense = prediction.seconds(*everything)
-        if sparse > dense:
-            notes.append(
-                "slower than dense, as predicted from bytes and measured overheads: by "
-                f"{(sparse - dense) * 1e3:.3f} ms a step ({sparse / dense - 1:.1%})"
-            )
-    return weights, bound, tuple(notes)
+        return _best_axes(prediction, config, policy, load)
+    planned = policy.reads(config, load)
+    if planned is None:
+        return policy, ()
+    sparse = prediction.seconds(planned)
+    dense = prediction.seconds(Reads.everything(config))
+    if sparse <= dense:
+        return policy, ()
+    note = (
+        "slower than dense, as predicted from bytes and measured overheads: by "
+        f"{(sparse - dense) * 1e3:.3f} ms a step ({sparse / dense - 1:.1%})"
+    )
+    return policy, (note,)
 
 
-def _axes(
-    prediction: Prediction, config: ModelConfig, batch: int
-) -> tuple[bool, bool, list[str]]:
-    """Whether to select heads, whether neurons; and what is turned off, in words."""
-    densities = [n / config.neurons for n in neuron_counts(config, batch)]
-    everything = (config.kv_heads,) * config.layers, (1.0,) * config.layers
-    by_heads, by_neurons = min(config.budgets) < config.kv_heads, min(densities) < 1
+def _best_axes(
+    prediction: Prediction, config: ModelConfig, policy: Policy, load: Load
+) -> tuple[Policy, tuple[str, ...]]:
+    """The policy that answers those questions that pay, and what is turned off."""
+    subsets = [
+        tuple(name for i, name in enumerate(policy.asks) if not off & 1 << i)
+        for off in range(1 << len(policy.asks))
+    ]
 
-    def seconds(heads: bool, neurons: bool) -> float:
-        return prediction.seconds(
-            config.budgets if heads else everything[0],
-            densities if neurons else everything[1],
-        )
+    def seconds(asks: tuple[str, ...]) -> float:
+        planned = policy.asking(asks).reads(config, load)
+        return prediction.seconds(planned or Reads.everything(config))
 
-    # Of equals, what the adapter has.
-    variants = [(True, True), (False, True), (True, False), (False, False)]
-    heads, neurons = min(variants, key=lambda variant: seconds(*variant))
+    best = min(subsets, key=seconds)  # of equals, what the adapter has
     notes = []
-    for name, off, with_it in (
-        ("heads", by_heads and not heads, (True, neurons)),
-        ("neurons", by_neurons and not neurons, (heads, True)),
-    ):
-        if off:
-            slower = seconds(*with_it) - seconds(heads, neurons)
+    for name in policy.asks:
+        with_it = tuple(x for x in policy.asks if x in best or x == name)
+        slower = seconds(with_it) - seconds(best)
+        if name not in best:
+            words = {"groups": "heads"}.get(name, name)
             notes.append(
-                f"all {name} are read, although the adapter has budgets: selecting "
+                f"all {words} are read, although the adapter has budgets: selecting "
                 f"them is predicted to cost {slower * 1e3:.3f} ms a step more than it "
-                f"saves ({slower / seconds(heads, neurons):.1%})"
+                f"saves ({slower / seconds(best):.1%})"
             )
-    # A budget of everything needs no turning off.
-    return heads or not by_heads, neurons or not by_neurons, notes
+    return policy.asking(best), tuple(notes)
 
 
 def _dense_above(params: Params, batch: int) -> float:
@@ -249,12 +232,3 @@ def _dense_above(params: Params, batch: int) -> float:
         itemsize=params.dtype.itemsize,
     )
     return 1.0 if found is None else found
-
-
-def _reads(config: ModelConfig, bound: Any) -> tuple[list[float], tuple[float, ...]]:
-    """KV groups, and the fraction of the neurons, that bound Polar reads by layer."""
-    if bound.budget.thresholds is not None:
-        budgets = list(config.budgets)
-    else:
-        budgets = np.asarray(bound.budget.counts).mean(axis=1).tolist()
-    return budgets, neuron_densities(config, bound)

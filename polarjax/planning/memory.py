@@ -156,7 +156,10 @@ def cache_capacity(
         batch = -(-batch // dp)  # a device's part, of all heads that it has
         cache = cache_bytes(own, batch, capacity, params.dtype)
         prefill = prefill_bytes(
-            *(own, batch, width, params.dtype),
+            own,
+            batch,
+            width,
+            params.dtype,
             platform=platform,
             prefill_tokens=prefill_tokens,
         )
@@ -183,6 +186,48 @@ def cache_capacity(
         + (f"{' or '.join(fits)} would fit" if fits else "not even batch 1 would fit")
         + "; `polarjax plan` shows what does"
     )
+
+
+def room_for(
+    params: Params,
+    batch: int,
+    tokens: int,
+    *,
+    prefill_tokens: int,
+    prompt_tokens: int,
+    memory_fraction: float = MEMORY_FRACTION,
+) -> tuple[int, int]:
+    """Slots and context of an engine for a batch: powers of two where there is room.
+
+    Args:
+      params: the model, in its devices' memory.
+      batch: sequences, b.
+      tokens: most of a request, prompt and continuation.
+      prefill_tokens: that are computed at once.
+      prompt_tokens: of the longest prompt.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
+
+    Raises:
+      ValueError: if the batch does not fit; it names what would.
+    """
+    roomy, tight = capacities(params.config, tokens)
+    slots = bucket(batch, 1)
+    for many, positions in ((slots, roomy), (batch, roomy), (batch, tight)):
+        try:
+            cache_capacity(
+                params,
+                many,
+                positions,
+                prefill_tokens=prefill_tokens,
+                prompt_tokens=prompt_tokens,
+                memory_fraction=memory_fraction,
+            )
+        except ValueError:
+            if (many, positions) == (batch, tight):
+                raise
+        else:
+            return many, positions
+    raise AssertionError("the last of them returns or raises")
 
 
 def _free(device: Any, memory_fraction: float, devices: int) -> tuple[float, bool]:

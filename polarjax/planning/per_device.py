@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from polarjax.config import ModelConfig
 from polarjax.mesh.cut import local_config
 from polarjax.model import weight_shapes
-from polarjax.params import Params, Tree
+from polarjax.params import Params, Tree, taught
 from polarjax.planning.cost import SAID_BYTES, StepCost, step_cost, tree_bytes
 from polarjax.policies.routers import append_rows
 
@@ -51,7 +51,8 @@ def of_device(params: Params, tp: int) -> Params:
 
     config = local_config(params.config, tp)
     routers = {name: cut(router) for name, router in params.routers.items()}
-    return Params(weight_shapes(config, params.dtype), routers, config)
+    shapes = Params(weight_shapes(config, params.dtype), params.policy, config)
+    return taught(shapes, routers)
 
 
 def device_cost(own: Params, kv_heads: int, batch: int, context: int) -> StepCost:
@@ -76,8 +77,8 @@ def bound_bytes(params: Params, heads: bool, neurons: bool) -> int:
       neurons: whether they choose neurons.
     """
     routed = range(1, params.config.layers) if heads or neurons else ()
-    by = routed if heads else (), routed if neurons else ()
-    bound = jax.eval_shape(lambda p: append_rows(p, *by)[0], params)
+    by_heads, by_neurons = (routed if on else () for on in (heads, neurons))
+    bound = jax.eval_shape(lambda p: append_rows(p, by_heads, by_neurons)[0], params)
     names = ("qkv", "qkv_bias")
     layers = (bound[f"layers_{i}"]["attention"] for i in routed)
     return sum(tree_bytes([layer[name] for name in names]) for layer in layers)

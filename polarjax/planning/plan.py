@@ -38,7 +38,9 @@ from polarjax.planning.per_device import (
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies.adapter import as_stored
 from polarjax.policies.budgets import check_density, check_parts, count, in_parts
+from polarjax.policies.polar import Polar
 from polarjax.policies.routers import router_shapes
+from polarjax.policy import Learned, Reads
 from polarjax.settings import default_numbers
 
 BATCHES = (1, 4, 16, 64, 256)
@@ -237,7 +239,10 @@ def plan(
         if memory.platform == "cpu":
             step = cpu_step_bytes(own.config, part, capacity, dtype, weights)
         prefill = prefill_bytes(
-            *(own.config, part, min(width, config.context), dtype),
+            own.config,
+            part,
+            min(width, config.context),
+            dtype,
             platform=memory.platform,
             prefill_tokens=BLOCK_TOKENS,
         )
@@ -255,12 +260,17 @@ def plan(
         score_rows = (groups < k) * (k + head_rank) + picks * neuron_rank
         rest = layers - 1
         sent = step_sent_bytes(
-            *(config, tp, dp, part, dtype),
+            config,
+            tp,
+            dp,
+            part,
+            dtype,
             score_rows=(0, *(score_rows,) * rest),
             picks_neurons=(False, *(picks,) * rest),
             balanced=balanced,
         )
-        read = cost.bytes_read((k, *(groups,) * rest), (1.0, *(neurons / f,) * rest))
+        sparse = (float(groups),) * rest
+        read = cost.bytes_read(Reads((k, *sparse), (1.0, *(neurons / f,) * rest)))
         return read, sent
 
     def times(read: int, sent: int) -> tuple[float, float]:
@@ -361,4 +371,5 @@ def abstract_params(
     )
     routers = {f"layers_{i}": router for i in range(1, config.layers)}
     routers = jax.eval_shape(as_stored, routers)
-    return Params(weight_shapes(config, dtype), routers, config)
+    policy = Polar(learned=Learned(routers))
+    return Params(weight_shapes(config, dtype), policy, config)

@@ -1,18 +1,29 @@
-"""Which heads and neurons to compute: routers, budgets and policies."""
+"""The policies: one file each; and what they learn, are bound to and saved as."""
 
-from polarjax.policies.adapter import load_adapter, save_adapter
-from polarjax.policies.budgets import Density, HeadBudget, head_budget
+from polarjax.policies.adapter import (
+    load_adapter,
+    of_learned,
+    save_adapter,
+    with_density,
+    with_learned,
+)
+from polarjax.policies.adaptive import Adaptive
+from polarjax.policies.budgets import Density
 from polarjax.policies.card import read_card
-from polarjax.policies.polar import Oracle, Polar, Random
+from polarjax.policies.oracle import Oracle
+from polarjax.policies.polar import Polar
+from polarjax.policies.random import Random
 
 __all__ = [
+    "Adaptive",
     "Density",
-    "HeadBudget",
     "Oracle",
     "Polar",
     "Random",
-    "head_budget",
     "load_adapter",
+    "of_learned",
     "read_card",
     "save_adapter",
+    "with_density",
+    "with_learned",
 ]

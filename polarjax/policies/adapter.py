@@ -27,10 +27,13 @@ from polarjax.mesh.cut import (
     writes,
 )
 from polarjax.params import Params, Tree, check_finite
+from polarjax.policies.adaptive import Adaptive
+from polarjax.policies.budgets import check_budgets, uniform_budgets
 from polarjax.policies.card import card_text, read_card
-from polarjax.policies.check_budgets import check_budgets
 from polarjax.policies.fingerprint import FINGERPRINT_FILE, Fingerprint
+from polarjax.policies.polar import Polar
 from polarjax.policies.routers import check_routers
+from polarjax.policy import Dense, Learned, Policy
 from polarjax.storage.checksums import (
     CHECKSUMS_FILE,
     REASON_BYTES,
@@ -61,8 +64,8 @@ def save_adapter(
 
     Args:
       path: the folder to make.
-      params: a model with routers, `config.budgets` and, where it has neuron routers,
-        `config.neuron_budgets`; what is written does not depend on its devices.
+      params: a model whose policy has learned routers and budgets; what is written
+        does not depend on its devices.
       card: what else to say in the card (training data, recall); JSON values.
       overwrite: replace what is there.
 
@@ -72,9 +75,9 @@ def save_adapter(
         card has a key that is none of a card's (see `sparsity.card.Card`).
     """
     shapes = model_shapes(params.weights, params.config)
-    routers = whole_routers(params)
-    _check(routers, shapes, params.config)
-    stored = as_stored(routers)
+    learned = dataclasses.replace(params.policy.learned, routers=whole_routers(params))
+    _check(learned, shapes, params.config)
+    stored = as_stored(learned.routers)
     tensors = {
         name: jax.device_get(leaf)
         for name, leaf in traverse_util.flatten_dict(stored, sep="/").items()
@@ -88,10 +91,7 @@ def save_adapter(
     fingerprint = Fingerprint.of(params)
     facts = {
         "model_hash": params.config.model_hash,
-        "budgets": list(params.config.budgets),
-        "adaptive": params.config.adaptive,
-        "neuron_budgets": params.config.neuron_budgets,
-        "thresholds": list(params.config.thresholds),
+        **learned.numbers(),
         "kv_heads": params.config.kv_heads,
     }
     text = card_text({**(card or {}), **facts})
@@ -133,7 +133,7 @@ def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> P
       any_model: take the adapter for another model too, if only the shapes are right.
 
     Returns:
-      The model with `routers`, `config.budgets` and `config.neuron_budgets`.
+      The model with the adapter's policy.
 
     Raises:
       FileNotFoundError: if there is no adapter.
@@ -146,8 +146,8 @@ def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> P
             "`polarjax calibrate` writes them"
         )
     card = read_card(path)
-    config = dataclasses.replace(
-        params.config,
+    config = params.config
+    learned = Learned(
         budgets=tuple(card["budgets"]),
         adaptive=card["adaptive"],
         neuron_budgets=card["neuron_budgets"],
@@ -161,7 +161,7 @@ def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> P
             sample = Fingerprint.load(path / FINGERPRINT_FILE)
         if not any_model:
             _check_same(path, card["model_hash"], params, sample)
-        tree = _read_routers(path / ROUTERS_FILE, shapes, config)
+        tree = _read_routers(path / ROUTERS_FILE, shapes, config, learned)
         if card.get("kv_heads", config.kv_heads) != config.kv_heads:
             raise FileError(
                 f"{path / CARD_FILE} is of a model with {card['kv_heads']} KV groups, "
@@ -174,7 +174,37 @@ def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> P
     check_files(path, files)
     mesh = mesh_of(params.weights)
     routers = place_routers(jax.tree.map(jnp.asarray, tree), config, mesh)
-    return Params(params.weights, routers, config)
+    learned = dataclasses.replace(learned, routers=routers)
+    return Params(params.weights, of_learned(learned), config)
+
+
+def of_learned(learned: Learned) -> Policy:
+    """The policy that an adapter is for: by thresholds where its budgets are means."""
+    if not learned.routers and not any(learned.numbers().values()):
+        return Dense()
+    return Adaptive(learned=learned) if learned.adaptive else Polar(learned=learned)
+
+
+def with_learned(params: Params, **changes: Any) -> Params:
+    """The model with another policy of its adapter.
+
+    Args:
+      params: the model.
+      **changes: fields of `polarjax.policy.Learned` in place of the adapter's.
+    """
+    learned = dataclasses.replace(params.policy.learned, **changes)
+    return dataclasses.replace(params, policy=of_learned(learned))
+
+
+def with_density(params: Params, density: float) -> Params:
+    """The model with uniform budgets, and no thresholds, in place of its adapter's.
+
+    Args:
+      params: the model.
+      density: fraction of the KV groups to read from layer 1 on.
+    """
+    budgets = uniform_budgets(params.config, density)
+    return with_learned(params, budgets=budgets, adaptive=False, thresholds=())
 
 
 def _files(path: Path) -> dict[str, str]:
@@ -215,7 +245,9 @@ def _check_same(
     )
 
 
-def _read_routers(file: Path, shapes: Tree, config: ModelConfig) -> Tree:
+def _read_routers(
+    file: Path, shapes: Tree, config: ModelConfig, learned: Learned
+) -> Tree:
     """Routers that fit the model, as numpy."""
     with open_tensors(file) as tensors:
         held = shapes_of(tensors, file, ("F32", "BF16"))
@@ -223,20 +255,21 @@ def _read_routers(file: Path, shapes: Tree, config: ModelConfig) -> Tree:
             tree: Tree = traverse_util.unflatten_dict(held, sep="/")
         except (TypeError, IndexError) as error:  # one name continues another
             raise FileError(f"{file} is damaged: {error}") from None
-        _check(tree, shapes, config)
+        _check(dataclasses.replace(learned, routers=tree), shapes, config)
         flat = {name: tensors.get_tensor(name) for name in held}
     for name, array in flat.items():
         check_finite(f"router {name}", array)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _check(routers: Tree, weights: Tree, config: ModelConfig) -> None:
+def _check(learned: Learned, weights: Tree, config: ModelConfig) -> None:
+    routers = learned.routers
     check_routers(routers, weights, config)
     for layer in range(1, config.layers):
         if f"layers_{layer}" not in routers:
             raise ValueError(f"the adapter has no router for layer {layer}")
-    check_budgets(config)
-    for layer in range(1, config.layers) if config.neuron_budgets else ():
+    check_budgets(config, learned)
+    for layer in range(1, config.layers) if learned.neuron_budgets else ():
         if "neurons" not in routers[f"layers_{layer}"]:
             raise ValueError(
                 f"the adapter has neuron budgets but no neuron router for layer {layer}"

@@ -1,9 +1,10 @@
-"""Densities to budgets: how many KV groups each request reads in each layer."""
+"""How many KV groups and neurons are read: densities, and the budgets of adapters."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,85 +12,118 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation, top_heads
 from polarjax.config import ModelConfig
-from polarjax.params import Params
+from polarjax.policy import Groups, Learned, Load
 
 Density = float | Sequence[float] | None
+
+# Counts between two measured batch sizes are rounded up to this (the paper's step).
+NEURON_STEP = 128
+# A density of 1/3 of three is one, whichever way it was rounded.
+_SLACK = 1e-4
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadBudget:
-    """KV groups to read, by layer and request.
+    """How many KV groups each request reads: its own density, or the policy's budgets.
 
     Attributes:
-      counts: per layer, int32[b]. To cut them out of one array was a kernel of its own
-        in every layer.
-      limits: per layer, the largest count of the batch, which is compiled into the
+      counts: by layer, int32[], KV groups that a request reads which asks for no
+        density. To cut them out of one array was a kernel of its own in every layer.
+      thresholds: by layer, float32[], the score from which on such a request reads a
+        group instead, one at the least; () for the fixed counts.
+      kv_heads: KV groups of the model, k.
+      limits: by layer, the most that any request may read, which is compiled into the
         step; None where every request reads every group.
-      thresholds: float32[layers]; a sequence then reads the groups that score at least
-        as much, one at the least, and `counts` are not asked. None for fixed counts.
-      parts: equal parts of the groups, of each of which as many are read.
+      parts: equal parts of the groups, each of which spends as much of a budget,
+        rounded up, on its own best.
     """
 
     counts: tuple[jax.Array, ...]
+    thresholds: tuple[jax.Array, ...]
+    kv_heads: int = dataclasses.field(metadata={"static": True})
     limits: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
-    thresholds: jax.Array | None = None
     parts: int = dataclasses.field(default=1, metadata={"static": True})
 
+    @classmethod
+    def of(
+        cls,
+        kv_heads: int,
+        budgets: Sequence[float],
+        thresholds: Sequence[float] = (),
+        *,
+        flexible: bool,
+        parts: int = 1,
+    ) -> HeadBudget:
+        """From budgets by layer.
+
+        Args:
+          kv_heads: KV groups of the model, k.
+          budgets: KV groups by layer; means, with thresholds.
+          thresholds: by layer; () for fixed budgets.
+          flexible: whether requests may ask for densities of their own: then every
+            layer but the first is ready to select.
+          parts: as in the class.
+        """
+
+        def limit(layer: int, n: float) -> int | None:
+            if layer and flexible and kv_heads > 1:
+                return kv_heads
+            if n == kv_heads or in_parts(math.ceil(n), parts) == kv_heads:
+                return None if n == kv_heads or not thresholds else kv_heads
+            return kv_heads if thresholds else in_parts(int(n), parts)
+
+        limits = tuple(limit(i, n) for i, n in enumerate(budgets))
+        empty = cls((), (), kv_heads, limits, parts)
+        return empty.having(budgets, thresholds)
+
+    def having(
+        self, budgets: Sequence[float], thresholds: Sequence[float] = ()
+    ) -> HeadBudget:
+        """The same, with other budgets as data: no program is compiled anew."""
+        whole = [in_parts(math.ceil(n), self.parts) for n in budgets]
+        with jax.ensure_compile_time_eval():  # also where training binds in a jit
+            return dataclasses.replace(
+                self,
+                counts=tuple(jnp.int32(n) for n in whole),
+                thresholds=tuple(jnp.float32(x) for x in thresholds),
+            )
+
     def choose(
-        self,
-        layer: int,
-        ranking: jax.Array | None,
-        implementation: Implementation | None = None,
-    ) -> tuple[jax.Array, jax.Array] | None:
-        """The best groups of each request within its budget.
+        self, layer: int, scores: jax.Array, density: jax.Array, pick: Any
+    ) -> Groups | None:
+        """The best groups of each request within its budget; None for every group.
 
         Args:
           layer: from 0.
-          ranking: float[b, k], larger is better.
-          implementation: of the selection kernel.
-
-        Returns:
-          (indices int32[b, limit], n_active int32[b]), or None for every group.
+          scores: float32[b, k], larger is better.
+          density: float32[b], as in `polarjax.policy.Seen`.
+          pick: `polarjax.model.Pick`.
         """
-        limit = self.limits[layer]
+        limit, k = self.limits[layer], self.kv_heads
         if limit is None:
             return None
-        assert ranking is not None
-        if self.parts > 1:
-            chosen = self._best_of_parts(ranking, limit, implementation)
-            return chosen, self.counts[layer]
-        chosen = top_heads(ranking, limit, implementation=implementation)
-        if self.thresholds is None:
-            return chosen, self.counts[layer]
-        above = (ranking >= self.thresholds[layer]).sum(axis=1, dtype=jnp.int32)
-        return chosen, jnp.clip(above, 1, limit)
-
-    def _best_of_parts(self, ranking: jax.Array, limit: int, implementation: Any):
-        """The best of each part, then the second best, ..., int32[b, limit]."""
-        b, k = ranking.shape
-        parts, each = ranking.reshape(b * self.parts, -1), limit // self.parts
-        chosen = top_heads(parts, each, implementation=implementation)
-        first = jnp.arange(self.parts, dtype=jnp.int32) * (k // self.parts)
-        chosen = chosen.reshape(b, self.parts, each) + first[:, None]
-        return chosen.swapaxes(1, 2).reshape(b, limit)
-
-
-def static_density(density: Any) -> Any:
-    """A form that hashes, a tuple where there is one density per request.
-
-    Anything odd is left for the check.
-    """
-    if isinstance(density, np.ndarray | jax.Array):
-        density = density.tolist()
-    return tuple(density) if isinstance(density, list | tuple) else density
+        index = pick.top(scores, limit, self.parts)
+        own = self.counts[layer]
+        if self.thresholds:
+            own = jnp.minimum(pick.above(scores, self.thresholds[layer]), limit)
+        asked = jnp.floor(density * k + _SLACK).astype(jnp.int32)
+        asked = in_parts(jnp.clip(asked, 1, limit), self.parts)
+        return Groups(index, jnp.where(density > 0, asked, own).astype(jnp.int32))
 
 
 def count(density: float, total: int) -> int:
     """How many of `total` heads (or neurons) a density keeps, at least 1."""
-    return max(1, math.floor(density * total + 1e-4))
+    return max(1, math.floor(density * total + _SLACK))
+
+
+def asked_groups(config: ModelConfig, load: Load) -> tuple[float, ...] | None:
+    """KV groups by layer of requests that ask for a density; None if they do not."""
+    if load.density is None:
+        return None
+    k = float(config.kv_heads)
+    return (k, *(load.density * k,) * (config.layers - 1))
 
 
 def in_parts(n: Any, parts: int) -> Any:
@@ -121,91 +155,168 @@ def check_density(density: Any) -> float:
     return float(density)
 
 
-def head_budget(
-    config: ModelConfig, density: Density, batch: int, parts: int = 1
-) -> HeadBudget:
-    """Budgets for a batch. Layer 0's attention is always dense.
+def check_densities(density: Density, batch: int) -> np.ndarray:
+    """What each request asked for, float32[b]; 0 for the policy's own budgets.
 
     Args:
-      config: of the model.
-      density: fraction of the KV groups to read from layer 1 on, one number or one
-        per request; None for the adapter's own budgets.
-      batch: number of requests, b.
-      parts: equal parts of the groups, each of which gets as much of the budget,
-        rounded up.
+      density: one number, one per request, or None.
+      batch: requests, b.
 
     Raises:
-      ValueError: if a density is outside (0, 1], if there is not one per request, if
-        there is neither density nor adapter, if the adapter's budgets are means, or if
-        the groups do not divide into parts.
+      ValueError: if one is outside (0, 1], or there is not one per request.
     """
-    k = config.kv_heads
-    check_parts(k, parts)
     if density is None:
-        if not config.budgets:
-            raise ValueError(
-                "no density given and no adapter loaded that brings its own: pass "
-                "density= (--density), or load with adapter= (--adapter)"
-            )
-        if config.adaptive:
-            raise ValueError(
-                f"the adapter's budgets {config.budgets} are means over tokens: pass a "
-                "density to read the same number of groups for each"
-            )
-        table = np.repeat(np.array(config.budgets, np.int32)[:, None], batch, axis=1)
-    else:
-        density = static_density(density)
-        densities = density if isinstance(density, tuple) else [density] * batch
-        if len(densities) != batch:
-            raise ValueError(f"{len(densities)} densities for {batch} prompts")
-        counts = [count(check_density(d), k) for d in densities]
-        table = np.array([[k] * batch, *[counts] * (config.layers - 1)], np.int32)
-    table = in_parts(table, parts).astype(np.int32)
-    limits = tuple(None if row.min() == k else int(row.max()) for row in table)
-    with jax.ensure_compile_time_eval():  # known, also where training binds in a jit
-        return HeadBudget(tuple(map(jnp.asarray, table)), limits, parts=parts)
+        return np.zeros(batch, np.float32)
+    if isinstance(density, np.ndarray | jax.Array):
+        density = density.tolist()
+    many = list(density) if isinstance(density, list | tuple) else [density] * batch
+    if len(many) != batch:
+        raise ValueError(f"{len(many)} densities for {batch} prompts")
+    return np.array([check_density(d) for d in many], np.float32)
 
 
-def with_density(params: Params, density: float) -> Params:
-    """The model with uniform budgets, and no thresholds, in place of its adapter's.
+def uniform_budgets(config: ModelConfig, density: float) -> tuple[int, ...]:
+    """KV groups by layer that a density keeps; layer 0's attention is always dense."""
+    n = count(check_density(density), config.kv_heads)
+    return (config.kv_heads, *(n,) * (config.layers - 1))
+
+
+def fixed_budgets(
+    config: ModelConfig, learned: Learned, density: float | None
+) -> tuple[int, ...]:
+    """KV groups that every request reads in each layer.
 
     Args:
-      params: the model.
-      density: fraction of the KV groups to read from layer 1 on.
-    """
-    k = params.config.kv_heads
-    n = count(check_density(density), k)
-    budgets = (k, *(n,) * (params.config.layers - 1))
-    config = dataclasses.replace(
-        params.config, budgets=budgets, adaptive=False, thresholds=()
-    )
-    return dataclasses.replace(params, config=config)
-
-
-def adaptive_budget(
-    config: ModelConfig, batch: int, thresholds: Sequence[float] | None = None
-) -> HeadBudget:
-    """As many groups as score above thresholds, at each step.
-
-    Args:
-      config: of the model.
-      batch: number of requests, b.
-      thresholds: by layer; None for the adapter's, which are of its routers' scores.
+      config: what the model is.
+      learned: of the adapter.
+      density: fraction of the KV groups to read from layer 1 on; None for the
+        adapter's own budgets.
 
     Raises:
-      ValueError: if the adapter brings no thresholds.
+      ValueError: if a density is outside (0, 1], if there is neither density nor
+        adapter, or if the adapter's budgets are means.
     """
-    thresholds = config.thresholds if thresholds is None else thresholds
-    if not thresholds:
+    if density is not None:
+        return uniform_budgets(config, density)
+    if not learned.budgets:
         raise ValueError(
-            "an adaptive policy needs the thresholds that `polarjax calibrate` finds: "
-            "load the model with an adapter that has them"
+            "no density given and no adapter loaded that brings its own: pass "
+            "density= (--density), or load with adapter= (--adapter)"
         )
-    k = config.kv_heads
-    counts = np.repeat(np.ceil(config.budgets)[:, None], batch, axis=1)
-    with jax.ensure_compile_time_eval():
-        return HeadBudget(
-            tuple(jnp.asarray(row, jnp.int32) for row in counts),
-            tuple(None if n == k else k for n in config.budgets),
-            jnp.asarray(thresholds, jnp.float32),
+    if learned.adaptive:
+        raise ValueError(
+            f"the adapter's budgets {learned.budgets} are means over tokens: pass a "
+            "density to read the same number of groups for each"
         )
+    return tuple(int(n) for n in learned.budgets)
+
+
+def neuron_counts(config: ModelConfig, learned: Learned, batch: int) -> tuple[int, ...]:
+    """MLP neurons that each layer reads for a batch, by the adapter's own budgets.
+
+    Between two measured batch sizes the count is interpolated over the logarithm of
+    the batch size and rounded up to 128. Nothing is extrapolated: a batch below the
+    smallest measured one reads what that one does (its union is no larger), a batch
+    above the largest reads all neurons (nothing is known of its union, which grows).
+
+    Args:
+      config: what the model is.
+      learned: of the adapter; without neuron budgets every neuron is read.
+      batch: number of requests, b.
+
+    Returns:
+      A number from 1 to f for each layer.
+
+    Raises:
+      ValueError: if the budgets do not fit the model.
+    """
+    check_neuron_budgets(config, learned)
+    f = config.neurons
+    everything = (f,) * config.layers
+    smaller = [entry for entry in learned.neuron_budgets if entry[0] <= batch]
+    larger = [entry for entry in learned.neuron_budgets if entry[0] >= batch]
+    if not larger:
+        return everything
+    high, counts_high = larger[0]
+    low, counts_low = smaller[-1] if smaller else larger[0]
+    if low == high:
+        return counts_high
+    weight = math.log(batch / low) / math.log(high / low)
+    return tuple(
+        round_up(a + weight * (b - a), NEURON_STEP, f)
+        for a, b in zip(counts_low, counts_high, strict=True)
+    )
+
+
+def round_up(count: float, step: int, neurons: int) -> int:
+    """The next multiple of `step`, at most all neurons."""
+    return min(neurons, math.ceil(count / step - 1e-9) * step)  # of a float, perhaps
+
+
+def check_budgets(config: ModelConfig, learned: Learned) -> None:
+    """Raise unless an adapter's budgets and thresholds fit a model.
+
+    Args:
+      config: what the model is.
+      learned: of the adapter.
+
+    Raises:
+      ValueError: naming what does not, and what would be right.
+    """
+    k, budgets = config.kv_heads, learned.budgets
+    right = all(type(n) in (int, float) and 1 <= n <= k for n in budgets)
+    if len(budgets) != config.layers or not right or budgets[0] != k:
+        raise ValueError(
+            f"the adapter has budgets {reprlib.repr(budgets)}: they must be "
+            f"{config.layers} numbers from 1 to {k}, the first of them {k}, as layer 0 "
+            "is dense"
+        )
+    thresholds = learned.thresholds
+    finite = all(-math.inf < score < math.inf for score in thresholds)
+    if learned.adaptive and not thresholds:
+        raise ValueError(
+            "the adapter's budgets are means over tokens, which need thresholds: it "
+            "has none"
+        )
+    if not learned.adaptive and any(type(n) is not int for n in budgets):
+        raise ValueError(
+            f"the adapter has budgets {reprlib.repr(budgets)}: what is no whole number "
+            'must be a mean over tokens, with "adaptive": true'
+        )
+    if thresholds and not (finite and len(thresholds) == config.layers):
+        raise ValueError(
+            f"the adapter has thresholds {reprlib.repr(thresholds)}: they must be "
+            f"{config.layers} finite numbers"
+        )
+    check_neuron_budgets(config, learned)
+
+
+def check_neuron_budgets(config: ModelConfig, learned: Learned) -> None:
+    """Raise unless an adapter's neuron budgets, if it has any, fit a model.
+
+    Args:
+      config: what the model is.
+      learned: of the adapter.
+
+    Raises:
+      ValueError: naming the first that does not.
+    """
+    f, last = config.neurons, 0
+    if learned.neuron_budgets and config.activation != "relu":
+        raise ValueError(
+            f"neuron budgets need a ReLU MLP, the model's is {config.activation}"
+        )
+    for batch, counts in learned.neuron_budgets:
+        if type(batch) is not int or batch <= last:
+            raise ValueError(
+                f"neuron budgets for batch {batch!r} after {last}: batch sizes must be "
+                "whole numbers from 1 that grow"
+            )
+        right = all(type(n) is int and 1 <= n <= f for n in counts)
+        if len(counts) != config.layers or not right or counts[0] != f:
+            raise ValueError(
+                f"neuron budgets {reprlib.repr(counts)} for batch {batch}: they must "
+                f"be {config.layers} numbers from 1 to {f}, the first of them {f}, as "
+                "layer 0 is dense"
+            )
+        last = batch

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from polarjax.config import Budgets, NeuronBudgets, Size, Thresholds, Word
+from polarjax.config import Size, Word
+from polarjax.policy import Budgets, NeuronBudgets, Thresholds
 from polarjax.storage.checked import Between, read_record
 from polarjax.storage.checksums import CHECKSUMS_FILE, check_text, read_checksums
 from polarjax.storage.files import (
@@ -31,10 +32,10 @@ class Card:
 
     Attributes:
       model_hash: of the model that it was learned on.
-      budgets: as in `ModelConfig`.
-      adaptive: as in `ModelConfig`.
-      neuron_budgets: as in `ModelConfig`.
-      thresholds: as in `ModelConfig`.
+      budgets: as in `polarjax.policy.Learned`, as are the next three.
+      adaptive: whether the budgets are means over tokens.
+      neuron_budgets: by batch size.
+      thresholds: of the routers' scores.
       kv_heads: of the model.
       texts: learned from, each with name and weight.
       tokens: of them.
@@ -104,7 +105,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
     Returns:
       Its keys; "budgets" is a list, "adaptive", "thresholds" and "neuron_budgets" are
-      there and as in `ModelConfig`.
+      there and as in `polarjax.policy.Learned`.
 
     Raises:
       FileNotFoundError: if there is no card.

@@ -8,6 +8,7 @@ order of "layers_3" in `Params.weights`; the weights stay what they were.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from polarjax.mesh.cut import mesh_of
-from polarjax.params import Params, Tree
+from polarjax.params import Params, Tree, taught
 
 Path = tuple[str, ...]
 
@@ -96,7 +97,7 @@ def merge_updates(params: Params) -> Params:
             weights[name] = merged
         if kept:
             routers[name] = kept
-    return Params(weights, routers, params.config)
+    return taught(dataclasses.replace(params, weights=weights), routers)
 
 
 @jax.jit

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from pallas_kernels import top_heads
 from polarjax.config import ModelConfig
-from polarjax.model import Prefix, make_decoder, run
+from polarjax.model import Prefix, make_decoder, whole
 from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree
-from polarjax.policy import Dense, SelectionPolicy
+from polarjax.policy import Dense, Policy
 
 Learn = Callable[[int, jax.Array, jax.Array, jax.Array], Any]
 """(layer, attention's inputs float32[n, m], norms float32[n, k], MLP's inputs [n, m])
@@ -25,7 +25,7 @@ def observe_layers(
     params: Params,
     tokens: jax.Array,
     learn: Learn,
-    policy: SelectionPolicy,
+    policy: Policy,
     prefix: Prefix | None,
     mesh: Mesh | None = None,
 ) -> list[Any]:
@@ -47,7 +47,7 @@ def observe_layers(
     Returns:
       What `learn` returned, by layer from 1.
     """
-    config, (b, t) = params.config, tokens.shape
+    config = params.config
     architecture = config.architecture
 
     def observe(layer: int, u: jax.Array, o: jax.Array, z: jax.Array) -> Any:
@@ -60,13 +60,12 @@ def observe_layers(
 
     if prefix is None:
         model = make_decoder(architecture, params.weights, mesh=mesh)
-        return run(model, params.weights, "observe", tokens, observe)[1:]
-    weights, bound = policy.bind(params, b)
-    rows = bound.score_rows
+        return whole(model, params.weights, tokens, observe=observe).observed[1:]
+    weights, bound = policy.bind(params)
+    rows = bound.wants.scores
     model = make_decoder(architecture, weights, rows, mesh=mesh, cuts_scores=False)
-    lengths = jnp.full(b, t)
-    args = tokens, lengths, bound, prefix, None, observe
-    return run(model, weights, "masked", *args)[2][1:]
+    made = whole(model, weights, tokens, policy=bound, prefix=prefix, observe=observe)
+    return made.observed[1:]
 
 
 def observe_heads(
@@ -86,7 +85,7 @@ def observe_heads(
       config: of the model.
       mesh: as there.
     """
-    params = Params(weights, {}, config)
+    params = Params(weights, Dense(), config)
 
     def heads(layer: int, inputs: jax.Array, norms: jax.Array, _: jax.Array) -> Any:
         return learn(layer, inputs, norms)

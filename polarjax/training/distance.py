@@ -21,9 +21,10 @@ from polarjax.mesh.cut import (
     weight_specs,
 )
 from polarjax.mesh.share import add_up_batch
-from polarjax.model import Gates, Observe, Prefix, make_decoder, run
+from polarjax.model import Gates, Observe, Prefix, logits, make_decoder, whole
 from polarjax.params import Params, Tree
 from polarjax.policies.polar import Polar
+from polarjax.policy import Learned
 
 # Positions of which the logits are in memory at once, each 8 bytes a word.
 _POSITIONS = 4096
@@ -45,13 +46,14 @@ def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
     batch = min(batch, len(blocks))
     if not batch:
         raise ValueError("there is no text to measure the divergence on")
-    config = params.config
-    static = dataclasses.replace(config.architecture, budgets=config.budgets)
     found = [
         float(
             _divergence(
-                *(params.weights, params.routers, jnp.asarray(blocks[i : i + batch])),
-                config=static,
+                params.weights,
+                params.routers,
+                jnp.asarray(blocks[i : i + batch]),
+                config=params.config.architecture,
+                budgets=params.policy.learned.budgets,
                 mesh=mesh_of(params.weights),
             )
         )
@@ -60,18 +62,20 @@ def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
     return float(np.mean(found))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "budgets", "mesh"))
 def _divergence(
     weights: Tree,
     routers: Tree,
     tokens: jax.Array,
     *,
     config: ModelConfig,
+    budgets: tuple[float, ...],
     mesh: Mesh | None,
 ) -> jax.Array:
     def measure(weights: Tree, routers: Tree, tokens: jax.Array) -> jax.Array:
         starts = jnp.zeros(len(tokens), jnp.int32)
-        params = Params(weights, routers, config)
+        policy = Polar(learned=Learned(routers, budgets))
+        params = Params(weights, policy, config)
         return distance(params, tokens, starts, mesh=mesh)[0]
 
     cut = weight_specs(weights, mesh), router_specs(routers, mesh)
@@ -106,16 +110,23 @@ def distance(
     """
     config, (b, t) = params.config, tokens.shape
     dense = make_decoder(config.architecture, params.weights, mesh=mesh)
-    teacher, keys, values = jax.lax.stop_gradient(
-        run(dense, params.weights, "states", tokens)
-    )
-    weights, policy = Polar().bind(params, b)
-    rows = policy.score_rows
+    right = jax.lax.stop_gradient(whole(dense, params.weights, tokens))
+    weights, policy = dataclasses.replace(Polar(), asks=("groups",)).bind(params)
+    rows = policy.wants.scores
     sparse = make_decoder(
         config.architecture, weights, rows, mesh=mesh, cuts_scores=False
     )
-    args = tokens, jnp.full(b, t), policy, Prefix(starts, keys, values)
-    student, _, seen = run(sparse, weights, "masked", *args, gates, observe, remat)
+    made = whole(
+        sparse,
+        weights,
+        tokens,
+        policy=policy,
+        prefix=Prefix(starts, right.keys, right.values),
+        gates=gates,
+        observe=observe,
+        remat=remat,
+    )
+    teacher, student, seen = right.x, made.x, made.observed
     size = max(1, min(t, _POSITIONS // b))
     while t % size:
         size -= 1
@@ -128,8 +139,7 @@ def distance(
         right, found, counted = states
         # Both heads are the same: recovery leaves embedding and last norm alone.
         p, q = (
-            jax.nn.log_softmax(run(dense, params.weights, "logits", x))
-            for x in (right, found)
+            jax.nn.log_softmax(logits(dense, params.weights, x)) for x in (right, found)
         )
         return ((jnp.exp(p) * (p - q)).sum(axis=-1) * counted).sum()
 

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from polarjax.config import ModelConfig
 from polarjax.mesh.cut import batch_spec, mesh_of, over_mesh, weight_specs
-from polarjax.model import make_decoder, run
+from polarjax.model import make_decoder, whole
 from polarjax.params import Params, Tree
-from polarjax.policies.neurons import NEURON_STEP
+from polarjax.policies.budgets import NEURON_STEP
 from polarjax.policies.updates import merge_updates
 from polarjax.training.neurons import active_neurons, neuron_scores, union_curve
 from polarjax.training.unions import NeuronBudgets, UnionRecall, union_rankings
@@ -208,7 +208,7 @@ def _states(
             at = positions[..., None]
             return tuple(jnp.take_along_axis(x, at, axis=1) for x in (u, z))
 
-        return run(model, weights, "observe", tokens, observe)[1:]
+        return whole(model, weights, tokens, observe=observe).observed[1:]
 
     rows = batch_spec(mesh, len(tokens))
     specs = weight_specs(weights, mesh), rows, rows

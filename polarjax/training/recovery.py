@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -29,8 +29,10 @@ from polarjax.mesh.cut import (
 )
 from polarjax.model import Gates, Observe, Share
 from polarjax.model.attention import head_norms
-from polarjax.params import Params, Tree
+from polarjax.params import Params, Tree, taught
+from polarjax.policies.polar import Polar
 from polarjax.policies.updates import init_updates, ranks_of
+from polarjax.policy import Learned
 from polarjax.settings import default_numbers, draw_key
 from polarjax.training.distance import distance
 from polarjax.training.loop import (
@@ -171,10 +173,11 @@ def train_updates(
         trained.setdefault(name, {}).setdefault("updates", updates)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     # Neurons are all read meanwhile: which ones a batch shares depends on its size.
-    static = dataclasses.replace(config.architecture, budgets=config.budgets)
     gradients = functools.partial(
-        *(_gradients, params.weights),
-        config=static,
+        _gradients,
+        params.weights,
+        config=config.architecture,
+        budgets=params.policy.learned.budgets,
         mesh=mesh,
         prompts=recovery.prompts,
         routers=recovery.routers,
@@ -188,7 +191,7 @@ def train_updates(
         return _update(state, grads, recovery=recovery), metrics
 
     def model(trained: Tree) -> Params:
-        return Params(params.weights, place_routers(trained, config, mesh), config)
+        return taught(params, place_routers(trained, config, mesh))
 
     state = fit(
         step,
@@ -206,7 +209,8 @@ def train_updates(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "prompts", "routers", "remat", "mesh")
+    jax.jit,
+    static_argnames=("config", "budgets", "prompts", "routers", "remat", "mesh"),
 )
 def _gradients(
     weights: Tree,
@@ -215,6 +219,7 @@ def _gradients(
     key: jax.Array,
     *,
     config: ModelConfig,
+    budgets: tuple[float, ...],
     prompts: float,
     routers: Routers,
     remat: bool,
@@ -230,11 +235,14 @@ def _gradients(
     share = Share.of(config, mesh)
 
     def lose(weights: Tree, trained: Tree, tokens: jax.Array, starts: jax.Array):
-        gates = straight_through(trained, config) if routers == "slopes" else None
+        gates = None
+        if routers == "slopes":
+            gates = straight_through(trained, config, budgets)
         observe = None
         if routers == "bce" or routers == "ranking":
-            observe = router_losses(trained, config, starts, routers, share)
-        params = Params(weights, trained, config)
+            observe = router_losses(trained, config, budgets, starts, routers, share)
+        policy = Polar(learned=Learned(trained, budgets))
+        params = Params(weights, policy, config)
         kl, losses = distance(params, tokens, starts, gates, observe, remat, mesh)
         # Routers alone feel their loss, and nothing but them: no weight is needed.
         total = sum(losses, start=jnp.zeros(()))
@@ -267,17 +275,17 @@ def check_model(params: Params, recovery: Recovery) -> None:
     Raises:
       ValueError: saying what to do.
     """
-    config = params.config
-    if not params.routers or not config.budgets:
+    config, learned = params.config, params.policy.learned
+    if not params.routers or not learned.budgets:
         raise ValueError(
             "recovery needs routers: train them first, or load the model with adapter="
         )
-    if config.adaptive:
+    if learned.adaptive:
         raise ValueError(
-            f"the adapter's budgets {config.budgets} are means over tokens: recovery "
+            f"the adapter's budgets {learned.budgets} are means over tokens: recovery "
             "needs whole ones, pass a density (--density)"
         )
-    if min(config.budgets) == config.kv_heads:
+    if min(learned.budgets) == config.kv_heads:
         raise ValueError(
             "the budgets keep every KV group: there is nothing to recover from"
         )
@@ -316,6 +324,7 @@ def trained_shapes(params: Params, recovery: Recovery) -> list[Tree]:
 def router_losses(
     trained: Tree,
     config: ModelConfig,
+    budgets: Sequence[float],
     starts: jax.Array,
     loss: HeadLoss,
     share: Share | None = None,
@@ -324,7 +333,8 @@ def router_losses(
 
     Args:
       trained: `Params.routers`, which feel it; the model does not.
-      config: of the model, with budgets.
+      config: what the model is.
+      budgets: KV groups by layer.
       starts: int32[b], tokens of each prompt, which are not counted: no decode step has
         such states.
       loss: its name.
@@ -332,7 +342,7 @@ def router_losses(
     """
 
     def observe(layer: int, u: jax.Array, o: jax.Array, _: jax.Array) -> jax.Array:
-        k, n = config.kv_heads, int(config.budgets[layer])
+        k, n = config.kv_heads, int(budgets[layer])
         own = len(share.groups[0]) if share else k
         if n == k:
             return jnp.zeros(())
@@ -347,7 +357,9 @@ def router_losses(
     return observe
 
 
-def straight_through(trained: Tree, config: ModelConfig) -> Gates:
+def straight_through(
+    trained: Tree, config: ModelConfig, budgets: Sequence[float]
+) -> Gates:
     """Gates of 1 and 0, as chosen, with the slope of a sigmoid (Bengio et al. 2013).
 
     The sigmoid is that of a score's distance from the middle between the last group
@@ -357,12 +369,13 @@ def straight_through(trained: Tree, config: ModelConfig) -> Gates:
 
     Args:
       trained: `Params.routers`, which feel it.
-      config: of the model, with budgets.
+      config: what the model is.
+      budgets: KV groups by layer.
     """
 
     def gates(layer: int, u: jax.Array, read: jax.Array) -> jax.Array:
         hard, k = read.astype(jnp.float32), read.shape[-1]
-        n = int(config.budgets[layer])
+        n = int(budgets[layer])
         if n == k:
             return hard
         inputs = jax.lax.stop_gradient(u).astype(jnp.float32)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
 
-from polarjax.engine import programs
-from polarjax.engine.checks import make_sampling
-from polarjax.mesh.cut import DP, axis_size, mesh_of
-from polarjax.mesh.processes import to_host
+from polarjax.engine.checks import Settings
+from polarjax.engine.engine import Engine
 from polarjax.params import Params
 from polarjax.policy import Dense
 
@@ -53,32 +50,30 @@ def write_blocks(
         raise ValueError(
             f"blocks of {length} tokens: the model writes from 2 to {config.context}"
         )
-    mesh = mesh_of(params.weights)
-    batch = min(batch, blocks)
-    batch += -batch % axis_size(mesh, DP)
-    common = {"config": config.architecture, "implementation": None}
-    ones = jnp.ones(batch, jnp.int32)
-    weights, dense = Dense().bind(params, batch)
-    never = jnp.array([-1], jnp.int32)
-    found = []
-    for at in range(0, blocks, batch):
-        seeds = [(seed * 1_000_003 + at + i) % 2**32 for i in range(batch)]
-        sampling = make_sampling(config, batch, 1.0, 0, 1.0, seeds)
-        state, first = programs.read_prompts(
-            *(weights, [[start]] * batch, ones * length, sampling, never),
-            capacity=-(-length // 128) * 128,
-            **common,
-        )
-        rows = [np.full(batch, start), to_host(first.token)]
-        if length > 2:
-            state, drawn = programs.decode_chunk(
-                *(weights, dense, state, ones > 0, sampling, never),
-                steps=length - 2,
-                mesh=mesh,
-                **common,
+    engine = Engine(
+        params,
+        policy=Dense(),
+        slots=min(batch, blocks),
+        context=length,
+        chunk=length,
+        densities=False,
+    )
+    with engine:
+        requests = [
+            engine.add(
+                [start],
+                Settings(
+                    max_new_tokens=length - 1,
+                    temperature=1.0,
+                    seed=(seed * 1_000_003 + i) % 2**32,
+                    stop_ids=(),
+                ),
             )
-            rows += [*to_host(drawn.token)]
-        found.append(np.stack(rows, axis=1))
-        if progress:
-            progress(min(blocks, at + batch), blocks)
-    return np.concatenate(found)[:blocks].astype(np.int32)
+            for i in range(blocks)
+        ]
+        while not engine.idle:
+            engine.step()
+            if progress:
+                progress(sum(not request.going for request in requests), blocks)
+    found = [[start, *request.tokens] for request in requests]
+    return np.array(found, np.int32)

@@ -41,7 +41,9 @@ def sorted_scores(params: Params, blocks: np.ndarray) -> np.ndarray:
     found = [
         np.asarray(
             _scores(
-                *(merged.routers, merged.weights, jnp.asarray(block[None])),
+                merged.routers,
+                merged.weights,
+                jnp.asarray(block[None]),
                 config=params.config.architecture,
                 mesh=mesh_of(params.weights),
             )

@@ -28,6 +28,7 @@ from polarjax.model import Prefix, Share
 from polarjax.params import Params, Tree
 from polarjax.policies import Polar
 from polarjax.policies.budgets import check_density, count
+from polarjax.policy import Dense, Learned
 from polarjax.settings import default_numbers, draw_key
 from polarjax.training.collect import observe_layers, top_labels
 from polarjax.training.loop import (
@@ -179,20 +180,21 @@ def train_routers(
     training = with_steps(training, len(blocks))
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
     # Nothing of other routers that the checkpoint may hold.
-    made = dataclasses.replace(
-        config, budgets=budgets, neuron_budgets=(), adaptive=False, thresholds=()
-    )
+    params = dataclasses.replace(params, policy=Dense())
     if mesh is not None:
-        params = shard(dataclasses.replace(params, routers={}), mesh)
+        params = shard(params, mesh)
     mesh = mesh_of(params.weights)
 
     def model(routers: Tree) -> Params:
         placed = place_routers(unstack(routers, config.layers), config, mesh)
-        return Params(params.weights, placed, made)
+        policy = Polar(learned=Learned(placed, budgets))
+        return dataclasses.replace(params, policy=policy)
 
     compiled = functools.partial(
-        *(_train_step, params.weights),
-        config=dataclasses.replace(config.architecture, budgets=budgets),
+        _train_step,
+        params.weights,
+        config=config.architecture,
+        kept=n,
         training=training,
         mesh=mesh,
     )
@@ -251,7 +253,7 @@ def _first_routers(config: ModelConfig, training: RouterTraining) -> Tree:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "training", "mesh"), donate_argnums=(1,)
+    jax.jit, static_argnames=("config", "kept", "training", "mesh"), donate_argnums=(1,)
 )
 def _train_step(
     weights: Tree,
@@ -260,6 +262,7 @@ def _train_step(
     number: jax.Array,
     *,
     config: ModelConfig,
+    kept: int,
     training: RouterTraining,
     mesh: Mesh | None,
 ) -> tuple[tuple[Tree, optax.OptState], Mapping[str, jax.Array]]:
@@ -273,7 +276,7 @@ def _train_step(
         begun = jax.random.randint(place, (b,), 0, t, jnp.int32)
         starts = jnp.where(sparse, begun, t)
     gradients = functools.partial(
-        _gradients, config=config, training=training, mesh=mesh
+        _gradients, config=config, kept=kept, training=training, mesh=mesh
     )
     specs = weight_specs(weights, mesh), P(), P(DP), P(DP)
     grads, metrics = over_mesh(gradients, mesh, specs, P())(
@@ -290,6 +293,7 @@ def _gradients(
     starts: jax.Array | None,
     *,
     config: ModelConfig,
+    kept: int,
     training: RouterTraining,
     mesh: Mesh | None,
 ) -> tuple[Tree, Mapping[str, jax.Array]]:
@@ -297,7 +301,7 @@ def _gradients(
 
     Devices that share a model know the same of it, and learn the same.
     """
-    n, share = int(config.budgets[-1]), Share.of(config, mesh)
+    n, share = kept, Share.of(config, mesh)
 
     def learn(layer: int, inputs: jax.Array, norms: jax.Array, after: jax.Array):
         labels = top_labels(norms, n)
@@ -323,7 +327,9 @@ def _gradients(
         grads, found = jax.grad(loss, has_aux=True)(router)
         return grads, found
 
-    model = Params(weights, unstack(routers, config.layers), config)
+    budgets = (config.kv_heads, *(n,) * (config.layers - 1))
+    learned = Learned(unstack(routers, config.layers), budgets)
+    model = Params(weights, Polar(learned=learned), config)
     prefix = None if starts is None else Prefix(starts)
     found = observe_layers(model, tokens, learn, Polar(), prefix, mesh)
     grads, values = jax.tree.map(lambda *xs: jnp.stack(xs), *found)

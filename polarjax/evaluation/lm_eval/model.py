@@ -26,7 +26,7 @@ from polarjax.evaluation.perplexity import rolling_items
 from polarjax.evaluation.scoring import Scorer
 from polarjax.params import Params
 from polarjax.planning.sizes import positive
-from polarjax.policy import SelectionPolicy
+from polarjax.policy import Policy
 
 _log = logging.getLogger(__name__)
 _SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
@@ -70,7 +70,7 @@ class PolarLM(TemplateLM):
     def __init__(
         self,
         params: Params,
-        policy: SelectionPolicy | Mapping[str, SelectionPolicy],
+        policy: Policy | Mapping[str, Policy],
         *,
         mode: Mode = "decode",
         batch: int = 16,

@@ -24,7 +24,7 @@ from polarjax.evaluation.statistics import (
     within,
 )
 from polarjax.params import Params
-from polarjax.policy import Dense, SelectionPolicy
+from polarjax.policy import Dense, Policy
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -52,7 +52,7 @@ _FRACTIONS = (
 
 def run_lm_eval(
     params: Params,
-    policies: Mapping[str, SelectionPolicy],
+    policies: Mapping[str, Policy],
     tasks: Sequence[str],
     *,
     mode: Mode = "decode",

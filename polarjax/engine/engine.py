@@ -1,0 +1,473 @@
+"""`polarjax.Engine`: a model ready to continue as many requests as it has slots.
+
+Binding, placing, sizing and compiling are done once, when it is made or first needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pallas_kernels import Implementation
+from polarjax.engine import programs
+from polarjax.engine.checks import (
+    Settings,
+    encode_prompts,
+    make_sampling,
+    settings_of,
+    stop_table,
+)
+from polarjax.engine.places import place_rows
+from polarjax.engine.request import Request
+from polarjax.engine.stats import Stats, make_stats
+from polarjax.engine.tokenizer import Tokenizer
+from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
+from polarjax.mesh.processes import from_main, to_host
+from polarjax.model import BLOCK_TOKENS
+from polarjax.params import Params
+from polarjax.planning.crossover import settle
+from polarjax.planning.memory import MEMORY_FRACTION, cache_capacity
+from polarjax.planning.sizes import bucket, positive
+from polarjax.policies.budgets import count
+from polarjax.policy import Load, Policy
+from polarjax.settings import default_numbers
+
+Stream = Callable[[int, str, list[int]], None]
+
+# Kept at once of each of the engine's functions, one for each shape: some 10 MB each.
+# Beyond that all are dropped: to compile anew now and then is better than memory that
+# grows with every kind of call.
+MOST_PROGRAMS = 64
+
+_IDLE = Settings(max_new_tokens=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What `generate` returns; lists have one entry per prompt.
+
+    Attributes:
+      tokens: new token ids, the stop token excluded.
+      texts: their text, cut before a stop string; None without a tokenizer.
+      logprobs: natural log-probability of each token under the model.
+      finish_reasons: "stop" (stop token or string), "length" or "cancelled".
+      stats: times, bytes and densities.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str] | None
+    logprobs: list[list[float]]
+    finish_reasons: list[str]
+    stats: Stats
+
+
+class Engine:
+    """A model that continues requests, in rows that they take and leave.
+
+    A request is read as soon as a row is free; its neighbours go on meanwhile from
+    chunk to chunk. What it gets does not depend on them, but for rounding and for
+    neuron sparsity, see `polarjax.generate`.
+
+    Args:
+      params: the model, from `polarjax.load`.
+      policy: a selection policy; None for the adapter's, without the axes that are
+        predicted to cost more than they save, or `Dense()` without an adapter.
+      slots: requests that are continued at once, b.
+      context: most tokens of a request, prompt and answer together; None for the
+        model's.
+      chunk: most decode steps between two looks of the host.
+      prefill_tokens: prompt tokens, padding included, that are computed at once.
+      memory_fraction: of the memory that XLA may take on a device, how much may be
+        filled.
+      load: what is expected of it: requests, and their mean context; for the choice of
+        axes. None for all slots at half their context.
+      densities: whether requests may ask for densities of their own.
+      mesh: of `polarjax.mesh.cut.make_mesh`; None for where `params` is.
+      implementation: of the kernels; None chooses by device.
+
+    Raises:
+      ValueError: if a setting is out of range, the policy does not fit the model, or
+        the slots do not fit into the memory; what would fit is named.
+    """
+
+    @default_numbers
+    def __init__(
+        self,
+        params: Params,
+        *,
+        policy: Policy | None = None,
+        slots: int = 64,
+        context: int | None = None,
+        chunk: int = 16,
+        prefill_tokens: int = BLOCK_TOKENS,
+        memory_fraction: float = MEMORY_FRACTION,
+        load: Load | None = None,
+        densities: bool = True,
+        mesh: Mesh | None = None,
+        implementation: Implementation | None = None,
+    ) -> None:
+        params = shard(params, mesh) if mesh is not None else on_devices(params)
+        self.params, self.mesh = params, mesh_of(params.weights)
+        config = params.config
+        self.tokenizer = Tokenizer.load(config)
+        self.context = min(
+            positive("context", context or config.context), config.context
+        )
+        self.chunk = min(positive("chunk", chunk), config.context)
+        self._most = positive("prefill_tokens", prefill_tokens)
+        slots = positive("slots", slots)
+        self.slots = slots + -slots % axis_size(self.mesh, DP)
+        load = load or Load(self.slots, max(1, self.context // 2))
+        self._many = self.mesh is not None and self.mesh.is_multi_process
+        self.policy, self._notes = settle(params, policy, load, densities)
+        self.weights, self._bound = self.policy.bind(params)
+        self._densities = densities
+        capacity = cache_capacity(
+            params,
+            self.slots,
+            self.context,
+            prefill_tokens=self._most,
+            prompt_tokens=self.context,
+            memory_fraction=memory_fraction,
+        )
+        self._capacity = from_main(capacity) if self._many else capacity
+        self._common = {"config": config.architecture, "implementation": implementation}
+        self._state, self._logits = programs.empty_state(
+            config, self.slots, self._capacity, params.weights
+        )
+        self._rows: list[Request | None] = [None] * self.slots
+        self._settings = [_IDLE] * self.slots
+        self._given: Any = None
+        self._waiting: list[Request] = []
+        self._begun: list[_Chunk] = []
+        self._clock, self._counted, self._steps = _Clock(), [], 0
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory of cache and bound weights back."""
+        del self._state, self._logits, self._bound, self.weights
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or goes on."""
+        return not self._waiting and not self._begun and not any(self._rows)
+
+    @default_numbers
+    def add(self, prompt: str | Sequence[int], settings: Settings | None = None):
+        """Take a request, which begins at one of the next calls of `step`.
+
+        Args:
+          prompt: a text, or token ids.
+          settings: how it is continued.
+
+        Returns:
+          `Request`, which fills as `step` is called.
+
+        Raises:
+          TypeError: if the prompt is neither.
+          ValueError: if it or a setting is out of range; it is named.
+        """
+        config = self.params.config
+        [ids] = encode_prompts([prompt], self.tokenizer, config)
+        asked = dataclasses.asdict(settings or Settings())
+        [one] = settings_of(config, self.tokenizer, 1, asked)
+        return self._add(ids, one, 0)
+
+    def _add(self, ids: list[int], one: Settings, number: int) -> Request:
+        if len(ids) >= self.context:
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens, and a slot of this engine has "
+                f"room for {self.context} with the answer: shorten it, or make the "
+                "engine with a larger context"
+            )
+        if one.density is not None:
+            self._check_density(one.density)
+        limit = min(one.max_new_tokens, self.context - len(ids))
+        request = Request(ids, limit, self.tokenizer, one.stop, settings=one)
+        self._waiting.append(request)
+        return request
+
+    def _check_density(self, density: float) -> None:
+        config, name = self.params.config, type(self.policy).__name__
+        if not self._densities or not self.policy.flexible:
+            raise ValueError(
+                f"density {density:g}: this engine's policy, {name}, takes none of a "
+                "request's own"
+            )
+        reads = self._bound.reads(config, Load(self.slots, self.context))
+        whole = count(density, config.kv_heads) == config.kv_heads
+        if whole and reads and min(reads.neurons) < 1:
+            raise ValueError(
+                f"density {density:g} promises a request its exact MLP, but the "
+                "requests of this engine share a part of the neurons: make it with "
+                f"{name}(neuron_density=1)"
+            )
+
+    def cancel(self, request: Request) -> None:
+        """End a request: it gets no further tokens, and its row is free again."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        request.cancel()
+
+    @default_numbers
+    def step(self) -> list[Request]:
+        """Go on: begin what waits, decode a chunk, and hand on what has come.
+
+        Returns:
+          The requests that got tokens or ended.
+        """
+        done: list[Request] = []
+        looks = any(one is not None and one.stops for one in self._rows)
+        if looks or self._waiting:
+            # The host has to look before it knows who goes on, and which row is free.
+            done += self._deliver()
+        if self._waiting and None in self._rows:
+            self._begin()
+            if any(one is not None and one.stops for one in self._rows):
+                done += self._deliver()
+        earlier, self._begun = self._begun, []
+        if live := self._going():
+            self._decode(live)
+        done += self._deliver(earlier)  # while the device is at the next chunk
+        return done
+
+    def _going(self) -> list[int]:
+        """Rows of requests that the device still continues, as far as is known."""
+        rows = enumerate(self._rows)
+        return [i for i, one in rows if one is not None and one.going and one.left > 0]
+
+    def _begin(self) -> None:
+        free = [i for i, one in enumerate(self._rows) if one is None]
+        taken = dict(zip(free, self._waiting, strict=False))
+        del self._waiting[: len(taken)]
+        remaining = np.ones(self.slots, np.int32)
+        admitted = np.zeros(self.slots, bool)
+        for row, request in taken.items():
+            self._rows[row], self._settings[row] = request, request.settings
+            remaining[row], admitted[row] = request.limit, True
+            request.left = request.limit - 1
+        self._given = None
+        state = self._state
+        cache, self._logits = programs.read_prompts(
+            self.params.weights,
+            {row: request.prompt for row, request in taken.items()},
+            state.cache,
+            self._logits,
+            most=self._most,
+            call=self._clock.run,
+            **self._common,
+        )
+        _, sampling, ends = self._slot_data()
+        self._state, drawn = self._clock.run(
+            programs.first_token,
+            dataclasses.replace(state, cache=cache),
+            self._logits,
+            self._placed(admitted),
+            self._placed(remaining),
+            sampling,
+            ends,
+        )
+        drawn = jax.tree.map(lambda x: x[None], drawn)
+        rows = [taken.get(i) for i in range(self.slots)]
+        self._begun.append(_Chunk(drawn, self._live(), rows, counts=False))
+        self._clock.lap("prefill")
+
+    def _decode(self, live: list[int]) -> None:
+        left = max(self._rows[i].left for i in live)  # type: ignore[union-attr]
+        whole = programs.takes_whole_chunks(self.params.weights)
+        most = min(self.chunk, bucket(left, 1)) if whole else self.chunk
+        number = min(most, left)
+        go_on = np.zeros(self.slots, bool)
+        go_on[live] = True
+        density, sampling, ends = self._slot_data()
+        self._state, drawn = self._clock.run(
+            programs.decode_chunk,
+            self.weights,
+            self._bound,
+            self._state,
+            self._placed(go_on),
+            density,
+            sampling,
+            ends,
+            None if whole else np.int32(number),
+            steps=most,
+            mesh=self.mesh,
+            **self._common,
+        )
+        self._steps += most if whole else number
+        for i in live:
+            self._rows[i].left -= number  # type: ignore[union-attr]
+        self._begun.append(_Chunk(drawn, self._live(), list(self._rows)))
+
+    def _live(self) -> np.ndarray:
+        return to_host(self._state.live)
+
+    def _slot_data(self) -> tuple[jax.Array, Any, jax.Array]:
+        """Density, sampling and stop ids of each row, on the devices."""
+        if self._given is None:
+            config = self.params.config
+            density = np.array([s.density or 0 for s in self._settings], np.float32)
+            sampling = make_sampling(config, self._settings)
+            data = density, sampling, stop_table(self._settings)
+            self._given = jax.tree.map(self._placed, data)
+        return self._given
+
+    def _placed(self, array: Any) -> jax.Array:
+        return place_rows(array, self.mesh) if self.mesh else jnp.asarray(array)
+
+    def _deliver(self, chunks: list[_Chunk] | None = None) -> list[Request]:
+        """Hand on what chunks brought, and free the rows of requests that ended."""
+        if chunks is None:
+            chunks, self._begun = self._begun, []
+        news: dict[int, Request] = {}
+        for chunk in chunks:
+            drawn = to_host(chunk.drawn)
+            if chunk.counts:
+                self._counted.append(drawn)
+            for i, request in enumerate(chunk.rows):
+                if request is None or not request.going:
+                    continue
+                _take(request, drawn, i, ended=not chunk.live[i])
+                news[id(request)] = request
+        for i, request in enumerate(self._rows):
+            if request is not None and not request.going:
+                self._rows[i], self._settings[i] = None, _IDLE
+                self._given = None
+        return list(news.values())
+
+    @default_numbers
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        stream: Stream | None = None,
+        **settings: Any,
+    ) -> Output:
+        """Continue prompts, however many there are.
+
+        Args:
+          prompts: texts, or token ids.
+          stream: called as stream(request, text, tokens) with what is new.
+          **settings: fields of `Settings`, one value or one per request.
+
+        Raises:
+          TypeError: if prompts are no list of str or token ids.
+          ValueError: if a prompt or setting is out of range; it is named.
+        """
+        config = self.params.config
+        encoded = encode_prompts(prompts, self.tokenizer, config)
+        if self._many:
+            encoded = from_main(encoded)
+        asked = settings_of(config, self.tokenizer, len(encoded), settings)
+        self._clock, self._counted, self._steps = _Clock(), [], 0
+        pairs = enumerate(zip(encoded, asked, strict=True))
+        requests = [self._add(ids, one, i) for i, (ids, one) in pairs]
+        numbers = {id(request): i for i, request in enumerate(requests)}
+        while any(request.going for request in requests):
+            for request in self.step():
+                if stream and id(request) in numbers:
+                    text, tokens = request.news()
+                    if text or tokens:
+                        stream(numbers[id(request)], text, tokens)
+        self._clock.lap("decode")
+        return self._output(requests)
+
+    def _output(self, requests: list[Request]) -> Output:
+        stats = make_stats(
+            self.params,
+            self.weights,
+            self._bound,
+            self._counted,
+            self._steps,
+            self._clock.seconds,
+            name=type(self.policy).__name__,
+            prompt_tokens=sum(len(request.prompt) for request in requests),
+            new_tokens=sum(len(request.tokens) for request in requests),
+            notes=self._notes,
+        )
+        texts = [request.text for request in requests] if self.tokenizer else None
+        return Output(
+            tokens=[request.tokens for request in requests],
+            texts=texts,
+            logprobs=[request.logprobs for request in requests],
+            finish_reasons=[request.finish_reason for request in requests],
+            stats=stats,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """What a program has begun to draw.
+
+    Attributes:
+      drawn: on the devices, each leaf with an axis of steps first.
+      live: bool[b], who goes on after it.
+      rows: who had which row.
+      counts: whether they are decode steps, for statistics.
+    """
+
+    drawn: programs.Drawn
+    live: np.ndarray
+    rows: list[Request | None]
+    counts: bool = True
+
+
+def _take(request: Request, drawn: programs.Drawn, row: int, ended: bool) -> None:
+    """Hand a request what a chunk drew in its row."""
+    keep = drawn.valid[:, row]
+    logprobs = drawn.logprob[keep, row]
+    if np.isnan(logprobs).any():
+        raise ValueError(
+            f"the model yields NaN for prompt {row}: its weights are damaged"
+        )
+    request.add(drawn.token[keep, row].tolist(), logprobs.tolist(), ended=ended)
+
+
+def on_devices(params: Params) -> Params:
+    """The model as it is, or where its arrays are the host's, on the default device."""
+
+    def put(leaf: Any) -> jax.Array:
+        return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+    return jax.tree.map(put, params)
+
+
+class _Clock:
+    """Wall time by kind of work, compilation apart."""
+
+    def __init__(self) -> None:
+        self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
+        self._since, self._compiled = time.perf_counter(), set()
+
+    def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a jitted function; the first time for such arguments, compile it."""
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
+        key = function, shapes, kwargs.get("steps")
+        if key not in self._compiled:
+            start = time.perf_counter()
+            if function._cache_size() >= MOST_PROGRAMS:
+                function.clear_cache()  # what is running stays until it ends
+            function.lower(*args, **kwargs).compile()  # kept: the call finds it
+            self._compiled.add(key)
+            taken = time.perf_counter() - start
+            self.seconds["compile"] += taken
+            self._since += taken
+        return function(*args, **kwargs)
+
+    def lap(self, kind: str) -> None:
+        """Since the last one, or the start, it was this kind of work."""
+        now = time.perf_counter()
+        self.seconds[kind] += now - self._since
+        self._since = now
