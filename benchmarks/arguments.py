@@ -13,8 +13,8 @@ from polarjax.terminal.common import add_any_model, fraction
 DESCRIPTION = (
     "Time decode steps at the shapes of real models, on random weights or a "
     "checkpoint, beside the floor that the memory sets: the bytes that a step must "
-    "read over the best read rate of the same run. Without --models the cases of the "
-    "README's table are run, each dense and at its densities; with it, every model at "
+    "read over the best read rate of the same run. Without --models the cases that "
+    "--cases lists are run, each dense and at its densities; with it, every model at "
     "every batch, context and density. A row is printed and written as soon as it is "
     "measured, and a later command with the same --out adds to the file, so that a "
     "table can be made in parts."

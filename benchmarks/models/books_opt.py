@@ -58,7 +58,7 @@ def make_config(
     heads: int = 16,
     neurons: int = 2048,
 ) -> ModelConfig:
-    """An OPT of some size; letters as in the README.
+    """An OPT of some size; letters as in docs/glossary.md.
 
     Args:
       vocab: v; id 0 starts and ends a text.
