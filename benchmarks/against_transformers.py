@@ -157,13 +157,20 @@ def transformers_times(
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     for mode, name in MODES.items():
         command = [
-            *(sys.executable, "-m", "benchmarks.against_transformers", model, mode),
-            *("--batch", str(batch), "--context", str(context)),
+            sys.executable,
+            "-m",
+            "benchmarks.against_transformers",
+            model,
+            mode,
+            "--batch",
+            str(batch),
+            "--context",
+            str(context),
             *(["--toy"] if toy else []),
         ]
         try:
             done = subprocess.run(
-                *(command,),
+                command,
                 stdout=subprocess.PIPE,
                 text=True,
                 env=environment,

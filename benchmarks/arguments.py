@@ -33,14 +33,14 @@ def add_arguments(add: Any) -> None:
     """
     several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
     add(
-        *("--cases",),
+        "--cases",
         nargs="+",
         choices=[*CASES, *TOY_CASES],
         metavar="NAME",
         help=f"some of the table's: {', '.join(CASES)} (without --models: all)",
     )
     add(
-        *("--models",),
+        "--models",
         nargs="+",
         metavar="NAME",
         help=f"instead of the table: {', '.join(MODELS)}; NAME:N for its layers 1 to N "
@@ -57,26 +57,26 @@ def add_arguments(add: Any) -> None:
     add("--batches", type=int, help="sequences, with --models (16)", **several)
     add("--contexts", type=int, help="tokens, with --models (2048)", **several)
     add(
-        *("--densities",),
+        "--densities",
         type=fraction,
         help="of KV groups, with --models (1/2, or the adapter's own budgets)",
         **several,
     )
     add(
-        *("--neuron-densities",),
+        "--neuron-densities",
         type=fraction,
         help="of MLP neurons, with --models: each beside every head density, ReLU only",
         **several,
     )
     add(
-        *("--prefill",),
+        "--prefill",
         type=prompt_size,
         nargs="+",
         metavar="BxT",
         help="time reading B prompts of T tokens too, such as 8x2048, for every case",
     )
     add(
-        *("--transformers",),
+        "--transformers",
         action="store_true",
         help="time it on every whole LLaMA or Mistral, not only where the table asks",
     )
@@ -90,7 +90,7 @@ def add_arguments(add: Any) -> None:
         help="warm rounds of chunks, or prefills, timed",
     )
     add(
-        *("--tp",),
+        "--tp",
         type=int,
         help="devices that share the model, each with its heads and neurons; of "
         "several numbers one after the other, beside 1 as speedups over one device",
@@ -98,20 +98,20 @@ def add_arguments(add: Any) -> None:
     )
     add("--dp", type=int, help="copies of the model, which share the batch", **several)
     add(
-        *("--balanced",),
+        "--balanced",
         action="store_true",
         help="each of --tp devices reads as many of its own KV groups and neurons, "
         "rounded up",
     )
     add(
-        *("--link-gb-s",),
+        "--link-gb-s",
         type=float,
         help="GB per second that a device sends to the others (default: measured, by "
         "summing a large array over them)",
     )
     add("--head-rank", type=int, default=0, help="of random head routers; 0 is linear")
     add(
-        *("--memory-fraction",),
+        "--memory-fraction",
         type=fraction,
         help="of the device that jax may take, XLA_PYTHON_CLIENT_MEM_FRACTION; the "
         "72 GB of llama-2-7b-b28 need 0.95 of an H100 (jax's own default: 0.75)",
@@ -120,7 +120,7 @@ def add_arguments(add: Any) -> None:
     add("--toy", action="store_true", help="tiny shapes, float32: a dry run for a CPU")
     add("--plot", action="store_true", help="draw the plots beside the results")
     add(
-        *("--out",),
+        "--out",
         type=Path,
         help="JSON file, continued if it exists (in a clone of the repository "
         "benchmarks/results/DATE-DEVICE-COMMIT-bench.json, else here; --toy: none)",

@@ -131,7 +131,14 @@ def run_case(
             # this round: the next policy needs its room.
             asked = sparse is None or bool(sparse.heads or sparse.neurons)
             timed = time_policy(
-                *(params, policy, asked, state, case, alone, args, where),
+                params,
+                policy,
+                asked,
+                state,
+                case,
+                alone,
+                args,
+                where,
                 beside=dense,
             )
         except jax.errors.JaxRuntimeError as error:  # out of memory, mostly

@@ -147,7 +147,11 @@ def sent_bytes(
     layers = params.config.layers
     counts: Sequence[int] = getattr(policy, "neuron_budget", ()) or (0,) * layers
     return step_sent_bytes(
-        *(params.config, where.tp, where.dp, batch // where.dp, params.dtype),
+        params.config,
+        where.tp,
+        where.dp,
+        batch // where.dp,
+        params.dtype,
         score_rows=policy.score_rows or (0,) * layers,
         picks_neurons=[n > 0 for n in counts],
         balanced=getattr(policy, "balanced", 1) > 1,

@@ -108,8 +108,15 @@ def decode_table(path: Path) -> str:
             "held against are of the same run.",
         ]
     columns = [
-        *("model, batch, context", "policy", "run", "ms a step", "tokens/s"),
-        *("floor, ms", "floor / time", "over our dense", "over `transformers`"),
+        "model, batch, context",
+        "policy",
+        "run",
+        "ms a step",
+        "tokens/s",
+        "floor, ms",
+        "floor / time",
+        "over our dense",
+        "over `transformers`",
         *(_MESH_COLUMNS if several else ()),
     ]
     lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

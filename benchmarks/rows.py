@@ -165,7 +165,8 @@ def prefill_row(
     peak = peak and where.count * peak
     return {
         **_about("prefill", name, case, f"{prompts}x{tokens}", where),
-        **{"batch": prompts, "context": tokens},
+        "batch": prompts,
+        "context": tokens,
         **spread,
         "flops": flops,
         "flops_are": "2 x parameters x tokens (head: last token of each prompt) + "
@@ -211,9 +212,14 @@ def profile_row(
 
 def _about(kind: str, name: str, case: Case, policy: str, where: Devices = ONE) -> Row:
     return {
-        **{"kind": kind, "case": name, "model": case.model, "policy": policy},
-        **{"batch": case.batch, "context": case.context},
-        **{"tp": where.tp, "dp": where.dp},
+        "kind": kind,
+        "case": name,
+        "model": case.model,
+        "policy": policy,
+        "batch": case.batch,
+        "context": case.context,
+        "tp": where.tp,
+        "dp": where.dp,
     }
 
 

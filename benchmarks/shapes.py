@@ -139,25 +139,41 @@ class Case:
 
 CASES = {
     "llama-2-7b-b16": Case(
-        *("llama-2-7b", 16, 2048, (Sparsity(0.5, floor=0.90),), 0.92),
+        "llama-2-7b",
+        16,
+        2048,
+        (Sparsity(0.5, floor=0.90),),
+        0.92,
         transformers=True,
     ),
     "llama-2-7b-b28": Case(
-        *("llama-2-7b", 28, 3968),
-        *((Sparsity(0.5, floor=0.91, over_dense=1.55),), 0.93),
+        "llama-2-7b",
+        28,
+        3968,
+        (Sparsity(0.5, floor=0.91, over_dense=1.55),),
+        0.93,
     ),
     "llama-3.1-8b-b64": Case(
-        *("llama-3.1-8b", 64, 4096),
-        *((Sparsity(5 / 8, floor=0.91), Sparsity(4 / 8, floor=0.90)), 0.93),
+        "llama-3.1-8b",
+        64,
+        4096,
+        (Sparsity(5 / 8, floor=0.91), Sparsity(4 / 8, floor=0.90)),
+        0.93,
         prefill=((8, 2048),),
     ),
     "llama-3.1-8b-b1": Case(
-        *("llama-3.1-8b", 1, 2048),
-        *((Sparsity(0.5), Sparsity(None, over_dense=1.0)), 0.85),
+        "llama-3.1-8b",
+        1,
+        2048,
+        (Sparsity(0.5), Sparsity(None, over_dense=1.0)),
+        0.85,
     ),
     "opt-6.7b-b48": Case(
-        *("opt-6.7b", 48, 1920),
-        *((Sparsity(0.5), Sparsity(0.5, 0.58, 0.86, 1.53)), 0.92),
+        "opt-6.7b",
+        48,
+        1920,
+        (Sparsity(0.5), Sparsity(0.5, 0.58, 0.86, 1.53)),
+        0.92,
     ),
     "opt-66b-layers": Case(
         "opt-66b:8", 64, 1920, (Sparsity(21 / 72, 0.49, 0.86, 2.1),), 0.93
@@ -168,26 +184,31 @@ CASES = {
     "mistral-7b-b32": Case("mistral-7b", 32, 4096, (Sparsity(0.5, floor=0.89),), 0.92),
     "qwen2.5-7b-b32": Case("qwen2.5-7b", 32, 4096, (Sparsity(0.5, floor=0.89),), 0.92),
     "llama-3.1-8b-b64-tp2": Case(
-        *("llama-3.1-8b", 64, 4096),
+        "llama-3.1-8b",
+        64,
+        4096,
         (Sparsity(5 / 8, over_one=1.6), Sparsity(6 / 8, balanced=True, over_one=1.7)),
         meshes=((1, 1), (2, 1)),
         over_one=1.75,
     ),
     # Half of its weights are 71 GB.
-    "llama-3.1-70b-tp2": Case(
-        *("llama-3.1-70b", 8, 2048), floor=0.85, meshes=((2, 1),)
-    ),
+    "llama-3.1-70b-tp2": Case("llama-3.1-70b", 8, 2048, floor=0.85, meshes=((2, 1),)),
 }
 TOY_CASES = {
     "toy-llama": Case(
-        *("toy-llama", 2, 128, (Sparsity(0.5),)),
+        "toy-llama",
+        2,
+        128,
+        (Sparsity(0.5),),
         prefill=((2, 32),),
         transformers=True,
     ),
     "toy-opt": Case("toy-opt", 2, 128, (Sparsity(0.5, 0.5),)),
     "toy-layers": Case("toy-opt:1", 2, 128, (Sparsity(0.5, 0.5),)),
     "toy-tp2": Case(
-        *("toy-opt", 2, 128),
+        "toy-opt",
+        2,
+        128,
         (Sparsity(0.5, 0.5), Sparsity(0.5, 0.5, balanced=True)),
         meshes=((1, 1), (2, 1)),
     ),

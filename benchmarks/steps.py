@@ -76,8 +76,13 @@ def layers_chunk(
             layer = Layer(config, i, x.dtype, rows[i], implementation)
             found: Any = layer.apply(
                 {"params": weights[f"layers_{i}"]},
-                *(x, parts, cache.keys[i - 1], cache.values[i - 1], cache.lengths),
-                *(live, policy),
+                x,
+                parts,
+                cache.keys[i - 1],
+                cache.values[i - 1],
+                cache.lengths,
+                live,
+                policy,
                 method="decode",
             )
             x, parts, k, v, read = found
@@ -324,8 +329,11 @@ def prefill_times(
 
     def read(call: Callable[..., Any] = programs.run_plainly) -> None:
         drawn = programs.read_prompts(
-            *(params.weights, prompts_read, jnp.full(prompts, 10**8, jnp.int32)),
-            *(make_sampling(config, prompts, 0.0, 0, 1.0, 0), jnp.array([-1])),
+            params.weights,
+            prompts_read,
+            jnp.full(prompts, 10**8, jnp.int32),
+            make_sampling(config, prompts, 0.0, 0, 1.0, 0),
+            jnp.array([-1]),
             config=config.architecture,
             capacity=tokens,
             implementation=implementation,

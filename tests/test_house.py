@@ -34,33 +34,51 @@ FLOORS = (
 ORDER = " ".join(FLOORS).split()
 # The conversion knows nothing of decoding. The way back reads adapters.
 CONVERT_NEEDS = (
-    *(
-        "convert",
-        "polarjax.config",
-        "polarjax.storage.files",
-        "polarjax.storage.folder",
-    ),
-    *(
-        "polarjax.params",
-        "polarjax.model",
-        "polarjax.storage.repository",
-        "polarjax.storage.tensors",
-        "polarjax.storage.writing",
-    ),
-    *("polarjax.terminal.common", "polarjax.terminal.output"),
+    "convert",
+    "polarjax.config",
+    "polarjax.storage.files",
+    "polarjax.storage.folder",
+    "polarjax.params",
+    "polarjax.model",
+    "polarjax.storage.repository",
+    "polarjax.storage.tensors",
+    "polarjax.storage.writing",
+    "polarjax.terminal.common",
+    "polarjax.terminal.output",
 )
 EXPORT_NEEDS = (*CONVERT_NEEDS, "polarjax.policies.updates")
 PACKAGES = ("pallas_kernels", "polarjax", "convert")
 RUN_TIME = {
     "pallas_kernels": {"jax", "numpy", "jaxtyping", "pallas_kernels"},
     "polarjax": {
-        *("jax", "numpy", "jaxtyping", "flax", "optax", "orbax", "safetensors"),
-        *("tokenizers", "jinja2", "rich", "ml_dtypes", "scipy"),
-        *("pallas_kernels", "polarjax"),
+        "jax",
+        "numpy",
+        "jaxtyping",
+        "flax",
+        "optax",
+        "orbax",
+        "safetensors",
+        "tokenizers",
+        "jinja2",
+        "rich",
+        "ml_dtypes",
+        "scipy",
+        "pallas_kernels",
+        "polarjax",
     },
     "convert": {
-        *("jax", "numpy", "ml_dtypes", "flax", "safetensors", "gguf", "tokenizers"),
-        *("rich", "jinja2", "google", "polarjax", "convert"),  # google.protobuf
+        "jax",
+        "numpy",
+        "ml_dtypes",
+        "flax",
+        "safetensors",
+        "gguf",
+        "tokenizers",
+        "rich",
+        "jinja2",
+        "google",  # google.protobuf
+        "polarjax",
+        "convert",
     },
 }
 # Code in data, and private parts of others.

@@ -174,7 +174,9 @@ def build(
         TOKENIZER_FILE: tokenizer.to_str(pretty=True),
     }
     write(
-        *(out, config, trained.weights),
+        out,
+        config,
+        trained.weights,
         dtype=dtype,
         shard_bytes=shard_bytes,
         files=files,
@@ -231,7 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
         )
         record = build(
-            *(options.text, options.valid, options.out, config, training),
+            options.text,
+            options.valid,
+            options.out,
+            config,
+            training,
             dtype=options.dtype,
             shard_bytes=int(options.shard_mib * 2**20),
             console=console,

@@ -88,7 +88,10 @@ class Texts:
 
         def write(count: int) -> np.ndarray:
             return write_blocks(
-                *(params, start_token(tokenizer, config), context, count),
+                params,
+                start_token(tokenizer, config),
+                context,
+                count,
                 batch=512,
                 seed=self.seed,
                 progress=lambda done, total: say("writing text", done, total),
@@ -272,11 +275,14 @@ def calibrate(
 
     begin = time.perf_counter()
     trained = train_routers(
-        *(params, corpus.blocks, training),
+        params,
+        corpus.blocks,
+        training,
         resume=resume,
         progress=lambda p: say(
             f"training: loss {p.metrics['loss']:.4f}, recall {p.metrics['recall']:.3f}",
-            *(p.step, p.steps),
+            p.step,
+            p.steps,
         ),
         stop=enough,
     )
@@ -324,7 +330,7 @@ def _with_neuron_budgets(
 
     most = 16 * sizes[-1]
     budgets, found = neuron_budgets(
-        *(params, spread(corpus.blocks, most), sizes), held_out=spread(held, most)
+        params, spread(corpus.blocks, most), sizes, held_out=spread(held, most)
     )
     config = dataclasses.replace(params.config, neuron_budgets=budgets)
     total = config.neurons
@@ -358,7 +364,8 @@ def _with_contract(
         k = params.config.kv_heads
         thresholds = functools.partial(score_thresholds, scores, kv_heads=k)
     path = search_budgets(
-        *(params, search),
+        params,
+        search,
         max_drop=terms.max_drop,
         batch=terms.batch,
         context=terms.context,
@@ -366,7 +373,9 @@ def _with_contract(
         progress=say,
     )
     contract = keep_promise(
-        *(params, path, test),
+        params,
+        path,
+        test,
         max_drop=terms.max_drop,
         confidence=terms.confidence,
         mode=terms.mode,

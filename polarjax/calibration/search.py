@@ -143,8 +143,11 @@ def search_budgets(
     if step is None:
         step = k / 12 if thresholds else max(1, k // 8)
     for name, value in (
-        *(("max_drop", max_drop), ("rows", rows), ("width", width)),
-        *(("step", step), ("reach", reach)),
+        ("max_drop", max_drop),
+        ("rows", rows),
+        ("width", width),
+        ("step", step),
+        ("reach", reach),
     ):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
@@ -159,7 +162,11 @@ def search_budgets(
     items = [item for windows in domains.values() for item in windows]
     cost = step_cost(params, batch=batch, context=context)
     evaluate = _evaluator(
-        *(params, items, policy or Polar(), mode, min(rows, len(items))),
+        params,
+        items,
+        policy or Polar(),
+        mode,
+        min(rows, len(items)),
         thresholds,
         implementation,
         {} if journal is None else journal,
@@ -331,7 +338,8 @@ def _evaluator(
         )
     # The policy at all heads may still differ from dense: by recovery's updates.
     dense = Scorer(
-        *(params, {_LABEL: Dense()}),
+        params,
+        {_LABEL: Dense()},
         mode=mode,
         batch=rows,
         implementation=implementation,

@@ -46,7 +46,13 @@ _SCALES: dict[str, Callable[[float], float]] = {
 
 # What lies between 0 and 1 in every row.
 _FRACTIONS = (
-    *("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1"),
+    "acc",
+    "acc_norm",
+    "acc_bytes",
+    "acc_mutual_info",
+    "exact_match",
+    "em",
+    "f1",
 )
 
 
@@ -115,7 +121,8 @@ def run_lm_eval(
     manager = TaskManager(include_path=include_path)
     names = _find(manager, tasks)
     model = PolarLM(
-        *(params, policies),
+        params,
+        policies,
         mode=mode,
         batch=batch,
         implementation=implementation,
@@ -340,7 +347,9 @@ def table(result: Mapping[str, Any]) -> Table:
                 error = metric["stderr"]
                 value = _show(metric["value"])
                 cells = (
-                    *(name, key.removesuffix(",none"), label),
+                    name,
+                    key.removesuffix(",none"),
+                    label,
                     value if error is None else f"{value} ± {_show(error)}",
                     _against(metric["against_dense"]),
                     _show(found["density"]),
