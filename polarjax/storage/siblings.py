@@ -4,7 +4,8 @@ import importlib.util
 import os
 import sys
 
-_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Where polarjax itself lies.
+_HOME = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 
 
 def check_ours(name: str) -> None:
