@@ -31,7 +31,16 @@ def add_arguments(add: Any) -> None:
     Args:
       add: its `add_argument`.
     """
-    several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+    _add_cases(add)
+    _add_devices(add)
+    _add_runs(add)
+
+
+_SEVERAL: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+
+
+def _add_cases(add: Any) -> None:
+    """What is timed."""
     add(
         "--cases",
         nargs="+",
@@ -54,19 +63,19 @@ def add_arguments(add: Any) -> None:
         help="of the checkpoint in --models; without one, routers by chance",
     )
     add_any_model(add)
-    add("--batches", type=int, help="sequences, with --models (16)", **several)
-    add("--contexts", type=int, help="tokens, with --models (2048)", **several)
+    add("--batches", type=int, help="sequences, with --models (16)", **_SEVERAL)
+    add("--contexts", type=int, help="tokens, with --models (2048)", **_SEVERAL)
     add(
         "--densities",
         type=fraction,
         help="of KV groups, with --models (1/2, or the adapter's own budgets)",
-        **several,
+        **_SEVERAL,
     )
     add(
         "--neuron-densities",
         type=fraction,
         help="of MLP neurons, with --models: each beside every head density, ReLU only",
-        **several,
+        **_SEVERAL,
     )
     add(
         "--prefill",
@@ -75,6 +84,34 @@ def add_arguments(add: Any) -> None:
         metavar="BxT",
         help="time reading B prompts of T tokens too, such as 8x2048, for every case",
     )
+
+
+def _add_devices(add: Any) -> None:
+    """Over which devices."""
+    add(
+        "--tp",
+        type=int,
+        help="devices that share the model, each with its heads and neurons; of "
+        "several numbers one after the other, beside 1 as speedups over one device",
+        **_SEVERAL,
+    )
+    add("--dp", type=int, help="copies of the model, which share the batch", **_SEVERAL)
+    add(
+        "--balanced",
+        action="store_true",
+        help="each of --tp devices reads as many of its own KV groups and neurons, "
+        "rounded up",
+    )
+    add(
+        "--link-gb-s",
+        type=float,
+        help="GB per second that a device sends to the others (default: measured, by "
+        "summing a large array over them)",
+    )
+
+
+def _add_runs(add: Any) -> None:
+    """How it is timed, and where the results go."""
     add(
         "--transformers",
         action="store_true",
@@ -88,26 +125,6 @@ def add_arguments(add: Any) -> None:
         type=int,
         default=5,
         help="warm rounds of chunks, or prefills, timed",
-    )
-    add(
-        "--tp",
-        type=int,
-        help="devices that share the model, each with its heads and neurons; of "
-        "several numbers one after the other, beside 1 as speedups over one device",
-        **several,
-    )
-    add("--dp", type=int, help="copies of the model, which share the batch", **several)
-    add(
-        "--balanced",
-        action="store_true",
-        help="each of --tp devices reads as many of its own KV groups and neurons, "
-        "rounded up",
-    )
-    add(
-        "--link-gb-s",
-        type=float,
-        help="GB per second that a device sends to the others (default: measured, by "
-        "summing a large array over them)",
     )
     add("--head-rank", type=int, default=0, help="of random head routers; 0 is linear")
     add(

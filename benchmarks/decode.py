@@ -111,10 +111,9 @@ def run_case(
       rows: where the results go.
       where: the devices that the model is on.
     """
-    run = rows.runs[-1]
     found = parse_model(case.model)
     alone = bool(found and found[1])
-    r = run["r_gb_s"] * 1e9
+    r = rows.runs[-1]["r_gb_s"] * 1e9
     beside = best_transformers(rows.own, name) if where.count == 1 else None
     state, dense, beside_row = None, None, None
     # Two policies that differ in their balance alone are one on one device.
@@ -164,16 +163,34 @@ def run_case(
         if summary:
             rows.add(profile_row(name, case, label, summary, where))
     state = dense = None
-    for prompts, tokens in () if alone else case.prefill:
+    if not alone:
+        time_prefills(name, case, params, args.repeats, rows, where)
+
+
+def time_prefills(
+    name: str, case: Case, params: Params, repeats: int, rows: Rows, where: Devices
+) -> None:
+    """Time reading prompts of the case's sizes.
+
+    Args:
+      name: of the case.
+      case: the case.
+      params: its model, whole.
+      repeats: warm calls.
+      rows: where the results go.
+      where: the devices that the model is on.
+    """
+    device = rows.runs[-1]["device"]
+    for prompts, tokens in case.prefill:
         size = prompts, tokens
         try:
-            seconds, compiling = steps.prefill_times(params, *size, args.repeats)
+            seconds, compiling = steps.prefill_times(params, *size, repeats)
         except jax.errors.JaxRuntimeError as error:
             policy = f"{prompts}x{tokens}"
             rows.add(error_row("prefill", name, case, policy, error, where))
             continue
         flops, spread = steps.prefill_flops(params.config, *size), steps.spread(seconds)
-        row = prefill_row(name, case, size, spread, flops, run["device"], where)
+        row = prefill_row(name, case, size, spread, flops, device, where)
         rows.add({**row, **compiling})
 
 

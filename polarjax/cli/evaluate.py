@@ -47,12 +47,10 @@ def run_lm_eval(args: argparse.Namespace) -> None:
             params,
             {label: policy for label, policy in policies.items() if label != DENSE},
             args.tasks.split(","),
+            harness.Asked(args.num_fewshot, args.limit, args.chat),
             mode=args.mode,
             batch=args.batch,
             include_path=args.include_path,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-            apply_chat_template=args.chat,
             implementation=args.implementation,
             progress=progress,
         )
