@@ -20,8 +20,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.shapes import parse_model
 from polarjax import ModelConfig
+from polarjax.bench.shapes import parse_model
 
 MODES = {"eager": "eager", "static": "static cache, torch.compile"}
 VERSIONS = ("torch", "transformers")

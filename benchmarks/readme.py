@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import polarjax
-from benchmarks.rows import counted, shown_case, shown_ratio
-from benchmarks.rows import read as read_rows
+from polarjax.bench.rows import counted, shown_case, shown_ratio
+from polarjax.bench.rows import read as read_rows
 from polarjax.storage.writing import write_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -29,6 +29,7 @@ FLOORS = (
     "convert",
     "polarjax.loading",
     "polarjax.public polarjax",
+    "polarjax.bench",
     "polarjax.cli",
 )
 ORDER = " ".join(FLOORS).split()
@@ -192,7 +193,7 @@ def test_run_time_dependencies(name):
         "polarjax.evaluation.lm_eval.tasks",
     ):
         allowed |= {"lm_eval"}
-    if name == "polarjax.evaluation.report.plots":
+    if name in ("polarjax.evaluation.report.plots", "polarjax.bench.plots"):
         allowed |= {"matplotlib"}
     if name == "polarjax.training.text":
         allowed |= {"datasets"}
@@ -200,9 +201,7 @@ def test_run_time_dependencies(name):
         allowed |= {"huggingface_hub", "convert"}
     if name == "polarjax.cli.plan":  # a model need not be converted to be planned
         allowed |= {"convert"}
-    if name == "polarjax.cli.main":  # `polarjax bench` and `polarjax convert`
-        allowed |= {"benchmarks", "convert"}
-    if name == "polarjax.cli.convert":
+    if name in ("polarjax.cli.main", "polarjax.cli.convert"):
         allowed |= {"convert"}
     if name == "convert.verify":
         allowed |= {"torch", "transformers"}

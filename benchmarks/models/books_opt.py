@@ -24,9 +24,9 @@ from rich.console import Console
 
 from benchmarks.models.books_text import read_tokens, train_tokenizer
 from benchmarks.models.opt_training import Trained, Training, evaluate, imbalance, train
-from benchmarks.shapes import opt
 from convert.core import DTYPES
 from convert.export import shards, write
+from polarjax.bench.shapes import opt
 from polarjax.config import ModelConfig
 from polarjax.model import weight_shapes
 from polarjax.params import TOKENIZER_FILE

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
+from polarjax.bench.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
 from polarjax.terminal.common import add_any_model, fraction
 
 DESCRIPTION = (
@@ -25,15 +25,38 @@ EXAMPLE = (
 )
 
 
-def add_arguments(add: Any) -> None:
-    """Give a parser the benchmark's arguments.
+class _Elsewhere(argparse.Action):
+    """Refuses a flag of the repository's command, which times other libraries too."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        raise ValueError(
+            f"{option_string} goes with `python -m benchmarks.decode`, in a clone of "
+            "polarjax's repository, which times torch and transformers too: leave it "
+            "out here"
+        )
+
+
+def add_command(add: Any) -> None:
+    """Give the parser of `polarjax bench` its arguments.
 
     Args:
       add: its `add_argument`.
     """
+    add_arguments(add)
+    for flag in ("--transformers", "--no-torch"):
+        add(flag, action=_Elsewhere, nargs=0, help=argparse.SUPPRESS)
+
+
+def add_arguments(add: Any, folder: str = "") -> None:
+    """Give a parser the benchmark's arguments.
+
+    Args:
+      add: its `add_argument`.
+      folder: where results go, with a slash; "" for the folder that it is called in.
+    """
     _add_cases(add)
     _add_devices(add)
-    _add_runs(add)
+    _add_runs(add, folder)
 
 
 _SEVERAL: dict[str, Any] = {"nargs": "+", "metavar": "N"}
@@ -110,13 +133,8 @@ def _add_devices(add: Any) -> None:
     )
 
 
-def _add_runs(add: Any) -> None:
+def _add_runs(add: Any, folder: str) -> None:
     """How it is timed, and where the results go."""
-    add(
-        "--transformers",
-        action="store_true",
-        help="time it on every whole LLaMA or Mistral, not only where the table asks",
-    )
     add(
         "--profile", action="store_true", help="trace some chunks of each and sum it up"
     )
@@ -133,14 +151,13 @@ def _add_runs(add: Any) -> None:
         help="of the device that jax may take, XLA_PYTHON_CLIENT_MEM_FRACTION; the "
         "72 GB of llama-2-7b-b28 need 0.95 of an H100 (jax's own default: 0.75)",
     )
-    add("--no-torch", action="store_true", help="nothing of torch's or transformers'")
     add("--toy", action="store_true", help="tiny shapes, float32: a dry run for a CPU")
     add("--plot", action="store_true", help="draw the plots beside the results")
     add(
         "--out",
         type=Path,
-        help="JSON file, continued if it exists (in a clone of the repository "
-        "benchmarks/results/DATE-DEVICE-COMMIT-bench.json, else here; --toy: none)",
+        help="JSON file, continued if it exists (default: "
+        f"{folder}DATE-DEVICE-COMMIT-bench.json; --toy: none)",
     )
 
 
@@ -158,8 +175,6 @@ def check_options(args: argparse.Namespace, cases: dict[str, Case]) -> None:
         raise ValueError(f"--repeats must be positive, got {args.repeats}")
     if args.link_gb_s is not None and not 0 < args.link_gb_s < float("inf"):
         raise ValueError(f"--link-gb-s must be above 0, got {args.link_gb_s}")
-    if args.no_torch and args.transformers:
-        raise ValueError("--transformers has no effect with --no-torch: leave one out")
     if args.adapter and args.head_rank:
         raise ValueError(
             "--head-rank has no effect with --adapter, which brings its routers: leave "
@@ -273,7 +288,7 @@ def check(cases: dict[str, Case]) -> None:
     Raises:
       ValueError: naming the case, or the density.
     """
-    from benchmarks.steps import STEPS  # jax is loaded from here on
+    from polarjax.bench.steps import STEPS  # jax is loaded from here on
     from polarjax.policies.budgets import check_density
 
     for name, case in cases.items():

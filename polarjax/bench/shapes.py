@@ -15,6 +15,7 @@ def llama(
     context: int,
     theta: float = 1e4,
 ) -> ModelConfig:
+    """An architecture like LLaMA's."""
     return ModelConfig(
         family="llama",
         vocab_size=vocab,
@@ -39,6 +40,7 @@ def llama(
 
 
 def opt(layers: int, dim: int, heads: int, vocab: int = 50272) -> ModelConfig:
+    """An architecture like OPT's."""
     return dataclasses.replace(
         llama(layers, dim, heads, heads, 4 * dim, vocab, 2048),
         family="opt",
@@ -246,3 +248,21 @@ def layers_alone(config: ModelConfig, count: int) -> ModelConfig:
     return dataclasses.replace(
         config, layers=count + 1, tied_embeddings=False, final_norm=False
     )
+
+
+def prefill_flops(config: ModelConfig, prompts: int, tokens: int) -> int:
+    """2 x parameters x tokens, and what causal attention needs beside.
+
+    Parameters are the matrices of the layers, which every token meets, but for those
+    of the last layer behind its keys and values, and the head, which the last token of
+    each prompt meets. Attention is 2 products of 2 d t (t + 1) / 2 for each query head
+    and layer.
+    """
+    m, d, f = config.dim, config.head_dim, config.neurons
+    attention = (config.heads + 2 * config.kv_heads) * d * m + config.heads * d * m
+    layer = attention + (3 if config.gated_mlp else 2) * f * m
+    behind = layer - (config.heads + 2 * config.kv_heads) * d * m
+    products = 2 * layer * config.layers * tokens + 2 * config.vocab_size * m
+    products -= 2 * behind * (tokens - 1)
+    causal = 2 * d * tokens * (tokens + 1) * config.heads * config.layers
+    return prompts * (products + causal)

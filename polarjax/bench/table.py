@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.rows import shown_case, shown_ratio
+from polarjax.bench.rows import shown_case, shown_ratio
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
