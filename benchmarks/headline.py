@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.rows import read as read_rows
+from polarjax.bench.rows import read as read_rows
 
 # Cases and policies of `polarjax bench`, and what they are in words.
 _STEPS = (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import polarjax
 from benchmarks.headline import headline_table
-from benchmarks.rows import counted, shown_case, shown_ratio
-from benchmarks.rows import read as read_rows
+from polarjax.bench.rows import counted, shown_case, shown_ratio
+from polarjax.bench.rows import read as read_rows
 from polarjax.storage.writing import write_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -108,13 +108,46 @@ def decode_table(path: Path) -> str:
             "all-reduce (or at `--link-gb-s`). The steps of one device that they are "
             "held against are of the same run.",
         ]
+    lines += ["", *_step_lines(report["rows"], used, several)]
+    for row in report["rows"]:
+        if row["kind"] == "prefill" and row["ms"]:
+            peak = row["of_peak"]
+            share = f", {peak:.1%} of {row['peak_tflop_s']} TFLOP/s" if peak else ""
+            lines += [
+                "",
+                f"Prefill of {row['policy'].replace('x', ' x ')} tokens, "
+                f"{row['model']}: {_range(row)} ms, {row['tflop_s']:.0f} TFLOP/s"
+                f"{share} ({row['flops_are']}).",
+            ]
+    lines += ["", _compile_times(path, report["rows"])]
+    profiles = [row for row in report["rows"] if row.get("groups")]
+    if profiles:
+        lines += ["", *_profile_lines(profiles)]
+    return "\n".join(lines)
+
+
+def _step_lines(rows: list[dict], used: list[int], several: bool) -> list[str]:
+    """The table of decode steps.
+
+    Args:
+      rows: of the report.
+      used: numbers of the runs that have rows, in order.
+      several: whether a row is of several devices.
+    """
     columns = [
-        *("model, batch, context", "policy", "run", "ms a step", "tokens/s"),
-        *("floor, ms", "floor / time", "over our dense", "over `transformers`"),
+        "model, batch, context",
+        "policy",
+        "run",
+        "ms a step",
+        "tokens/s",
+        "floor, ms",
+        "floor / time",
+        "over our dense",
+        "over `transformers`",
         *(_MESH_COLUMNS if several else ()),
     ]
-    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in report["rows"]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
         if row["kind"] not in ("decode", "transformers"):
             continue
         theirs = "`transformers`, " if row["kind"] == "transformers" else ""
@@ -132,27 +165,18 @@ def decode_table(path: Path) -> str:
             f"| {shown_ratio(row, 'over_transformers')} |"
             + (_mesh_cells(row) if several else "")
         )
-    for row in report["rows"]:
-        if row["kind"] == "prefill" and row["ms"]:
-            peak = row["of_peak"]
-            share = f", {peak:.1%} of {row['peak_tflop_s']} TFLOP/s" if peak else ""
-            lines += [
-                "",
-                f"Prefill of {row['policy'].replace('x', ' x ')} tokens, "
-                f"{row['model']}: {_range(row)} ms, {row['tflop_s']:.0f} TFLOP/s"
-                f"{share} ({row['flops_are']}).",
-            ]
-    lines += ["", _compile_times(path, report["rows"])]
-    profiles = [row for row in report["rows"] if row.get("groups")]
-    if profiles:
-        lines += [
-            "",
-            "| profile | policy | us a step | gaps | long gaps, in which "
-            "the host is waited for | kernels | in graphs | copied, bytes a step "
-            "| where the time goes |",
-            "|---" * 9 + "|",
-        ]
-    for row in profiles:
+    return lines
+
+
+def _profile_lines(rows: list[dict]) -> list[str]:
+    """The table of what the profiles showed."""
+    lines = [
+        "| profile | policy | us a step | gaps | long gaps, in which "
+        "the host is waited for | kernels | in graphs | copied, bytes a step "
+        "| where the time goes |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
         parts = ", ".join(
             f"{name} {part['share']:.1%}" for name, part in row["groups"].items()
         )
@@ -162,7 +186,7 @@ def decode_table(path: Path) -> str:
             f"| {row['kernels']:.0f} | {row['graph_share']:.0%} "
             f"| {row['copied_bytes']:,.0f} | {parts} |"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _compile_times(path: Path, rows: list[dict]) -> str:

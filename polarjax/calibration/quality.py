@@ -57,7 +57,9 @@ def measure_quality(
         policies["Adaptive"] = Polar(adaptive=True)
     return {
         name: perplexity(
-            *(params, windows(held), policies),
+            params,
+            windows(held),
+            policies,
             mode=mode,
             batch=batch,
             name=name,

@@ -208,11 +208,14 @@ def recover(
 
     begin = time.perf_counter()
     train_updates(
-        *(params, corpus.blocks, recovery),
+        params,
+        corpus.blocks,
+        recovery,
         resume=resume,
         progress=lambda p: say(
             f"recovering: KL {p.metrics['kl']:.4f}, held out {last:.4f}",
-            *(p.step, p.steps),
+            p.step,
+            p.steps,
         ),
         stop=settled,
     )
