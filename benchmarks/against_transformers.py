@@ -20,8 +20,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.shapes import parse_model
 from polarjax import ModelConfig
+from polarjax.bench.shapes import parse_model
 
 MODES = {"eager": "eager", "static": "static cache, torch.compile"}
 VERSIONS = ("torch", "transformers")
@@ -157,13 +157,20 @@ def transformers_times(
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     for mode, name in MODES.items():
         command = [
-            *(sys.executable, "-m", "benchmarks.against_transformers", model, mode),
-            *("--batch", str(batch), "--context", str(context)),
+            sys.executable,
+            "-m",
+            "benchmarks.against_transformers",
+            model,
+            mode,
+            "--batch",
+            str(batch),
+            "--context",
+            str(context),
             *(["--toy"] if toy else []),
         ]
         try:
             done = subprocess.run(
-                *(command,),
+                command,
                 stdout=subprocess.PIPE,
                 text=True,
                 env=environment,

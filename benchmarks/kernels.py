@@ -276,25 +276,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--toy", action="store_true", help="tiny shapes, for a CPU")
     parser.add_argument("--no-torch", action="store_true", help="no rows of torch's")
     parser.add_argument(
-        *("--implementations",),
+        "--implementations",
         nargs="+",
         choices=get_args(Implementation),
         help="which of ours (default: all that are compiled here)",
     )
     parser.add_argument(
-        *("--jobs",),
+        "--jobs",
         type=int,
         default=min(8, os.cpu_count() or 1),
         help="programs compiled at once (default: %(default)s)",
     )
     parser.add_argument(
-        *("--out",),
+        "--out",
         type=Path,
         help="JSON file to write, row by row (default: benchmarks/results/"
         "DATE-DEVICE-COMMIT-kernels.json; with --toy none)",
     )
     parser.add_argument(
-        *("--shapes",),
+        "--shapes",
         nargs="+",
         choices=[*CASES],
         default=[*CASES],

@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 
 import polarjax
-from benchmarks.random_weights import draw
-from benchmarks.shapes import opt
-from benchmarks.steps import STEPS, chunks_in, make_chunk, make_state, times
 from pallas_kernels.tables import file_name
+from polarjax.bench.random_weights import draw
+from polarjax.bench.rounds import times
+from polarjax.bench.shapes import opt
+from polarjax.bench.steps import STEPS, chunks_in, make_chunk, make_state
 from polarjax.config import ModelConfig
 from polarjax.evaluation.record import commit
 from polarjax.params import Params

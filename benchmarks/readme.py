@@ -1,4 +1,4 @@
-"""Writes the README's tables from what was measured: `python -m benchmarks.readme`.
+"""Writes the measured tables of README.md and docs/: `python -m benchmarks.readme`.
 
 Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import polarjax
-from benchmarks.rows import counted, shown_case, shown_ratio
-from benchmarks.rows import read as read_rows
+from benchmarks.headline import headline_table
+from polarjax.bench.rows import counted, shown_case, shown_ratio
+from polarjax.bench.rows import read as read_rows
 from polarjax.storage.writing import write_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -107,13 +108,46 @@ def decode_table(path: Path) -> str:
             "all-reduce (or at `--link-gb-s`). The steps of one device that they are "
             "held against are of the same run.",
         ]
+    lines += ["", *_step_lines(report["rows"], used, several)]
+    for row in report["rows"]:
+        if row["kind"] == "prefill" and row["ms"]:
+            peak = row["of_peak"]
+            share = f", {peak:.1%} of {row['peak_tflop_s']} TFLOP/s" if peak else ""
+            lines += [
+                "",
+                f"Prefill of {row['policy'].replace('x', ' x ')} tokens, "
+                f"{row['model']}: {_range(row)} ms, {row['tflop_s']:.0f} TFLOP/s"
+                f"{share} ({row['flops_are']}).",
+            ]
+    lines += ["", _compile_times(path, report["rows"])]
+    profiles = [row for row in report["rows"] if row.get("groups")]
+    if profiles:
+        lines += ["", *_profile_lines(profiles)]
+    return "\n".join(lines)
+
+
+def _step_lines(rows: list[dict], used: list[int], several: bool) -> list[str]:
+    """The table of decode steps.
+
+    Args:
+      rows: of the report.
+      used: numbers of the runs that have rows, in order.
+      several: whether a row is of several devices.
+    """
     columns = [
-        *("model, batch, context", "policy", "run", "ms a step", "tokens/s"),
-        *("floor, ms", "floor / time", "over our dense", "over `transformers`"),
+        "model, batch, context",
+        "policy",
+        "run",
+        "ms a step",
+        "tokens/s",
+        "floor, ms",
+        "floor / time",
+        "over our dense",
+        "over `transformers`",
         *(_MESH_COLUMNS if several else ()),
     ]
-    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in report["rows"]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
         if row["kind"] not in ("decode", "transformers"):
             continue
         theirs = "`transformers`, " if row["kind"] == "transformers" else ""
@@ -131,27 +165,18 @@ def decode_table(path: Path) -> str:
             f"| {shown_ratio(row, 'over_transformers')} |"
             + (_mesh_cells(row) if several else "")
         )
-    for row in report["rows"]:
-        if row["kind"] == "prefill" and row["ms"]:
-            peak = row["of_peak"]
-            share = f", {peak:.1%} of {row['peak_tflop_s']} TFLOP/s" if peak else ""
-            lines += [
-                "",
-                f"Prefill of {row['policy'].replace('x', ' x ')} tokens, "
-                f"{row['model']}: {_range(row)} ms, {row['tflop_s']:.0f} TFLOP/s"
-                f"{share} ({row['flops_are']}).",
-            ]
-    lines += ["", _compile_times(path, report["rows"])]
-    profiles = [row for row in report["rows"] if row.get("groups")]
-    if profiles:
-        lines += [
-            "",
-            "| profile | policy | us a step | gaps | long gaps, in which "
-            "the host is waited for | kernels | in graphs | copied, bytes a step "
-            "| where the time goes |",
-            "|---" * 9 + "|",
-        ]
-    for row in profiles:
+    return lines
+
+
+def _profile_lines(rows: list[dict]) -> list[str]:
+    """The table of what the profiles showed."""
+    lines = [
+        "| profile | policy | us a step | gaps | long gaps, in which "
+        "the host is waited for | kernels | in graphs | copied, bytes a step "
+        "| where the time goes |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
         parts = ", ".join(
             f"{name} {part['share']:.1%}" for name, part in row["groups"].items()
         )
@@ -161,7 +186,7 @@ def decode_table(path: Path) -> str:
             f"| {row['kernels']:.0f} | {row['graph_share']:.0%} "
             f"| {row['copied_bytes']:,.0f} | {parts} |"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _compile_times(path: Path, rows: list[dict]) -> str:
@@ -210,7 +235,7 @@ def kernels_table(path: Path) -> str:
     fastest = {
         key: min(rows, key=lambda row: row["ms"]) for key, rows in places.items()
     }
-    link = f"benchmarks/results/{path.stem}.svg"
+    link = f"../benchmarks/results/{path.stem}.svg"  # as seen from docs/
     lines = [
         f"One {report['device']}, jax {report['jax']}, {report['dtype']}. R is the "
         f"best read rate of the same run: a streaming sum in jax "
@@ -357,30 +382,49 @@ def trained() -> list[Path]:
     return [latest[name][1] for name in sorted(latest)]
 
 
-def render(readme: str) -> str:
-    """The README's text with its tables made anew."""
-    tables = {
-        "adapter": adapter_table("smollm2-135m"),
-        "contract": contract_table("smollm2-135m-1pct"),
-        "eval": eval_table(newest("eval-smollm2-shipped-tasks")),
-        "trained": trained_table(trained()),
-        "kernels": kernels_table(newest("kernels")),
+def pages() -> dict[str, dict[str, str]]:
+    """The tables made anew, by page, and by the name of their marks."""
+    contract = "eval-smollm2-contract-{}-b64"
+    texts = {text: newest(contract.format(text)) for text in ("books", "wikitext2")}
+    return {
+        "README.md": {
+            "headline": headline_table(newest("bench"), newest("kernels"), texts)
+        },
+        "docs/results.md": {
+            "adapter": adapter_table("smollm2-135m"),
+            "contract": contract_table("smollm2-135m-1pct"),
+            "eval": eval_table(newest("eval-smollm2-shipped-tasks")),
+            "trained": trained_table(trained()),
+            "kernels": kernels_table(newest("kernels")),
+            "decode": decode_table(newest("bench")),
+            "turns": decode_table(newest("bench-in-turns")),
+        },
     }
-    # Until there is one, the README keeps the table of the benchmark before it.
-    if any((REPOSITORY / "benchmarks" / "results").glob("*-bench.json")):
-        tables["decode"] = decode_table(newest("bench"))
-    for name, table in tables.items():
+
+
+def render(page: str, text: str) -> str:
+    """The text of a page with its tables made anew.
+
+    Args:
+      page: a key of `pages()`.
+      text: of that file.
+
+    Raises:
+      ValueError: naming the marks that the page lacks, or has twice.
+    """
+    for name, table in pages()[page].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         replacement = rf"\g<1>{table.replace(chr(92), chr(92) * 2)}\n\g<2>"
-        readme, count = re.subn(pattern, replacement, readme, flags=re.S)
+        text, count = re.subn(pattern, replacement, text, flags=re.S)
         if count != 1:
-            raise ValueError(f"README.md needs one pair of <!-- {name} --> marks")
-    return readme
+            raise ValueError(f"{page} needs one pair of <!-- {name} --> marks")
+    return text
 
 
 def main() -> None:
-    path = REPOSITORY / "README.md"
-    write_file(path, render(path.read_text(encoding="utf-8")))
+    for page in pages():
+        path = REPOSITORY / page
+        write_file(path, render(page, path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """What the kernel benchmark writes: rows, the rate to hold them against, the file."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Attention, Mlp, Select
+from polarjax.bench.rows import write_json
 from polarjax.evaluation import record
-from polarjax.storage.writing import write_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -96,9 +95,3 @@ def commit() -> str:
 def write(path: Path, report: Mapping[str, Any], results: Iterable[Result]) -> None:
     """Write what there is so far: a kernel that takes the process down loses no row."""
     write_json(path, {**report, "results": [dataclasses.asdict(r) for r in results]})
-
-
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Replace a file by one that is written whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, f"{json.dumps(report, indent=2)}\n")

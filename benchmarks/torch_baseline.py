@@ -155,7 +155,7 @@ def main() -> None:
     )
     names = [*ATTENTION, *MLP]
     parser.add_argument(
-        *("--shapes",),
+        "--shapes",
         nargs="+",
         choices=names,
         default=names,

@@ -88,8 +88,10 @@ def convert(
     ids, notes = token_ids(opened, config)
     notes += _tokenizer_notes(opened.files.get(TOKENIZER_FILE), config)
     notes = [
-        *(*opened.notes, *unread(opened.config)),
-        *(*context_notes(opened.config, own, config.context), *notes),
+        *opened.notes,
+        *unread(opened.config),
+        *context_notes(opened.config, own, config.context),
+        *notes,
     ]
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

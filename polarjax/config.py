@@ -91,7 +91,7 @@ class Rope:
 class ModelConfig:
     """Shape and kind of a decoder-only model.
 
-    Letters are the README's glossary. The fields from `bos_ids` on describe the
+    Letters are those of docs/glossary.md. The fields from `bos_ids` on describe the
     checkpoint rather than the computation; `architecture` leaves them out.
 
     Attributes:

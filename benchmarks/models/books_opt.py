@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from benchmarks.models.books_text import read_tokens, train_tokenizer
-from benchmarks.models.opt_training import Training, evaluate, imbalance, train
-from benchmarks.shapes import opt
+from benchmarks.models.opt_training import Trained, Training, evaluate, imbalance, train
 from convert.core import DTYPES
 from convert.export import shards, write
+from polarjax.bench.shapes import opt
 from polarjax.config import ModelConfig
 from polarjax.model import weight_shapes
 from polarjax.params import TOKENIZER_FILE
@@ -58,7 +58,7 @@ def make_config(
     heads: int = 16,
     neurons: int = 2048,
 ) -> ModelConfig:
-    """An OPT of some size; letters as in the README.
+    """An OPT of some size; letters as in docs/glossary.md.
 
     Args:
       vocab: v; id 0 starts and ends a text.
@@ -147,12 +147,47 @@ def build(
     )
     with _Bar(console, training.steps) as bar:
         trained = train(config, tokens, training, bar.show)
-    perplexity, shares, scored = evaluate(
+    measured = evaluate(
         config, trained.weights, held_out, training.batch, training.compute
     )
-    record = {
+    record = _record(config, training, trained, len(tokens), prepared, measured)
+    files = {
+        "training.json": json.dumps(record, indent=2) + "\n",
+        TOKENIZER_FILE: tokenizer.to_str(pretty=True),
+    }
+    write(
+        out,
+        config,
+        trained.weights,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        files=files,
+    )
+    return record
+
+
+def _record(
+    config: ModelConfig,
+    training: Training,
+    trained: Trained,
+    tokens: int,
+    prepared: float,
+    measured: tuple[float, dict[str, Any], int],
+) -> dict[str, Any]:
+    """What was made, as `build` returns it.
+
+    Args:
+      config: of the model.
+      training: settings.
+      trained: the outcome.
+      tokens: of text.
+      prepared: seconds before the training.
+      measured: as `evaluate` returns it.
+    """
+    perplexity, shares, scored = measured
+    return {
         "parameters": parameters(config),
-        "text_tokens": len(tokens),
+        "text_tokens": tokens,
         "tokens_seen": training.steps * training.batch * config.context,
         "preparation_seconds": round(prepared, 1),
         "training_seconds": round(trained.seconds, 1),
@@ -169,17 +204,6 @@ def build(
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    files = {
-        "training.json": json.dumps(record, indent=2) + "\n",
-        TOKENIZER_FILE: tokenizer.to_str(pretty=True),
-    }
-    write(
-        *(out, config, trained.weights),
-        dtype=dtype,
-        shard_bytes=shard_bytes,
-        files=files,
-    )
-    return record
 
 
 class _Bar:
@@ -231,7 +255,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
         )
         record = build(
-            *(options.text, options.valid, options.out, config, training),
+            options.text,
+            options.valid,
+            options.out,
+            config,
+            training,
             dtype=options.dtype,
             shard_bytes=int(options.shard_mib * 2**20),
             console=console,

@@ -73,7 +73,7 @@ class Training:
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW on clipped gradients."""
         schedule = optax.warmup_cosine_decay_schedule(
-            *(0.0, self.learning_rate, max(1, self.steps // 25), self.steps + 1)
+            0.0, self.learning_rate, max(1, self.steps // 25), self.steps + 1
         )
 
         def matrices(tree: Tree) -> Any:

@@ -32,8 +32,17 @@ _STRING, _ARRAY = 8, 9
 # characters, for who wants the value to judge.
 _ANY_BYTES = "surrogateescape"
 _SCALARS = {
-    **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f"},
-    **{7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
 }
 
 

@@ -96,7 +96,7 @@ def partial_mlp(
     if neurons is None:
         implementation = few_inputs(x, implementation)
     return _mlp(
-        *(x, weights, neurons, activation, implementation), parts=True, padded=padded
+        x, weights, neurons, activation, implementation, parts=True, padded=padded
     )
 
 
@@ -178,7 +178,9 @@ def _mlp(x, weights, neurons, activation, implementation, *, parts, padded=False
             out = serve(x, weights, neurons, **options)
             return out[None] if parts else out
         return triton.mlp(
-            *(x, weights, neurons),
+            x,
+            weights,
+            neurons,
             activation=activation,
             interpret=implementation == "triton_interpret",
             parts=parts,

@@ -114,11 +114,11 @@ def product_config(axis: int, *, b: int, n: int, m: int, itemsize: int) -> Confi
         m: numbers of each input.
         itemsize: bytes per element.
     """
-    fields = {field.name: 0 for field in dataclasses.fields(Config)}
     if axis == 1:
-        return Config(**{**fields, **_enter(b, n, m, itemsize, gated=False)})
+        entering = _enter(b, n, m, itemsize, gated=False)
+        return dataclasses.replace(_unused(), **entering)
     leaving = _leave(b, m, n, itemsize)
-    return Config(**{**fields, "batch": _batch(b, itemsize), **leaving})
+    return dataclasses.replace(_unused(), batch=_batch(b, itemsize), **leaving)
 
 
 def product_candidates(
@@ -135,9 +135,13 @@ def product_candidates(
 
 
 def _one_kernel(programs: int, warps: int, n: int, m: int) -> Config:
-    unused = {field.name: 0 for field in dataclasses.fields(Config)}
     warps = min(max(ceil_power_of_two(m) // 256, 1), warps)
-    return Config(**{**unused, "up_warps": warps, "fused": min(n, programs)})
+    return dataclasses.replace(_unused(), up_warps=warps, fused=min(n, programs))
+
+
+def _unused() -> Config:
+    """A config whose fields are all 0: each kernel sets those that it reads."""
+    return Config(**{field.name: 0 for field in dataclasses.fields(Config)})
 
 
 def _enter(b, n, m, itemsize, gated, splits: int | None = None) -> dict[str, int]:

@@ -36,9 +36,7 @@ def mlp(x, weights, neurons, *, activation, dtype, padded=False):
     return _leave(hidden.astype(x.dtype), rows, dtype)
 
 
-def masked_mlp(
-    x, weights, neurons, *, activation, dtype=None, padded=False, keep=None
-):
+def masked_mlp(x, weights, neurons, *, activation, dtype=None, padded=False, keep=None):
     """As `gathered_mlp`, by dense products: what is not selected is set to 0.
 
     Args:

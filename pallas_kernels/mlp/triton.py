@@ -84,8 +84,15 @@ def partial_product(
     entering = {"up": matrix} if bias is None else {"up": matrix, "up_bias": bias}
     shape = (config.up_splits, b, n)
     [parts] = _enter_call(
-        *(x, entering, None, n, lambda sums: sums, config, interpret),
-        *([jax.ShapeDtypeStruct(shape, jnp.float32)], "product_rows"),
+        x,
+        entering,
+        None,
+        n,
+        lambda sums: sums,
+        config,
+        interpret,
+        [jax.ShapeDtypeStruct(shape, jnp.float32)],
+        "product_rows",
     )
     return parts
 
@@ -102,7 +109,15 @@ def _enter(x, weights, neurons, n, act, config: Config, interpret, padded):
         names, dtype = ("hidden",), x.dtype
     outs = [jax.ShapeDtypeStruct(shape, dtype) for _ in names]
     parts = _enter_call(
-        *(x, entering, neurons, n, act, config, interpret, outs, "mlp_enter"),
+        x,
+        entering,
+        neurons,
+        n,
+        act,
+        config,
+        interpret,
+        outs,
+        "mlp_enter",
         padded=padded,
     )
     if splits == 1:

@@ -78,5 +78,5 @@ def add_norm(
             return reference.add_norm(x, parts, scale, shift, center=center, eps=eps)
         interpret = implementation == "triton_interpret"
         return triton.add_norm(
-            *(x, parts, scale, shift), center=center, eps=eps, interpret=interpret
+            x, parts, scale, shift, center=center, eps=eps, interpret=interpret
         )

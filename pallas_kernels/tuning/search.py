@@ -78,7 +78,8 @@ def variations(config: Any) -> list[Any]:
             if value <= 8 and "warps" not in field.name:  # those double
                 others |= {value - 1, value + 1}
         for other in sorted(others - {0, value}):
-            found.append(dataclasses.replace(config, **{field.name: other}))
+            change = {field.name: other}
+            found.append(dataclasses.replace(config, **change))
     return found
 
 
@@ -226,7 +227,8 @@ def dense_above(
     reference = problem.function(None)
     everything = make_chain(
         lambda x, weights: reference(x, weights, None),
-        *(start, [(weights,) for weights, _ in arguments]),
+        start,
+        [(weights,) for weights, _ in arguments],
     )
     limit = median_ms(everything)
     gathered = []

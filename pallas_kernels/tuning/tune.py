@@ -32,7 +32,8 @@ _SHAPES = (
     *(f"mlp:b=1,m=4096,f=14336,gated=1,n={n}" for n in (7168, 4300, 1433)),
     # All neurons, the rows of QKV without a router's, and attention's output.
     *(f"mlp:b={b},m=4096,f=14336,gated=1,n=14336" for b in (1, 32, 64)),
-    *("mlp:b=16,m=4096,f=11008,gated=1,n=11008", "mlp:b=48,m=4096,f=16384,n=16384"),
+    "mlp:b=16,m=4096,f=11008,gated=1,n=11008",
+    "mlp:b=48,m=4096,f=16384,n=16384",
     *(f"product:b={b},m=4096,n=6144" for b in (1, 32, 64)),
     *(f"product:b={b},m=4096,n=12288" for b in (16, 48)),
     *(f"product:b={b},m=4096,n=4096,axis=0" for b in (1, 16, 32, 64)),
@@ -128,39 +129,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernels = [kind.section for kind in KINDS]
     parser.add_argument(
-        *("--kernels",),
+        "--kernels",
         nargs="+",
         choices=kernels,
         default=kernels,
         help="which kernels (default: all)",
     )
     parser.add_argument(
-        *("--shapes",),
+        "--shapes",
         nargs="+",
         metavar="SHAPE",
         help="shapes to tune (default: those of some common models)",
     )
     parser.add_argument(
-        *("--out",),
+        "--out",
         type=Path,
         metavar="FILE",
         help="table to write; entries that it has of other shapes stay (default: "
         "this device's, in the package)",
     )
     parser.add_argument(
-        *("--seconds",),
+        "--seconds",
         type=float,
         default=30.0,
         help="time for each shape's search (default: %(default)s)",
     )
     parser.add_argument(
-        *("--jobs",),
+        "--jobs",
         type=int,
         default=min(8, os.cpu_count() or 1),
         help="configs compiled at once (default: %(default)s)",
     )
     parser.add_argument(
-        *("--toy",),
+        "--toy",
         action="store_true",
         help="toy shapes, interpreted where there is no GPU; writes only to --out",
     )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from polarjax.calibration.contract import Contract, keep_promise
+from polarjax.calibration.contract import Contract, Terms, keep_promise
 from polarjax.calibration.quality import (
     cost_and_warning,
     measure_quality,
@@ -21,7 +21,7 @@ from polarjax.calibration.quality import (
     quality_card,
     windows,
 )
-from polarjax.calibration.search import search_budgets
+from polarjax.calibration.search import Search, search_budgets
 from polarjax.engine import Tokenizer, start_token
 from polarjax.evaluation import Mode, Perplexity, Recall, router_recall
 from polarjax.evaluation.measure import Progress
@@ -115,41 +115,6 @@ class Texts:
             "context": int(corpus.blocks.shape[1]),
             "seed": self.seed,
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-    """What a contract asks for; see `polarjax.calibration.contract`.
-
-    Attributes:
-      max_drop: allowed relative increase of perplexity on each domain.
-      confidence: of the two-sided intervals.
-      mode: how it is measured.
-      batch: windows decoded together.
-      context: tokens in the cache, for the bytes that budgets save.
-      adaptive: budgets are means over tokens, and each token reads the groups that
-        score above a threshold; needs routers trained by "bce".
-    """
-
-    max_drop: float
-    confidence: float = 0.95
-    mode: Mode = "decode"
-    batch: int = 16
-    context: int = 2048
-    adaptive: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.max_drop > 0:
-            raise ValueError(f"max_drop must be positive, got {self.max_drop}")
-        if not 0 < self.confidence < 1:
-            raise ValueError(
-                f"confidence must be between 0 and 1, got {self.confidence}"
-            )
-        if self.batch < 1 or self.context < 1:
-            raise ValueError(
-                f"batch and context must be at least 1, got {self.batch}, "
-                f"{self.context}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,9 +330,7 @@ def _with_contract(
     path = search_budgets(
         params,
         search,
-        max_drop=terms.max_drop,
-        batch=terms.batch,
-        context=terms.context,
+        Search(terms.max_drop, terms.batch, terms.context),
         thresholds=thresholds,
         progress=say,
     )
@@ -375,10 +338,7 @@ def _with_contract(
         params,
         path,
         test,
-        max_drop=terms.max_drop,
-        confidence=terms.confidence,
-        mode=terms.mode,
-        batch=terms.batch,
+        terms,
         thresholds=thresholds,
         progress=say,
     )

@@ -36,7 +36,8 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels import Implementation
-from polarjax.calibration.search import Budgets, Setting, Thresholds, further_loss
+from polarjax.calibration.path import Budgets, Setting, further_loss
+from polarjax.calibration.search import Thresholds
 from polarjax.evaluation.batches import Continuation, Mode
 from polarjax.evaluation.measure import Journal, Progress
 from polarjax.evaluation.perplexity import Perplexity, perplexity
@@ -48,6 +49,41 @@ from polarjax.policy import Dense, Policy
 # How far the tests go, in calibration drop, as a multiple of the allowed one: a little
 # beyond. As the sequence ends by itself, to test what may fail risks nothing.
 _FARTHEST = 1.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What a contract asks for.
+
+    Attributes:
+      max_drop: allowed relative increase of perplexity on each domain.
+      confidence: of the two-sided intervals.
+      mode: how windows are scored, see `polarjax.evaluation.scoring`.
+      batch: windows decoded together.
+      context: tokens in the cache, for the bytes that budgets save.
+      adaptive: budgets are means over tokens, and each token reads the groups that
+        score above a threshold; needs routers trained by "bce".
+    """
+
+    max_drop: float
+    confidence: float = 0.95
+    mode: Mode = "decode"
+    batch: int = 16
+    context: int = 2048
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.max_drop > 0:
+            raise ValueError(f"max_drop must be positive, got {self.max_drop}")
+        if not 0 < self.confidence < 1:
+            raise ValueError(
+                f"confidence must be between 0 and 1, got {self.confidence}"
+            )
+        if self.batch < 1 or self.context < 1:
+            raise ValueError(
+                f"batch and context must be at least 1, got {self.batch}, "
+                f"{self.context}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +230,8 @@ def keep_promise(
     params: Params,
     path: Sequence[Setting],
     domains: Mapping[str, Sequence[Continuation]],
+    terms: Terms,
     *,
-    max_drop: float,
-    confidence: float = 0.95,
-    mode: Mode = "decode",
-    batch: int = 16,
     tests: int = 8,
     thresholds: Thresholds | None = None,
     implementation: Implementation | None = None,
@@ -215,10 +248,7 @@ def keep_promise(
       path: from `search_budgets`, densest first.
       domains: windows of held-out text, by name. Nothing of it may have been used to
         train the routers or to search.
-      max_drop: allowed relative increase of perplexity, 0.01 for 1 %.
-      confidence: of the two-sided intervals.
-      mode: how windows are scored, see `polarjax.evaluation.scoring`.
-      batch: windows computed together.
+      terms: what is asked for.
       tests: most settings that are tested.
       thresholds: those of the search, if its budgets are means over tokens.
       implementation: of the kernels; None chooses by device.
@@ -233,9 +263,7 @@ def keep_promise(
       ValueError: if a number is out of range, there is no domain, one has less than
         the two windows that an interval needs, or the path is out of order.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    sequence = choose_sequence(path, max_drop, tests)
+    sequence = choose_sequence(path, terms.max_drop, tests)
     _check_domains(domains)
 
     def measured(name: str, policy: Policy, budgets: Budgets) -> Perplexity:
@@ -250,8 +278,8 @@ def keep_promise(
             model,
             domains[name],
             {label: policy},
-            mode=mode,
-            batch=batch,
+            mode=terms.mode,
+            batch=terms.batch,
             implementation=implementation,
             name=f"contract/{name}/{label}",
             journal=journal,
@@ -267,11 +295,9 @@ def keep_promise(
             dense[name] = measured(name, Dense(), whole)
         return measured(name, Polar(), budgets), dense[name]
 
-    tested = run_tests(
-        sequence, tuple(domains), compare, max_drop=max_drop, confidence=confidence
-    )
-    names = tuple(domains)
-    return Contract(max_drop, confidence, mode, batch, names, sequence, tested)
+    names, drop, sure = tuple(domains), terms.max_drop, terms.confidence
+    tested = run_tests(sequence, names, compare, max_drop=drop, confidence=sure)
+    return Contract(drop, sure, terms.mode, terms.batch, names, sequence, tested)
 
 
 def choose_sequence(

@@ -118,7 +118,9 @@ def run_calibrate(args: argparse.Namespace) -> None:
         )
     with counting_bar(console) as bar:
         found = calibrate(
-            *(params, _texts(args), training),
+            params,
+            _texts(args),
+            training,
             passes=args.passes,
             terms=terms,
             target_recall=args.target_recall,
@@ -164,7 +166,9 @@ def run_recover(args: argparse.Namespace) -> None:
     _try_places(args, mesh, trained_shapes(params, recovery))
     with counting_bar(console) as bar:
         found = recover(
-            *(params, _texts(args), recovery),
+            params,
+            _texts(args),
+            recovery,
             passes=args.passes,
             patience=args.patience,
             progress=_Bar(bar),
@@ -194,7 +198,10 @@ def _show(
     mode: str,
 ) -> None:
     table = Table(
-        *("text", "recall", "of chance", "norm kept"),
+        "text",
+        "recall",
+        "of chance",
+        "norm kept",
         title="Of the heads that count most, over sparse layers",
     )
     for name, found in recall.items():
@@ -202,7 +209,11 @@ def _show(
         table.add_row(name, *(f"{means[x]:.3f}" for x in ("routers", "chance", "kept")))
     console.print(table)
     table = Table(
-        *("text", "policy", "density", "perplexity", "/ dense (95 % interval)"),
+        "text",
+        "policy",
+        "density",
+        "perplexity",
+        "/ dense (95 % interval)",
         title=f"Perplexity of held-out text, mode {mode}",
     )
     for name, found in quality.items():

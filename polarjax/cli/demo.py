@@ -61,13 +61,7 @@ def show(
                     params, list(PROMPTS), policy=policy, max_new_tokens=max_new_tokens
                 )
             )
-    headers = [Column(name, overflow="fold") for name in names]
-    table = Table("prompt", *headers, show_lines=True)
-    texts = (output.texts or [] for output in outputs)
-    for row in zip(PROMPTS, *texts, strict=True):
-        table.add_row(*row)
-    console.print(table)
-
+    console.print(_continued(names, outputs))
     text = Path(__file__).with_name("demo.txt")
     tokenizer = Tokenizer.require(dense.config, "the demo")
     tokens = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
@@ -76,6 +70,36 @@ def show(
     for name, (params, policy) in zip(names, runs, strict=True):
         with console.status(Text(f"{name}: perplexity of a short text")):
             found += perplexity(params, windows, {name: policy}, batch=8).values()
+    console.print(_compared(names, outputs, found))
+    for name in adapters:
+        card = read_card(find_adapter(name))
+        promise = card.get("contract", {}).get("verdict")
+        learned = f"{name}: learned from {card.get('tokens', 0):,} tokens"
+        said = f"{learned}; {promise}" if promise else learned
+        console.print(said + ".", style="dim")
+    console.print(
+        "The floor is the bytes that must be read by the bandwidth measured here "
+        f"({outputs[0].stats.bandwidth / 1e9:,.1f} GB/s). At this size weights, "
+        "not the KV cache, are most of the bytes: sparsity pays with long contexts and "
+        "big batches on a GPU.",
+        style="dim",
+    )
+
+
+def _continued(names: Sequence[str], outputs: Sequence[Output]) -> Table:
+    """What each model wrote behind each prompt."""
+    headers = [Column(name, overflow="fold") for name in names]
+    table = Table("prompt", *headers, show_lines=True)
+    texts = (output.texts or [] for output in outputs)
+    for row in zip(PROMPTS, *texts, strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _compared(
+    names: Sequence[str], outputs: Sequence[Output], found: Sequence[Perplexity]
+) -> Table:
+    """What sparsity saved, and what it cost in perplexity."""
     table = Table("", *names)
 
     def line(label: str, show: Callable[[Stats], str]) -> None:
@@ -93,17 +117,4 @@ def show(
     ratios = [p.ratio(found[0]) for p in found]
     shown = [f"{ratio:.3f} ({low:.3f} to {high:.3f})" for ratio, low, high in ratios]
     table.add_row("  / dense (95 %)", "1", *shown[1:])
-    console.print(table)
-    for name in adapters:
-        card = read_card(find_adapter(name))
-        promise = card.get("contract", {}).get("verdict")
-        learned = f"{name}: learned from {card.get('tokens', 0):,} tokens"
-        said = f"{learned}; {promise}" if promise else learned
-        console.print(said + ".", style="dim")
-    console.print(
-        "The floor is the bytes that must be read by the bandwidth measured here "
-        f"({outputs[0].stats.bandwidth / 1e9:,.1f} GB/s). At this size weights, "
-        "not the KV cache, are most of the bytes: sparsity pays with long contexts and "
-        "big batches on a GPU.",
-        style="dim",
-    )
+    return table

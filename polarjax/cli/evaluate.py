@@ -47,12 +47,10 @@ def run_lm_eval(args: argparse.Namespace) -> None:
             params,
             {label: policy for label, policy in policies.items() if label != DENSE},
             args.tasks.split(","),
+            harness.Asked(args.num_fewshot, args.limit, args.chat),
             mode=args.mode,
             batch=args.batch,
             include_path=args.include_path,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-            apply_chat_template=args.chat,
             implementation=args.implementation,
             progress=progress,
         )
@@ -93,7 +91,8 @@ def run_eval(args: argparse.Namespace) -> None:
     try:
         with share_bar(make_console(stderr=True)) as bar:
             result, path = evaluate(
-                *(params, settings),
+                params,
+                settings,
                 out=args.out,
                 overwrite=args.overwrite,
                 adapter=adapter,
@@ -164,7 +163,9 @@ def _task(title: str, task: dict[str, Any]) -> Table:
         against = r["against_dense"] or {}
         change = against.get(f"{second}_ratio" if target else second)
         table.add_row(
-            *(label, _density(r), interval(r["accuracy"])),
+            label,
+            _density(r),
+            interval(r["accuracy"]),
             interval(against.get("accuracy"), "+.3f"),
             f"{against['mcnemar_p']:.3g}" if against else "",
             interval(r[second]),
@@ -185,7 +186,9 @@ def _perplexity(title: str, found: dict[str, Any]) -> Table:
     table.add_column("tokens/s", justify="right")
     for label, r in found["results"].items():
         table.add_row(
-            *(label, _density(r), interval(r["perplexity"])),
+            label,
+            _density(r),
+            interval(r["perplexity"]),
             interval((r["against_dense"] or {}).get("ratio"), ".4f"),
             *(interval(r[unit]) for unit in units),
             f"{r['tokens_per_second']:,.0f}",
@@ -207,9 +210,12 @@ def _generation(found: dict[str, Any]) -> Table:
     table.add_column("same best token")
     for label, r in found["results"].items():
         table.add_row(
-            *(label, f"{r['density']:.3f}", interval(r["identical"])),
+            label,
+            f"{r['density']:.3f}",
+            interval(r["identical"]),
             interval(r["tokens_until_divergence"], ".1f"),
-            *(interval(r["kl"], ".4f"), interval(r["agreement"])),
+            interval(r["kl"], ".4f"),
+            interval(r["agreement"]),
         )
     return table
 

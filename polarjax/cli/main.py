@@ -187,15 +187,14 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _fill_bench(parser: argparse.ArgumentParser) -> None:
-    check_ours("benchmarks")
-    from benchmarks import arguments
+    from polarjax.bench import arguments
 
     parser.description = arguments.DESCRIPTION
-    arguments.add_arguments(parser.add_argument)
+    arguments.add_command(parser.add_argument)
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from benchmarks import decode
+    from polarjax.bench import decode
 
     decode.run(args, ["polarjax", *args.given])
 

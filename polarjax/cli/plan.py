@@ -67,9 +67,15 @@ def _show(found: Plan) -> None:
             highlight=False,
         )
     table = Table(
-        *("context", "batch", "density", "memory, GB", "fits"),
+        "context",
+        "batch",
+        "density",
+        "memory, GB",
+        "fits",
         *(("sent, MB", "reading, ms") if several else ()),
-        *("floor, ms a step", "tokens/s, at most", "over dense, by floors"),
+        "floor, ms a step",
+        "tokens/s, at most",
+        "over dense, by floors",
     )
     for column in table.columns[:4] + table.columns[5:]:
         column.justify = "right"
@@ -80,10 +86,14 @@ def _show(found: Plan) -> None:
                 density += f", neurons {row.neuron_density:.3f}"
             sent = f"{row.sent_bytes / 1e6:.2f}", f"{row.read_ms:.3f}"
             table.add_row(
-                *(f"{row.context:,}", f"{row.batch:,}", density),
-                *(f"{row.memory_bytes / 1e9:.2f}", "yes" if row.fits else "no"),
+                f"{row.context:,}",
+                f"{row.batch:,}",
+                density,
+                f"{row.memory_bytes / 1e9:.2f}",
+                "yes" if row.fits else "no",
                 *(sent if several else ()),
-                *(f"{row.step_ms:.3f}", f"{row.tokens_per_second:,.0f}"),
+                f"{row.step_ms:.3f}",
+                f"{row.tokens_per_second:,.0f}",
                 f"{row.over_dense:.2f}x",
                 style=None if row.fits else "dim",
             )

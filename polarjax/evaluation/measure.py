@@ -107,7 +107,9 @@ def measure(
             places = [row.item for row in batch.rows]
             nll[places], greedy[places] = part["nll"], part["greedy"]
         results[label] = Measured(
-            *(nll, greedy, np.sum([part["use"] for part in parts], axis=0)),
+            nll,
+            greedy,
+            np.sum([part["use"] for part in parts], axis=0),
             sum(part["positions"] for part in parts),
             sum(part["seconds"] for part in parts),
             scorer.neuron_density(label),

@@ -212,7 +212,8 @@ class _Work:
 
     def _scorer(self, batch: int) -> Scorer:
         return Scorer(
-            *(self.params, self.policies),
+            self.params,
+            self.policies,
             mode=self.settings.mode,
             batch=batch,
             implementation=self.settings.implementation,
@@ -340,7 +341,8 @@ class _Work:
     def _damage(self, journal: Journal, say: Progress) -> dict[str, Any]:
         s = self.settings
         damage = measure_damage(
-            *(self.params, self.prompts),
+            self.params,
+            self.prompts,
             {k: policy for k, policy in self.policies.items() if k != DENSE},
             new_tokens=s.new_tokens,
             batch=s.batch,

@@ -72,7 +72,7 @@ def save_adapter(
     Raises:
       FileExistsError: if `path` exists and is not to be overwritten.
       ValueError: if the routers or budgets do not fit the model, or hold NaN, or the
-        card has a key that is none of a card's (see `sparsity.card.Card`).
+        card has a key that is none of a card's (see `polarjax.policies.card.Card`).
     """
     shapes = model_shapes(params.weights, params.config)
     learned = dataclasses.replace(params.policy.learned, routers=whole_routers(params))

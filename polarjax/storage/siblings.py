@@ -12,10 +12,10 @@ def check_ours(name: str) -> None:
     """Raise unless `import name` finds the package that belongs to polarjax.
 
     Python looks first where a script lies, or in the folder that it was started in: a
-    `convert.py` or a folder `benchmarks` of the user's own is then found instead.
+    `convert.py` or a folder `convert` of the user's own is then found instead.
 
     Args:
-      name: "convert", "benchmarks" or "pallas_kernels".
+      name: "convert" or "pallas_kernels".
 
     Raises:
       ImportError: naming the file that is found.

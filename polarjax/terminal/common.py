@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, fill: Fill | None = None, **settings: Any) -> None:
-        super().__init__(**{"formatter_class": Formatter, **settings})
+        super().__init__(formatter_class=Formatter, **settings)
         self._fill = fill
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]

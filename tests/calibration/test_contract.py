@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.calibration.contract import choose_sequence, keep_promise, run_tests
-from polarjax.calibration.search import Setting, search_budgets
+from polarjax.calibration.contract import (
+    Terms,
+    choose_sequence,
+    keep_promise,
+    run_tests,
+)
+from polarjax.calibration.path import Setting
+from polarjax.calibration.search import Search, search_budgets
 from polarjax.evaluation import Interval, Perplexity, mean_interval
 from tests.evaluation.planted import IDLE, own_text, planted, sabotaged
 
@@ -192,7 +198,7 @@ def model():
     """A model with idle groups, its path, and text of two domains it has not seen."""
     params = planted()
     path = search_budgets(
-        params, {"own": own_text(params, 16)}, max_drop=0.1, batch=8, context=64
+        params, {"own": own_text(params, 16)}, Search(0.1, batch=8, context=64)
     )
     domains = {"one": own_text(params, 16, seed=1), "two": own_text(params, 8, seed=2)}
     return params, path, domains
@@ -200,9 +206,9 @@ def model():
 
 def test_a_right_router_is_promised_and_a_wrong_one_refused(model):
     params, path, domains = model
-    options = {"max_drop": 0.002, "batch": 8, "mode": "mask", "tests": 2}
+    terms = Terms(0.002, batch=8, mode="mask")
     journal = {}
-    right = keep_promise(params, path, domains, journal=journal, **options)
+    right = keep_promise(params, path, domains, terms, tests=2, journal=journal)
     assert right.kept and right.budgets == path[len(IDLE)].budgets
     assert right.chosen is not None
     for name, found in right.chosen.domains.items():
@@ -211,10 +217,10 @@ def test_a_right_router_is_promised_and_a_wrong_one_refused(model):
         assert found.windows == len(domains[name])
         assert found.tokens == 20 * len(domains[name])
     assert "kept within a drop of 0.20% at 95% confidence on one, two" in str(right)
-    again = keep_promise(params, path, domains, journal=journal, **options)
+    again = keep_promise(params, path, domains, terms, tests=2, journal=journal)
     assert again == right
 
-    wrong = keep_promise(sabotaged(params), path, domains, **options)
+    wrong = keep_promise(sabotaged(params), path, domains, terms, tests=2)
     assert not wrong.kept and wrong.budgets is None and len(wrong.tested) == 1
     assert "only dense passes" in str(wrong) and "the densest (0.875)" in str(wrong)
     for contract in (right, wrong):
@@ -228,11 +234,12 @@ def test_a_right_router_is_promised_and_a_wrong_one_refused(model):
 def test_a_wrong_router_finds_no_path_either(model):
     params, _, domains = model
     bad = sabotaged(params)
-    options = {"max_drop": 0.002, "batch": 8}
-    path = search_budgets(bad, {"own": own_text(params, 16)}, context=64, **options)
-    contract = keep_promise(bad, path, domains, mode="mask", **options)
+    settings = Search(0.002, batch=8, context=64)
+    path = search_budgets(bad, {"own": own_text(params, 16)}, settings)
+    terms = Terms(0.002, batch=8, mode="mask")
+    contract = keep_promise(bad, path, domains, terms)
     assert not contract.kept
-    nothing = keep_promise(bad, path[:1], domains, mode="mask", **options)
+    nothing = keep_promise(bad, path[:1], domains, terms)
     assert not nothing.tested and "no sparse setting within it" in str(nothing)
     assert nothing.card()["tested"] == []
 
@@ -240,7 +247,7 @@ def test_a_wrong_router_finds_no_path_either(model):
 def test_decode_mode_is_the_default(model):
     params, path, domains = model
     one = {"one": domains["one"][:2]}
-    contract = keep_promise(params, path[: len(IDLE) + 1], one, max_drop=0.002, tests=1)
+    contract = keep_promise(params, path[: len(IDLE) + 1], one, Terms(0.002), tests=1)
     assert contract.mode == "decode" and contract.kept
     assert contract.tested[0].domains["one"].ratio.value == pytest.approx(1, abs=1e-5)
 
@@ -248,14 +255,14 @@ def test_decode_mode_is_the_default(model):
 def test_errors(model):
     params, path, domains = model
     with pytest.raises(ValueError, match="no domain"):
-        keep_promise(params, path, {}, max_drop=0.01)
+        keep_promise(params, path, {}, Terms(0.01))
     with pytest.raises(ValueError, match=r"'few' has 1 window\(s\)"):
         few = {**domains, "few": domains["one"][:1]}
-        keep_promise(params, path, few, max_drop=0.01)
+        keep_promise(params, path, few, Terms(0.01))
     for confidence in (0, 1, 95):
         with pytest.raises(ValueError, match=f"between 0 and 1, got {confidence}"):
-            keep_promise(params, path, domains, max_drop=0.01, confidence=confidence)
+            Terms(0.01, confidence=confidence)
     with pytest.raises(ValueError, match="no router for layer"):
         bare = polarjax.Params(params.weights, {}, params.config)
-        keep_promise(bare, path, domains, max_drop=0.01, mode="mask")
+        keep_promise(bare, path, domains, Terms(0.01, mode="mask"))
     assert dataclasses.is_dataclass(path[0])

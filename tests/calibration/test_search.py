@@ -10,7 +10,8 @@ import pytest
 import polarjax
 from polarjax.calibration import search
 from polarjax.calibration.contract import choose_sequence
-from polarjax.calibration.search import search_budgets, search_path
+from polarjax.calibration.path import search_path
+from polarjax.calibration.search import Search, search_budgets
 from polarjax.evaluation import Scorer, perplexity
 from polarjax.planning.cost import StepCost, step_cost
 from polarjax.training.thresholds import score_thresholds, sorted_scores
@@ -167,8 +168,8 @@ def test_thresholds_make_budgets_means():
     found = functools.partial(
         score_thresholds, sorted_scores(params, blocks), kv_heads=k
     )
-    options = {**OPTIONS, "max_drop": 0.1}
-    path = search_budgets(params, domains, thresholds=found, **options)
+    options = dataclasses.replace(OPTIONS, max_drop=0.1)
+    path = search_budgets(params, domains, options, thresholds=found)
     assert len(path) > 2 and any(n != int(n) for s in path for n in s.budgets)
     config = dataclasses.replace(
         *(params.config,),
@@ -273,23 +274,23 @@ def model():
     return params, {"own": own_text(params, 16)}
 
 
-OPTIONS = {"max_drop": 0.03, "batch": 8, "context": 64, "rows": 8}
+OPTIONS = Search(max_drop=0.03, batch=8, context=64, rows=8)
 
 
 def test_idle_groups_go_first(model):
     params, domains = model
-    path = search_budgets(params, domains, **OPTIONS)
+    path = search_budgets(params, domains, OPTIONS)
     assert sorted(lowered(path)[:2]) == sorted(IDLE)
     assert path[2].drop.value == pytest.approx(0, abs=1e-6)
     assert all(s.drop.value > 1e-4 for s in path[3:])
     assert all(s.budgets[0] == LLAMA.kv_heads for s in path)
-    assert path == search_budgets(params, domains, **OPTIONS)
+    assert path == search_budgets(params, domains, OPTIONS)
     # A router that picks just those groups finds nothing that is free.
-    wrong = search_budgets(sabotaged(params), domains, **OPTIONS)
+    wrong = search_budgets(sabotaged(params), domains, OPTIONS)
     assert all(s.drop.value > 1e-4 for s in wrong[1:])
     # An oracle needs no router.
     bare = dataclasses.replace(params, routers={})
-    oracle = search_budgets(bare, domains, policy=polarjax.Oracle(), **OPTIONS)
+    oracle = search_budgets(bare, domains, OPTIONS, policy=polarjax.Oracle())
     assert sorted(lowered(oracle)[:2]) == sorted(IDLE)
 
 
@@ -305,7 +306,8 @@ def test_one_program_scores_what_polar_does(model, mode, monkeypatch):
 
     monkeypatch.setattr(search, "_Budgeted", Noted)
     journal = {}
-    search_budgets(params, domains, mode=mode, journal=journal, **OPTIONS)
+    options = dataclasses.replace(OPTIONS, mode=mode)
+    search_budgets(params, domains, options, journal=journal)
     [scorer] = made
     assert len(journal) > 4
     assert len(scorer._programs) == (1 if mode == "mask" else 2)  # one: the prefill
@@ -336,9 +338,9 @@ def test_the_drop_is_from_the_original_model(model, monkeypatch):
         norm = {"scale": 1.2 * weights["final_norm"]["scale"]}
         return {**weights, "final_norm": norm}, bound
 
-    usual = search_budgets(params, domains, journal=(one := {}), **OPTIONS)
+    usual = search_budgets(params, domains, OPTIONS, journal=(one := {}))
     monkeypatch.setattr(polarjax.Polar, "bind", updated)
-    path = search_budgets(params, domains, journal=(other := {}), **OPTIONS)
+    path = search_budgets(params, domains, OPTIONS, journal=(other := {}))
     dense = next(iter(one))
     assert one[dense] == other[dense] and path[0] == usual[0]
     idle = next(key for key in one if key in other and key != dense)
@@ -349,10 +351,11 @@ def test_goes_on_where_it_was_cut_short(model, monkeypatch):
     params, domains = model
     journal, said = {}, []
     path = search_budgets(
-        *(params, domains),
+        params,
+        domains,
+        OPTIONS,
         journal=journal,
         progress=lambda *args: said.append(args),
-        **OPTIONS,
     )
     assert len(said) == len(journal)
     assert said[-1][0] == "searching budgets" and said[-1][1] <= said[-1][2]
@@ -360,10 +363,10 @@ def test_goes_on_where_it_was_cut_short(model, monkeypatch):
     monkeypatch.setattr(
         Scorer, "score", lambda self, batch: scored.append(1) or score(self, batch)
     )
-    assert search_budgets(params, domains, journal=journal, **OPTIONS) == path
+    assert search_budgets(params, domains, OPTIONS, journal=journal) == path
     assert not scored
     part = dict(list(journal.items())[:-3])
-    assert search_budgets(params, domains, journal=part, **OPTIONS) == path
+    assert search_budgets(params, domains, OPTIONS, journal=part) == path
     assert part == journal and len(scored) == 3 * 2  # two batches for each
 
 
@@ -371,11 +374,11 @@ def test_errors(model):
     params, domains = model
     for name in ("max_drop", "width", "rows", "reach"):
         with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
-            search_budgets(params, domains, **{**OPTIONS, name: 0})
+            dataclasses.replace(OPTIONS, **{name: 0})
     with pytest.raises(ValueError, match="no calibration window"):
-        search_budgets(params, {"own": []}, **OPTIONS)
+        search_budgets(params, {"own": []}, OPTIONS)
     with pytest.raises(ValueError, match="a search finds it, leave it out"):
-        search_budgets(params, domains, policy=polarjax.Polar(0.5), **OPTIONS)
+        search_budgets(params, domains, OPTIONS, policy=polarjax.Polar(0.5))
     with pytest.raises(ValueError, match="no router for layer 1"):
         bare = dataclasses.replace(params, routers={})
-        search_budgets(bare, domains, **OPTIONS)
+        search_budgets(bare, domains, OPTIONS)

@@ -16,7 +16,7 @@ from rich.console import Console
 import polarjax
 from polarjax.cli import evaluate, main
 from polarjax.evaluation.lm_eval import tasks as lm_eval_module
-from polarjax.evaluation.lm_eval.tasks import run_lm_eval, table
+from polarjax.evaluation.lm_eval.tasks import Asked, run_lm_eval, table
 from polarjax.evaluation.statistics import difference_interval, mcnemar, mean_interval
 from tests.evaluation.tiny_tasks import (
     GENERATION,
@@ -238,15 +238,15 @@ def test_errors(params, folder, monkeypatch, tmp_path):
     # What lm-eval would leave out without a word.
     for names in (["none"], ["choose", "none"]):
         with pytest.raises(ValueError, match=r"'none' says num_fewshot 0 .*, not 3: l"):
-            run(names, num_fewshot=3)
+            run(names, Asked(num_fewshot=3))
     with pytest.raises(ValueError, match="name at least one task"):
         run([])
     with pytest.raises(ValueError, match="limit must be above 0, got 0"):
-        run(["choose"], limit=0)
+        run(["choose"], Asked(limit=0))
     with pytest.raises(ValueError, match=r"no folder .*nowhere"):
         run(["choose"], include_path=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no mode 'guess'"):
-        run(["choose"], mode="guess", limit=1)
+        run(["choose"], Asked(limit=1), mode="guess")
     with pytest.raises(ValueError, match="the label 'Dense' is the dense model's"):
         run_lm_eval(params, {"Dense": SPARSE}, ["choose"], include_path=folder)
     with pytest.raises(ValueError, match="needs a tokenizer"):

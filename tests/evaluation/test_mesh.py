@@ -7,7 +7,7 @@ import pytest
 
 import polarjax
 from polarjax import Polar
-from polarjax.calibration.search import search_budgets
+from polarjax.calibration.search import Search, search_budgets
 from polarjax.evaluation import Scorer, Settings, evaluate, measure, perplexity
 from polarjax.mesh.cut import make_mesh, shard
 from tests.evaluation.test_run import numbers
@@ -130,7 +130,7 @@ def test_budgets_are_searched_over_a_mesh():
     params, items = make("gqa"), {"text": make_items(MODELS["gqa"])}
     cut = shard(params, make_mesh(2, 2))
     one, many = (
-        search_budgets(x, items, max_drop=0.5, batch=3, context=64)
+        search_budgets(x, items, Search(0.5, batch=3, context=64))
         for x in (params, cut)
     )
     assert [step.budgets for step in one] == [step.budgets for step in many]

@@ -72,9 +72,10 @@ def test_they_are_small_and_belong_to_the_default_model(recovered, promised):
     assert not any("updates" in parts for parts in promised.routers.values())
 
 
-def test_the_readme_says_what_its_card_says():
-    text = (readme.REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert readme.render(text) == text, "run `python -m benchmarks.readme`"
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_tables_say_what_cards_and_results_say(page):
+    text = (readme.REPOSITORY / page).read_text(encoding="utf-8")
+    assert readme.render(page, text) == text, "run `python -m benchmarks.readme`"
 
 
 def test_the_card_names_its_training_and_what_it_is_worth():

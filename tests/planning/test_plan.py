@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from benchmarks.shapes import MODELS
+from polarjax.bench.shapes import MODELS
 from polarjax.cli import main, plan
 from polarjax.engine import places, programs
 from polarjax.engine.sampling import Sampling

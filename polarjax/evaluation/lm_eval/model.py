@@ -96,7 +96,8 @@ class PolarLM(TemplateLM):
     @functools.cached_property
     def _scorer(self) -> Scorer:
         return Scorer(
-            *(self.params, self.policies),
+            self.params,
+            self.policies,
             mode=self._mode,
             batch=self.batch_size,
             implementation=self._implementation,
@@ -325,7 +326,8 @@ class PolarLM(TemplateLM):
         self, prompts: list[list[int]], seed: int, settings: Mapping[str, Any]
     ) -> list[str]:
         out = generate(
-            *(self.params, prompts),
+            self.params,
+            prompts,
             policy=self.policies[self.label],
             seed=seed,
             implementation=self._implementation,
@@ -346,7 +348,8 @@ class PolarLM(TemplateLM):
             digest.update(np.array([*item.tokens, -item.scored], np.int32).tobytes())
         task = self._task
         found = measure(
-            *(self._scorer, items),
+            self._scorer,
+            items,
             name=f"{task or 'lm-eval'}/{digest.hexdigest()[:16]}",
             journal=self._journal,
             progress=lambda what, *counts: self._progress(f"{task}: {what}", *counts),
@@ -390,7 +393,11 @@ class PolarLM(TemplateLM):
             _log.warning(
                 "%d of %d %s requests of task %s were cut from the left to fit the "
                 "model's context of %d tokens",
-                *(cut, total, kind, self._task, self.max_length),
+                cut,
+                total,
+                kind,
+                self._task,
+                self.max_length,
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -46,21 +47,48 @@ _SCALES: dict[str, Callable[[float], float]] = {
 
 # What lies between 0 and 1 in every row.
 _FRACTIONS = (
-    *("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1"),
+    "acc",
+    "acc_norm",
+    "acc_bytes",
+    "acc_mutual_info",
+    "exact_match",
+    "em",
+    "f1",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How lm-eval puts its tasks.
+
+    Attributes:
+      num_fewshot: examples before each question; None for the task's own number.
+      limit: rows of each task, or below 1 the fraction of them; None for all.
+      apply_chat_template: whether questions are put as the model's chat template has
+        it.
+
+    Raises:
+      ValueError: if the limit is not above 0.
+    """
+
+    num_fewshot: int | None = None
+    limit: float | None = None
+    apply_chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"limit must be above 0, got {self.limit}")
 
 
 def run_lm_eval(
     params: Params,
     policies: Mapping[str, Policy],
     tasks: Sequence[str],
+    asked: Asked | None = None,
     *,
     mode: Mode = "decode",
     batch: int = 16,
     include_path: str | Path | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    apply_chat_template: bool = False,
     implementation: Implementation | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -73,14 +101,11 @@ def run_lm_eval(
       params: the model; its checkpoint must have a tokenizer.
       policies: by label, not yet bound. "Dense" is added.
       tasks: names of tasks, groups or tags, or patterns such as "mmlu_*".
+      asked: how the tasks are put; None for their own way, with all rows.
       mode: how continuations are scored, see `polarjax.evaluation.scoring`; texts are
         generated as `generate` does it in any mode.
       batch: requests computed together.
       include_path: folder with YAML files of more tasks.
-      num_fewshot: examples before each question; None for the task's own number.
-      limit: rows of each task, or below 1 the fraction of them; None for all.
-      apply_chat_template: whether questions are put as the model's chat template has
-        it.
       implementation: of the kernels; None chooses by device.
       progress: called as progress(what, units done, units in all).
 
@@ -108,24 +133,19 @@ def run_lm_eval(
     policies = {DENSE: Dense(), **policies}
     if not isinstance(policies[DENSE], Dense):
         raise ValueError(f"the label {DENSE!r} is the dense model's: choose another")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit must be above 0, got {limit}")
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"there is no folder {include_path} to include tasks from")
     manager = TaskManager(include_path=include_path)
     names = _find(manager, tasks)
     model = PolarLM(
-        *(params, policies),
+        params,
+        policies,
         mode=mode,
         batch=batch,
         implementation=implementation,
         progress=progress,
     )
-    options = {
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "apply_chat_template": apply_chat_template,
-    }
+    options = dataclasses.asdict(asked or Asked())
     runs = {}
     for label in policies:
         model.label = label
@@ -340,7 +360,9 @@ def table(result: Mapping[str, Any]) -> Table:
                 error = metric["stderr"]
                 value = _show(metric["value"])
                 cells = (
-                    *(name, key.removesuffix(",none"), label),
+                    name,
+                    key.removesuffix(",none"),
+                    label,
                     value if error is None else f"{value} ± {_show(error)}",
                     _against(metric["against_dense"]),
                     _show(found["density"]),

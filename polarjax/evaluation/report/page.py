@@ -97,8 +97,10 @@ def make_report(results: Sequence[str | Path], out: str | Path) -> Path:
     _check_place(out)
     runs = read_results([results] if isinstance(results, str | Path) else results)
     sections = [
-        *(_quality(runs, "tasks"), _quality(runs, "perplexity")),
-        *(_generation(runs), _heads(runs)),
+        _quality(runs, "tasks"),
+        _quality(runs, "perplexity"),
+        _generation(runs),
+        _heads(runs),
     ]
     title, facts = _title(runs), [facts_of(run) for run in runs]
     files = {
@@ -268,7 +270,8 @@ def _generation(runs: Sequence[Run]) -> _Section:
     panels = [
         (
             known[row.run.tag, row.kind]._replace(name=row.run.named(row.label)),
-            *(values, row.found["kl"][0]),
+            values,
+            row.found["kl"][0],
         )
         for row, values in divergences(runs)
     ]

@@ -173,7 +173,8 @@ def heat_maps(name: str, label: str, panels: Mapping[str, np.ndarray]) -> str:
         image = None
         for cell, (title, use) in zip(cells, panels.items(), strict=True):
             image = cell.imshow(
-                *(use, matplotlib.colormaps["cividis"].resampled(20)),
+                use,
+                matplotlib.colormaps["cividis"].resampled(20),
                 vmin=0,
                 vmax=1,
                 aspect="auto",

@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 
-import polarjax
-from benchmarks import profiling, steps
-from benchmarks.meshes import Devices, of_one, sent_bytes
-from benchmarks.shapes import Case
+from polarjax import SelectionPolicy
+from polarjax.bench import profiling, rounds, steps
+from polarjax.bench.meshes import Devices, of_one
+from polarjax.bench.shapes import Case
 from polarjax.engine.stats import imbalance
 from polarjax.params import Params
-from polarjax.planning.crossover import bind_where_it_pays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Timed:
 
 def time_policy(
     params: Params,
-    policy: polarjax.SelectionPolicy,
+    policy: SelectionPolicy,
     asked: bool,
     state: Any,
     case: Case,
@@ -62,25 +61,21 @@ def time_policy(
       where: the devices that the model is on.
       beside: dense, to be timed again in the same rounds; None for none.
     """
-    notes: tuple[str, ...] = ()
-    if alone:  # layer 0 is not there to be costed
-        weights, bound = policy.bind(params, case.batch)
-    else:
-        weights, bound, notes = bind_where_it_pays(
-            params, policy, asked, case.batch, case.context
-        )
+    weights, bound, notes = steps.bind(
+        params, policy, case.batch, case.context, asked=asked, alone=alone
+    )
     chunk = steps.make_chunk(params, weights, bound, case.batch, alone=alone)
-    compiled, seconds_taken = steps.timed_compile(lambda: chunk.lower(state))
+    compiled, seconds_taken = rounds.timed_compile(lambda: chunk.lower(state))
     known: dict[str, Any] = {**seconds_taken, "notes": list(notes)}
     hlo = compiled.as_text()
     cache = of_one(state.cache.keys[0]).shape
     known["cache_copies"] = profiling.cache_copies(hlo, cache)
     chunks = [chunk] if beside is None else [chunk, beside]
-    state, seconds, drawn = steps.times(chunks, state, case.context, args.repeats)
+    state, seconds, drawn = rounds.times(chunks, state, case.context, args.repeats)
     read = steps.step_bytes(params, weights, bound, drawn[0])
     if where.count > 1:
         known |= {
-            "sent_bytes": sent_bytes(params, bound, case.batch, where),
+            "sent_bytes": steps.sent_bytes(params, bound, case.batch, where),
             "imbalance": imbalance(drawn[0]),
             "collectives": {
                 kind: {
@@ -95,7 +90,7 @@ def time_policy(
 
         def once() -> None:
             nonlocal state
-            state, _ = steps.follow(chunk, state, case.context)
+            state, _ = rounds.follow(chunk, state, case.context)
 
         count = steps.STEPS * steps.chunks_in(case.context)
         summary = profiling.profile(once, count, hlo)

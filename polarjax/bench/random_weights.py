@@ -10,14 +10,52 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from benchmarks.meshes import drawn_apart
-from polarjax import ModelConfig, Params
+from polarjax import ModelConfig, Params, load
+from polarjax.bench.meshes import drawn_apart
+from polarjax.bench.shapes import layers_alone, parse_model
 from polarjax.mesh.cut import placement, router_spec
 from polarjax.model import weight_shapes
 from polarjax.params import Placement
 from polarjax.policies import routers
+from polarjax.policies.budgets import with_density
 
 NEURON_RANK = 1024  # of neuron routers, as in the paper
+
+
+def load_model(
+    model: str,
+    adapter: str | None,
+    dtype: Any,
+    head_rank: int,
+    mesh: Mesh | None = None,
+    any_model: bool = False,
+) -> Params:
+    """Random weights, or those of a checkpoint, on one device or cut over several.
+
+    Args:
+      model: a name in `polarjax.bench.shapes`, or a checkpoint.
+      adapter: of the checkpoint; None for routers by chance.
+      dtype: of everything.
+      head_rank: of random head routers' quadratic form; 0 for none.
+      mesh: that the model is cut over; None for one device.
+      any_model: see `polarjax.load`.
+    """
+    found = parse_model(model)
+    if found is None:
+        params = load(
+            model, adapter=adapter, dtype=dtype, mesh=mesh, any_model=any_model
+        )
+        if adapter:
+            return params
+        drawn = random_routers(params.config, params.dtype, head_rank, mesh)
+        return Params(params.weights, drawn, params.config)
+    config, count = found
+    if count:
+        config = layers_alone(config, count)
+    params = random_params(
+        config, dtype, head_rank=head_rank, alone=bool(count), mesh=mesh
+    )
+    return with_density(params, 0.5)
 
 
 def random_params(

@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
+from polarjax.bench.shapes import CASES, MODELS, TOY_CASES, Case, Sparsity, parse_model
 from polarjax.terminal.common import add_any_model, fraction
 
 DESCRIPTION = (
     "Time decode steps at the shapes of real models, on random weights or a "
     "checkpoint, beside the floor that the memory sets: the bytes that a step must "
-    "read over the best read rate of the same run. Without --models the cases of the "
-    "README's table are run, each dense and at its densities; with it, every model at "
+    "read over the best read rate of the same run. Without --models the cases that "
+    "--cases lists are run, each dense and at its densities; with it, every model at "
     "every batch, context and density. A row is printed and written as soon as it is "
     "measured, and a later command with the same --out adds to the file, so that a "
     "table can be made in parts."
@@ -25,22 +25,54 @@ EXAMPLE = (
 )
 
 
-def add_arguments(add: Any) -> None:
-    """Give a parser the benchmark's arguments.
+class _Elsewhere(argparse.Action):
+    """Refuses a flag of the repository's command, which times other libraries too."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        raise ValueError(
+            f"{option_string} goes with `python -m benchmarks.decode`, in a clone of "
+            "polarjax's repository, which times torch and transformers too: leave it "
+            "out here"
+        )
+
+
+def add_command(add: Any) -> None:
+    """Give the parser of `polarjax bench` its arguments.
 
     Args:
       add: its `add_argument`.
     """
-    several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+    add_arguments(add)
+    for flag in ("--transformers", "--no-torch"):
+        add(flag, action=_Elsewhere, nargs=0, help=argparse.SUPPRESS)
+
+
+def add_arguments(add: Any, folder: str = "") -> None:
+    """Give a parser the benchmark's arguments.
+
+    Args:
+      add: its `add_argument`.
+      folder: where results go, with a slash; "" for the folder that it is called in.
+    """
+    _add_cases(add)
+    _add_devices(add)
+    _add_runs(add, folder)
+
+
+_SEVERAL: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+
+
+def _add_cases(add: Any) -> None:
+    """What is timed."""
     add(
-        *("--cases",),
+        "--cases",
         nargs="+",
         choices=[*CASES, *TOY_CASES],
         metavar="NAME",
         help=f"some of the table's: {', '.join(CASES)} (without --models: all)",
     )
     add(
-        *("--models",),
+        "--models",
         nargs="+",
         metavar="NAME",
         help=f"instead of the table: {', '.join(MODELS)}; NAME:N for its layers 1 to N "
@@ -54,32 +86,55 @@ def add_arguments(add: Any) -> None:
         help="of the checkpoint in --models; without one, routers by chance",
     )
     add_any_model(add)
-    add("--batches", type=int, help="sequences, with --models (16)", **several)
-    add("--contexts", type=int, help="tokens, with --models (2048)", **several)
+    add("--batches", type=int, help="sequences, with --models (16)", **_SEVERAL)
+    add("--contexts", type=int, help="tokens, with --models (2048)", **_SEVERAL)
     add(
-        *("--densities",),
+        "--densities",
         type=fraction,
         help="of KV groups, with --models (1/2, or the adapter's own budgets)",
-        **several,
+        **_SEVERAL,
     )
     add(
-        *("--neuron-densities",),
+        "--neuron-densities",
         type=fraction,
         help="of MLP neurons, with --models: each beside every head density, ReLU only",
-        **several,
+        **_SEVERAL,
     )
     add(
-        *("--prefill",),
+        "--prefill",
         type=prompt_size,
         nargs="+",
         metavar="BxT",
         help="time reading B prompts of T tokens too, such as 8x2048, for every case",
     )
+
+
+def _add_devices(add: Any) -> None:
+    """Over which devices."""
     add(
-        *("--transformers",),
-        action="store_true",
-        help="time it on every whole LLaMA or Mistral, not only where the table asks",
+        "--tp",
+        type=int,
+        help="devices that share the model, each with its heads and neurons; of "
+        "several numbers one after the other, beside 1 as speedups over one device",
+        **_SEVERAL,
     )
+    add("--dp", type=int, help="copies of the model, which share the batch", **_SEVERAL)
+    add(
+        "--balanced",
+        action="store_true",
+        help="each of --tp devices reads as many of its own KV groups and neurons, "
+        "rounded up",
+    )
+    add(
+        "--link-gb-s",
+        type=float,
+        help="GB per second that a device sends to the others (default: measured, by "
+        "summing a large array over them)",
+    )
+
+
+def _add_runs(add: Any, folder: str) -> None:
+    """How it is timed, and where the results go."""
     add(
         "--profile", action="store_true", help="trace some chunks of each and sum it up"
     )
@@ -89,41 +144,20 @@ def add_arguments(add: Any) -> None:
         default=5,
         help="warm rounds of chunks, or prefills, timed",
     )
-    add(
-        *("--tp",),
-        type=int,
-        help="devices that share the model, each with its heads and neurons; of "
-        "several numbers one after the other, beside 1 as speedups over one device",
-        **several,
-    )
-    add("--dp", type=int, help="copies of the model, which share the batch", **several)
-    add(
-        *("--balanced",),
-        action="store_true",
-        help="each of --tp devices reads as many of its own KV groups and neurons, "
-        "rounded up",
-    )
-    add(
-        *("--link-gb-s",),
-        type=float,
-        help="GB per second that a device sends to the others (default: measured, by "
-        "summing a large array over them)",
-    )
     add("--head-rank", type=int, default=0, help="of random head routers; 0 is linear")
     add(
-        *("--memory-fraction",),
+        "--memory-fraction",
         type=fraction,
         help="of the device that jax may take, XLA_PYTHON_CLIENT_MEM_FRACTION; the "
         "72 GB of llama-2-7b-b28 need 0.95 of an H100 (jax's own default: 0.75)",
     )
-    add("--no-torch", action="store_true", help="nothing of torch's or transformers'")
     add("--toy", action="store_true", help="tiny shapes, float32: a dry run for a CPU")
     add("--plot", action="store_true", help="draw the plots beside the results")
     add(
-        *("--out",),
+        "--out",
         type=Path,
-        help="JSON file, continued if it exists (in a clone of the repository "
-        "benchmarks/results/DATE-DEVICE-COMMIT-bench.json, else here; --toy: none)",
+        help="JSON file, continued if it exists (default: "
+        f"{folder}DATE-DEVICE-COMMIT-bench.json; --toy: none)",
     )
 
 
@@ -141,8 +175,6 @@ def check_options(args: argparse.Namespace, cases: dict[str, Case]) -> None:
         raise ValueError(f"--repeats must be positive, got {args.repeats}")
     if args.link_gb_s is not None and not 0 < args.link_gb_s < float("inf"):
         raise ValueError(f"--link-gb-s must be above 0, got {args.link_gb_s}")
-    if args.no_torch and args.transformers:
-        raise ValueError("--transformers has no effect with --no-torch: leave one out")
     if args.adapter and args.head_rank:
         raise ValueError(
             "--head-rank has no effect with --adapter, which brings its routers: leave "
@@ -256,7 +288,7 @@ def check(cases: dict[str, Case]) -> None:
     Raises:
       ValueError: naming the case, or the density.
     """
-    from benchmarks.steps import STEPS  # jax is loaded from here on
+    from polarjax.bench.steps import STEPS  # jax is loaded from here on
     from polarjax.policies.budgets import check_density
 
     for name, case in cases.items():

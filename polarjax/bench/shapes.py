@@ -15,6 +15,7 @@ def llama(
     context: int,
     theta: float = 1e4,
 ) -> ModelConfig:
+    """An architecture like LLaMA's."""
     return ModelConfig(
         family="llama",
         vocab_size=vocab,
@@ -39,6 +40,7 @@ def llama(
 
 
 def opt(layers: int, dim: int, heads: int, vocab: int = 50272) -> ModelConfig:
+    """An architecture like OPT's."""
     return dataclasses.replace(
         llama(layers, dim, heads, heads, 4 * dim, vocab, 2048),
         family="opt",
@@ -139,25 +141,41 @@ class Case:
 
 CASES = {
     "llama-2-7b-b16": Case(
-        *("llama-2-7b", 16, 2048, (Sparsity(0.5, floor=0.90),), 0.92),
+        "llama-2-7b",
+        16,
+        2048,
+        (Sparsity(0.5, floor=0.90),),
+        0.92,
         transformers=True,
     ),
     "llama-2-7b-b28": Case(
-        *("llama-2-7b", 28, 3968),
-        *((Sparsity(0.5, floor=0.91, over_dense=1.55),), 0.93),
+        "llama-2-7b",
+        28,
+        3968,
+        (Sparsity(0.5, floor=0.91, over_dense=1.55),),
+        0.93,
     ),
     "llama-3.1-8b-b64": Case(
-        *("llama-3.1-8b", 64, 4096),
-        *((Sparsity(5 / 8, floor=0.91), Sparsity(4 / 8, floor=0.90)), 0.93),
+        "llama-3.1-8b",
+        64,
+        4096,
+        (Sparsity(5 / 8, floor=0.91), Sparsity(4 / 8, floor=0.90)),
+        0.93,
         prefill=((8, 2048),),
     ),
     "llama-3.1-8b-b1": Case(
-        *("llama-3.1-8b", 1, 2048),
-        *((Sparsity(0.5), Sparsity(None, over_dense=1.0)), 0.85),
+        "llama-3.1-8b",
+        1,
+        2048,
+        (Sparsity(0.5), Sparsity(None, over_dense=1.0)),
+        0.85,
     ),
     "opt-6.7b-b48": Case(
-        *("opt-6.7b", 48, 1920),
-        *((Sparsity(0.5), Sparsity(0.5, 0.58, 0.86, 1.53)), 0.92),
+        "opt-6.7b",
+        48,
+        1920,
+        (Sparsity(0.5), Sparsity(0.5, 0.58, 0.86, 1.53)),
+        0.92,
     ),
     "opt-66b-layers": Case(
         "opt-66b:8", 64, 1920, (Sparsity(21 / 72, 0.49, 0.86, 2.1),), 0.93
@@ -168,26 +186,31 @@ CASES = {
     "mistral-7b-b32": Case("mistral-7b", 32, 4096, (Sparsity(0.5, floor=0.89),), 0.92),
     "qwen2.5-7b-b32": Case("qwen2.5-7b", 32, 4096, (Sparsity(0.5, floor=0.89),), 0.92),
     "llama-3.1-8b-b64-tp2": Case(
-        *("llama-3.1-8b", 64, 4096),
+        "llama-3.1-8b",
+        64,
+        4096,
         (Sparsity(5 / 8, over_one=1.6), Sparsity(6 / 8, balanced=True, over_one=1.7)),
         meshes=((1, 1), (2, 1)),
         over_one=1.75,
     ),
     # Half of its weights are 71 GB.
-    "llama-3.1-70b-tp2": Case(
-        *("llama-3.1-70b", 8, 2048), floor=0.85, meshes=((2, 1),)
-    ),
+    "llama-3.1-70b-tp2": Case("llama-3.1-70b", 8, 2048, floor=0.85, meshes=((2, 1),)),
 }
 TOY_CASES = {
     "toy-llama": Case(
-        *("toy-llama", 2, 128, (Sparsity(0.5),)),
+        "toy-llama",
+        2,
+        128,
+        (Sparsity(0.5),),
         prefill=((2, 32),),
         transformers=True,
     ),
     "toy-opt": Case("toy-opt", 2, 128, (Sparsity(0.5, 0.5),)),
     "toy-layers": Case("toy-opt:1", 2, 128, (Sparsity(0.5, 0.5),)),
     "toy-tp2": Case(
-        *("toy-opt", 2, 128),
+        "toy-opt",
+        2,
+        128,
         (Sparsity(0.5, 0.5), Sparsity(0.5, 0.5, balanced=True)),
         meshes=((1, 1), (2, 1)),
     ),
@@ -225,3 +248,21 @@ def layers_alone(config: ModelConfig, count: int) -> ModelConfig:
     return dataclasses.replace(
         config, layers=count + 1, tied_embeddings=False, final_norm=False
     )
+
+
+def prefill_flops(config: ModelConfig, prompts: int, tokens: int) -> int:
+    """2 x parameters x tokens, and what causal attention needs beside.
+
+    Parameters are the matrices of the layers, which every token meets, but for those
+    of the last layer behind its keys and values, and the head, which the last token of
+    each prompt meets. Attention is 2 products of 2 d t (t + 1) / 2 for each query head
+    and layer.
+    """
+    m, d, f = config.dim, config.head_dim, config.neurons
+    attention = (config.heads + 2 * config.kv_heads) * d * m + config.heads * d * m
+    layer = attention + (3 if config.gated_mlp else 2) * f * m
+    behind = layer - (config.heads + 2 * config.kv_heads) * d * m
+    products = 2 * layer * config.layers * tokens + 2 * config.vocab_size * m
+    products -= 2 * behind * (tokens - 1)
+    causal = 2 * d * tokens * (tokens + 1) * config.heads * config.layers
+    return prompts * (products + causal)

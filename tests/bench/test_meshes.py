@@ -9,25 +9,26 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import polarjax
-from benchmarks import (
+from benchmarks import readme
+from polarjax.bench import (
     decode,
     meshes,
     plots,
     profiling,
     random_weights,
-    readme,
+    rounds,
     rows,
     shapes,
     steps,
 )
-from benchmarks.meshes import Devices
+from polarjax.bench.meshes import Devices
 from polarjax.cli import main
 from polarjax.engine import programs
 from polarjax.engine.programs import Drawn
 from polarjax.engine.stats import imbalance
 from polarjax.mesh.cut import make_mesh, placement, shard, whole
 from polarjax.params import Params
-from tests.test_bench import options
+from tests.bench.test_bench import options
 
 pytestmark = pytest.mark.devices(8)
 
@@ -38,7 +39,7 @@ B, M, F, V = 2, 64, 256, 500
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "toy.json"
-    common = ["--toy", "--no-torch", "--repeats", "1", "--out", str(path)]
+    common = ["--toy", "--repeats", "1", "--out", str(path)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "read_bandwidth", lambda device: 1e10)
         patch.setattr(meshes, "link_rate", lambda mesh: 2e9)
@@ -161,7 +162,7 @@ def test_noise_is_made_where_it_lies_and_one_program_runs():
     weights, bound = polarjax.Polar(0.5, balanced=2).bind(params, 4)
     chunk = steps.make_chunk(params, weights, bound, 4)
     jax.clear_caches()
-    _, _, [drawn] = steps.times([chunk], state, 64, 1)
+    _, _, [drawn] = rounds.times([chunk], state, 64, 1)
     assert programs.decode_chunk._cache_size() == 1
     assert drawn[0].own.shape == (steps.STEPS, 2, 2, 2)
 
@@ -173,7 +174,7 @@ def test_the_floor_is_that_of_the_busiest():
     empty = np.zeros(0)
     drawn = Drawn(empty, empty, empty, empty, visible, np.array(own))
     # The first copy's: 3 and 4 groups, then 2 and 4.
-    assert meshes.busiest_rows(drawn, CONFIG) == 10 * (3 + 4) + 11 * (2 + 4)
+    assert steps.busiest_rows(drawn, CONFIG) == 10 * (3 + 4) + 11 * (2 + 4)
     assert imbalance([drawn, drawn]) == (3 + 2 + 4 + 1 + 2 + 2 + 4 + 2) / 15
 
 
@@ -299,7 +300,7 @@ def test_too_few_devices_are_an_error_only_where_asked_for(capsys):
     ],
 )
 def test_what_does_not_fit_a_mesh_is_one_line(argv, message, capsys):
-    assert main.main(["bench", "--toy", "--no-torch", *argv]) == 1
+    assert main.main(["bench", "--toy", *argv]) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 

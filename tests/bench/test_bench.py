@@ -11,19 +11,19 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import polarjax
-from benchmarks import (
-    against_transformers,
+from benchmarks import readme
+from polarjax.bench import (
     arguments,
     decode,
     plots,
     profiling,
     random_weights,
-    readme,
+    rounds,
     rows,
     shapes,
     steps,
 )
-from benchmarks.table import table
+from polarjax.bench.table import table
 from polarjax.cache import KVCache
 from polarjax.cli import main
 from polarjax.model import weight_shapes
@@ -37,7 +37,7 @@ from tests.models import LLAMA, random_params, write_checkpoint
 def results(tmp_path_factory):
     """The file of two toy runs, the second of which adds a case to the first's."""
     path = tmp_path_factory.mktemp("bench") / "toy.json"
-    common = ["--toy", "--no-torch", "--out", str(path)]
+    common = ["--toy", "--out", str(path)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "read_bandwidth", lambda device: 1e10)
         first = ["--cases", "toy-llama", "--repeats", "2", "--profile"]
@@ -101,17 +101,17 @@ def test_what_is_compared_is_timed_in_turn(monkeypatch):
         clock[0] += 64 * cost[chunk] * (1.0 if len(order) < 6 else 2.0)
         return state, [chunk] * 4
 
-    monkeypatch.setattr(steps, "follow", follow)
-    monkeypatch.setattr(steps, "rewind", lambda state, context: state)
-    monkeypatch.setattr(steps.time, "perf_counter", lambda: clock[0])
-    _, (a, b), drawn = steps.times(["a", "b"], 0, 128, 5)
+    monkeypatch.setattr(rounds, "follow", follow)
+    monkeypatch.setattr(rounds, "rewind", lambda state, context: state)
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: clock[0])
+    _, (a, b), drawn = rounds.times(["a", "b"], 0, 128, 5)
     assert order == [*"baab" * 3]
     assert a == [3, 6, 6, 6, 6] and b == [3, 3, 6, 6, 6]
     assert drawn == [["a"] * 4, ["b"] * 4]
     found = rows.ratio("over_dense", a, b)
     assert found["over_dense"] == 1 and found["over_dense_rounds"] == 5
     order.clear()
-    _, (a, c), _ = steps.times(["a", "c"], 0, 128, 5)
+    _, (a, c), _ = rounds.times(["a", "c"], 0, 128, 5)
     assert rows.ratio("over_dense", a, c)["over_dense"] == 1.5
 
 
@@ -249,7 +249,7 @@ def test_layers_alone_compute_what_the_layers_compute():
 
 def test_flops_of_a_prefill_are_counted_as_they_are_said_to_be():
     config = shapes.MODELS["llama-3.1-8b"]
-    flops = steps.prefill_flops(config, 8, 2048)
+    flops = shapes.prefill_flops(config, 8, 2048)
     leaves = weight_shapes(config)
     layer = sum(x.size for x in jax.tree.leaves(leaves["layers_0"]) if len(x.shape) > 1)
     head = config.vocab_size * config.dim
@@ -260,7 +260,7 @@ def test_flops_of_a_prefill_are_counted_as_they_are_said_to_be():
     assert flops == 8 * (2 * products + causal)
     row = rows.prefill_row(
         *("x", shapes.CASES["llama-3.1-8b-b64"], (8, 2048)),
-        *(steps.spread([0.5, 0.6, 0.7]), flops, "NVIDIA H200"),
+        *(rounds.spread([0.5, 0.6, 0.7]), flops, "NVIDIA H200"),
     )
     assert row["ms"] == 600 and (row["ms_min"], row["ms_max"]) == (500, 700)
     assert row["tflop_s"] == pytest.approx(flops / 0.6e12)
@@ -348,7 +348,7 @@ def test_what_does_not_fit_the_device_is_a_row(monkeypatch, tmp_path):
     kept = rows.Rows({"r_gb_s": 1.0, "device": "x"}, tmp_path / "x.json")
     case = shapes.Case("toy-llama", 2, 128, (shapes.Sparsity(0.5),))
     params = random_weights.random_params(shapes.TOY_MODELS["toy-llama"], jnp.float32)
-    decode.run_case("toy", case, params, options("--no-torch"), kept)
+    decode.run_case("toy", case, params, options(), kept)
     assert [row["policy"] for row in kept.own] == ["dense", "heads 0.5"]
     assert all(
         r["error"] == "JaxRuntimeError: RESOURCE_EXHAUSTED: no room" for r in kept.own
@@ -403,43 +403,6 @@ def test_copies_of_a_cache_are_seen_in_the_program():
   ROOT %f = bf16[2,4,64,16]{3,2,1,0} fusion(%copy.3), calls=%x
 """
     assert profiling.cache_copies(text, (2, 4, 64, 16)) == 2
-
-
-@pytest.mark.slow
-def test_transformers_is_timed_in_both_modes():
-    pytest.importorskip("torch", reason="needs it: pip install torch")
-    pytest.importorskip("transformers", reason="needs it: pip install transformers")
-    found = against_transformers.transformers_times("toy-llama", 2, 128, toy=True)
-    assert not found["error"] and found["transformers"]
-    assert list(found["modes"]) == ["eager", "static cache, torch.compile"]
-    for timed in found["modes"].values():
-        assert len(timed["step_ms"]) == 5 and min(timed["step_ms"]) > 0
-        assert timed["visible"] == 88.5
-
-
-def test_rows_of_transformers(tmp_path, monkeypatch):
-    config = shapes.TOY_MODELS["toy-llama"]
-    timed = {
-        "error": "",
-        "modes": {
-            "eager": {"step_ms": [4.0, 2.0, 3.0], "visible": 100, "compile_s": 1.0},
-            "static": {"error": "no room"},
-        },
-    }
-    kept = rows.Rows({"r_gb_s": 1.0, "device": "x", "dtype": "float32"}, None)
-    case = shapes.TOY_CASES["toy-llama"]
-    decode.against_transformers("toy-llama", case, timed, kept)
-    eager, static = kept.own
-    leaves = jax.tree.leaves(weight_shapes(config))
-    weights = 4 * (sum(x.size for x in leaves) - config.vocab_size * config.dim)
-    kv = 2 * 100 * config.layers * config.kv_heads * 2 * config.head_dim * 4
-    assert eager["floor_ms"] == pytest.approx((weights + kv) / 1e6)
-    assert (eager["ms"], eager["tokens_per_second"]) == (3.0, pytest.approx(2e3 / 3))
-    assert static["error"] == "no room"
-    assert rows.best_transformers(kept.own, "toy-llama") == eager
-    monkeypatch.setattr(against_transformers, "find_spec", lambda name: None)
-    missing = against_transformers.transformers_times("toy-llama", 2, 128)
-    assert missing["error"] == "torch and transformers not installed"
 
 
 @pytest.mark.slow

@@ -7,22 +7,16 @@ model reads, and then what each sends, in rings, over the link between them.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from polarjax import Params, SelectionPolicy
-from polarjax.config import ModelConfig
-from polarjax.engine.programs import Drawn
-from polarjax.engine.stats import seen_tokens
 from polarjax.mesh.cut import DP, TP, make_mesh, over_mesh
-from polarjax.planning.per_device import step_sent_bytes
 
 CALLS = 8  # all-reduces that are timed at once
 
@@ -115,40 +109,3 @@ def of_one(tree: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
 
     return jax.tree.map(shape, tree)
-
-
-def busiest_rows(drawn: Drawn, config: ModelConfig) -> int:
-    """Keys (and as many values) that the busiest devices read in a chunk of steps.
-
-    In each layer those of the busiest that share the model, which the others wait for;
-    of the copies of the model that with most.
-
-    Args:
-      drawn: what the steps brought, over a mesh, of sequences that are equally long.
-      config: of the model.
-    """
-    assert drawn.own is not None
-    most = np.asarray(drawn.own, np.int64).max(axis=3)  # [steps, layers, dp]
-    seen = seen_tokens(drawn, config)[:, :, :1]
-    return int((most * seen).sum(axis=(0, 1)).max())
-
-
-def sent_bytes(
-    params: Params, policy: SelectionPolicy, batch: int, where: Devices
-) -> int:
-    """Bytes that each device must send in a step; see `step_sent_bytes`.
-
-    Args:
-      params: the model.
-      policy: bound.
-      batch: b, of all devices.
-      where: the devices.
-    """
-    layers = params.config.layers
-    counts: Sequence[int] = getattr(policy, "neuron_budget", ()) or (0,) * layers
-    return step_sent_bytes(
-        *(params.config, where.tp, where.dp, batch // where.dp, params.dtype),
-        score_rows=policy.score_rows or (0,) * layers,
-        picks_neurons=[n > 0 for n in counts],
-        balanced=getattr(policy, "balanced", 1) > 1,
-    )

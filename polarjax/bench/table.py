@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.rows import shown_case, shown_ratio
+from polarjax.bench.rows import shown_case, shown_ratio
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -35,9 +35,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{wanted_one:.2f}" if wanted_one else "",
         )
         made.add_row(
-            *(case, kind + row["policy"], f"{row['ms']:.3f}"),
-            *(f"{row['tokens_per_second']:,.0f}", f"{row['floor_ms']:.3f}"),
-            *(f"{row['floor_fraction']:.3f}", f"{wanted:.2f}" if wanted else ""),
+            case,
+            kind + row["policy"],
+            f"{row['ms']:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['floor_ms']:.3f}",
+            f"{row['floor_fraction']:.3f}",
+            f"{wanted:.2f}" if wanted else "",
             shown_ratio(row, "over_dense", ""),
             f"{floors:.2f}" if floors else "",
             *(one if several else ()),

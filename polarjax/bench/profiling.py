@@ -102,7 +102,9 @@ def events(data: Any) -> list[Event]:
                 graph = stats.get("cuda_graph_exec_id") or stats.get("cuda_graph_id")
                 found.append(
                     Event(
-                        *(event.name, event.start_ns, event.duration_ns),
+                        event.name,
+                        event.start_ns,
+                        event.duration_ns,
                         op=str(stats.get("hlo_op", "")),
                         copied=int(size[1]) if size else 0,
                         graph=bool(graph),

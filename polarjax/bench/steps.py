@@ -1,4 +1,6 @@
-"""Compiled chunks of decode steps, and prefill, run again and again on the same state.
+"""Compiled chunks of decode steps, and prefill, and the bytes that they must read.
+
+Of the benchmark, this module alone knows policies, the cache and compiled programs.
 
 A whole model runs the chunk that `polarjax.generate` compiles. Layers alone are the
 layers 1 to n of a model with nothing before or after them: what they put out,
@@ -8,8 +10,6 @@ always dense, is not among them.
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,17 +19,21 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.meshes import busiest_rows, drawn_apart, of_one
+import polarjax
 from pallas_kernels import Implementation
 from polarjax import ModelConfig, Params, SelectionPolicy
+from polarjax.bench.meshes import Devices, drawn_apart, of_one
+from polarjax.bench.shapes import Sparsity
 from polarjax.cache import KVCache
 from polarjax.engine import places, programs
 from polarjax.engine.checks import make_sampling
 from polarjax.engine.programs import Drawn, State
-from polarjax.engine.stats import kv_rows
+from polarjax.engine.stats import kv_rows, seen_tokens
 from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
 from polarjax.model.layer import Layer
 from polarjax.planning.cost import kv_row_bytes, step_weight_bytes
+from polarjax.planning.crossover import bind_where_it_pays
+from polarjax.planning.per_device import step_sent_bytes
 
 STEPS = 16  # a chunk, as in generate
 CHUNKS = 4  # timed at once, each sent to the device before the one before has ended
@@ -76,8 +80,13 @@ def layers_chunk(
             layer = Layer(config, i, x.dtype, rows[i], implementation)
             found: Any = layer.apply(
                 {"params": weights[f"layers_{i}"]},
-                *(x, parts, cache.keys[i - 1], cache.values[i - 1], cache.lengths),
-                *(live, policy),
+                x,
+                parts,
+                cache.keys[i - 1],
+                cache.values[i - 1],
+                cache.lengths,
+                live,
+                policy,
                 method="decode",
             )
             x, parts, k, v, read = found
@@ -110,6 +119,44 @@ class Chunk:
     def __call__(self, state: Any) -> tuple[Any, Drawn]:
         """The next state, and what the steps brought; the old one is donated."""
         return self.function(*self.before, state, *self.after, **self.options)
+
+
+def make_policy(sparse: Sparsity | None, tp: int) -> tuple[SelectionPolicy, bool]:
+    """A policy, and whether it is done as it is, or only where it pays.
+
+    Args:
+      sparse: what is read; None for dense.
+      tp: devices that share the model.
+    """
+    if sparse is None:
+        return polarjax.Dense(), True
+    parts = tp if sparse.balanced else 1
+    policy = polarjax.Polar(sparse.heads, sparse.neurons, balanced=parts)
+    return policy, bool(sparse.heads or sparse.neurons)
+
+
+def bind(
+    params: Params,
+    policy: SelectionPolicy,
+    batch: int,
+    context: int,
+    *,
+    asked: bool = True,
+    alone: bool = False,
+) -> tuple[Any, SelectionPolicy, Sequence[str]]:
+    """The weights that a policy reads, the policy bound, and what is to be said of it.
+
+    Args:
+      params: the model.
+      policy: not bound.
+      batch: b.
+      context: positions of the cache.
+      asked: whether it is done as it is, or only where it pays.
+      alone: whether the model is layers alone, where there is no layer 0 to be costed.
+    """
+    if alone:
+        return *policy.bind(params, batch), ()
+    return bind_where_it_pays(params, policy, asked, batch, context)
 
 
 def make_chunk(
@@ -205,50 +252,6 @@ def rewind(state: Any, context: int) -> Any:
     return dataclasses.replace(state, cache=cache)
 
 
-def follow(chunk: Chunk, state: Any, context: int) -> tuple[Any, list[Drawn]]:
-    """Chunks after one another, as `generate` has them, up to a full context.
-
-    Returns:
-      The state, and what each chunk brought, when all are done.
-    """
-    drawn = []
-    for _ in range(chunks_in(context)):
-        state, found = chunk(state)
-        drawn.append(found)
-    return jax.block_until_ready((state, drawn))
-
-
-def times(
-    chunks: Sequence[Chunk], state: Any, context: int, repeats: int
-) -> tuple[Any, list[list[float]], list[list[Drawn]]]:
-    """Seconds of a step, for each of several warm rounds over the same tokens.
-
-    What is compared is timed in turn, within seconds of each other and in an order
-    that alternates: a machine whose speed changes meanwhile changes for all.
-
-    Args:
-      chunks: to time, of one model and batch.
-      state: that they go on from, donated.
-      context: positions of its cache.
-      repeats: rounds.
-
-    Returns:
-      The state; of each chunk, the seconds of every round, and what its chunks of the
-      last round brought.
-    """
-    count = chunks_in(context)
-    drawn: list[list[Drawn]] = [[] for _ in chunks]
-    seconds: list[list[float]] = [[] for _ in chunks]
-    for turn in range(repeats + 1):  # the first is to warm up
-        order = list(enumerate(chunks))
-        for i, chunk in order if turn % 2 else reversed(order):
-            state = jax.block_until_ready(rewind(state, context))
-            begin = time.perf_counter()
-            state, drawn[i] = follow(chunk, state, context)
-            seconds[i].append((time.perf_counter() - begin) / STEPS / count)
-    return state, [each[1:] for each in seconds], drawn
-
-
 def step_bytes(
     params: Params, weights: Any, policy: SelectionPolicy, drawn: Sequence[Drawn]
 ) -> tuple[int, float]:
@@ -273,59 +276,75 @@ def step_bytes(
     return step_weight_bytes(weights, config, policy), kv
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
-    """Median and range in milliseconds, as rows hold them."""
-    return {
-        "ms": statistics.median(seconds) * 1e3,
-        "ms_min": min(seconds) * 1e3,
-        "ms_max": max(seconds) * 1e3,
-        "repeats": len(seconds),
-    }
+def busiest_rows(drawn: Drawn, config: ModelConfig) -> int:
+    """Keys (and as many values) that the busiest devices read in a chunk of steps.
+
+    In each layer those of the busiest that share the model, which the others wait for;
+    of the copies of the model that with most.
+
+    Args:
+      drawn: what the steps brought, over a mesh, of sequences that are equally long.
+      config: of the model.
+    """
+    assert drawn.own is not None
+    most = np.asarray(drawn.own, np.int64).max(axis=3)  # [steps, layers, dp]
+    seen = seen_tokens(drawn, config)[:, :, :1]
+    return int((most * seen).sum(axis=(0, 1)).max())
 
 
-def timed_compile(lower: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """A compiled program, and the seconds that tracing and compiling it took."""
-    begin = time.perf_counter()
-    lowered = lower()
-    traced = time.perf_counter()
-    compiled = lowered.compile()  # kept: the call finds it
-    return compiled, {
-        "trace_s": traced - begin,
-        "compile_s": time.perf_counter() - traced,
-    }
+def sent_bytes(
+    params: Params, policy: SelectionPolicy, batch: int, where: Devices
+) -> int:
+    """Bytes that each device must send in a step; see `step_sent_bytes`.
+
+    Args:
+      params: the model.
+      policy: bound.
+      batch: b, of all devices.
+      where: the devices.
+    """
+    layers = params.config.layers
+    counts: Sequence[int] = getattr(policy, "neuron_budget", ()) or (0,) * layers
+    return step_sent_bytes(
+        params.config,
+        where.tp,
+        where.dp,
+        batch // where.dp,
+        params.dtype,
+        score_rows=policy.score_rows or (0,) * layers,
+        picks_neurons=[n > 0 for n in counts],
+        balanced=getattr(policy, "balanced", 1) > 1,
+    )
 
 
-def prefill_times(
+def make_prefill(
     params: Params,
     prompts: int,
     tokens: int,
-    repeats: int,
     implementation: Implementation | None = None,
-) -> tuple[list[float], dict[str, float]]:
-    """Seconds of reading prompts, first token of each drawn, and those of compiling.
+) -> Callable[[Callable[..., Any]], None]:
+    """A function that reads prompts, draws the first token of each, and waits.
+
+    Its argument calls the compiled functions in between: it gets one with its own
+    arguments, and `programs.run_plainly` does no more than that.
 
     Args:
       params: the model.
       prompts: b.
       tokens: of each.
-      repeats: warm calls.
       implementation: of the kernels.
     """
     config = params.config
-    key = jax.random.key(3)
-    ids = jax.random.randint(key, (prompts, tokens), 0, config.vocab_size)
-    known = {"trace_s": 0.0, "compile_s": 0.0}
+    ids = jax.random.randint(jax.random.key(3), (prompts, tokens), 0, config.vocab_size)
+    prompts_read = np.asarray(ids).tolist()
 
-    def compiled(function: Any, *args: Any, **kwargs: Any) -> Any:
-        _, found = timed_compile(lambda: function.lower(*args, **kwargs))
-        for name, each in found.items():
-            known[name] += each
-        return function(*args, **kwargs)
-
-    def read(call: Callable[..., Any] = programs.run_plainly) -> None:
+    def read(call: Callable[..., Any]) -> None:
         drawn = programs.read_prompts(
-            *(params.weights, prompts_read, jnp.full(prompts, 10**8, jnp.int32)),
-            *(make_sampling(config, prompts, 0.0, 0, 1.0, 0), jnp.array([-1])),
+            params.weights,
+            prompts_read,
+            jnp.full(prompts, 10**8, jnp.int32),
+            make_sampling(config, prompts, 0.0, 0, 1.0, 0),
+            jnp.array([-1]),
             config=config.architecture,
             capacity=tokens,
             implementation=implementation,
@@ -333,29 +352,4 @@ def prefill_times(
         )
         jax.block_until_ready(drawn)
 
-    prompts_read = np.asarray(ids).tolist()
-    read(compiled)
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        read()
-        seconds.append(time.perf_counter() - begin)
-    return seconds, known
-
-
-def prefill_flops(config: ModelConfig, prompts: int, tokens: int) -> int:
-    """2 x parameters x tokens, and what causal attention needs beside.
-
-    Parameters are the matrices of the layers, which every token meets, but for those
-    of the last layer behind its keys and values, and the head, which the last token of
-    each prompt meets. Attention is 2 products of 2 d t (t + 1) / 2 for each query head
-    and layer.
-    """
-    m, d, f = config.dim, config.head_dim, config.neurons
-    attention = (config.heads + 2 * config.kv_heads) * d * m + config.heads * d * m
-    layer = attention + (3 if config.gated_mlp else 2) * f * m
-    behind = layer - (config.heads + 2 * config.kv_heads) * d * m
-    products = 2 * layer * config.layers * tokens + 2 * config.vocab_size * m
-    products -= 2 * behind * (tokens - 1)
-    causal = 2 * d * tokens * (tokens + 1) * config.heads * config.layers
-    return prompts * (products + causal)
+    return read

@@ -7,13 +7,13 @@ the same file adds to it: rows of the same case and policy are replaced.
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.meshes import Devices
-from benchmarks.report import write_json
-from benchmarks.shapes import Case, Sparsity
+from polarjax.bench.meshes import Devices
+from polarjax.bench.shapes import Case, Sparsity
+from polarjax.storage.writing import write_file
 
 # Dense bf16 TFLOP/s by device kind (NVIDIA's data sheets, SXM, without sparsity).
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.5, "NVIDIA H200": 989.5}
@@ -60,6 +60,12 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or not {"runs", "rows"} <= report.keys():
         raise ValueError(f"{path} is no file of `polarjax bench`: it needs runs, rows")
     return report
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Replace a file by one that is written whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, f"{json.dumps(report, indent=2)}\n")
 
 
 def _name(row: Row) -> tuple:
@@ -119,7 +125,7 @@ def decode_row(
         "wanted_over_one_device": (sparse or case).over_one,
     }
     return {
-        **_about("decode", name, case, label, where),
+        **about("decode", name, case, label, where),
         **(over if where.count > 1 else {}),
         "heads": sparse and sparse.heads,
         "neurons": sparse and sparse.neurons,
@@ -147,7 +153,7 @@ def error_row(
     """A policy or prefill that could not be timed, and why."""
     lines = str(error).splitlines() or [""]
     text = f"{type(error).__name__}: {lines[0]}"
-    return {**_about(kind, name, case, policy, where), "ms": None, "error": text}
+    return {**about(kind, name, case, policy, where), "ms": None, "error": text}
 
 
 def prefill_row(
@@ -159,13 +165,14 @@ def prefill_row(
     device: str,
     where: Devices = ONE,
 ) -> Row:
-    """A timed prefill; `flops` as `steps.prefill_flops` counts them."""
+    """A timed prefill; `flops` as `shapes.prefill_flops` counts them."""
     prompts, tokens = size
     rate, peak = flops / spread["ms"] / 1e9, PEAK_TFLOPS.get(device)
     peak = peak and where.count * peak
     return {
-        **_about("prefill", name, case, f"{prompts}x{tokens}", where),
-        **{"batch": prompts, "context": tokens},
+        **about("prefill", name, case, f"{prompts}x{tokens}", where),
+        "batch": prompts,
+        "context": tokens,
         **spread,
         "flops": flops,
         "flops_are": "2 x parameters x tokens (head: last token of each prompt) + "
@@ -177,43 +184,24 @@ def prefill_row(
     }
 
 
-def transformers_row(
-    name: str,
-    case: Case,
-    mode: str,
-    timed: dict[str, Any],
-    spread: dict[str, float] | None,
-    read: float,
-    rate: float,
-) -> Row:
-    """A mode of `transformers`; without `spread`, the error in `timed`."""
-    about = _about("transformers", name, case, mode)
-    if spread is None:
-        return {**about, "ms": None, "error": timed["error"]}
-    floor_ms = read / rate * 1e3
-    return {
-        **about,
-        **spread,
-        "compile_s": timed["compile_s"],
-        "tokens_per_second": case.batch / spread["ms"] * 1e3,
-        "gb_s": read / spread["ms"] / 1e6,
-        "floor_ms": floor_ms,
-        "floor_fraction": floor_ms / spread["ms"],
-    }
-
-
 def profile_row(
     name: str, case: Case, policy: str, found: dict[str, Any], where: Devices = ONE
 ) -> Row:
     """What a profile of some chunks showed, of one device."""
-    return {**_about("profile", name, case, policy, where), **found}
+    return {**about("profile", name, case, policy, where), **found}
 
 
-def _about(kind: str, name: str, case: Case, policy: str, where: Devices = ONE) -> Row:
+def about(kind: str, name: str, case: Case, policy: str, where: Devices = ONE) -> Row:
+    """What every row says: of which kind it is, of which case, and where it was run."""
     return {
-        **{"kind": kind, "case": name, "model": case.model, "policy": policy},
-        **{"batch": case.batch, "context": case.context},
-        **{"tp": where.tp, "dp": where.dp},
+        "kind": kind,
+        "case": name,
+        "model": case.model,
+        "policy": policy,
+        "batch": case.batch,
+        "context": case.context,
+        "tp": where.tp,
+        "dp": where.dp,
     }
 
 

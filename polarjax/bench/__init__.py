@@ -1,0 +1,1 @@
+"""What `polarjax bench` times: decode steps and prefill, beside their floor."""
