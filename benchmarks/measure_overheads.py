@@ -35,9 +35,8 @@ from polarjax.planning.bandwidth import read_bandwidth
 from polarjax.planning.cost import step_cost
 from polarjax.planning.crossover import Measured, Overhead, fit
 from polarjax.planning.plan import abstract_params
-from polarjax.policies import Polar
-from polarjax.policies.budgets import with_density
-from polarjax.policy import Dense, SelectionPolicy
+from polarjax.policies import named, with_density
+from polarjax.policy import Dense, Policy, Reads
 from polarjax.storage.writing import try_file, write_file
 
 REPEATS, CAPACITY = 7, 128
@@ -68,20 +67,21 @@ def measure(
     everything, half = (k,) * layers, (k, *(k // 2,) * (layers - 1))
     neurons = (1.0, *(0.5,) * (layers - 1))
     # The budgets of `params` are all heads: the last one selects neurons alone.
-    policies = Dense(), Polar(0.5), Polar(None, 0.5)
+    policies = Dense(), named("polar", 0.5), named("polar", None, 0.5)
     dense, heads, mlps = (_seconds(params, policy, batch) for policy in policies)
     return fit(
         batch,
-        Measured(dense, cost.bytes_read(everything)),
-        Measured(heads, cost.bytes_read(half), layers - 1),
-        Measured(mlps, cost.bytes_read(everything, neurons), layers - 1),
+        Measured(dense, cost.bytes_read(Reads(everything))),
+        Measured(heads, cost.bytes_read(Reads(half)), layers - 1),
+        Measured(mlps, cost.bytes_read(Reads(everything, neurons)), layers - 1),
         bandwidth,
     )
 
 
-def _seconds(params: Params, policy: SelectionPolicy, batch: int) -> float:
+def _seconds(params: Params, policy: Policy, batch: int) -> float:
     """Of one decode step, the median of chunks."""
-    weights, bound = policy.bind(params, batch)
+    own = policy.of(params.policy.learned).sized(batch)
+    weights, bound = own.bind(params)
     chunk = make_chunk(params, weights, bound, batch)
     state = make_state(params, batch, CAPACITY)
     _, [seconds], _ = times([chunk], state, CAPACITY, REPEATS)

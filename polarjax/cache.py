@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ class PagedCache:
     @property
     def capacity(self) -> int:
         """Positions that there is room for, s."""
-        return self.keys[0].shape[2]
+        return self.keys[-1].shape[2]
 
     @property
     def layers(self) -> int:
@@ -133,18 +134,19 @@ class PagedCache:
         return PagedCache(keys, values, self.lengths[rows])
 
     def apart(self) -> list[Any]:
-        """The arrays of each layer, for `put_rows` and `joined`."""
+        """The arrays of each layer, for `put_rows` and `of_layers`."""
         return list(zip(self.keys, self.values, strict=True))
 
-    def joined(self, layers: list[Any], lengths: jax.Array) -> PagedCache:
-        """The cache that has these arrays of each layer instead.
+    @classmethod
+    def of_layers(cls, layers: Sequence[Any], lengths: Any) -> PagedCache:
+        """The cache that has these arrays of each layer.
 
         Args:
           layers: as `apart` returns them.
           lengths: int32[b].
         """
         keys, values = zip(*layers, strict=True)
-        return PagedCache(keys, values, lengths)
+        return cls(keys, values, lengths)
 
     def grown(self, counts: jax.Array) -> PagedCache:
         """The cache once so many new positions of each are in every layer.

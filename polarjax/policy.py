@@ -237,12 +237,14 @@ class Policy:
       wants: what has to be computed for it.
       asks: the questions that it answers and could leave alone: "groups", "neurons".
       flexible: whether it follows `Seen.density`.
+      parts: equal ones of groups and neurons, each of which it reads as much of.
       learned: what it took from training; empty if it needs nothing.
     """
 
     wants: Wants = Wants()
     asks: tuple[str, ...] = ()
     flexible: bool = False
+    parts: int = 1
     learned: Learned = Learned()
 
     def bind(self, params: Any) -> tuple[Tree, Policy]:

@@ -18,7 +18,8 @@ import optax
 
 from benchmarks.models.books_text import batches, blocks
 from polarjax.config import ModelConfig
-from polarjax.model import Decoder, run
+from polarjax.model import Decoder, whole
+from polarjax.model import logits as logits_of
 from polarjax.model.linear import linear
 from polarjax.params import Tree
 from polarjax.settings import draw_key
@@ -153,12 +154,13 @@ def token_losses(
     # The embeddings stay float32, and so does the residual stream: what the tokens add
     # to an embedding's gradient is too little, one by one, for a sum in 16 bit.
     mixed = {**layers, "embed": weights["embed"]}
-    x, _, _, seen = run(model, mixed, "_forward", tokens[:, :-1], observe)
+    made = whole(model, mixed, tokens[:, :-1], observe=observe)
+    x, seen = made.x, made.observed
 
     @jax.checkpoint  # logits are computed again, not kept
     def losses(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         head = narrow({name: weights[name] for name in ("embed", "final_norm")})
-        logits = run(model, head, "logits", args[0])
+        logits = logits_of(model, head, args[0])
         # Not a gather, whose gradient is a scatter.
         wanted = args[1][..., None] == jnp.arange(config.vocab_size)
         chosen = jnp.where(wanted, logits, 0.0).sum(-1)

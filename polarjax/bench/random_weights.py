@@ -16,8 +16,8 @@ from polarjax.bench.shapes import layers_alone, parse_model
 from polarjax.mesh.cut import placement, router_spec
 from polarjax.model import weight_shapes
 from polarjax.params import Placement
-from polarjax.policies import routers
-from polarjax.policies.budgets import with_density
+from polarjax.policies import of_learned, routers, with_density, with_learned
+from polarjax.policy import Learned
 
 NEURON_RANK = 1024  # of neuron routers, as in the paper
 
@@ -48,7 +48,7 @@ def load_model(
         if adapter:
             return params
         drawn = random_routers(params.config, params.dtype, head_rank, mesh)
-        return Params(params.weights, drawn, params.config)
+        return with_learned(params, routers=drawn)
     config, count = found
     if count:
         config = layers_alone(config, count)
@@ -85,7 +85,8 @@ def random_params(
         return mesh and placement(path, shape, config, mesh)
 
     drawn = random_routers(config, dtype, head_rank, mesh)
-    return Params(draw(shapes, 0, place), drawn, config)
+    policy = of_learned(Learned(drawn))
+    return Params(draw(shapes, 0, place), policy, config)
 
 
 def random_routers(

@@ -19,21 +19,22 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import polarjax
 from pallas_kernels import Implementation
-from polarjax import ModelConfig, Params, SelectionPolicy
+from polarjax import ModelConfig, Params
 from polarjax.bench.meshes import Devices, drawn_apart, of_one
 from polarjax.bench.shapes import Sparsity
-from polarjax.cache import KVCache
+from polarjax.cache import PagedCache
 from polarjax.engine import places, programs
-from polarjax.engine.checks import make_sampling
+from polarjax.engine.checks import Settings, make_sampling, stop_table
 from polarjax.engine.programs import Drawn, State
 from polarjax.engine.stats import kv_rows, seen_tokens
 from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
 from polarjax.model.layer import Layer
 from polarjax.planning.cost import kv_row_bytes, step_weight_bytes
-from polarjax.planning.crossover import bind_where_it_pays
+from polarjax.planning.crossover import settle
 from polarjax.planning.per_device import step_sent_bytes
+from polarjax.policies import named
+from polarjax.policy import Dense, Load, Policy, Seen
 
 STEPS = 16  # a chunk, as in generate
 CHUNKS = 4  # timed at once, each sent to the device before the one before has ended
@@ -49,7 +50,7 @@ class Stream:
       x: [b, m], the residual stream that enters the next step.
     """
 
-    cache: KVCache
+    cache: PagedCache
     x: jax.Array
 
 
@@ -60,7 +61,7 @@ class Stream:
 )
 def layers_chunk(
     weights: Any,
-    policy: SelectionPolicy,
+    policy: Policy,
     state: Stream,
     *,
     config: ModelConfig,
@@ -68,35 +69,27 @@ def layers_chunk(
     implementation: Implementation | None,
 ) -> tuple[Stream, Drawn]:
     """As `decode_chunk`, of layers 1 to n alone."""
-    rows = policy.score_rows or (0,) * config.layers
+    rows = policy.wants.scores or (0,) * config.layers
     b = state.x.shape[0]
     live, zeros = jnp.ones(b, bool), jnp.zeros(b, jnp.int32)
+    seen = Seen(live, jnp.zeros(b), zeros, jnp.arange(b, dtype=jnp.int32))
 
     def step(state: Stream, _) -> tuple[Stream, Drawn]:
-        x, cache = state.x, state.cache
-        keys, values, parts = [], [], None
+        x, cache, parts = state.x, state.cache, None
         reads = [zeros]  # layer 0 reads nothing: it is not here
+        first = dataclasses.replace(seen, lengths=cache.lengths + 1)
         for i in range(1, config.layers):
             layer = Layer(config, i, x.dtype, rows[i], implementation)
+            variables = {"params": weights[f"layers_{i}"]}
             found: Any = layer.apply(
-                {"params": weights[f"layers_{i}"]},
-                x,
-                parts,
-                cache.keys[i - 1],
-                cache.values[i - 1],
-                cache.lengths,
-                live,
-                policy,
-                method="decode",
+                variables, x, parts, first, cache, policy, method=Layer.step
             )
-            x, parts, k, v, read = found
-            keys.append(k)
-            values.append(v)
-            reads.append(read)
+            x, parts, _, cache, read = found
+            reads.append(read.groups)
         wide = x.astype(jnp.float32)
         wide = wide if parts is None else wide + parts.sum(axis=0)
         norm = jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + 1e-5)
-        cache = KVCache(tuple(keys), tuple(values), cache.lengths + 1)
+        cache = cache.grown(jnp.ones_like(zeros))
         drawn = Drawn(zeros, jnp.zeros(b), live, jnp.stack(reads), cache.lengths)
         return Stream(cache, (wide * norm).astype(x.dtype)), drawn
 
@@ -121,7 +114,7 @@ class Chunk:
         return self.function(*self.before, state, *self.after, **self.options)
 
 
-def make_policy(sparse: Sparsity | None, tp: int) -> tuple[SelectionPolicy, bool]:
+def make_policy(sparse: Sparsity | None, tp: int) -> tuple[Policy, bool]:
     """A policy, and whether it is done as it is, or only where it pays.
 
     Args:
@@ -129,21 +122,21 @@ def make_policy(sparse: Sparsity | None, tp: int) -> tuple[SelectionPolicy, bool
       tp: devices that share the model.
     """
     if sparse is None:
-        return polarjax.Dense(), True
+        return Dense(), True
     parts = tp if sparse.balanced else 1
-    policy = polarjax.Polar(sparse.heads, sparse.neurons, balanced=parts)
+    policy = named("polar", sparse.heads, sparse.neurons, parts)
     return policy, bool(sparse.heads or sparse.neurons)
 
 
 def bind(
     params: Params,
-    policy: SelectionPolicy,
+    policy: Policy,
     batch: int,
     context: int,
     *,
     asked: bool = True,
     alone: bool = False,
-) -> tuple[Any, SelectionPolicy, Sequence[str]]:
+) -> tuple[Any, Policy, Sequence[str]]:
     """The weights that a policy reads, the policy bound, and what is to be said of it.
 
     Args:
@@ -154,15 +147,17 @@ def bind(
       asked: whether it is done as it is, or only where it pays.
       alone: whether the model is layers alone, where there is no layer 0 to be costed.
     """
-    if alone:
-        return *policy.bind(params, batch), ()
-    return bind_where_it_pays(params, policy, asked, batch, context)
+    notes: Sequence[str] = ()
+    if not alone:
+        load = Load(batch, context)
+        policy, notes = settle(params, policy if asked else None, load, False)
+    return *policy.of(params.policy.learned).sized(batch).bind(params), notes
 
 
 def make_chunk(
     params: Params,
     weights: Any,
-    policy: SelectionPolicy,
+    policy: Policy,
     batch: int,
     *,
     alone: bool = False,
@@ -185,10 +180,12 @@ def make_chunk(
     }
     if alone:
         return Chunk(layers_chunk, (weights, policy), (), options)
+    requests = [Settings()] * batch
     after = (
         jnp.ones(batch, bool),
-        make_sampling(params.config, batch, 0.0, 0, 1.0, 0),
-        jnp.array([-1]),
+        jnp.zeros(batch),
+        make_sampling(params.config, requests),
+        jnp.asarray(stop_table(requests)),
     )
     options["mesh"] = mesh_of(params.weights)
     return Chunk(programs.decode_chunk, (weights, policy), after, options)
@@ -219,14 +216,16 @@ def make_state(params: Params, batch: int, context: int, alone: bool = False) ->
 
     rows = None
     if mesh is not None:
-        noise = jax.jit(drawn_apart(noise, NamedSharding(mesh, places.CACHE.keys)))
+        noise = jax.jit(drawn_apart(noise, NamedSharding(mesh, places.GROUPS)))
         rows = NamedSharding(mesh, P(DP))
     keys = jax.random.split(jax.random.key(2), 2 * count)
-    cache = KVCache(
-        keys=tuple(map(noise, keys[::2])),
-        values=tuple(map(noise, keys[1::2])),
-        lengths=jnp.zeros(batch, jnp.int32, device=rows),
-    )
+    layers = [(noise(k), noise(v)) for k, v in zip(keys[::2], keys[1::2], strict=True)]
+    if alone:  # there is no layer 0, but layers have its number
+        nothing = (batch, config.kv_heads, 1, config.head_dim)
+        first = jnp.zeros(nothing, params.dtype), jnp.zeros(nothing, params.dtype)
+        layers = [first, *layers]
+    lengths = jnp.zeros(batch, jnp.int32, device=rows)
+    cache = PagedCache.of_layers(layers, lengths)
     if alone:
         x = jax.random.normal(keys[0], (batch, config.dim), params.dtype)
         return Stream(cache, x)
@@ -253,7 +252,7 @@ def rewind(state: Any, context: int) -> Any:
 
 
 def step_bytes(
-    params: Params, weights: Any, policy: SelectionPolicy, drawn: Sequence[Drawn]
+    params: Params, weights: Any, policy: Policy, drawn: Sequence[Drawn]
 ) -> tuple[int, float]:
     """Bytes of weights, and of keys and values, that a step must read, the mean.
 
@@ -273,7 +272,8 @@ def step_bytes(
     )
     kv = rows / STEPS / len(drawn) * kv_row_bytes(config, params.dtype)
     weights, policy = of_one((weights, policy))
-    return step_weight_bytes(weights, config, policy), kv
+    reads = policy.reads(config, Load(drawn[0].visible.shape[1], config.context))
+    return step_weight_bytes(weights, config, policy, reads), kv
 
 
 def busiest_rows(drawn: Drawn, config: ModelConfig) -> int:
@@ -292,9 +292,7 @@ def busiest_rows(drawn: Drawn, config: ModelConfig) -> int:
     return int((most * seen).sum(axis=(0, 1)).max())
 
 
-def sent_bytes(
-    params: Params, policy: SelectionPolicy, batch: int, where: Devices
-) -> int:
+def sent_bytes(params: Params, policy: Policy, batch: int, where: Devices) -> int:
     """Bytes that each device must send in a step; see `step_sent_bytes`.
 
     Args:
@@ -303,17 +301,17 @@ def sent_bytes(
       batch: b, of all devices.
       where: the devices.
     """
-    layers = params.config.layers
-    counts: Sequence[int] = getattr(policy, "neuron_budget", ()) or (0,) * layers
+    config, layers = params.config, params.config.layers
+    reads = policy.reads(config, Load(batch, config.context))
     return step_sent_bytes(
         params.config,
         where.tp,
         where.dp,
         batch // where.dp,
         params.dtype,
-        score_rows=policy.score_rows or (0,) * layers,
-        picks_neurons=[n > 0 for n in counts],
-        balanced=getattr(policy, "balanced", 1) > 1,
+        score_rows=policy.wants.scores or (0,) * layers,
+        picks_neurons=[n < 1 for n in reads.neurons] if reads else (False,) * layers,
+        balanced=policy.parts > 1,
     )
 
 
@@ -336,19 +334,25 @@ def make_prefill(
     """
     config = params.config
     ids = jax.random.randint(jax.random.key(3), (prompts, tokens), 0, config.vocab_size)
-    prompts_read = np.asarray(ids).tolist()
+    given = dict(enumerate(np.asarray(ids).tolist()))
+    requests = [Settings()] * prompts
+    sampling, ends = make_sampling(config, requests), stop_table(requests)
+    every, remaining = jnp.ones(prompts, bool), jnp.full(prompts, 10**8, jnp.int32)
 
     def read(call: Callable[..., Any]) -> None:
-        drawn = programs.read_prompts(
+        state, logits = programs.empty_state(config, prompts, tokens, params.weights)
+        cache, logits = programs.read_prompts(
             params.weights,
-            prompts_read,
-            jnp.full(prompts, 10**8, jnp.int32),
-            make_sampling(config, prompts, 0.0, 0, 1.0, 0),
-            jnp.array([-1]),
+            given,
+            state.cache,
+            logits,
             config=config.architecture,
-            capacity=tokens,
             implementation=implementation,
             call=call,
+        )
+        state = dataclasses.replace(state, cache=cache)
+        drawn = call(
+            programs.first_token, state, logits, every, remaining, sampling, ends
         )
         jax.block_until_ready(drawn)
 

@@ -43,7 +43,7 @@ from polarjax.evaluation.measure import Journal, Progress
 from polarjax.evaluation.perplexity import Perplexity, perplexity
 from polarjax.evaluation.statistics import Interval, mean_interval
 from polarjax.params import Params
-from polarjax.policies import Polar, with_learned
+from polarjax.policies import named, with_learned
 from polarjax.policy import Dense, Policy
 
 # How far the tests go, in calibration drop, as a multiple of the allowed one: a little
@@ -293,7 +293,7 @@ def keep_promise(
         if name not in dense:
             whole = (params.config.kv_heads,) * params.config.layers
             dense[name] = measured(name, Dense(), whole)
-        return measured(name, Polar(), budgets), dense[name]
+        return measured(name, named("polar"), budgets), dense[name]
 
     names, drop, sure = tuple(domains), terms.max_drop, terms.confidence
     tested = run_tests(sequence, names, compare, max_drop=drop, confidence=sure)

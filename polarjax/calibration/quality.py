@@ -20,7 +20,7 @@ from polarjax.evaluation.measure import Progress
 from polarjax.mesh.cut import model_shapes, whole_routers
 from polarjax.params import Params, taught
 from polarjax.planning.cost import step_cost
-from polarjax.policies import Adaptive, Oracle, Polar, Random
+from polarjax.policies import named
 from polarjax.policy import Dense, Policy, Reads
 
 # More perplexity than this, relative to dense, is said. The adapters that ship lose up
@@ -53,10 +53,10 @@ def measure_quality(
     policies: dict[str, Policy] = {"Dense": Dense()}
     learned = params.policy.learned
     if not learned.adaptive:
-        policies["Oracle"] = Oracle()
-    policies |= {"Polar": Polar(), "Random": Random()}
+        policies["Oracle"] = named("oracle")
+    policies |= {"Polar": named("polar"), "Random": named("random")}
     if learned.thresholds and not learned.adaptive:
-        policies["Adaptive"] = Adaptive()
+        policies["Adaptive"] = named("adaptive")
     return {
         name: perplexity(
             params,

@@ -18,7 +18,7 @@ from polarjax.evaluation.measure import Journal, Progress
 from polarjax.evaluation.scoring import Scorer
 from polarjax.params import Params
 from polarjax.planning.cost import step_cost
-from polarjax.policies import Polar, with_learned
+from polarjax.policies import named, with_learned
 from polarjax.policy import Dense, Policy
 
 Thresholds = Callable[[Budgets], tuple[float, ...]]
@@ -124,7 +124,7 @@ def search_budgets(
     evaluate = _evaluator(
         params,
         items,
-        policy or Polar(),
+        policy or named("polar"),
         settings.mode,
         min(settings.rows, len(items)),
         thresholds,

@@ -10,11 +10,9 @@ from jax.sharding import Mesh
 
 from polarjax.loading import read_config
 from polarjax.mesh.cut import check_mesh, default_mesh, make_mesh
-from polarjax.policies import Adaptive, Oracle, Polar, Random
-from polarjax.policy import Dense, Policy
+from polarjax.policies import named
+from polarjax.policy import Policy
 from polarjax.terminal.common import fraction
-
-POLICIES = ("polar", "adaptive", "oracle", "random")
 
 
 def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | None:
@@ -34,38 +32,6 @@ def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | No
     sizes = " and ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"over {mesh.size} devices: {sizes}", file=sys.stderr)
     return mesh
-
-
-def make_policy(
-    name: str, density: float | None, neuron_density: float | None = None
-) -> Policy:
-    """A policy by its name.
-
-    Args:
-      name: "dense" or one of `POLICIES`.
-      density: of heads; None for the adapter's budgets.
-      neuron_density: of MLP neurons, for "polar" and "adaptive"; None for the
-        adapter's own budgets, or all where it has none.
-
-    Raises:
-      ValueError: if there is none of that name, or it has no use for a density.
-    """
-    if name in ("dense", "adaptive") and density is not None:
-        how = "reads all" if name == "dense" else "goes by thresholds"
-        raise ValueError(f"the policy {name} takes no density: it {how}")
-    if name not in ("polar", "adaptive") and neuron_density is not None:
-        raise ValueError(f"the policy {name} takes no density of neurons")
-    if name == "dense":
-        return Dense()
-    if name not in POLICIES:
-        raise ValueError(
-            f"no policy {name!r}: there are dense, {', '.join(sorted(POLICIES))}"
-        )
-    if name == "polar":
-        return Polar(density, neuron_density)
-    if name == "adaptive":
-        return Adaptive(neuron_density)
-    return Oracle(density) if name == "oracle" else Random(density)
 
 
 def make_policies(
@@ -110,8 +76,8 @@ def make_policies(
             label = name.capitalize() + (f" {density:.3f}" if density else "")
             if label in policies:
                 raise ValueError(f"--policies, --densities: {label} is there twice")
-            policies[label] = make_policy(name, density, own)
+            policies[label] = named(name, density, own)
             if name == "polar" and balanced is not None:
                 label = label.replace("Polar", f"Polar balanced {balanced}")
-                policies[label] = Polar(density, neuron_density, balanced=balanced)
+                policies[label] = named(name, density, neuron_density, balanced)
     return policies

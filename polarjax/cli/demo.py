@@ -14,7 +14,7 @@ from polarjax.engine.generate import Output, generate
 from polarjax.evaluation import Perplexity, perplexity, window_items
 from polarjax.loading import find_adapter, load
 from polarjax.params import Params
-from polarjax.policies import Polar, load_adapter, read_card
+from polarjax.policies import load_adapter, named, read_card
 from polarjax.policy import Dense, Policy
 from polarjax.terminal.output import make_console
 
@@ -52,7 +52,7 @@ def show(
     models = [load_adapter(dense, find_adapter(x), any_model) for x in adapters]
     names = ["dense", *map(str, adapters)]
     runs: list[tuple[Params, Policy]] = [(dense, Dense())]
-    runs += [(params, Polar()) for params in models]
+    runs += [(params, named("polar")) for params in models]
     outputs: list[Output] = []
     for name, (params, policy) in zip(names, runs, strict=True):
         with console.status(Text(f"{name}: compiling, then continuing four prompts")):

@@ -6,13 +6,13 @@ import argparse
 import dataclasses
 import json
 
-from polarjax.cli.common import choose_mesh, make_policy
+from polarjax.cli.common import choose_mesh
 from polarjax.engine import Tokenizer
 from polarjax.engine.generate import generate
 from polarjax.engine.templates import check_text
 from polarjax.loading import load
 from polarjax.mesh import processes
-from polarjax.policies import Polar
+from polarjax.policies import named
 from polarjax.terminal.output import make_console, rule, show_text
 
 
@@ -42,9 +42,9 @@ def run_generate(args: argparse.Namespace) -> None:
         prompts = [tokenizer.encode(text, special=False) for text in texts]
     policy, density = None, args.density
     if args.policy:
-        policy, density = make_policy(args.policy, density), None
+        policy, density = named(args.policy, density), None
     if args.balanced:
-        policy, density = Polar(args.density, balanced=args.tp), None
+        policy, density = named("polar", args.density, balanced=args.tp), None
     out = generate(
         params,
         prompts,

@@ -23,7 +23,7 @@ from polarjax.model import BLOCK_TOKENS
 from polarjax.params import Params
 from polarjax.planning.memory import MEMORY_FRACTION, room_for
 from polarjax.planning.sizes import positive
-from polarjax.policies import Density, Polar
+from polarjax.policies import Density, named
 from polarjax.policies.budgets import count
 from polarjax.policy import Load, Policy
 from polarjax.settings import default_numbers
@@ -236,5 +236,5 @@ def _choose_policy(
             raise TypeError(f"policy must be a policy like Dense(), got {policy!r}")
         return policy
     if density is not None:
-        return params.policy if params.routers else Polar()
+        return params.policy if params.routers else named("polar")
     return None

@@ -18,9 +18,9 @@ from polarjax.config import ModelConfig
 from polarjax.mesh.cut import DP, TP, local_config, over_mesh
 
 # How a cache on a mesh is cut: batch, and KV groups.
-_GROUPS: Any = P(DP, TP)
+GROUPS: Any = P(DP, TP)
 ROWS: Any = P(DP)
-CACHE: Any = PagedCache.cut(ROWS, _GROUPS)
+CACHE: Any = PagedCache.cut(ROWS, GROUPS)
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
@@ -30,10 +30,10 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
 
 def cache_places(cache: PagedCache, mesh: Mesh) -> Any:
     """Where the arrays of a cache lie on a mesh, as a tree like the cache's."""
-    groups: Any = NamedSharding(mesh, _GROUPS)
+    groups: Any = NamedSharding(mesh, GROUPS)
     each = [jax.tree.map(lambda _: groups, layer) for layer in cache.apart()]
     rows: Any = NamedSharding(mesh, ROWS)
-    return cache.joined(each, rows)
+    return PagedCache.of_layers(each, rows)
 
 
 def empty_cache(
@@ -45,7 +45,7 @@ def empty_cache(
     tp = mesh.shape[TP]
     groups = tp * local_config(config, tp).kv_heads
     config = dataclasses.replace(config, heads=groups, kv_heads=groups)
-    where = NamedSharding(mesh, _GROUPS)
+    where = NamedSharding(mesh, GROUPS)
     cache = PagedCache.empty(config, batch, capacity, dtype, where)
     lengths = jnp.zeros(batch, jnp.int32, device=NamedSharding(mesh, ROWS))
     return dataclasses.replace(cache, lengths=lengths)
@@ -89,13 +89,13 @@ def insert_all(
     """
     # A layer at a time: the program, one for each size of both, is small so.
     layers = [
-        call(insert, whole, new, rows, cut=_GROUPS, mesh=mesh)
+        call(insert, whole, new, rows, cut=GROUPS, mesh=mesh)
         for whole, new in zip(cache.apart(), part.apart(), strict=True)
     ]
     lengths, logits = call(
         insert, (cache.lengths, logits), (part.lengths, last), rows, mesh=mesh
     )
-    return cache.joined(layers, lengths), logits
+    return PagedCache.of_layers(layers, lengths), logits
 
 
 def widen(tree: Any, batch: int) -> Any:

@@ -36,9 +36,8 @@ from polarjax.planning.per_device import (
     step_sent_bytes,
 )
 from polarjax.planning.sizes import bucket, positive
-from polarjax.policies.adapter import as_stored
+from polarjax.policies.adapter import as_stored, of_learned
 from polarjax.policies.budgets import check_density, check_parts, count, in_parts
-from polarjax.policies.polar import Polar
 from polarjax.policies.routers import router_shapes
 from polarjax.policy import Learned, Reads
 from polarjax.settings import default_numbers
@@ -371,5 +370,5 @@ def abstract_params(
     )
     routers = {f"layers_{i}": router for i in range(1, config.layers)}
     routers = jax.eval_shape(as_stored, routers)
-    policy = Polar(learned=Learned(routers))
+    policy = of_learned(Learned(routers))
     return Params(weight_shapes(config, dtype), policy, config)

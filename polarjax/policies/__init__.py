@@ -10,6 +10,7 @@ from polarjax.policies.adapter import (
 from polarjax.policies.adaptive import Adaptive
 from polarjax.policies.budgets import Density
 from polarjax.policies.card import read_card
+from polarjax.policies.names import named
 from polarjax.policies.oracle import Oracle
 from polarjax.policies.polar import Polar
 from polarjax.policies.random import Random
@@ -21,6 +22,7 @@ __all__ = [
     "Polar",
     "Random",
     "load_adapter",
+    "named",
     "of_learned",
     "read_card",
     "save_adapter",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -23,7 +22,7 @@ from polarjax.mesh.cut import (
 from polarjax.mesh.share import add_up_batch
 from polarjax.model import Gates, Observe, Prefix, logits, make_decoder, whole
 from polarjax.params import Params, Tree
-from polarjax.policies.polar import Polar
+from polarjax.policies import of_learned
 from polarjax.policy import Learned
 
 # Positions of which the logits are in memory at once, each 8 bytes a word.
@@ -74,7 +73,7 @@ def _divergence(
 ) -> jax.Array:
     def measure(weights: Tree, routers: Tree, tokens: jax.Array) -> jax.Array:
         starts = jnp.zeros(len(tokens), jnp.int32)
-        policy = Polar(learned=Learned(routers, budgets))
+        policy = of_learned(Learned(routers, budgets))
         params = Params(weights, policy, config)
         return distance(params, tokens, starts, mesh=mesh)[0]
 
@@ -111,7 +110,7 @@ def distance(
     config, (b, t) = params.config, tokens.shape
     dense = make_decoder(config.architecture, params.weights, mesh=mesh)
     right = jax.lax.stop_gradient(whole(dense, params.weights, tokens))
-    weights, policy = dataclasses.replace(Polar(), asks=("groups",)).bind(params)
+    weights, policy = params.policy.asking(("groups",)).bind(params)
     rows = policy.wants.scores
     sparse = make_decoder(
         config.architecture, weights, rows, mesh=mesh, cuts_scores=False

@@ -30,7 +30,7 @@ from polarjax.mesh.cut import (
 from polarjax.model import Gates, Observe, Share
 from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree, taught
-from polarjax.policies.polar import Polar
+from polarjax.policies import of_learned
 from polarjax.policies.updates import init_updates, ranks_of
 from polarjax.policy import Learned
 from polarjax.settings import default_numbers, draw_key
@@ -241,7 +241,7 @@ def _gradients(
         observe = None
         if routers == "bce" or routers == "ranking":
             observe = router_losses(trained, config, budgets, starts, routers, share)
-        policy = Polar(learned=Learned(trained, budgets))
+        policy = of_learned(Learned(trained, budgets))
         params = Params(weights, policy, config)
         kl, losses = distance(params, tokens, starts, gates, observe, remat, mesh)
         # Routers alone feel their loss, and nothing but them: no weight is needed.

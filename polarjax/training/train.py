@@ -26,7 +26,7 @@ from polarjax.mesh.cut import (
 from polarjax.mesh.share import mean_of_parts
 from polarjax.model import Prefix, Share
 from polarjax.params import Params, Tree
-from polarjax.policies import Polar
+from polarjax.policies import of_learned
 from polarjax.policies.budgets import check_density, count
 from polarjax.policy import Dense, Learned
 from polarjax.settings import default_numbers, draw_key
@@ -187,7 +187,7 @@ def train_routers(
 
     def model(routers: Tree) -> Params:
         placed = place_routers(unstack(routers, config.layers), config, mesh)
-        policy = Polar(learned=Learned(placed, budgets))
+        policy = of_learned(Learned(placed, budgets))
         return dataclasses.replace(params, policy=policy)
 
     compiled = functools.partial(
@@ -329,8 +329,8 @@ def _gradients(
 
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
     learned = Learned(unstack(routers, config.layers), budgets)
-    model = Params(weights, Polar(learned=learned), config)
+    model = Params(weights, of_learned(learned), config)
     prefix = None if starts is None else Prefix(starts)
-    found = observe_layers(model, tokens, learn, Polar(), prefix, mesh)
+    found = observe_layers(model, tokens, learn, model.policy, prefix, mesh)
     grads, values = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
     return mean_of_parts(grads, share), jax.tree.map(jnp.mean, values)
