@@ -45,7 +45,7 @@ def make_policies(
     Args:
       names: such as "dense,polar".
       densities: such as "1/2,2/3"; may be empty.
-      neuron_density: see `make_policy`.
+      neuron_density: see `polarjax.policies.named`.
       balanced: beside "polar", that of so many parts; see `Polar`.
 
     Raises:
