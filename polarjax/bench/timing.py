@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from polarjax import SelectionPolicy
+from polarjax import Policy
 from polarjax.bench import profiling, rounds, steps
 from polarjax.bench.meshes import Devices, of_one
 from polarjax.bench.shapes import Case
@@ -39,7 +39,7 @@ class Timed:
 
 def time_policy(
     params: Params,
-    policy: SelectionPolicy,
+    policy: Policy,
     asked: bool,
     state: Any,
     case: Case,
