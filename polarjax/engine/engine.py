@@ -34,7 +34,7 @@ from polarjax.model import BLOCK_TOKENS
 from polarjax.params import Params
 from polarjax.planning.crossover import settle
 from polarjax.planning.memory import MEMORY_FRACTION, cache_capacity
-from polarjax.planning.sizes import bucket, positive
+from polarjax.planning.sizes import positive
 from polarjax.policies.budgets import count
 from polarjax.policy import Load, Policy
 from polarjax.settings import default_numbers
@@ -287,8 +287,7 @@ class Engine:
     def _decode(self, live: list[int]) -> None:
         left = max(self._rows[i].left for i in live)  # type: ignore[union-attr]
         whole = programs.takes_whole_chunks(self.params.weights)
-        most = min(self.chunk, bucket(left, 1)) if whole else self.chunk
-        number = min(most, left)
+        most, number = self.chunk, min(self.chunk, left)
         go_on = np.zeros(self.slots, bool)
         go_on[live] = True
         density, sampling, ends = self._slot_data()

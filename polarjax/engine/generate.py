@@ -22,7 +22,7 @@ from polarjax.mesh.processes import from_main
 from polarjax.model import BLOCK_TOKENS
 from polarjax.params import Params
 from polarjax.planning.memory import MEMORY_FRACTION, room_for
-from polarjax.planning.sizes import positive
+from polarjax.planning.sizes import bucket, positive
 from polarjax.policies import Density, named
 from polarjax.policies.budgets import count
 from polarjax.policy import Load, Policy
@@ -140,6 +140,8 @@ def generate(
     dense = any(one.density == 1 for one in asked)  # which promises an exact MLP
     if policy is not None and dense and "neurons" in policy.asks:
         policy = policy.asking(tuple(x for x in policy.asks if x != "neurons"))
+    if programs.takes_whole_chunks(params.weights):
+        chunk = min(positive("chunk", chunk), bucket(max(limits) - 1, 1))
     slots, context = room_for(
         params,
         batch,

@@ -260,7 +260,7 @@ def read_prompts(
     each, places = slots // dp, sorted(prompts)
     lengths = [len(prompts[row]) for row in places]
     parts = [row // each for row in places]
-    for block in plan_blocks(lengths, config.context, most, dp, parts):
+    for block in plan_blocks(lengths, each, config.context, most, dp, parts):
         tokens = np.zeros((dp, block.rows, block.width), np.int32)
         counts = np.ones((dp, block.rows), np.int32)
         rows = np.empty((dp, block.rows), np.int32)

@@ -25,18 +25,21 @@ class Block:
 
 def plan_blocks(
     lengths: Sequence[int],
+    slots: int,
     context: int,
     budget: int,
     parts: int = 1,
     where: Sequence[int] | None = None,
 ) -> list[Block]:
-    """Cut a batch of prompts into calls of bounded size and few shapes.
+    """Cut prompts into calls of one shape for each width.
 
-    Widest first. Each prompt is read in rows of its own width, whatever lengths its
-    batch-mates have: in 16 bit a wider row rounds otherwise.
+    Widest first. Each prompt is read in rows of its own width, as many as `rows_of`
+    says, whatever lengths its batch-mates have: in 16 bit a wider row, or another
+    number of rows, rounds otherwise; and no other prompts need another program.
 
     Args:
       lengths: tokens of each prompt, at least 1.
+      slots: rows of each part of the batch, which the prompts are read into.
       context: most tokens that the model takes.
       budget: most tokens, rows x width, of a call, or of one part's rows. A longer
         prompt has a call of its own.
@@ -52,30 +55,27 @@ def plan_blocks(
     each, blocks = len(lengths) // parts, []
     if where is None:
         where = [i // each for i in range(len(lengths))]
-    # Longest first: what is padding in all rows of a call is left out.
+    # Longest first: blocks of padding alone are left out.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for size in sorted(set(sizes), reverse=True):
         width = min(size, context)
+        rows = rows_of(slots, width, budget)
         same = [i for i in order if sizes[i] == size]
         left = [[i for i in same if where[i] == part] for part in range(parts)]
-        while many := max(map(len, left)):
-            most = max(1, budget // width)
-            rows = min(filled_rows(many, width, budget), 1 << (most.bit_length() - 1))
+        while any(left):
             taken = [i for part in left for i in part[:rows]]
             blocks.append(Block(tuple(taken), rows, width))
             left = [part[rows:] for part in left]
     return blocks
 
 
-def filled_rows(prompts: int, width: int, budget: int) -> int:
-    """Rows that prompts of one width begin to fill, a power of two.
-
-    Some may be empty: a few of them cost less than one more program.
+def rows_of(slots: int, width: int, budget: int) -> int:
+    """Rows of the calls that read prompts of one width, a power of two.
 
     Args:
-      prompts: how many.
+      slots: rows of the batch.
       width: tokens of each row.
       budget: most tokens of a call.
     """
-    rows = bucket(prompts, 1)
-    return rows if (rows - prompts) * width <= budget // 8 else rows // 2
+    most = max(1, budget // width)
+    return min(bucket(slots, 1), 1 << (most.bit_length() - 1))

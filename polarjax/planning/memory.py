@@ -12,7 +12,7 @@ from polarjax.config import ModelConfig
 from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
 from polarjax.model.causal import BLOCK, flash_serves
 from polarjax.params import Params
-from polarjax.planning.blocks import filled_rows
+from polarjax.planning.blocks import rows_of
 from polarjax.planning.cost import kv_row_bytes
 from polarjax.planning.host_memory import host_memory
 from polarjax.planning.sizes import bucket
@@ -79,8 +79,8 @@ def prefill_bytes(
         whole += 3 * 4 * c.heads * min(width, BLOCK)
     mlp = c.neurons * (4 * (1 + c.gated_mlp) + size)
     block = 4 * c.dim + max((q + kv) * (4 + size), mlp)
-    # A longer prompt is a call of its own, and a few rows of a call may be empty.
-    rows = max(batch, filled_rows(batch, width, prefill_tokens))
+    # A longer prompt is a call of its own.
+    rows = rows_of(batch, width, prefill_tokens)
     tokens = max(width, min(rows * width, prefill_tokens))
     # What a call has read is copied into the batch's cache, but on a GPU.
     kept = 0 if platform == "gpu" else cache_bytes(config, 1, tokens, dtype)
