@@ -183,9 +183,11 @@ def make_chunk(
     requests = [Settings()] * batch
     after = (
         jnp.ones(batch, bool),
-        jnp.zeros(batch),
-        make_sampling(params.config, requests),
-        jnp.asarray(stop_table(requests)),
+        programs.SlotData(
+            jnp.zeros(batch),
+            make_sampling(params.config, requests),
+            jnp.asarray(stop_table(requests)),
+        ),
     )
     options["mesh"] = mesh_of(params.weights)
     return Chunk(programs.decode_chunk, (weights, policy), after, options)
@@ -336,7 +338,11 @@ def make_prefill(
     ids = jax.random.randint(jax.random.key(3), (prompts, tokens), 0, config.vocab_size)
     given = dict(enumerate(np.asarray(ids).tolist()))
     requests = [Settings()] * prompts
-    sampling, ends = make_sampling(config, requests), stop_table(requests)
+    slots = programs.SlotData(
+        jnp.zeros(prompts),
+        make_sampling(config, requests),
+        jnp.asarray(stop_table(requests)),
+    )
     every, remaining = jnp.ones(prompts, bool), jnp.full(prompts, 10**8, jnp.int32)
 
     def read(call: Callable[..., Any]) -> None:
@@ -351,9 +357,7 @@ def make_prefill(
             call=call,
         )
         state = dataclasses.replace(state, cache=cache)
-        drawn = call(
-            programs.first_token, state, logits, every, remaining, sampling, ends
-        )
+        drawn = call(programs.first_token, state, logits, every, remaining, slots)
         jax.block_until_ready(drawn)
 
     return read

@@ -68,7 +68,7 @@ def time_policy(
     compiled, seconds_taken = rounds.timed_compile(lambda: chunk.lower(state))
     known: dict[str, Any] = {**seconds_taken, "notes": list(notes)}
     hlo = compiled.as_text()
-    cache = of_one(state.cache.keys[0]).shape
+    cache = of_one(state.cache.apart()[-1][0]).shape
     known["cache_copies"] = profiling.cache_copies(hlo, cache)
     chunks = [chunk] if beside is None else [chunk, beside]
     state, seconds, drawn = rounds.times(chunks, state, case.context, args.repeats)

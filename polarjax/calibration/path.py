@@ -133,8 +133,7 @@ def search_path(
             found = measured(candidate)
             more = _further_lost(found[0], losses, best, now_loss)
             saved = cost.bytes_read(Reads(now)) - cost.bytes_read(Reads(candidate))
-            # Noise makes some losses negative: those bytes are free, none freer by
-            # being few.
+            # Noise makes some losses negative: those bytes are free, few or many.
             ranks[layer] = max(more, 0.0) / saved, more
             fresh[layer] = candidate, *found
         now, losses, windows = fresh[layer]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -148,6 +149,43 @@ class Engine:
         self._waiting: list[Request] = []
         self._begun: list[_Chunk] = []
         self._clock, self._counted, self._steps = _Clock(), [], 0
+        self._compiled_seconds = 0.0
+        if self.slots > 1 and programs.takes_whole_chunks(params.weights):
+            self._compile_prefill()
+
+    def _compile_prefill(self) -> None:
+        """Compile the calls for prompts of every width, several at a time.
+
+        On a GPU each takes seconds, and which ones a batch needs depends on its
+        prompts: no later call shall wait for them.
+        """
+        shapes = programs.prefill_shapes(
+            self.slots,
+            self.context,
+            self.params.config,
+            self._most,
+            axis_size(self.mesh, DP),
+        )
+
+        @default_numbers
+        def compile_one(shape: tuple[int, int]) -> None:
+            rows = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+            programs.prefill.lower(
+                self.params.weights,
+                jax.ShapeDtypeStruct(shape, jnp.int32),
+                rows,
+                rows,
+                self._state.cache,
+                self._logits,
+                most=self._most,
+                mesh=self.mesh,
+                **self._common,
+            ).compile()
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(shapes)) as pool:
+            list(pool.map(compile_one, shapes))
+        self._compiled_seconds = time.perf_counter() - start
 
     def __enter__(self) -> Engine:
         return self
@@ -269,15 +307,13 @@ class Engine:
             call=self._clock.run,
             **self._common,
         )
-        _, sampling, ends = self._slot_data()
         self._state, drawn = self._clock.run(
             programs.first_token,
             dataclasses.replace(state, cache=cache),
             self._logits,
             self._placed(admitted),
             self._placed(remaining),
-            sampling,
-            ends,
+            self._slot_data(),
         )
         drawn = jax.tree.map(lambda x: x[None], drawn)
         rows = [taken.get(i) for i in range(self.slots)]
@@ -290,16 +326,13 @@ class Engine:
         most, number = self.chunk, min(self.chunk, left)
         go_on = np.zeros(self.slots, bool)
         go_on[live] = True
-        density, sampling, ends = self._slot_data()
         self._state, drawn = self._clock.run(
             programs.decode_chunk,
             self.weights,
             self._bound,
             self._state,
             self._placed(go_on),
-            density,
-            sampling,
-            ends,
+            self._slot_data(),
             None if whole else np.int32(number),
             steps=most,
             mesh=self.mesh,
@@ -313,13 +346,15 @@ class Engine:
     def _live(self) -> np.ndarray:
         return to_host(self._state.live)
 
-    def _slot_data(self) -> tuple[jax.Array, Any, jax.Array]:
-        """Density, sampling and stop ids of each row, on the devices."""
+    def _slot_data(self) -> programs.SlotData:
+        """What each row's request asked for, on the devices."""
         if self._given is None:
             config = self.params.config
             density = np.array([s.density or 0 for s in self._settings], np.float32)
             sampling = make_sampling(config, self._settings)
-            data = density, sampling, stop_table(self._settings)
+            ends: Any = stop_table(self._settings)
+            given: Any = density
+            data = programs.SlotData(given, sampling, ends)
             self._given = jax.tree.map(self._placed, data)
         return self._given
 
@@ -371,6 +406,8 @@ class Engine:
             encoded = from_main(encoded)
         asked = settings_of(config, self.tokenizer, len(encoded), settings)
         self._clock, self._counted, self._steps = _Clock(), [], 0
+        self._clock.seconds["compile"] += self._compiled_seconds
+        self._compiled_seconds = 0.0
         pairs = enumerate(zip(encoded, asked, strict=True))
         requests = [self._add(ids, one, i) for i, (ids, one) in pairs]
         numbers = {id(request): i for i, request in enumerate(requests)}

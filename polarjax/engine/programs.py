@@ -41,7 +41,8 @@ from polarjax.model import (
     whole,
 )
 from polarjax.model import logits as logits_of
-from polarjax.planning.blocks import plan_blocks
+from polarjax.planning.blocks import plan_blocks, rows_of
+from polarjax.planning.sizes import bucket
 from polarjax.policy import Policy, Tree
 
 
@@ -61,6 +62,22 @@ class State:
     token: jax.Array
     live: jax.Array
     remaining: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotData:
+    """What the requests of a batch asked for: data, that compiles nothing.
+
+    Attributes:
+      density: float32[b], as in `polarjax.policy.Seen`.
+      sampling: how each request draws.
+      stop_ids: int32[b, e], tokens that end each request.
+    """
+
+    density: jax.Array
+    sampling: Sampling
+    stop_ids: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -91,12 +108,11 @@ def _advance(
     cache: PagedCache,
     live: jax.Array,
     remaining: jax.Array,
-    sampling: Sampling,
-    stop_ids: jax.Array,
+    slots: SlotData,
     share: Share | None = None,
 ) -> tuple[State, jax.Array, jax.Array]:
-    token, logprob = sample(logits, sampling, cache.lengths, share)
-    stops = (token[:, None] == stop_ids).any(axis=1)
+    token, logprob = sample(logits, slots.sampling, cache.lengths, share)
+    stops = (token[:, None] == slots.stop_ids).any(axis=1)
     # The best of NaN logits is token 0: no stop token, but an error for the host.
     stops &= ~jnp.isnan(logprob)
     valid = live & ~stops
@@ -164,8 +180,7 @@ def first_token(
     logits: jax.Array,
     admitted: jax.Array,
     remaining: jax.Array,
-    sampling: Sampling,
-    stop_ids: jax.Array,
+    slots: SlotData,
 ) -> tuple[State, Drawn]:
     """Draw the first token of requests whose prompts have been read.
 
@@ -174,12 +189,9 @@ def first_token(
       logits: float32[b, v], after each prompt's last token.
       admitted: bool[b], the requests that begin; the others stay as they are.
       remaining: int32[b], tokens each of them may draw, at least 1.
-      sampling: how each request draws.
-      stop_ids: int32[b, e], tokens that end each request.
+      slots: what each request asked for.
     """
-    new, logprob, valid = _advance(
-        logits, state.cache, admitted, remaining, sampling, stop_ids
-    )
+    new, logprob, valid = _advance(logits, state.cache, admitted, remaining, slots)
 
     def mine(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(admitted, new, old)
@@ -218,6 +230,25 @@ def empty_state(
             zeros(slots, jnp.int32),
         )
         return state, zeros((slots, config.vocab_size), jnp.float32)
+
+
+def prefill_shapes(
+    slots: int, context: int, config: ModelConfig, most: int, dp: int = 1
+) -> list[tuple[int, int]]:
+    """Rows and width of every call of `prefill` that an engine may need.
+
+    Args:
+      slots: requests that there is room for.
+      context: most tokens of a request.
+      config: what the model is.
+      most: tokens that are computed at once.
+      dp: parts of the batch.
+    """
+    widths, width = [], bucket(1)
+    while not widths or widths[-1] < min(context, config.context):
+        widths.append(min(width, config.context))
+        width *= 2
+    return [(dp * rows_of(slots // dp, each, most), each) for each in widths]
 
 
 def _device(weights: Tree) -> Any:
@@ -307,9 +338,7 @@ def decode_chunk(
     policy: Policy,
     state: State,
     go_on: jax.Array,
-    density: jax.Array,
-    sampling: Sampling,
-    stop_ids: jax.Array,
+    slots: SlotData,
     count: Any = None,
     *,
     config: ModelConfig,
@@ -324,9 +353,7 @@ def decode_chunk(
       policy: bound.
       state: donated: the caches are updated in place.
       go_on: bool[b], False for requests that the host has ended (stop strings).
-      density: float32[b], as in `polarjax.policy.Seen`.
-      sampling: settings.
-      stop_ids: int32[b, e].
+      slots: what each request asked for.
       count: int32[], the steps to take, at most `steps`; None for all of them.
       config: of the model.
       steps: most steps, for which there is room in what is returned.
@@ -340,7 +367,7 @@ def decode_chunk(
     model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
     cut = model.share if model.share and model.share.cuts_vocabulary else None
 
-    def follow(weights, policy, state, go_on, density, sampling, stop_ids, count):
+    def follow(weights, policy, state, go_on, slots, count):
         def step(state: State) -> tuple[State, Drawn]:
             live = state.live
             logits, cache, read = extend(
@@ -350,12 +377,12 @@ def decode_chunk(
                 live.astype(jnp.int32),
                 state.cache,
                 policy=policy,
-                density=density,
+                density=slots.density,
             )
             reads = jnp.stack([one.groups for one in read])
             visible = jnp.where(live, cache.lengths, 0)
             after, logprob, valid = _advance(
-                logits, cache, live, state.remaining, sampling, stop_ids, cut
+                logits, cache, live, state.remaining, slots, cut
             )
             own = None if mesh is None else _own_reads(read)
             return after, Drawn(after.token, logprob, valid, reads, visible, own)
@@ -370,13 +397,13 @@ def decode_chunk(
         room = _room(steps, config.layers, len(state.token), mesh)
         return jax.lax.fori_loop(0, count, take, (state, room))
 
-    args = weights, policy, state, go_on, density, sampling, stop_ids, count
+    args = weights, policy, state, go_on, slots, count
     later: Any = P(None, DP)
     reads: Any = P(None, None, DP)
     kept = State(CACHE, ROWS, ROWS, ROWS)
     own: Any = P(None, None, DP, TP)
     drawn = Drawn(later, later, later, reads, later, own)
-    given = kept, ROWS, ROWS, ROWS, ROWS, P()
+    given = kept, ROWS, ROWS, P()
     specs = weight_specs(weights, mesh), field_specs(policy), *given
     return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
 

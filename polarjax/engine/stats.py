@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from polarjax.config import ModelConfig
 from polarjax.engine.programs import Drawn
@@ -165,24 +166,8 @@ def make_stats(
     mesh = mesh_of(params.weights)
     weight_bytes *= axis_size(mesh, DP)
     neuron_density = planned.neurons if planned else (1.0,) * config.layers
-    notes, uneven = list(notes), imbalance(chunks)
-    if mesh is not None:
-        notes.append(
-            f"tp {mesh.shape[TP]} x dp {mesh.shape[DP]} = {len(devices)} devices: "
-            "bytes and bandwidth are theirs together, the floor is without what they "
-            "say to each other; in a layer the busiest of those that share the model "
-            f"reads {uneven:.2f} times the mean of their KV groups"
-        )
-    if policy.wants.norms:
-        notes.append(
-            f"{name} computes dense attention first, to know the "
-            "norms: its times are no measure of sparsity, its bytes are those it chose"
-        )
-    if min(neuron_density) < 1:
-        notes.append(
-            "neuron sparsity: the batch shares one set of neurons, so a request's "
-            "result may depend on its batch-mates"
-        )
+    uneven = imbalance(chunks)
+    said = (*notes, *_notes(name, policy, neuron_density, mesh, uneven))
     return Stats(
         policy=name,
         prompt_tokens=prompt_tokens,
@@ -201,6 +186,35 @@ def make_stats(
         weight_bytes=weight_bytes,
         bandwidth=bandwidth,
         floor_seconds=(steps * weight_bytes + kv_read * row_bytes) / bandwidth,
-        notes=tuple(notes),
+        notes=said,
         imbalance=uneven,
     )
+
+
+def _notes(
+    name: str,
+    policy: Policy,
+    neuron_density: Sequence[float],
+    mesh: Mesh | None,
+    uneven: float,
+) -> list[str]:
+    """What a reader of the numbers should know."""
+    notes = []
+    if mesh is not None:
+        notes.append(
+            f"tp {mesh.shape[TP]} x dp {mesh.shape[DP]} = {mesh.size} devices: "
+            "bytes and bandwidth are theirs together, the floor is without what they "
+            "say to each other; in a layer the busiest of those that share the model "
+            f"reads {uneven:.2f} times the mean of their KV groups"
+        )
+    if policy.wants.norms:
+        notes.append(
+            f"{name} computes dense attention first, to know the "
+            "norms: its times are no measure of sparsity, its bytes are those it chose"
+        )
+    if min(neuron_density) < 1:
+        notes.append(
+            "neuron sparsity: the batch shares one set of neurons, so a request's "
+            "result may depend on its batch-mates"
+        )
+    return notes

@@ -77,5 +77,6 @@ def rows_of(slots: int, width: int, budget: int) -> int:
       width: tokens of each row.
       budget: most tokens of a call.
     """
-    most = max(1, budget // width)
+    # Of few prompts of many lengths most rows are padding: short ones get half as many.
+    most = max(1, budget // width // (2 if width <= budget // 8 else 1))
     return min(bucket(slots, 1), 1 << (most.bit_length() - 1))

@@ -328,9 +328,8 @@ def with_steps(settings: Any, blocks: int, passes: float = 1.0) -> Any:
 def warmup_cosine(peak: float, steps: int) -> optax.Schedule:
     """From near 0 to the peak over 5 % of the steps, then by a cosine to 0."""
     rising = max(1, steps // 20)
-    return optax.warmup_cosine_decay_schedule(
-        *(peak / (rising + 1), peak, rising, steps + 1)
-    )
+    begin = peak / (rising + 1)
+    return optax.warmup_cosine_decay_schedule(begin, peak, rising, steps + 1)
 
 
 def digest(array: np.ndarray) -> str:

@@ -145,7 +145,9 @@ def _part_states(
     rows = math.gcd(len(tokens), _ROWS)
     passes = [
         _states(
-            *(params.weights, tokens[i : i + rows], positions[i : i + rows]),
+            params.weights,
+            tokens[i : i + rows],
+            positions[i : i + rows],
             config=params.config.architecture,
             mesh=mesh_of(params.weights),
         )

@@ -165,13 +165,7 @@ def train_updates(
     if mesh is not None:
         params = shard(params, mesh)
     mesh = mesh_of(params.weights)
-    # What is trained is in the model's own order, whole on each device.
-    trained = {name: dict(parts) for name, parts in whole_routers(params).items()}
-    key, shapes = draw_key(recovery.seed), model_shapes(params.weights, config)
-    fresh = init_updates(key, shapes, config.layers, recovery.rank)
-    for name, updates in fresh.items():
-        trained.setdefault(name, {}).setdefault("updates", updates)
-    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    trained = _first_updates(params, recovery)
     # Neurons are all read meanwhile: which ones a batch shares depends on its size.
     gradients = functools.partial(
         _gradients,
@@ -206,6 +200,19 @@ def train_updates(
         stop=None if stop is None else lambda state, done: stop(model(state[0]), done),
     )
     return model(state[0])
+
+
+def _first_updates(params: Params, recovery: Recovery) -> Tree:
+    """What a recovery begins with: routers, and updates that change nothing yet."""
+    config = params.config
+    # What is trained is in the model's own order, whole on each device.
+    trained = {name: dict(parts) for name, parts in whole_routers(params).items()}
+    key, shapes = draw_key(recovery.seed), model_shapes(params.weights, config)
+    fresh = init_updates(key, shapes, config.layers, recovery.rank)
+    for name, updates in fresh.items():
+        trained.setdefault(name, {}).setdefault("updates", updates)
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    return trained
 
 
 @functools.partial(

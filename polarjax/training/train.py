@@ -165,17 +165,7 @@ def train_routers(
       ValueError: if the density leaves nothing to choose, a setting does not fit the
         model, or the text is none of its tokens.
     """
-    config = params.config
-    n = count(training.density, config.kv_heads)
-    if config.layers < 2 or (n == config.kv_heads and not training.neuron_rank):
-        raise ValueError(
-            f"density {training.density} keeps all {config.kv_heads} KV groups of each "
-            "layer: there is nothing for a router to choose"
-        )
-    if training.neuron_rank and config.activation != "relu":
-        raise ValueError(
-            f"neuron routers are for ReLU MLPs, the model's is {config.activation}"
-        )
+    config, n = params.config, _check_training(params.config, training)
     check_blocks(blocks, config)
     training = with_steps(training, len(blocks))
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
@@ -212,6 +202,21 @@ def train_routers(
         stop=None if stop is None else lambda state, done: stop(model(state[0]), done),
     )
     return model(state[0])
+
+
+def _check_training(config: ModelConfig, training: RouterTraining) -> int:
+    """KV groups that the routers learn to choose; raises if there is no choice."""
+    n = count(training.density, config.kv_heads)
+    if config.layers < 2 or (n == config.kv_heads and not training.neuron_rank):
+        raise ValueError(
+            f"density {training.density} keeps all {config.kv_heads} KV groups of each "
+            "layer: there is nothing for a router to choose"
+        )
+    if training.neuron_rank and config.activation != "relu":
+        raise ValueError(
+            f"neuron routers are for ReLU MLPs, the model's is {config.activation}"
+        )
+    return n
 
 
 def unstack(routers: Tree, layers: int) -> Tree:

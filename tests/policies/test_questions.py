@@ -60,7 +60,10 @@ class Asked(Model):
         z = self.thin(layer, "up", self._norm(y, weights["mlp_norm"]))
         up = mlp["up"] @ z + mlp.get("up_bias", 0)
         gate = mlp["gate"] @ z + mlp.get("gate_bias", 0) if "gate" in mlp else up
-        act = {"relu": lambda x: np.maximum(x, 0), "silu": lambda x: x / (1 + np.exp(-x))}
+        act = {
+            "relu": lambda x: np.maximum(x, 0),
+            "silu": lambda x: x / (1 + np.exp(-x)),
+        }
         opened = act[c.activation](gate)
         hidden = opened * up if "gate" in mlp else opened
         if self.hidden is not None:

@@ -79,8 +79,8 @@ class PolarLM(TemplateLM):
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
-        several = isinstance(policy, Mapping)
-        self.policies = dict(policy) if several else {"policy": policy}
+        alone = isinstance(policy, Policy)
+        self.policies = {"policy": policy} if alone else dict(policy)
         self.label = next(iter(self.policies))
         self.params = params
         self.batch_size = positive("batch", batch)
