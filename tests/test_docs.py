@@ -66,7 +66,7 @@ def test_the_table_of_floors_is_the_tests():
     assert said == [(i, name) for i, f in enumerate(FLOORS) for name in f.split()]
 
 
-@pytest.mark.parametrize("walk", ["convert", "calibrate"])
+@pytest.mark.parametrize("walk", ["generate", "convert", "calibrate"])
 def test_walks_go_downward(walk):
     """At most nine files, none of which imports one that was passed before it."""
     text = ARCHITECTURE.read_text(encoding="utf-8")

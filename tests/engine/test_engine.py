@@ -1,0 +1,183 @@
+"""`Engine`: requests come and go, and none of them notices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import polarjax
+from polarjax import Settings
+from polarjax.engine import programs
+from polarjax.engine.programs import prefill_shapes
+from tests.models import LLAMA, OPT, random_params
+from tests.policies.reference import decode, uniform
+
+CONFIG = dataclasses.replace(LLAMA, context=64, vocab_size=211)
+LENGTHS = (3, 21, 1, 9, 30, 2, 17, 5, 12)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, 5, routers=True)
+
+
+def requests():
+    rng = np.random.default_rng(1)
+    for i, n in enumerate(LENGTHS):
+        ids = rng.integers(0, CONFIG.vocab_size, n).tolist()
+        density = (None, 0.25, 0.5, 1.0)[i % 4]
+        temperature = 0.9 if i % 3 == 2 else 0.0
+        yield (
+            ids,
+            Settings(
+                max_new_tokens=3 + 5 * i % 17,
+                density=density,
+                temperature=temperature,
+                seed=i,
+                stop_ids=(),
+            ),
+        )
+
+
+def test_a_request_alone_is_the_request_in_any_load(params):
+    policy = polarjax.Polar(0.5)
+    alone = []
+    for ids, one in requests():
+        with polarjax.Engine(params, policy=policy, slots=1, context=64) as engine:
+            request = engine.add(ids, one)
+            while not engine.idle:
+                engine.step()
+        alone.append(request)
+    with polarjax.Engine(params, policy=policy, slots=3, context=64, chunk=4) as engine:
+        # Some wait from the start, some come later, in any state of the others.
+        several = [engine.add(ids, one) for ids, one in list(requests())[:5]]
+        engine.step()
+        engine.step()
+        several += [engine.add(ids, one) for ids, one in list(requests())[5:]]
+        while not engine.idle:
+            engine.step()
+    for one, other in zip(alone, several, strict=True):
+        assert other.tokens == one.tokens and other.finish_reason == one.finish_reason
+        np.testing.assert_allclose(other.logprobs, one.logprobs, atol=1e-4)
+    assert [len(r.tokens) for r in alone] == [3 + 5 * i % 17 for i in range(9)]
+
+
+def test_it_is_what_the_reference_decodes(params):
+    prompts = [ids for ids, _ in requests()][:4]
+    densities = (0.25, 0.5, 1.0, 0.75)
+    expected = decode(params, prompts, [6] * 4, uniform(CONFIG, densities))
+    with polarjax.Engine(
+        params, policy=polarjax.Polar(), slots=2, context=64
+    ) as engine:
+        pairs = zip(prompts, densities, strict=True)
+        found = [
+            engine.add(ids, Settings(max_new_tokens=6, density=d, stop_ids=()))
+            for ids, d in pairs
+        ]
+        while not engine.idle:
+            engine.step()
+    assert [request.tokens for request in found] == expected.tokens
+
+
+def test_a_cancelled_request_gives_its_row_to_the_next(params):
+    policy, long = polarjax.Polar(0.5), Settings(max_new_tokens=30, stop_ids=())
+    with polarjax.Engine(params, policy=policy, slots=1, context=64, chunk=4) as engine:
+        first, second = engine.add([1, 2, 3], long), engine.add([4, 5], long)
+        third = engine.add([6], long)
+        engine.step()
+        engine.step()
+        engine.cancel(first)
+        engine.cancel(third)
+        while not engine.idle:
+            engine.step()
+        alone = engine.generate([[4, 5]], max_new_tokens=30, stop_ids=[])
+    assert first.finish_reason == third.finish_reason == "cancelled"
+    assert 0 < len(first.tokens) < 30 and third.tokens == []
+    assert second.tokens == alone.tokens[0] and second.finish_reason == "length"
+
+
+def test_more_prompts_than_slots_are_what_generate_says(params):
+    prompts = [ids for ids, _ in requests()]
+    settings = {"max_new_tokens": 7, "stop_ids": [], "density": 0.5}
+    expected = polarjax.generate(params, prompts, **settings)
+    streamed = {}
+
+    def stream(i, text, tokens):
+        streamed.setdefault(i, []).extend(tokens)
+
+    with polarjax.Engine(
+        params, policy=polarjax.Polar(), slots=4, context=64
+    ) as engine:
+        found = engine.generate(prompts, stream=stream, **settings)
+    assert found.tokens == expected.tokens == [streamed[i] for i in range(len(prompts))]
+    assert found.stats.new_tokens == expected.stats.new_tokens
+
+
+def test_later_calls_of_ragged_prompts_compile_nothing(params):
+    rng = np.random.default_rng(2)
+
+    def call():
+        # Of every width up to the context's, in another order and number each time.
+        lengths = [*rng.integers(1, 17, 5), *rng.integers(17, 33, 2), 33, 30]
+        rng.shuffle(lengths)
+        prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
+        densities = rng.uniform(0.1, 1, len(prompts)).tolist()
+        return polarjax.generate(
+            params, prompts, max_new_tokens=20, stop_ids=[], density=densities
+        )
+
+    call()
+    functions = programs.prefill, programs.decode_chunk, programs.first_token
+    before = [function._cache_size() for function in functions]
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name)
+    )
+    for _ in range(3):
+        call()
+    assert [function._cache_size() for function in functions] == before
+    assert not [name for name in compiled if "backend_compile" in name]
+
+
+def test_the_shapes_of_prefill_are_known_beforehand():
+    shapes = prefill_shapes(64, 2000, dataclasses.replace(CONFIG, context=2000), 4096)
+    assert shapes == [
+        (64, 16),
+        (64, 32),
+        (32, 64),
+        (16, 128),
+        (8, 256),
+        (4, 512),
+        (4, 1024),
+        (2, 2000),
+    ]
+    assert prefill_shapes(1, 16, CONFIG, 4096) == [(1, 16)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "prompt", "settings", "error"),
+    [
+        (polarjax.Dense(), [1], {"density": 0.5}, "density 0.5: this engine's policy"),
+        (polarjax.Polar(0.5), [1] * 32, {}, "prompt 0 has 32 tokens, and a slot"),
+        (polarjax.Polar(0.5), [999], {}, "prompt 0 has token id 999"),
+        (polarjax.Polar(0.5), [1], {"top_p": 0.0}, "top_p must be above 0"),
+        (polarjax.Polar(0.5), [1], {"stop": ("x",)}, "stop strings need a tokenizer"),
+    ],
+)
+def test_requests_that_are_refused(policy, prompt, settings, error, params):
+    with (
+        polarjax.Engine(params, policy=policy, slots=1, context=32) as engine,
+        pytest.raises(ValueError, match=error),
+    ):
+        engine.add(prompt, Settings(**settings))
+
+
+def test_density_1_is_refused_where_requests_share_neurons():
+    config = dataclasses.replace(OPT, context=32)
+    params = random_params(config, routers=True, neuron_rank=8)
+    policy = polarjax.Polar(0.5, 0.5)
+    with polarjax.Engine(params, policy=policy, slots=2, context=32) as engine:
+        with pytest.raises(ValueError, match="promises a request its exact MLP"):
+            engine.add([1, 2], Settings(density=1.0))
+        engine.add([1, 2], Settings(density=0.9))
