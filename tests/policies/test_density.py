@@ -134,6 +134,8 @@ def test_one_density_per_request_may_come_in_any_sequence(params, prompts):
     for one in (np.float32(0.5), np.array(0.5), jnp.array(0.5)):
         out = generate(params, prompts, density=one)
         assert out.stats.density == (1.0, 0.5, 0.5)
+        out = generate(params, prompts, policy=polarjax.Polar(one))
+        assert out.stats.density == (1.0, 0.5, 0.5)
 
 
 WRONG = (0.0, -0.5, 1.5, float("nan"), float("inf"), True, "0.5", {}, 1j)

@@ -1,6 +1,5 @@
 """Recovery's loss beside numpy and real decoding, and its gradients."""
 
-import dataclasses
 import functools
 import importlib
 from typing import Any

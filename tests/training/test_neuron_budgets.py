@@ -13,7 +13,7 @@ from polarjax.policies import of_learned, with_learned
 from polarjax.policies.budgets import check_neuron_budgets
 from polarjax.policy import Learned
 from polarjax.training.neuron_budgets import measure_unions, neuron_budgets
-from polarjax.training.unions import UnionRecall, compare_rules
+from polarjax.training.unions import UnionRecall
 from tests.models import LLAMA, OPT, random_params
 from tests.policies.reference import Model
 
@@ -216,15 +216,6 @@ def test_reached_recall_by_hand():
     found = recalls([0.9, 0.98, 1], [0.7, 0.96, 1])
     for kept, expected in ((128, 0.8), (255, 0.8), (256, 0.97), (300, 1), (100, 0)):
         np.testing.assert_allclose(found.reached(((4, (300, kept)),)), [[expected]])
-
-
-def test_rules_are_compared_at_equal_counts():
-    found = recalls([0.9, 0.99, 1], [0.9, 0.99, 1], rule="sum")
-    other = np.array([[0.992, 0.995, 1]] * 2)[:, None, None]
-    found = dataclasses.replace(found, recall={**found.recall, "max": other})
-    compared = compare_rules(found)
-    assert compared["sum"] == {"recall": [pytest.approx(0.99)], "density": [256 / 300]}
-    assert compared["max"] == {"recall": [pytest.approx(0.995)], "density": [128 / 300]}
 
 
 def test_errors():

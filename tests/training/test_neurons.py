@@ -14,10 +14,10 @@ from polarjax.training.neurons import (
     init_low_rank,
     neuron_loss,
     neuron_scores,
-    union_recall,
 )
 from tests.models import LLAMA, OPT, random_params
 from tests.policies.reference import Model
+from tests.training.unions import union_recall
 
 GATED = dataclasses.replace(LLAMA, activation="relu")
 TOKENS = np.random.default_rng(5).integers(OPT.vocab_size, size=(3, 7))
@@ -27,9 +27,7 @@ def observed(params):
     """What a layer is shown: (u, o, v) by layer."""
     model = Decoder(params.config)
     tokens = jnp.asarray(TOKENS)
-    return whole(
-        model, params.weights, tokens, observe=lambda i, *seen: seen
-    ).observed
+    return whole(model, params.weights, tokens, observe=lambda i, *seen: seen).observed
 
 
 @pytest.mark.parametrize(

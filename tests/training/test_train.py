@@ -16,9 +16,10 @@ from polarjax.policies import load_adapter, save_adapter
 from polarjax.training import Resume, RouterTraining, train_routers
 from polarjax.training.collect import observe_heads, observe_layers
 from polarjax.training.neuron_budgets import measure_unions
-from polarjax.training.neurons import active_neurons, neuron_scores, union_recall
+from polarjax.training.neurons import active_neurons, neuron_scores
 from polarjax.training.thresholds import sorted_scores
 from tests.models import LLAMA, MHA, OPT, random_params
+from tests.training.unions import union_recall
 
 SMALL = dataclasses.replace(MHA, layers=3)
 # Three devices have 2 query heads each, and parts of 2 KV groups.
@@ -166,9 +167,7 @@ def test_an_interrupted_training_ends_as_an_unbroken_one(tmp_path, at):
             raise KeyboardInterrupt
 
     def run():
-        return train_routers(
-            params, blocks, TRAINING, resume=resume, progress=progress
-        )
+        return train_routers(params, blocks, TRAINING, resume=resume, progress=progress)
 
     with pytest.raises(KeyboardInterrupt):
         run()
