@@ -27,7 +27,9 @@ def step_weight_bytes(
       policy: bound.
       reads: what the policy plans to read; None for all neurons.
     """
-    total = tree_bytes(weights) + tree_bytes(policy)
+    # Single numbers, such as budgets, are no weights.
+    own = [leaf for leaf in jax.tree.leaves(policy) if leaf.ndim]
+    total = tree_bytes(weights) + tree_bytes(own)
     embed = weights["embed"]
     if not config.tied_embeddings:
         total -= tree_bytes(embed["tokens"])
