@@ -38,7 +38,8 @@ def test_merging_is_numpys(config):
     expected = merged(params)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-        *(found.weights, expected),
+        found.weights,
+        expected,
     )
     for name in ("embed", "final_norm"):
         assert found.weights[name] is params.weights[name]

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -277,9 +278,9 @@ def test_neuron_routers_are_trained_along():
 def test_errors():
     params, blocks = random_params(LLAMA), text(LLAMA, 4, 8)
 
-    def refused(match, blocks=blocks, params=params, **settings):
+    def refused(match, blocks=blocks, params=params, density: Any = 0.5, **settings):
         with pytest.raises(ValueError, match=match):
-            train_routers(params, blocks, RouterTraining(**{"density": 0.5} | settings))
+            train_routers(params, blocks, RouterTraining(density, **settings))
 
     refused("nothing for a router to choose", density=1.0, steps=1)
     single = random_params(dataclasses.replace(LLAMA, layers=1))
