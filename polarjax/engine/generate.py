@@ -25,7 +25,7 @@ from polarjax.planning.memory import MEMORY_FRACTION, room_for
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies import Density, named
 from polarjax.policies.budgets import count
-from polarjax.policy import Load, Policy
+from polarjax.policy import Dense, Load, Policy
 from polarjax.settings import default_numbers
 
 
@@ -119,7 +119,7 @@ def generate(
     if mesh is not None and mesh.is_multi_process:
         encoded = from_main(encoded)
     batch, lengths = len(encoded), [len(ids) for ids in encoded]
-    settings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "density": density,
         "temperature": temperature,
@@ -134,10 +134,14 @@ def generate(
     ends = [n + limit for n, limit in zip(lengths, limits, strict=True)]
     middles = [n + limit / 2 for n, limit in zip(lengths, limits, strict=True)]
     policy = _choose_policy(params, density, policy)
+    if not params.routers and all(one.density == 1 for one in asked):
+        # Nothing is to be chosen, for which there would have to be routers.
+        policy, density, settings["density"] = Dense(), None, None
     k, mean = config.kv_heads, None
     if density is not None:
         mean = sum(count(one.density or 1, k) for one in asked) / k / batch
-    dense = any(one.density == 1 for one in asked)  # which promises an exact MLP
+    # Which is promised an exact MLP.
+    dense = any(one.density and count(one.density, k) == k for one in asked)
     if policy is not None and dense and "neurons" in policy.asks:
         policy = policy.asking(tuple(x for x in policy.asks if x != "neurons"))
     if programs.takes_whole_chunks(params.weights):

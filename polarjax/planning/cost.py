@@ -20,6 +20,7 @@ def step_weight_bytes(
     """Bytes of weights that one decode step must read, the policy's own included.
 
     The token table counts only where it is the output head too: a lookup reads a row.
+    Single numbers, such as a layer's budget, do not count.
 
     Args:
       weights: bound to the policy.
@@ -27,7 +28,8 @@ def step_weight_bytes(
       policy: bound.
       reads: what the policy plans to read; None for all neurons.
     """
-    total = tree_bytes(weights) + tree_bytes(policy)
+    own = [leaf for leaf in jax.tree.leaves(policy) if leaf.ndim]
+    total = tree_bytes(weights) + tree_bytes(own)
     embed = weights["embed"]
     if not config.tied_embeddings:
         total -= tree_bytes(embed["tokens"])

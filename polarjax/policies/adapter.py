@@ -3,7 +3,7 @@
 `routers.safetensors` holds arrays named by their path in `Params.routers`, float32 for
 the linear layers of heads and bfloat16 for the rest, which is much and used in 16 bit
 anyway; `card.json` says for people and for `load_adapter` what they were trained for,
-`fingerprint.safetensors` on which weights (see `sparsity.fingerprint`), and
+`fingerprint.safetensors` on which weights (see `polarjax.policies.fingerprint`), and
 `checksums.json` what the three are. Older adapters lack the last two.
 """
 
@@ -125,7 +125,8 @@ def load_adapter(params: Params, path: str | Path, any_model: bool = False) -> P
 
     It must be the model that the adapter was learned on: its weights are, within
     rounding of their dtypes, those of which the adapter holds a sample (see
-    `sparsity.fingerprint`); or for an older adapter without one, its hash is the same.
+    `polarjax.policies.fingerprint`); or for an older adapter without one, its hash is
+    the same.
 
     Args:
       params: the model, on any devices. Of several processes all must call it.

@@ -147,6 +147,8 @@ def check_density(density: Any) -> float:
     Raises:
       ValueError: naming the value.
     """
+    if isinstance(density, np.ndarray | jax.Array):
+        density = density.tolist()
     number = isinstance(density, int | float | np.number)
     if not number or isinstance(density, bool) or not 0 < density <= 1:
         raise ValueError(

@@ -16,6 +16,7 @@ from polarjax.policies.budgets import (
     check_parts,
     count,
     fixed_budgets,
+    in_parts,
 )
 from polarjax.policies.routed import bind_routers
 from polarjax.policy import Learned, Load, Policy, Reads
@@ -128,10 +129,10 @@ class Polar(Policy):
         return fixed_budgets(config, learned, self.density)
 
     def _neuron_counts(self, config: ModelConfig, learned: Learned) -> tuple[int, ...]:
+        wanted, k = wanted_neurons(self, config, learned), config.kv_heads
+        if self.density is None:
+            return wanted
         # A request at density 1 is promised its exact MLP. An adapter may leave all
         # heads to all requests: none has asked for that promise.
-        if self.density is not None and (
-            count(check_density(self.density), config.kv_heads) == config.kv_heads
-        ):
-            return (config.neurons,) * config.layers
-        return wanted_neurons(self, config, learned)
+        groups = in_parts(count(check_density(self.density), k), self.balanced)
+        return (config.neurons,) * config.layers if groups == k else wanted

@@ -99,7 +99,7 @@ def distance(
       tokens: int32[b, t].
       starts: int32[b], tokens that the dense model reads as a prompt; what it leaves
         in the KV cache is what the sparse one sees. They are not counted.
-      gates: see `Decoder.masked`.
+      gates: see `Decoder.whole`.
       observe: likewise, of the sparse model.
       remat: likewise.
       mesh: that the model is cut over; None for one device.

@@ -23,8 +23,9 @@ from polarjax.model import make_decoder, whole
 from polarjax.params import Params, Tree
 from polarjax.policies.budgets import NEURON_STEP
 from polarjax.policies.updates import merge_updates
+from polarjax.policy import NeuronBudgets
 from polarjax.training.neurons import active_neurons, neuron_scores, union_curve
-from polarjax.training.unions import NeuronBudgets, UnionRecall, union_rankings
+from polarjax.training.unions import UnionRecall, union_rankings
 
 # Sequences in one dense forward pass, at most.
 _ROWS = 8
@@ -54,7 +55,7 @@ def neuron_budgets(
       seed: see `measure_unions`.
 
     Returns:
-      The budgets, for `ModelConfig.neuron_budgets`, and what was measured on the
+      The budgets, for `polarjax.policy.Learned`, and what was measured on the
       held-out text: its `reached(budgets)` is their recall, its `union` the densities.
 
     Raises:

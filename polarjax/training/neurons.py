@@ -100,23 +100,6 @@ def neuron_loss(
     return batch_mean(loss, share)
 
 
-def union_recall(scores: jax.Array, active: jax.Array, n: int) -> jax.Array:
-    """Share of a batch's true union that its n chosen neurons hold.
-
-    The choice is that of the decode step: the largest sums of positive scores.
-
-    Args:
-      scores: float32[groups, b, f], before any nonlinearity; a group is one batch.
-      active: bool[groups, b, f].
-      n: neurons chosen for each batch, 1..f.
-
-    Returns:
-      float32[], the mean over groups; a union of nothing counts as found.
-    """
-    totals = jnp.maximum(scores, 0).sum(axis=1)
-    return union_curve(totals, active.any(axis=1))[:, n - 1].mean()
-
-
 def union_curve(ranking: jax.Array, union: jax.Array) -> jax.Array:
     """Recall of a union by the best 1, 2, ... f neurons of a ranking.
 

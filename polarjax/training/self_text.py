@@ -71,9 +71,11 @@ def write_blocks(
             )
             for i in range(blocks)
         ]
+        done = 0
         while not engine.idle:
             engine.step()
-            if progress:
-                progress(sum(not request.going for request in requests), blocks)
+            before, done = done, sum(not request.going for request in requests)
+            if progress and done > before:
+                progress(done, blocks)
     found = [[start, *request.tokens] for request in requests]
     return np.array(found, np.int32)

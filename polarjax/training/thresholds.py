@@ -70,7 +70,7 @@ def score_thresholds(
       kv_heads: k of the model.
 
     Returns:
-      For `ModelConfig.thresholds`; 0 for layers that read every group.
+      For `polarjax.policy.Learned.thresholds`; 0 for layers that read every group.
 
     Raises:
       ValueError: if there is not one budget per layer.

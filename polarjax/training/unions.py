@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-NeuronBudgets = tuple[tuple[int, tuple[int, ...]], ...]
+from polarjax.policy import NeuronBudgets
 
 
 def union_rankings() -> Mapping[str, Callable[[jax.Array], jax.Array]]:
@@ -67,7 +65,7 @@ class UnionRecall:
           rule: that ranks neurons, see `union_rankings`.
 
         Returns:
-          As `ModelConfig.neuron_budgets`; layer 0 reads all.
+          As `polarjax.policy.Learned.neuron_budgets`; layer 0 reads all.
 
         Raises:
           ValueError: if recall or confidence is out of range.
@@ -93,8 +91,8 @@ class UnionRecall:
         """Mean recall at given budgets, of these batch sizes.
 
         Args:
-          budgets: as `ModelConfig.neuron_budgets`. A count that was not measured
-            stands for the next smaller one that was.
+          budgets: as `polarjax.policy.Learned.neuron_budgets`. A count that was not
+            measured stands for the next smaller one that was.
           rule: that ranks neurons.
 
         Returns:
@@ -105,29 +103,3 @@ class UnionRecall:
         mean = self.recall[rule].mean(axis=0)
         at = np.take_along_axis(mean, np.maximum(place, 0)[..., None], axis=-1)[..., 0]
         return np.where(place < 0, 0.0, at)
-
-
-def compare_rules(found: UnionRecall, recall: float = 0.99) -> dict[str, Any]:
-    """What each rule finds with the same number of neurons, and needs for a recall.
-
-    Args:
-      found: measured with the rules to compare, "sum" among them.
-      recall: of the true union.
-
-    Returns:
-      JSON values. By rule: "recall", [batches], mean over layers at the counts at which
-      "sum" reaches the recall; "density", [batches], mean over layers of the share of
-      neurons with which the rule itself reaches it. Margins are left out: both are of
-      the mean.
-    """
-    plain = functools.partial(found.budgets, recall, 0.5)  # a margin of 0
-    common, f = plain(rule="sum"), int(found.counts[-1])
-    return {
-        rule: {
-            "recall": found.reached(common, rule).mean(axis=1).tolist(),
-            "density": [
-                float(np.mean(counts[1:])) / f for _, counts in plain(rule=rule)
-            ],
-        }
-        for rule in found.recall
-    }

@@ -12,7 +12,7 @@ from polarjax.calibration.calibrate import Calibration, Terms, Texts, calibrate
 from polarjax.calibration.contract import Contract
 from polarjax.calibration.recover import Recovered
 from polarjax.evaluation import Perplexity
-from polarjax.policies import load_adapter, save_adapter
+from polarjax.policies import load_adapter, save_adapter, with_learned
 from polarjax.training import RouterTraining, Source, train_routers
 from tests.evaluation.planted import IDLE, planted
 from tests.models import LLAMA, OPT, random_params, write_checkpoint
@@ -26,7 +26,7 @@ TERMS = Terms(0.02, mode="mask", batch=16, context=64, adaptive=False)
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
     """A model of which two groups do nothing, with no routers yet."""
-    model = dataclasses.replace(planted(), routers={})
+    model = with_learned(planted(), routers={})
     return write_checkpoint(tmp_path_factory.mktemp("planted") / "model", model)
 
 
@@ -34,7 +34,7 @@ def test_a_promise_is_kept_by_routers_that_learned(params):
     found = calibrate(params, TEXTS, TRAINING, terms=TERMS, mode="mask")
     contract = found.contract
     assert contract is not None and contract.kept
-    budgets = found.params.config.budgets
+    budgets = found.params.policy.learned.budgets
     assert budgets == contract.budgets and min(budgets) == 3
     assert all(n == 4 for layer, n in enumerate(budgets) if layer not in IDLE)
     ratio = found.perplexity["self"]["Polar"].ratio(found.perplexity["self"]["Dense"])
@@ -49,9 +49,9 @@ def test_a_promise_is_kept_by_routers_that_learned(params):
 def test_a_promise_of_budgets_that_are_means(params, tmp_path):
     terms = dataclasses.replace(TERMS, max_drop=0.1, adaptive=True)
     found = calibrate(params, TEXTS, TRAINING, terms=terms, mode="mask")
-    contract, config = found.contract, found.params.config
+    contract, learned = found.contract, found.params.policy.learned
     assert contract is not None and contract.chosen is not None
-    assert config.adaptive and config.budgets == contract.budgets
+    assert learned.adaptive and learned.budgets == contract.budgets
     reached = contract.chosen.domains["self"].density
     assert reached == pytest.approx(contract.chosen.setting.density, abs=0.04)
     # What was tested is what the adapter decodes.
@@ -60,8 +60,9 @@ def test_a_promise_of_budgets_that_are_means(params, tmp_path):
     ratio = quality["Polar"].ratio(quality["Dense"])
     assert ratio.value < 1.1 < quality["Random"].ratio(quality["Dense"]).value
     save_adapter(tmp_path / "a", found.params, found.card())
-    loaded = load_adapter(dataclasses.replace(params, routers={}), tmp_path / "a")
-    assert loaded.config == config
+    loaded = load_adapter(params, tmp_path / "a")
+    assert loaded.config == params.config
+    assert loaded.policy.learned.numbers() == learned.numbers()
     ranking = dataclasses.replace(TRAINING, loss="ranking")
     with pytest.raises(ValueError, match="do not compare between tokens"):
         calibrate(params, TEXTS, ranking, terms=terms)
@@ -77,12 +78,12 @@ def test_routers_that_are_mixed_up_promise_nothing(params, monkeypatch):
             name: {"heads": {k: jnp.roll(x, 1, 0) for k, x in parts["heads"].items()}}
             for name, parts in trained.routers.items()
         }
-        return dataclasses.replace(trained, routers=routers)
+        return with_learned(trained, routers=routers)
 
     monkeypatch.setattr(module, "train_routers", sabotaged)
     found = calibrate(params, TEXTS, TRAINING, terms=TERMS, mode="mask")
     assert found.contract is not None and not found.contract.kept
-    assert found.params.config.budgets == (4, 4, 4, 4)
+    assert found.params.policy.learned.budgets == (4, 4, 4, 4)
     assert "only dense passes" in str(found.contract)
     assert found.recall["self"].routers[0] < 0.9
 
@@ -92,7 +93,9 @@ def test_it_stops_where_recall_is_enough(params):
     # Whatever a program of one's own forbids.
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         found = calibrate(
-            *(params, TEXTS, dataclasses.replace(TRAINING, steps=40, batch=4)),
+            params,
+            TEXTS,
+            dataclasses.replace(TRAINING, steps=40, batch=4),
             target_recall=0.8,
             mode="mask",
             progress=lambda *now: told.append(now),
@@ -100,7 +103,7 @@ def test_it_stops_where_recall_is_enough(params):
     steps = [done for what, done, _ in told if what.startswith("training")]
     assert steps[-1] % 2 == 0 and steps[-1] < 40
     assert found.contract is None and "contract" not in found.card()
-    assert found.params.config.budgets == (4, 3, 3, 3)
+    assert found.params.policy.learned.budgets == (4, 3, 3, 3)
 
 
 def test_neuron_budgets_come_along(tmp_path):
@@ -108,7 +111,7 @@ def test_neuron_budgets_come_along(tmp_path):
     params = write_checkpoint(tmp_path / "model", random_params(config))
     training = dataclasses.replace(TRAINING, neuron_rank=8)
     found = calibrate(params, TEXTS, training, mode="mask")
-    budgets = found.params.config.neuron_budgets
+    budgets = found.params.policy.learned.neuron_budgets
     assert [batch for batch, _ in budgets] == [1, 8]
     assert set(found.card()["neurons"]) == {"1", "8"}
     few = dataclasses.replace(TEXTS, tokens=24)
@@ -131,7 +134,7 @@ def measured(**ratios):
 
 def test_much_worse_is_said_and_not_advertised(params):
     facts = {"tokens": 8192}
-    trained = random_params(dataclasses.replace(CONFIG, budgets=(4, 2)), routers=True)
+    trained = random_params(CONFIG, routers=True, budgets=(4, 2))
 
     def made(quality, contract=None):
         return Calibration(trained, {}, quality, contract, facts)
@@ -157,17 +160,17 @@ def test_much_worse_is_said_and_not_advertised(params):
 
 def test_budgets_of_the_checkpoint_are_not_of_the_new_routers(params):
     """A model that was saved with an adapter whose budgets are means."""
-    config = dataclasses.replace(
-        params.config,
+    saved = with_learned(
+        params,
         budgets=(4, 2.5, 2.5, 2.5),
         adaptive=True,
         thresholds=(0.0, 0.1, 0.2, 0.3),
     )
-    saved = dataclasses.replace(params, config=config)
     training = dataclasses.replace(TRAINING, steps=1)
-    found = train_routers(saved, np.ones((8, 24), np.int32), training).config
-    assert found.budgets == (4, 3, 3, 3)
-    assert not found.adaptive and not found.thresholds
+    found = train_routers(saved, np.ones((8, 24), np.int32), training)
+    learned = found.policy.learned
+    assert learned.budgets == (4, 3, 3, 3)
+    assert not learned.adaptive and not learned.thresholds
 
 
 def test_errors(params):

@@ -263,6 +263,6 @@ def test_errors(model):
         with pytest.raises(ValueError, match=f"between 0 and 1, got {confidence}"):
             Terms(0.01, confidence=confidence)
     with pytest.raises(ValueError, match="no router for layer"):
-        bare = polarjax.Params(params.weights, {}, params.config)
+        bare = polarjax.Params(params.weights, polarjax.Dense(), params.config)
         keep_promise(bare, path, domains, Terms(0.01, mode="mask"))
     assert dataclasses.is_dataclass(path[0])

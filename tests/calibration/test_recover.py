@@ -12,6 +12,7 @@ import pytest
 from polarjax.calibration import recover as module
 from polarjax.calibration.calibrate import Texts
 from polarjax.calibration.recover import recover
+from polarjax.policies import with_learned
 from polarjax.policies.updates import ranks_of
 from polarjax.training import Recovery, Resume, Source
 from polarjax.training.distance import divergence
@@ -26,8 +27,7 @@ SETTINGS = Recovery(steps=24, batch=8, rank=2, learning_rate=1e-3, seed=1)
 
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
-    config = dataclasses.replace(CONFIG, budgets=(4, 2))
-    model = random_params(config, routers=True)
+    model = random_params(CONFIG, routers=True, budgets=(4, 2))
     return write_checkpoint(tmp_path_factory.mktemp("recovery") / "model", model)
 
 
@@ -166,6 +166,7 @@ def test_another_models_training_is_refused(params, tmp_path):
         mend(params, work=work, progress=progress)
     config = dataclasses.replace(params.config, model_hash="another")
     turned = jax.tree.map(lambda x: -x, params.routers)
-    for other in ({"config": config}, {"routers": turned}):
+    renamed = dataclasses.replace(params, config=config)
+    for other in (renamed, with_learned(params, routers=turned)):
         with pytest.raises(ValueError, match="a training of other settings or texts"):
-            mend(dataclasses.replace(params, **other), work=work)
+            mend(other, work=work)

@@ -14,6 +14,8 @@ from polarjax.calibration.path import search_path
 from polarjax.calibration.search import Search, search_budgets
 from polarjax.evaluation import Scorer, perplexity
 from polarjax.planning.cost import StepCost, step_cost
+from polarjax.policies import with_learned
+from polarjax.policy import Reads
 from polarjax.training.thresholds import score_thresholds, sorted_scores
 from tests.evaluation.planted import IDLE, own_text, planted, sabotaged
 from tests.models import LLAMA, OPT, random_params
@@ -171,13 +173,12 @@ def test_thresholds_make_budgets_means():
     options = dataclasses.replace(OPTIONS, max_drop=0.1)
     path = search_budgets(params, domains, options, thresholds=found)
     assert len(path) > 2 and any(n != int(n) for s in path for n in s.budgets)
-    config = dataclasses.replace(
-        *(params.config,),
+    last = with_learned(
+        params,
         budgets=path[-1].budgets,
         adaptive=True,
         thresholds=found(path[-1].budgets),
     )
-    last = dataclasses.replace(params, config=config)
     policies = {"Polar": polarjax.Polar(), "Dense": polarjax.Dense()}
     scored = perplexity(last, domains["own"], policies, mode="mask")
     assert scored["Polar"].density == pytest.approx(path[-1].density, abs=0.02)
@@ -242,30 +243,28 @@ def test_damaged_weights_are_named():
 
 @pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
 def test_bytes_are_those_that_generate_counts(config):
-    params = random_params(config, routers=True, head_rank=3)
     prompts, new, k = [[1, 2, 3], [4, 5, 6]], 4, config.kv_heads
     budgets = (k, 1, k, k - 1)
-    sparse = dataclasses.replace(params.config, budgets=budgets)
-    params = dataclasses.replace(params, config=sparse)
+    params = random_params(config, routers=True, head_rank=3, budgets=budgets)
     stats = polarjax.generate(params, prompts, max_new_tokens=new).stats
     cost = step_cost(params, batch=2, context=5)
     # The KV rows of its steps grow by one each; their weights are the same.
     steps = stats.steps
     assert (
-        cost.bytes_read(budgets)
+        cost.bytes_read(Reads(budgets))
         - sum(n * g for n, g in zip(budgets, cost.group, strict=True))
         == stats.weight_bytes
     )
     rows = stats.kv_bytes_dense / (2 * k * config.layers * 2 * config.head_dim * 4)
     assert cost.group[0] * rows / 5 * sum(budgets) == pytest.approx(stats.kv_bytes)
     assert steps >= 3
-    without = dataclasses.replace(params, routers={})
+    without = with_learned(params, routers={})
     assert step_cost(without, batch=2, context=5).routers == (0,) * 4
     with pytest.raises(ValueError, match="batch 0 and context 5 must be positive"):
         step_cost(params, batch=0, context=5)
     for wrong in ((k,) * 3, (k, 0, k, k), (k, k, k, k + 1)):
         with pytest.raises(ValueError, match=f"4 numbers from 1 to {k}"):
-            cost.bytes_read(wrong)
+            cost.bytes_read(Reads(wrong))
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +288,7 @@ def test_idle_groups_go_first(model):
     wrong = search_budgets(sabotaged(params), domains, OPTIONS)
     assert all(s.drop.value > 1e-4 for s in wrong[1:])
     # An oracle needs no router.
-    bare = dataclasses.replace(params, routers={})
+    bare = with_learned(params, routers={})
     oracle = search_budgets(bare, domains, OPTIONS, policy=polarjax.Oracle())
     assert sorted(lowered(oracle)[:2]) == sorted(IDLE)
 
@@ -314,12 +313,8 @@ def test_one_program_scores_what_polar_does(model, mode, monkeypatch):
     # The last of the path are far from dense.
     for key in list(journal)[-1 if mode == "decode" else -2 :]:
         budgets = tuple(map(int, key.removeprefix("budgets/").split(",")))
-        config = dataclasses.replace(params.config, budgets=budgets)
-        usual = Scorer(
-            *(dataclasses.replace(params, config=config), {"": polarjax.Polar()}),
-            mode=mode,
-            batch=8,
-        )
+        model = with_learned(params, budgets=budgets)
+        usual = Scorer(model, {"": polarjax.Polar()}, mode=mode, batch=8)
         batches = usual.plan(domains["own"])
         usual.compile(batches)
         for batch in batches:
@@ -333,8 +328,8 @@ def test_the_drop_is_from_the_original_model(model, monkeypatch):
     params, domains = model
     bind = polarjax.Polar.bind
 
-    def updated(self, params, batch):
-        weights, bound = bind(self, params, batch)
+    def updated(self, params):
+        weights, bound = bind(self, params)
         norm = {"scale": 1.2 * weights["final_norm"]["scale"]}
         return {**weights, "final_norm": norm}, bound
 
@@ -380,5 +375,5 @@ def test_errors(model):
     with pytest.raises(ValueError, match="a search finds it, leave it out"):
         search_budgets(params, domains, OPTIONS, policy=polarjax.Polar(0.5))
     with pytest.raises(ValueError, match="no router for layer 1"):
-        bare = dataclasses.replace(params, routers={})
+        bare = with_learned(params, routers={})
         search_budgets(bare, domains, OPTIONS)

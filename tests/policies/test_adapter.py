@@ -12,27 +12,26 @@ from safetensors.numpy import load_file, save_file
 import polarjax
 from polarjax.params import write_folder
 from polarjax.policies import adapter as adapter_module
-from polarjax.policies import load_adapter, read_card, save_adapter
+from polarjax.policies import load_adapter, read_card, save_adapter, with_learned
+from polarjax.policy import Learned
 from tests.convert.damage import limits
 from tests.models import LLAMA, OPT, random_params
 from tests.seal import seal
 from tests.storage.test_files import KINDS, replace
 
-CONFIG = dataclasses.replace(
-    LLAMA, layers=3, budgets=(4, 2, 2), model_hash="0123456789abcdef" * 4
-)
+CONFIG = dataclasses.replace(LLAMA, layers=3, model_hash="0123456789abcdef" * 4)
+BUDGETS = (4, 2, 2)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CONFIG, 0, routers=True)
+    return random_params(CONFIG, 0, routers=True, budgets=BUDGETS)
 
 
 @pytest.fixture
 def bare(params):
     """The same model without its adapter."""
-    config = dataclasses.replace(CONFIG, budgets=())
-    return polarjax.Params(params.weights, {}, config)
+    return polarjax.Params(params.weights, polarjax.Dense(), CONFIG)
 
 
 @pytest.fixture
@@ -53,6 +52,11 @@ def edit_tensors(folder, edit):
     seal(folder)
 
 
+def numbers(params):
+    """What the adapter says beside its arrays."""
+    return params.policy.learned.numbers()
+
+
 def assert_equal_trees(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -64,33 +68,40 @@ def test_round_trip(params, bare, saved):
     assert card["data"] == "a novel" and card["recall"] == [0.9]
     assert card["model_hash"] == CONFIG.model_hash
     loaded = load_adapter(bare, saved)
-    assert loaded.config == params.config
+    assert loaded.config == params.config and numbers(loaded) == numbers(params)
     assert loaded.weights is bare.weights and not bare.routers
     assert_equal_trees(loaded.routers, params.routers)
 
 
-NEURONS = dataclasses.replace(
-    OPT,
-    layers=3,
-    budgets=(6, 3, 6),
-    neuron_budgets=((1, (80, 20, 30)), (8, (80, 40, 80))),
-    model_hash="fedcba9876543210" * 4,
-)
+NEURONS = dataclasses.replace(OPT, layers=3, model_hash="fedcba9876543210" * 4)
+NEURON_BUDGETS = ((1, (80, 20, 30)), (8, (80, 40, 80)))
+
+
+def with_neurons(**options):
+    """A model whose adapter has budgets of heads and neurons."""
+    return random_params(
+        NEURONS,
+        0,
+        routers=True,
+        budgets=(6, 3, 6),
+        neuron_budgets=NEURON_BUDGETS,
+        **options,
+    )
 
 
 @pytest.fixture
 def saved_neurons(tmp_path):
     """An adapter with neuron routers and budgets, and the model it belongs to."""
-    params = random_params(NEURONS, 0, routers=True, neuron_rank=8, head_rank=5)
+    params = with_neurons(neuron_rank=8, head_rank=5)
     save_adapter(tmp_path / "adapter", params)
-    config = dataclasses.replace(NEURONS, budgets=(), neuron_budgets=())
-    return tmp_path / "adapter", params, polarjax.Params(params.weights, {}, config)
+    bare = polarjax.Params(params.weights, polarjax.Dense(), NEURONS)
+    return tmp_path / "adapter", params, bare
 
 
 def test_round_trip_of_neuron_routers(saved_neurons):
     folder, params, bare = saved_neurons
     loaded = load_adapter(bare, folder)
-    assert loaded.config == NEURONS
+    assert loaded.config == NEURONS and numbers(loaded) == numbers(params)
     for name, router in params.routers.items():
         ours = loaded.routers[name]
         linear = {"weight", "bias"}
@@ -101,7 +112,7 @@ def test_round_trip_of_neuron_routers(saved_neurons):
                 assert ours[kind][part].dtype == dtype
                 np.testing.assert_array_equal(ours[kind][part], array.astype(dtype))
     # Its own text is what the model with the same rounded routers writes.
-    rounded = dataclasses.replace(params, routers=loaded.routers)
+    rounded = with_learned(params, routers=loaded.routers)
     prompts = [[1, 2, 3], [7]]
     ours, theirs = (
         polarjax.generate(x, prompts, max_new_tokens=9) for x in (loaded, rounded)
@@ -118,7 +129,8 @@ def test_a_checkpoint_keeps_them(saved_neurons, tmp_path):
     loaded = load_adapter(bare, folder)
     polarjax.save(loaded, tmp_path / "model")
     again = polarjax.load(tmp_path / "model")
-    assert again.config.neuron_budgets == NEURONS.neuron_budgets
+    assert again.policy.learned.neuron_budgets == NEURON_BUDGETS
+    assert numbers(again) == numbers(loaded)
     assert_equal_trees(again.routers, loaded.routers)
 
 
@@ -133,21 +145,35 @@ def test_an_older_adapter_has_no_neuron_budgets(saved_neurons):
     tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
     save_file(tensors, folder / "routers.safetensors")
     loaded = load_adapter(bare, folder)
-    assert loaded.config.neuron_budgets == ()
+    assert loaded.policy.learned.neuron_budgets == ()
     assert {x.dtype for x in jax.tree.leaves(loaded.routers)} == {jnp.dtype("float32")}
     # An adapter's budgets replace those of the one before.
-    before = dataclasses.replace(params, config=NEURONS)
-    assert load_adapter(before, folder).config.neuron_budgets == ()
+    assert params.policy.learned.neuron_budgets
+    assert load_adapter(params, folder).policy.learned.neuron_budgets == ()
 
 
 @pytest.mark.parametrize(
     "budgets",
     [
-        *(5, None, "12", {"1": [80, 20, 30]}, [1, 2], [[1]], [[1, 80]], [[1, 2, 3]]),
-        *([[1, [80, 20]]], [[1, [80, 20, 81]]], [[1, [80, 20, 0]]]),
-        *([[1, [40, 20, 20]]], [[1, [80, 20.0, 20]]], [[1, [80, True, 20]]]),
-        *([[8, [80, 20, 20]], [1, [80, 20, 20]]], [[1.0, [80, 20, 20]]]),
-        *([[None, [80, 20, 20]]], [[[1], [80, 20, 20]]], [[1, [80, [20], 20]]]),
+        5,
+        None,
+        "12",
+        {"1": [80, 20, 30]},
+        [1, 2],
+        [[1]],
+        [[1, 80]],
+        [[1, 2, 3]],
+        [[1, [80, 20]]],
+        [[1, [80, 20, 81]]],
+        [[1, [80, 20, 0]]],
+        [[1, [40, 20, 20]]],
+        [[1, [80, 20.0, 20]]],
+        [[1, [80, True, 20]]],
+        [[8, [80, 20, 20]], [1, [80, 20, 20]]],
+        [[1.0, [80, 20, 20]]],
+        [[None, [80, 20, 20]]],
+        [[[1], [80, 20, 20]]],
+        [[1, [80, [20], 20]]],
     ],
 )
 def test_neuron_budgets_that_do_not_fit_are_refused(saved_neurons, budgets):
@@ -166,7 +192,7 @@ def test_neuron_budgets_without_routers_are_refused(saved_neurons, tmp_path):
     with pytest.raises(ValueError, match="no neuron router for layer 2"):
         load_adapter(bare, folder)
     # Nor are they saved so.
-    lacking = random_params(NEURONS, 0, routers=True)
+    lacking = with_neurons()
     with pytest.raises(ValueError, match="no neuron router for layer 1"):
         save_adapter(tmp_path / "other", lacking)
     assert not (tmp_path / "other").exists()
@@ -191,9 +217,9 @@ def test_adapters_serve_a_model_of_another_dtype(bare, saved):
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.routers)} == {
         jnp.dtype("float32")
     }
-    weights, bound = polarjax.Polar().bind(loaded, batch=4)
+    weights, bound = polarjax.Polar().bind(loaded)
     qkv = weights["layers_1"]["attention"]["qkv"]
-    assert qkv.dtype == jnp.bfloat16 and bound.score_rows == (0, 4, 4)
+    assert qkv.dtype == jnp.bfloat16 and bound.wants.scores == (0, 4, 4)
     rows = np.asarray(loaded.routers["layers_1"]["heads"]["weight"], jnp.bfloat16)
     np.testing.assert_array_equal(qkv[-4:], rows)
 
@@ -201,7 +227,7 @@ def test_adapters_serve_a_model_of_another_dtype(bare, saved):
 def test_load_takes_an_adapter(params, bare, saved, tmp_path):
     write_folder(tmp_path / "model", bare.config, bare.weights)
     loaded = polarjax.load(tmp_path / "model", adapter=saved)
-    assert loaded.config.budgets == CONFIG.budgets
+    assert loaded.policy.learned.budgets == BUDGETS
     assert_equal_trees(loaded.routers, params.routers)
     prompts = [[1, 2, 3], [7], [8, 9], [5]]
     ours = polarjax.generate(loaded, prompts, max_new_tokens=18)
@@ -282,8 +308,19 @@ def test_routers_that_are_not_finite_are_refused(bare, saved, poison):
 @pytest.mark.parametrize(
     "budgets",
     [
-        *(None, 5, "422", [], {}, [4, 2], [4, 2, 3, 3], [4, 2, 5], [4, 0, 3]),
-        *([4, True, 3], [4, 2.5, 3], [4, [2], 3], [2, 2, 3]),
+        None,
+        5,
+        "422",
+        [],
+        {},
+        [4, 2],
+        [4, 2, 3, 3],
+        [4, 2, 5],
+        [4, 0, 3],
+        [4, True, 3],
+        [4, 2.5, 3],
+        [4, [2], 3],
+        [2, 2, 3],
     ],
 )
 def test_budgets_that_do_not_fit_are_refused(bare, saved, budgets):
@@ -357,7 +394,8 @@ def test_routers_of_other_dtypes_are_refused(bare, saved, dtype):
 
 def test_a_checkpoint_s_routers_are_held_to_it_too(bare, params, tmp_path):
     half = jax.tree.map(lambda x: x.astype(jnp.float16), params.routers)
-    write_folder(tmp_path / "model", CONFIG, bare.weights, half)
+    learned = Learned(half, BUDGETS)
+    write_folder(tmp_path / "model", CONFIG, bare.weights, learned)
     with pytest.raises(ValueError, match="router layers_1/heads/bias is float16, but"):
         polarjax.load(tmp_path / "model")
 
@@ -459,7 +497,8 @@ def test_an_adapter_in_the_hub_s_cache_is_links(params, bare, saved, tmp_path):
     (tmp_path / "links").mkdir()
     for path in saved.iterdir():
         (tmp_path / "links" / path.name).symlink_to(path)
-    assert load_adapter(bare, tmp_path / "links").config == params.config
+    loaded = load_adapter(bare, tmp_path / "links")
+    assert loaded.config == params.config and numbers(loaded) == numbers(params)
 
 
 @pytest.mark.parametrize("name", ["card.json", "routers.safetensors"])
@@ -497,9 +536,9 @@ def test_saving_over_an_adapter_must_be_asked_for(params, saved):
 def test_routers_that_could_not_be_loaded_are_not_saved(params, bare, tmp_path):
     for wrong in (
         bare,
-        dataclasses.replace(params, routers={}),
-        dataclasses.replace(params, config=dataclasses.replace(CONFIG, budgets=())),
-        random_params(dataclasses.replace(CONFIG, budgets=(1, 2, 3)), 0, routers=True),
+        with_learned(params, routers={}),
+        with_learned(params, budgets=()),
+        with_learned(params, budgets=(1, 2, 3)),
     ):
         with pytest.raises(ValueError, match="the adapter has"):
             save_adapter(tmp_path / "adapter", wrong)

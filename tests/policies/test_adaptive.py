@@ -10,8 +10,16 @@ import polarjax
 from polarjax.calibration.calibrate import Texts
 from polarjax.calibration.recover import recover
 from polarjax.evaluation import Scorer, router_recall, window_items
-from polarjax.policies import load_adapter, save_adapter
-from polarjax.policies.budgets import HeadBudget, with_density
+from polarjax.model import Pick
+from polarjax.policies import (
+    Adaptive,
+    load_adapter,
+    named,
+    save_adapter,
+    with_density,
+    with_learned,
+)
+from polarjax.policies.budgets import HeadBudget
 from polarjax.training import Recovery
 from polarjax.training.thresholds import score_thresholds, sorted_scores
 from tests.models import MHA, random_params
@@ -19,9 +27,8 @@ from tests.models import MHA, random_params
 
 @pytest.fixture(scope="module")
 def params():
-    found = random_params(MHA, routers=True)
-    config = dataclasses.replace(found.config, budgets=(6, 3, 6, 4), model_hash="x")
-    return dataclasses.replace(found, config=config)
+    config = dataclasses.replace(MHA, model_hash="x")
+    return random_params(config, routers=True, budgets=(6, 3, 6, 4))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def blocks():
 
 @pytest.fixture(scope="module")
 def adaptive(params, blocks):
-    return with_budgets(params, blocks, params.config.budgets)
+    return with_budgets(params, blocks, params.policy.learned.budgets)
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +50,32 @@ def means(params, blocks):
 def with_budgets(params, blocks, budgets, adaptive=False):
     scores = sorted_scores(params, blocks)
     thresholds = score_thresholds(scores, budgets, MHA.kv_heads)
-    config = dataclasses.replace(
-        params.config, budgets=budgets, adaptive=adaptive, thresholds=thresholds
+    return with_learned(
+        params, budgets=budgets, adaptive=adaptive, thresholds=thresholds
     )
-    return dataclasses.replace(params, config=config)
 
 
 def test_a_sequence_reads_the_groups_above_the_threshold():
     scores = jnp.array([[0.5, 3.0, 1.0], [0.1, 0.0, 0.2], [1.0, 2.0, 9.0]])
-    counts = (jnp.zeros(3, jnp.int32),) * 2
-    budget = HeadBudget(counts, (None, 3), jnp.array([0.0, 1.0]))
-    found = budget.choose(1, scores, "xla")
+    budget = HeadBudget.of(3, (3, 2.5), (0.0, 1.0), flexible=False)
+    assert budget.limits == (None, 3)
+    pick, no_density = Pick("xla"), jnp.zeros(3)
+    found = budget.choose(1, scores, no_density, pick)
     assert found is not None
     indices, n_active = found
     # One at the least, where none passes.
     np.testing.assert_array_equal(n_active, [2, 1, 3])
     np.testing.assert_array_equal(indices[:, 0], [1, 2, 2])
-    assert budget.choose(0, scores) is None
+    assert budget.choose(0, scores, no_density, pick) is None
+    # Who asks for a density gets that, whatever the scores.
+    found = budget.choose(1, scores, jnp.array([1.0, 0.0, 1 / 3]), pick)
+    assert found is not None
+    np.testing.assert_array_equal(found.count, [3, 1, 1])
 
 
 def test_over_the_text_the_density_is_that_of_the_budgets(adaptive, blocks):
     """On the very text, from the first token: states differ a little from dense."""
-    use = groups_read(adaptive, polarjax.Polar(adaptive=True), blocks)
+    use = groups_read(adaptive, polarjax.Adaptive(), blocks)
     assert use[0] == use[2] == 6  # dense, and a budget of all
     np.testing.assert_allclose(use[[1, 3]], [3, 4], rtol=0.15)
 
@@ -87,17 +98,17 @@ def test_budgets_that_are_means_are_kept_by_thresholds(means, blocks):
     by_chance = groups_read(means, polarjax.Random(), many)
     assert by_chance[0] == by_chance[2] == 6
     np.testing.assert_allclose(by_chance[[1, 3]], [2.5, 4.75], rtol=0.25)
-    exact = polarjax.Polar(2 / 3).bind(means, 2)[1].budget
-    assert exact.thresholds is None  # a density is a density
+    exact = polarjax.Polar(2 / 3).bind(means)[1].budget
+    assert not exact.thresholds  # a density is a density
     with pytest.raises(ValueError, match="are means over tokens: pass a density"):
-        polarjax.Oracle().bind(means, 1)
+        polarjax.Oracle().bind(means)
     assert router_recall(means, blocks[:2, None]).mean > 0  # at 2 and 4 groups
 
 
 def test_decoding_is_the_masked_model(adaptive, blocks):
     found = {}
     for mode in ("mask", "kernel"):
-        policy = {"a": polarjax.Polar(adaptive=True)}
+        policy = {"a": polarjax.Adaptive()}
         scorer = Scorer(adaptive, policy, mode=mode, batch=2)
         work = scorer.plan(window_items(blocks[:2].ravel(), 32, 1))
         scorer.compile(work)
@@ -107,7 +118,7 @@ def test_decoding_is_the_masked_model(adaptive, blocks):
 
 def test_requests_read_what_each_of_them_needs(adaptive):
     prompts = [[1, 2, 3], [7, 8, 9, 10, 11]]
-    policy = polarjax.Polar(adaptive=True)
+    policy = polarjax.Adaptive()
     both = polarjax.generate(adaptive, prompts, max_new_tokens=12, policy=policy)
     for prompt, tokens in zip(prompts, both.tokens, strict=True):
         alone = polarjax.generate(adaptive, [prompt], max_new_tokens=12, policy=policy)
@@ -118,38 +129,35 @@ def test_requests_read_what_each_of_them_needs(adaptive):
 
 def test_an_adapter_brings_them(adaptive, means, tmp_path):
     save_adapter(tmp_path / "a", adaptive)
-    plain = dataclasses.replace(adaptive.config, budgets=(), thresholds=())
-    model = polarjax.Params(adaptive.weights, {}, plain)
-    loaded = load_adapter(model, tmp_path / "a")
-    assert loaded.config.thresholds == adaptive.config.thresholds
+    model = polarjax.Params(adaptive.weights, polarjax.Dense(), adaptive.config)
+    loaded = load_adapter(model, tmp_path / "a").policy
+    assert loaded.learned.thresholds == adaptive.policy.learned.thresholds
+    assert isinstance(loaded, polarjax.Polar)  # its budgets are fixed
     save_adapter(tmp_path / "m", means)
-    loaded = load_adapter(model, tmp_path / "m").config
-    assert loaded.budgets == means.config.budgets and loaded.adaptive
-    config = dataclasses.replace(means.config, thresholds=())
+    loaded = load_adapter(model, tmp_path / "m").policy
+    assert loaded.learned.budgets == means.policy.learned.budgets
+    assert loaded.learned.adaptive and isinstance(loaded, Adaptive)
     with pytest.raises(ValueError, match="means over tokens, which need thresholds"):
-        save_adapter(tmp_path / "b", dataclasses.replace(means, config=config))
-    config = dataclasses.replace(means.config, adaptive=False)
+        save_adapter(tmp_path / "b", with_learned(means, thresholds=()))
     with pytest.raises(ValueError, match="no whole number must be a mean"):
-        save_adapter(tmp_path / "b", dataclasses.replace(means, config=config))
+        save_adapter(tmp_path / "b", with_learned(means, adaptive=False))
     # Whole numbers may be means too.
-    whole = dataclasses.replace(means.config, budgets=(6, 3, 6, 4))
-    save_adapter(tmp_path / "w", dataclasses.replace(means, config=whole))
-    bound = polarjax.Polar().bind(load_adapter(model, tmp_path / "w"), 1)[1]
-    assert bound.budget.thresholds is not None
-    assert not with_density(means, 0.5).config.thresholds
+    save_adapter(tmp_path / "w", with_learned(means, budgets=(6, 3, 6, 4)))
+    bound = polarjax.Polar().bind(load_adapter(model, tmp_path / "w"))[1]
+    assert bound.budget.thresholds
+    assert not with_density(means, 0.5).policy.learned.thresholds
     for wrong in ((1.0,), (float("nan"),) * 4):
-        config = dataclasses.replace(adaptive.config, thresholds=wrong)
         with pytest.raises(ValueError, match="must be 4 finite numbers"):
-            save_adapter(tmp_path / "b", dataclasses.replace(adaptive, config=config))
+            save_adapter(tmp_path / "b", with_learned(adaptive, thresholds=wrong))
 
 
 def test_errors(params, adaptive, means):
     with pytest.raises(ValueError, match="needs the thresholds"):
-        polarjax.Polar(adaptive=True).bind(params, 1)
+        polarjax.Adaptive().bind(params)
     with pytest.raises(ValueError, match="needs whole ones, pass a density"):
         recover(means, Texts([]), Recovery())  # before any text is read
-    with pytest.raises(ValueError, match="not both"):
-        polarjax.Polar(0.5, adaptive=True).bind(adaptive, 1)
+    with pytest.raises(ValueError, match="adaptive takes no density: it goes by thre"):
+        named("adaptive", 0.5)
     with pytest.raises(ValueError, match="no text"):
         sorted_scores(params, np.zeros((0, 8), np.int32))
     with pytest.raises(ValueError, match="2 budgets for 4 layers"):

@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import polarjax
-from polarjax.policies.polar import random_ranking
+from polarjax.policies.random import draw
 from tests.models import LLAMA, MHA, OPT, OPT_AFTER, random_params
 from tests.policies.reference import (
     Selection,
@@ -40,11 +41,11 @@ def compare(
 ):
     params = random_params(config, seed, routers=True, head_rank=head_rank)
     prompts = random_prompts(config, LENGTHS[: len(densities)], seed)
-    expected = decode(
-        *(params, prompts, [new] * len(prompts), uniform(config, densities))
-    )
+    selection = uniform(config, densities)
+    expected = decode(params, prompts, [new] * len(prompts), selection)
     out = polarjax.generate(
-        *(params, prompts),
+        params,
+        prompts,
         max_new_tokens=new,
         density=densities,
         implementation=implementation,
@@ -101,6 +102,12 @@ def test_polar_equals_masked_dense_in_many_batches(name):
     assert compared > 20
 
 
+def continued(params, prompts, policy):
+    """By an engine whose requests ask for the densities."""
+    with polarjax.Engine(params, policy=policy, slots=4, context=32) as engine:
+        return engine.generate(prompts, max_new_tokens=NEW, density=DENSITIES)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_oracle_picks_the_true_norms(name):
     config = MODELS[name]
@@ -108,9 +115,7 @@ def test_oracle_picks_the_true_norms(name):
     prompts = random_prompts(config, LENGTHS, SEED)
     selection = uniform(config, DENSITIES, by="norms")
     expected = decode(params, prompts, [NEW] * 4, selection)
-    out = polarjax.generate(
-        params, prompts, max_new_tokens=NEW, policy=polarjax.Oracle(DENSITIES)
-    )
+    out = continued(params, prompts, polarjax.Oracle(0.5))
     assert_same(out, expected, config)
     assert out.stats.policy == "Oracle" and "dense attention" in out.stats.notes[0]
 
@@ -119,24 +124,22 @@ def test_random_reads_what_its_draw_ranks_first():
     config = MODELS["gqa"]
     params = random_params(config, SEED)
     prompts = random_prompts(config, LENGTHS, SEED)
-    ranking = np.asarray(random_ranking(config, 4, seed=4))
+    slots = jnp.arange(4)
+    ranking = np.asarray(draw(4, slots, config.layers, config.kv_heads))
+    ranking = ranking.swapaxes(0, 1)
     selection = uniform(config, DENSITIES, by="ranking", ranking=ranking)
     expected = decode(params, prompts, [NEW] * 4, selection)
-    out = polarjax.generate(
-        params, prompts, max_new_tokens=NEW, policy=polarjax.Random(DENSITIES, seed=4)
-    )
+    out = continued(params, prompts, polarjax.Random(0.5, seed=4))
     assert_same(out, expected, config)
-    other = polarjax.generate(
-        params, prompts, max_new_tokens=NEW, policy=polarjax.Random(DENSITIES, seed=8)
-    )
+    other = continued(params, prompts, polarjax.Random(0.5, seed=8))
     assert other.tokens != out.tokens
 
 
 def test_the_adapters_budgets_are_used_layer_by_layer():
-    config = dataclasses.replace(MODELS["gqa"], budgets=(4, 1, 3))
-    params = random_params(config, SEED, routers=True)
+    config, budgets = MODELS["gqa"], (4, 1, 3)
+    params = random_params(config, SEED, routers=True, budgets=budgets)
     prompts = random_prompts(config, LENGTHS, SEED)
-    selection = Selection([[n] * 4 for n in config.budgets])
+    selection = Selection([[n] * 4 for n in budgets])
     expected = decode(params, prompts, [NEW] * 4, selection)
     out = polarjax.generate(params, prompts, max_new_tokens=NEW)
     assert_same(out, expected, config)
@@ -155,7 +158,8 @@ def test_requests_that_end_early_change_nothing_for_the_others():
     expected = decode(params, prompts, limits, selection, stop_ids=(stop,))
     assert len({len(tokens) for tokens in expected.tokens}) > 1
     out = polarjax.generate(
-        *(params, prompts),
+        params,
+        prompts,
         max_new_tokens=NEW,
         density=DENSITIES,
         stop_ids=[stop],

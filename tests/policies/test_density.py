@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.policies import head_budget
-from polarjax.policies.polar import random_ranking
+from polarjax.model import Pick
+from polarjax.policies import with_learned
+from polarjax.policies.budgets import HeadBudget, uniform_budgets
+from polarjax.policies.random import draw
 from tests.models import LLAMA, OPT, random_params
 from tests.policies.reference import decode, random_prompts, uniform
 
@@ -41,7 +43,8 @@ def assert_close(one, other):
 @pytest.mark.parametrize(
     "config",
     [
-        *(CONFIG, dataclasses.replace(OPT, layers=3)),
+        CONFIG,
+        dataclasses.replace(OPT, layers=3),
         dataclasses.replace(CONFIG, mlp_bias=True),
     ],
     ids=["gqa", "opt", "mlp-bias"],
@@ -82,8 +85,8 @@ def test_a_result_does_not_depend_on_batch_mates(params, prompts):
 
 
 def test_random_draws_depend_on_the_row_alone():
-    four, one = (random_ranking(CONFIG, batch, seed=1) for batch in (4, 1))
-    np.testing.assert_array_equal(one, four[:, :1])
+    four, one = (draw(1, jnp.arange(batch), 3, 4) for batch in (4, 1))
+    np.testing.assert_array_equal(one, four[:1])
     assert len(np.unique(four)) == 3 * 4 * 4
 
 
@@ -107,37 +110,60 @@ def test_stats_show_the_density_asked(params, prompts, density, groups):
 
 def test_two_thirds_of_three_groups_are_two():
     config = dataclasses.replace(CONFIG, heads=6, kv_heads=3)
-    budget = head_budget(config, 2 / 3, batch=2)
-    np.testing.assert_array_equal(budget.counts, [[3, 3], [2, 2], [2, 2]])
+    budgets = uniform_budgets(config, 2 / 3)
+    budget = HeadBudget.of(3, budgets, flexible=False)
+    np.testing.assert_array_equal(budget.counts, [3, 2, 2])
     assert budget.limits == (None, 2, 2)
+    # Nor are they more or less where requests ask for it.
+    flexible = HeadBudget.of(3, budgets, flexible=True)
+    assert flexible.limits == (None, 3, 3)
+    chosen = flexible.choose(1, jnp.zeros((2, 3)), jnp.array([2 / 3, 1 / 3]), Pick())
+    assert chosen is not None
+    np.testing.assert_array_equal(chosen.count, [2, 1])
 
 
 def test_one_density_per_request_may_come_in_any_sequence(params, prompts):
-    expected = head_budget(CONFIG, [1.0, 0.5, 0.25, 0.75], batch=4)
-    np.testing.assert_array_equal(expected.counts[1], [4, 2, 1, 3])
+    budget = HeadBudget.of(4, (4, 4, 4), flexible=True)
+    asked = jnp.array([1.0, 0.5, 0.25, 0.75])
+    expected = budget.choose(1, jnp.zeros((4, 4)), asked, Pick())
+    assert expected is not None
+    np.testing.assert_array_equal(expected.count, [4, 2, 1, 3])
     for many in (np.array([1.0, 0.5, 0.25, 0.75]), jnp.array([1, 0.5, 0.25, 0.75])):
         out = generate(params, prompts, density=many)
         assert out.stats.density == (1.0, 10 / 16, 10 / 16)
     for one in (np.float32(0.5), np.array(0.5), jnp.array(0.5)):
         out = generate(params, prompts, density=one)
         assert out.stats.density == (1.0, 0.5, 0.5)
+        out = generate(params, prompts, policy=polarjax.Polar(one))
+        assert out.stats.density == (1.0, 0.5, 0.5)
 
 
-@pytest.mark.parametrize(
-    "density",
-    [
-        *(0.0, -0.5, 1.5, float("nan"), float("inf"), True, "0.5", {}, 1j),
-        *([0.5, 0.5, 0.5, 0], [True, 0.5, 0.5, 0.5], [None, 0.5, 0.5, 0.5]),
-        *([[0.5]] * 4, ["0.5"] * 4),
-    ],
-)
-@pytest.mark.parametrize("policy", [None, "Oracle", "Random"])
+WRONG = (0.0, -0.5, 1.5, float("nan"), float("inf"), True, "0.5", {}, 1j)
+LISTS = [
+    [0.5, 0.5, 0.5, 0],
+    [True, 0.5, 0.5, 0.5],
+    [None, 0.5, 0.5, 0.5],
+    [[0.5]] * 4,
+    ["0.5"] * 4,
+]
+
+
+@pytest.mark.parametrize("density", [*WRONG, *LISTS])
+@pytest.mark.parametrize("policy", [None, "Polar", "Oracle", "Random"])
 def test_densities_out_of_range_are_refused(params, prompts, density, policy):
     settings = {"density": density}
     if policy:
         settings = {"policy": getattr(polarjax, policy)(density)}
     with pytest.raises(ValueError, match="density must be a number above 0 and at"):
         generate(params, prompts, **settings)
+
+
+@pytest.mark.parametrize("policy", [polarjax.Oracle, polarjax.Random, polarjax.Polar])
+def test_an_engine_refuses_them_too(params, prompts, policy):
+    with polarjax.Engine(params, policy=policy(0.5), slots=4, context=32) as engine:
+        for density in (*WRONG, *LISTS):
+            with pytest.raises(ValueError, match="density must be a number above 0"):
+                engine.generate(prompts, density=density)
 
 
 def test_the_number_of_densities_must_be_that_of_prompts(params, prompts):
@@ -169,9 +195,7 @@ def test_sparsity_without_an_adapter_is_refused(prompts):
 
 
 def test_routers_make_generate_sparse(params, prompts):
-    with_budgets = dataclasses.replace(
-        params, config=dataclasses.replace(CONFIG, budgets=(4, 2, 2))
-    )
+    with_budgets = with_learned(params, budgets=(4, 2, 2))
     out = generate(with_budgets, prompts)
     assert out.stats.policy == "Polar" and out.stats.density == (1.0, 0.5, 0.5)
     assert out.tokens == generate(params, prompts, density=0.5).tokens

@@ -17,14 +17,14 @@ from polarjax.policies.fingerprint import SAMPLES, Fingerprint, entries
 from tests.models import LLAMA, OPT, random_params
 
 CONFIG = dataclasses.replace(
-    *(LLAMA,),
+    LLAMA,
     layers=3,
     neurons=96,
     vocab_size=336,
     qk_norm=True,
-    budgets=(4, 2, 2),
     model_hash="ab" * 32,
 )
+BUDGETS = (4, 2, 2)
 
 
 def cast(params, dtype):
@@ -37,8 +37,8 @@ def changed(params, change):
     weights = jax.tree.map(lambda x: x, params.weights)
     mlp = weights["layers_1"]["mlp"]
     mlp["down"] = change(mlp["down"])
-    config = dataclasses.replace(params.config, model_hash="cd" * 32, budgets=())
-    return polarjax.Params(weights, {}, config)
+    config = dataclasses.replace(params.config, model_hash="cd" * 32)
+    return polarjax.Params(weights, polarjax.Dense(), config)
 
 
 def same(params):
@@ -47,7 +47,7 @@ def same(params):
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CONFIG, 0, routers=True)
+    return random_params(CONFIG, 0, routers=True, budgets=BUDGETS)
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +64,20 @@ def test_the_same_weights_of_another_file_and_dtype(params, tmp_path, learned):
     for dtype in ("float32", "bfloat16", "float16"):
         model = cast(same(params), dtype)
         loaded = load_adapter(model, tmp_path / "adapter")
-        assert loaded.config.budgets == CONFIG.budgets
+        assert loaded.policy.learned.budgets == BUDGETS
         assert loaded.config.model_hash == "cd" * 32
         assert loaded.weights is model.weights
         assert loaded.routers.keys() == {"layers_1", "layers_2"}
     # Rounded to one dtype after the other, as by convert and load.
     twice = cast(cast(same(params), "float16"), "bfloat16")
-    assert load_adapter(twice, tmp_path / "adapter").config.budgets == CONFIG.budgets
+    loaded = load_adapter(twice, tmp_path / "adapter")
+    assert loaded.policy.learned.budgets == BUDGETS
 
 
 def test_a_file_as_it_was_read_may_be_numpy(params, saved):
     weights = jax.tree.map(np.asarray, params.weights)
     model = dataclasses.replace(same(params), weights=weights)
-    assert load_adapter(model, saved).config.budgets == CONFIG.budgets
+    assert load_adapter(model, saved).policy.learned.budgets == BUDGETS
 
 
 @pytest.mark.devices(8)
@@ -84,8 +85,8 @@ def test_a_file_as_it_was_read_may_be_numpy(params, saved):
 def test_a_mesh_does_not_matter(config, params, tmp_path):
     model, mesh = params, make_mesh(4, 2)
     if config is OPT:
-        shape = {"heads": 8, "kv_heads": 8, "layers": 2, "budgets": (8, 4)}
-        model = random_params(dataclasses.replace(OPT, **shape), 0, routers=True)
+        config = dataclasses.replace(OPT, heads=8, kv_heads=8, layers=2)
+        model = random_params(config, 0, routers=True, budgets=(8, 4))
     cut = shard(model, mesh)
     one, other = Fingerprint.of(model), Fingerprint.of(cut)
     assert one.shapes == other.shapes
@@ -126,11 +127,11 @@ def test_other_weights_are_refused(params, saved, change, match):
     assert "any_model=True (--any-model)" in str(caught.value)
     assert "\n" not in str(caught.value)
     found = load_adapter(model, saved, any_model=True)
-    assert found.config.budgets == CONFIG.budgets
+    assert found.policy.learned.budgets == BUDGETS
 
 
 def test_models_that_have_nothing_in_common(params, saved):
-    other = dataclasses.replace(same(random_params(CONFIG, 1)), routers={})
+    other = same(random_params(CONFIG, 1))
     with pytest.raises(ValueError, match=r"weights differ by 1\d\d %\): calibrate"):
         load_adapter(other, saved)
     nan = changed(params, lambda x: x * jnp.nan)
@@ -140,7 +141,7 @@ def test_models_that_have_nothing_in_common(params, saved):
 
 def test_other_shapes_are_refused_with_the_override_too(saved):
     wide = dataclasses.replace(CONFIG, vocab_size=337, model_hash="ef")
-    model = dataclasses.replace(random_params(wide, 0), routers={})
+    model = random_params(wide, 0)
     match = r"its embed/tokens has shape \[336, 48\], this model's \[337, 48\]"
     with pytest.raises(ValueError, match=match):
         load_adapter(model, saved)
@@ -156,7 +157,7 @@ def test_adapters_without_a_sample_are_known_by_their_hash(params, saved, tmp_pa
     save_adapter(folder, params)
     for name in ("fingerprint.safetensors", "checksums.json"):
         (folder / name).unlink()
-    assert load_adapter(params, folder).config.budgets == CONFIG.budgets
+    assert load_adapter(params, folder).policy.learned.budgets == BUDGETS
     with pytest.raises(ValueError, match=r"it has no sample .* any_model=True"):
         load_adapter(same(params), folder)
     assert load_adapter(same(params), folder, any_model=True).routers
@@ -179,7 +180,7 @@ def test_load_and_the_override(params, saved, tmp_path):
     with pytest.raises(ValueError, match="looks like another quantisation"):
         polarjax.load(tmp_path / "model", adapter=saved)
     loaded = polarjax.load(tmp_path / "model", adapter=saved, any_model=True)
-    assert loaded.config.budgets == CONFIG.budgets
+    assert loaded.policy.learned.budgets == BUDGETS
     with pytest.raises(ValueError, match=r"any_model .* goes with an adapter"):
         polarjax.load(tmp_path / "model", any_model=True)
 
@@ -213,8 +214,10 @@ def test_those_that_ship_have_one(name):
     with safe_open(folder / "routers.safetensors", "numpy") as tensors:
         assert len(tensors.keys()) > 50
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("card.json", "checksums.json"),
-        *("fingerprint.safetensors", "routers.safetensors"),
+        "card.json",
+        "checksums.json",
+        "fingerprint.safetensors",
+        "routers.safetensors",
     ]
 
 

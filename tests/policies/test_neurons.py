@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.policies.neurons import neuron_counts
+from polarjax.policies import with_learned
+from polarjax.policies.budgets import neuron_counts
+from polarjax.policy import Learned
 from tests.models import LLAMA, OPT, random_params
 from tests.policies.reference import assert_same, decode, random_prompts, uniform
 
@@ -37,9 +39,15 @@ def selection(neurons, densities=HALF, config=CONFIG):
 def generate(
     params, prompts, density: Any = HALF, neuron_density: Any = 0.25, **settings
 ):
-    policy = polarjax.Polar(density, neuron_density=neuron_density)
+    """With the policy that is asked for; densities of each request are data."""
     settings = {"max_new_tokens": NEW, **settings}
-    return polarjax.generate(params, prompts, policy=policy, **settings)
+    if not isinstance(density, tuple):
+        policy = polarjax.Polar(density, neuron_density)
+        return polarjax.generate(params, prompts, policy=policy, **settings)
+    learned = params.policy.learned
+    policy = polarjax.Polar(neuron_density=neuron_density, learned=learned)
+    params = dataclasses.replace(params, policy=policy)
+    return polarjax.generate(params, prompts, density=density, **settings)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +124,13 @@ def test_the_second_bias_of_the_mlp_survives_sparse_steps(params, prompts):
 
 @pytest.mark.parametrize(("density", "neurons"), [(0.01, 1), (0.5, 40), (0.99, 79)])
 def test_the_budget_of_neurons(params, prompts, density, neurons):
-    _, bound = polarjax.Polar(0.5, neuron_density=density).bind(params, batch=4)
-    assert bound.neuron_budget == (0, neurons, neurons)
+    _, bound = polarjax.Polar(0.5, neuron_density=density).bind(params)
+    assert bound.neuron_counts == (0, neurons, neurons)
 
 
 def test_neuron_density_1_is_dense(params, prompts):
-    _, bound = polarjax.Polar(0.5, neuron_density=1.0).bind(params, batch=4)
-    assert bound.neuron_budget == (0, 0, 0) and not bound.neuron_routers
+    _, bound = polarjax.Polar(0.5, neuron_density=1.0).bind(params)
+    assert bound.neuron_counts == (0, 0, 0) and not bound.neuron_routers
 
 
 def test_weight_bytes_count_the_neurons_that_are_read(params, prompts):
@@ -135,17 +143,13 @@ def test_weight_bytes_count_the_neurons_that_are_read(params, prompts):
     assert dense - sparse == 2 * float32 * saved
 
 
-BUDGETED = dataclasses.replace(
-    CONFIG,
-    budgets=(6, 3, 3),
-    neuron_budgets=((2, (80, 12, 24)), (4, (80, 20, 80)), (16, (80, 30, 80))),
-)
+NEURON_BUDGETS = ((2, (80, 12, 24)), (4, (80, 20, 80)), (16, (80, 30, 80)))
 
 
 @pytest.fixture(scope="module")
 def budgeted(params):
     """The same model, whose adapter brings neuron budgets."""
-    return dataclasses.replace(params, config=BUDGETED)
+    return with_learned(params, budgets=(6, 3, 3), neuron_budgets=NEURON_BUDGETS)
 
 
 def test_the_adapters_own_budgets_equal_masked_dense(budgeted, prompts):
@@ -169,53 +173,48 @@ def test_finished_rows_leave_the_union_of_the_adapters_budget(budgeted, prompts)
     stop = whole.tokens[0][2]
     expected = decode(budgeted, prompts, [NEW] * 4, chosen, stop_ids=(stop,))
     assert len(expected.tokens[0]) < NEW
-    assert_same(
-        generate(budgeted, prompts, None, None, stop_ids=[stop]), expected, CONFIG
-    )
+    out = generate(budgeted, prompts, None, None, stop_ids=[stop])
+    assert_same(out, expected, CONFIG)
 
 
 def test_density_1_overrules_the_adapters_budgets(budgeted, prompts):
     out = generate(budgeted, prompts, (0.5, 1.0, 0.25, 0.5), neuron_density=None)
     assert out.stats.neuron_density == (1.0,) * 3
     assert out.tokens[1] == decode(budgeted, prompts, [NEW] * 4).tokens[1]
-    _, bound = polarjax.Polar(0.5, neuron_density=1.0).bind(budgeted, batch=4)
-    assert bound.neuron_budget == (0, 0, 0) and not bound.neuron_routers
-    assert bound.score_rows == (0, 6, 6)
+    _, bound = polarjax.Polar(0.5, neuron_density=1.0).bind(budgeted)
+    assert bound.neuron_counts == (0, 0, 0) and not bound.neuron_routers
+    assert bound.wants.scores == (0, 6, 6)
 
 
 def test_an_adapter_for_neurons_alone(budgeted, prompts):
     # It leaves all heads to all requests, none of whom asked for density 1.
-    config = dataclasses.replace(BUDGETED, budgets=(6, 6, 6))
-    alone = dataclasses.replace(budgeted, config=config)
-    expected = decode(
-        *(alone, prompts, [NEW] * 4),
-        uniform(CONFIG, (1.0,) * 4, neurons=[None, 20, None]),
-    )
+    alone = with_learned(budgeted, budgets=(6, 6, 6))
+    chosen = uniform(CONFIG, (1.0,) * 4, neurons=[None, 20, None])
+    expected = decode(alone, prompts, [NEW] * 4, chosen)
     assert_same(generate(alone, prompts, None, None), expected, CONFIG)
 
 
 def test_bytes_of_layers_that_read_all_neurons(budgeted):
-    weights, bound = polarjax.Polar().bind(budgeted, batch=4)
-    assert bound.neuron_budget == (0, 20, 0) and list(bound.neuron_routers) == [1]
+    weights, bound = polarjax.Polar().sized(4).bind(budgeted)
+    assert bound.neuron_counts == (0, 20, 0) and list(bound.neuron_routers) == [1]
     # No neuron router rides in layer 2's matrix.
-    assert bound.score_rows == (0, 6 + RANK, 6)
+    assert bound.wants.scores == (0, 6 + RANK, 6)
     rows = [weights[f"layers_{i}"]["attention"]["qkv"].shape[0] for i in range(3)]
     assert rows == [144, 144 + 6 + RANK, 144 + 6]
 
 
 def test_counts_between_batch_sizes():
-    wide = dataclasses.replace(
-        CONFIG,
-        neurons=16384,
+    wide = dataclasses.replace(CONFIG, neurons=16384)
+    learned = Learned(
         neuron_budgets=(
             (2, (16384, 1024, 300)),
             (8, (16384, 2048, 300)),
             (64, (16384, 8192, 16384)),
-        ),
+        )
     )
 
     def counts(batch):
-        return neuron_counts(wide, batch)[1:]
+        return neuron_counts(wide, learned, batch)[1:]
 
     # Measured ones as they are, and none below the smallest.
     assert counts(1) == counts(2) == (1024, 300)
@@ -227,9 +226,10 @@ def test_counts_between_batch_sizes():
     assert counts(12)[0] == -(-(2048 + 6144 * np.log(1.5) / np.log(8)) // 128) * 128
     # Beyond what was measured nothing is known.
     assert counts(65) == counts(1000) == (16384, 16384)
-    assert neuron_counts(CONFIG, 4) == (80, 80, 80)
+    assert neuron_counts(CONFIG, Learned(), 4) == (80, 80, 80)
     # Rounded up, but never above all.
-    assert neuron_counts(BUDGETED, 3) == neuron_counts(CONFIG, 3)
+    few = Learned(neuron_budgets=NEURON_BUDGETS)
+    assert neuron_counts(CONFIG, few, 3) == (80, 80, 80)
 
 
 @pytest.mark.parametrize(
@@ -247,18 +247,26 @@ def test_counts_between_batch_sizes():
     ],
 )
 def test_neuron_budgets_that_do_not_fit_are_refused(budgeted, budgets, message):
-    config = dataclasses.replace(BUDGETED, neuron_budgets=budgets)
+    wrong = with_learned(budgeted, neuron_budgets=budgets)
     with pytest.raises(ValueError, match=message):
-        polarjax.Polar().bind(dataclasses.replace(budgeted, config=config), batch=4)
+        polarjax.Polar().sized(4).bind(wrong)
+    with pytest.raises(ValueError, match=message):
+        polarjax.generate(wrong, [[1, 2, 3]])
 
 
 def test_neuron_budgets_need_relu_and_routers(budgeted):
-    config = dataclasses.replace(BUDGETED, activation="gelu")
+    config = dataclasses.replace(CONFIG, activation="gelu")
     with pytest.raises(ValueError, match="need a ReLU MLP, the model's is gelu"):
-        neuron_counts(config, 4)
-    bare = random_params(BUDGETED, routers=True)
+        neuron_counts(config, budgeted.policy.learned, 4)
+    numbers = budgeted.policy.learned
+    bare = random_params(
+        CONFIG,
+        routers=True,
+        budgets=numbers.budgets,
+        neuron_budgets=numbers.neuron_budgets,
+    )
     with pytest.raises(ValueError, match="no neuron router for layer 1"):
-        polarjax.Polar().bind(bare, batch=4)
+        polarjax.Polar().sized(4).bind(bare)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.5, float("nan"), True, "0.5", [0.5, 0.5]])

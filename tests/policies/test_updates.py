@@ -10,11 +10,18 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 import polarjax
-from polarjax.policies import load_adapter, save_adapter
+from polarjax.policies import load_adapter, save_adapter, with_learned
 from polarjax.policies.updates import init_updates, merge_updates
 from tests.models import random_params
 from tests.seal import seal
-from tests.training.mended import BIASED, GQA, merged, model, with_updates
+from tests.training.mended import (
+    BIASED,
+    GQA,
+    budgets_of,
+    merged,
+    model,
+    with_updates,
+)
 
 CONFIGS = pytest.mark.parametrize(
     "config",
@@ -31,7 +38,8 @@ def test_merging_is_numpys(config):
     expected = merged(params)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-        *(found.weights, expected),
+        found.weights,
+        expected,
     )
     for name in ("embed", "final_norm"):
         assert found.weights[name] is params.weights[name]
@@ -69,7 +77,7 @@ def test_fresh_updates_change_nothing(rank):
         name: {**params.routers.get(name, {}), "updates": updates}
         for name, updates in fresh.items()
     }
-    found = merge_updates(dataclasses.replace(params, routers=routers))
+    found = merge_updates(with_learned(params, routers=routers))
     jax.tree.map(np.testing.assert_array_equal, found.weights, params.weights)
     if rank:
         a = fresh["layers_2"]["mlp"]["down"]["a"]
@@ -80,9 +88,10 @@ def test_fresh_updates_change_nothing(rank):
 def saved(tmp_path):
     """A folder with updates of rank 3, the model it came from, and that without."""
     config = dataclasses.replace(GQA, model_hash="ab" * 32)
-    params = with_updates(random_params(config, 1, routers=True))
+    budgets = budgets_of(config)
+    params = with_updates(random_params(config, 1, routers=True, budgets=budgets))
     save_adapter(tmp_path / "adapter", params)
-    bare = polarjax.Params(params.weights, {}, dataclasses.replace(config, budgets=()))
+    bare = polarjax.Params(params.weights, polarjax.Dense(), config)
     return tmp_path / "adapter", params, bare
 
 
@@ -90,6 +99,7 @@ def test_a_round_trip_is_in_16_bit(saved):
     folder, params, bare = saved
     loaded = load_adapter(bare, folder)
     assert loaded.config == params.config and loaded.weights is bare.weights
+    assert loaded.policy.learned.numbers() == params.policy.learned.numbers()
     assert set(loaded.routers["layers_0"]) == {"updates"}
     for name, parts in params.routers.items():
         low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), parts["updates"])
@@ -100,7 +110,7 @@ def test_a_round_trip_is_in_16_bit(saved):
         loaded.routers["layers_1"]["heads"]["weight"],
         params.routers["layers_1"]["heads"]["weight"],
     )
-    rounded = dataclasses.replace(params, routers=loaded.routers)
+    rounded = with_learned(params, routers=loaded.routers)
     prompts = [[1, 2, 3], [7]]
     ours, theirs = (
         polarjax.generate(x, prompts, max_new_tokens=9) for x in (loaded, rounded)

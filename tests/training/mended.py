@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import polarjax
+from polarjax.policies import with_learned
 from polarjax.policies.updates import init_updates
 from tests.models import LLAMA, OPT, random_params
 from tests.policies.reference import Model
 
-GQA = dataclasses.replace(LLAMA, layers=3, vocab_size=61, budgets=(4, 2, 1))
-BIASED = dataclasses.replace(OPT, layers=3, vocab_size=61, budgets=(6, 2, 6))
+GQA = dataclasses.replace(LLAMA, layers=3, vocab_size=61)
+BIASED = dataclasses.replace(OPT, layers=3, vocab_size=61)
 
 
 def text(blocks, length=8, seed=0, words=61):
@@ -29,12 +31,18 @@ def with_updates(params, rank: int | None = 3, scale=0.05, seed=0):
     routers = {name: dict(parts) for name, parts in params.routers.items()}
     for name, updates in drawn.items():
         routers.setdefault(name, {})["updates"] = updates
-    return dataclasses.replace(params, routers=routers)
+    return with_learned(params, routers=routers)
+
+
+def budgets_of(config):
+    """Few groups in one layer or two."""
+    return (4, 2, 1) if config.kv_heads == 4 else (6, 2, 6)
 
 
 @functools.cache
-def model(config, updates=True):
-    params = random_params(config, 1, routers=True)
+def model(config, updates=True, budgets=()):
+    budgets = budgets or budgets_of(config)
+    params = random_params(config, 1, routers=True, budgets=budgets)
     return with_updates(params) if updates else params
 
 
@@ -58,13 +66,13 @@ def merged(params):
 def in_numpy(params, tokens, start):
     """Logits [t, v] of one sequence: dense up to a position, from there on sparse."""
     config = params.config
-    dense = Model(dataclasses.replace(params, routers={}))
+    dense = Model(dataclasses.replace(params, policy=polarjax.Dense()))
     sparse = Model(dataclasses.replace(params, weights=merged(params)))
     caches, found = [[] for _ in range(config.layers)], []
     for i, token in enumerate(tokens):
         now = dense if i < start else sparse
         x = now.embed(int(token), i)
-        for layer, n in enumerate(config.budgets):
+        for layer, n in enumerate(params.policy.learned.budgets):
             u = now.layer_input(layer, x)
             heads = now.head_outputs(layer, u, caches[layer])
             if i >= start and n < config.kv_heads:

@@ -1,8 +1,8 @@
 """Recovery's loss beside numpy and real decoding, and its gradients."""
 
-import dataclasses
 import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.model import Decoder, Prefix, run
-from polarjax.policies import Polar
+from polarjax.cache import PagedCache
+from polarjax.model import Decoder, Prefix, extend
+from polarjax.policies import Polar, with_learned
 from polarjax.policies.updates import merge_updates
 from polarjax.training import distance as module
 from polarjax.training.collect import observe_layers
@@ -19,7 +20,15 @@ from polarjax.training.distance import divergence
 from polarjax.training.losses import head_loss, router_scores
 from polarjax.training.recovery import _gradients, straight_through
 from tests.models import random_params
-from tests.training.mended import BIASED, GQA, in_numpy, model, text, with_updates
+from tests.training.mended import (
+    BIASED,
+    GQA,
+    budgets_of,
+    in_numpy,
+    model,
+    text,
+    with_updates,
+)
 
 distance = jax.jit(lambda *args: module.distance(*args)[0])
 CONFIGS = pytest.mark.parametrize("config", [GQA, BIASED], ids=["gqa", "opt"])
@@ -51,21 +60,25 @@ def test_distance_is_what_numpy_finds(config, starts):
 
 @CONFIGS
 def test_distance_is_that_of_decoding(config):
-    """Prompts by `prefill` with the original weights, then decode steps, sparse."""
+    """Prompts are read with the original weights, then come decode steps, sparse."""
     params, tokens, starts = model(config), text(3, seed=4), np.array([2, 5, 1])
-    weights, bound = Polar().bind(params, 3)
+    weights, bound = Polar().bind(params)
     reader = Decoder(config)
-    writer = Decoder(config, score_rows=bound.score_rows)
-    args = jnp.asarray(tokens), jnp.asarray(starts), 16
-    _, cache = run(reader, params.weights, "prefill", *args)
-    step = jax.jit(lambda *args: run(writer, weights, "decode", *args))
+    writer = Decoder(config, score_rows=bound.wants.scores)
+    cache = PagedCache.empty(config, 3, 16, jnp.float32)
+    prompts = jnp.asarray(tokens), jnp.asarray(starts)
+    cache = extend(reader, params.weights, *prompts, cache, fresh=True).cache
+    step = jax.jit(
+        lambda token, live, cache, policy: extend(
+            writer, weights, token, live, cache, policy=policy
+        )
+    )
     teacher, found = np.asarray(polarjax.logits(params, tokens)), []
     for i in range(8 - starts.min()):
         at = np.minimum(starts + i, 7)
         live = starts + i < 8
-        logits, cache, _ = step(
-            jnp.asarray(tokens[range(3), at]), cache, bound, jnp.asarray(live)
-        )
+        token = jnp.asarray(tokens[range(3), at])[:, None]
+        logits, cache, _ = step(token, jnp.asarray(live, jnp.int32), cache, bound)
         found.extend(kl(teacher[range(3), at], logits)[live])
     assert len(found) == 24 - starts.sum()
     ours = distance(params, jnp.asarray(tokens), jnp.asarray(starts))
@@ -75,7 +88,7 @@ def test_distance_is_that_of_decoding(config):
 @CONFIGS
 def test_distance_is_nothing_where_nothing_is_left_out(config):
     budgets = (config.kv_heads,) * config.layers
-    params = random_params(dataclasses.replace(config, budgets=budgets), routers=True)
+    params = random_params(config, routers=True, budgets=budgets)
     tokens = jnp.asarray(text(2))
     assert abs(distance(params, tokens, jnp.array([0, 3]))) < 1e-5
     changed = with_updates(params, scale=0.1)
@@ -98,7 +111,7 @@ def test_gradients_are_finite_differences():
 
     @jax.jit
     def loss(routers):
-        return distance(dataclasses.replace(params, routers=routers), tokens, starts)
+        return distance(with_learned(params, routers=routers), tokens, starts)
 
     grads = jax.grad(loss)(params.routers)
     for layer, part, name, kind in (
@@ -133,10 +146,10 @@ def test_gates_are_the_choice_with_the_slope_of_a_sigmoid():
     weight = rng.normal(size=read.shape)
 
     def total(routers, u, layer=1):
-        gates = straight_through(routers, GQA)(layer, u, read)
+        gates = straight_through(routers, GQA, budgets_of(GQA))(layer, u, read)
         return (jnp.asarray(weight, jnp.float32) * gates).sum()
 
-    gates = straight_through(params.routers, GQA)
+    gates = straight_through(params.routers, GQA, budgets_of(GQA))
     np.testing.assert_array_equal(gates(1, u, read), read)
     routers, inputs = jax.grad(total, (0, 1))(params.routers, u)
     distances = scores - (order[..., 1:2] + order[..., 2:3]) / 2
@@ -156,8 +169,12 @@ def test_gates_are_the_choice_with_the_slope_of_a_sigmoid():
 def gradients(params, **changes):
     options = {"prompts": 0.5, "routers": "slopes", "remat": False, **changes}
     return _gradients(
-        *(params.weights, params.routers, jnp.asarray(text(4)), jax.random.key(0)),
+        params.weights,
+        params.routers,
+        jnp.asarray(text(4)),
+        jax.random.key(0),
         config=params.config,
+        budgets=params.policy.learned.budgets,
         **options,
     )
 
@@ -171,7 +188,7 @@ def updates_of(grads):
 
 
 def test_routers_learn_where_they_choose():
-    params = model(dataclasses.replace(GQA, budgets=(4, 2, 4)))
+    params = model(GQA, budgets=(4, 2, 4))
     plain, kept = gradients(params, routers="nothing")
     for layer in ("layers_1", "layers_2"):
         assert not any(x.any() for x in jax.tree.leaves(kept[layer]["heads"]))
@@ -192,7 +209,7 @@ def test_losses_are_those_of_the_routers_own_training(kind):
     params = model(GQA)
     found, grads = gradients(params, routers=kind, prompts=0.0)
     merged = merge_updates(params)
-    n = dict(enumerate(GQA.budgets))
+    n = dict(enumerate(budgets_of(GQA)))
 
     def learn(layer, inputs, norms, _):
         def loss(router):
@@ -212,10 +229,12 @@ def test_a_share_of_the_sequences_has_a_prompt(monkeypatch):
     seen = []
     monkeypatch.setattr(
         # Not the function of the same name.
-        *(importlib.import_module("polarjax.training.recovery"), "distance"),
+        importlib.import_module("polarjax.training.recovery"),
+        "distance",
         lambda params, tokens, starts, *_: (seen.append(starts) or jnp.zeros(()), []),
     )
-    options = {"config": GQA, "routers": "nothing", "remat": False}
+    options: dict[str, Any] = {"config": GQA, "routers": "nothing", "remat": False}
+    options["budgets"] = budgets_of(GQA)
     for prompts in (0.0, 0.5, 1.0):
         tokens, key = jnp.zeros((400, 16)), jax.random.key(0)
         with jax.disable_jit():

@@ -92,7 +92,8 @@ def test_a_steps_rows_depend_on_the_seed_and_its_number_alone():
     # And with them all it learns from: blocks as int32.
     fit(
         lambda state, tokens, number: (state, {"kind": tokens.dtype == jnp.int32}),
-        *(jnp.zeros(1), BLOCKS.astype(np.uint16)),
+        jnp.zeros(1),
+        BLOCKS.astype(np.uint16),
         steps=1,
         batch=1,
         progress=lambda now: np.testing.assert_equal(now.metrics, {"kind": 1.0}),

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.policies.neurons import check_neuron_budgets
+from polarjax.policies import of_learned, with_learned
+from polarjax.policies.budgets import check_neuron_budgets
+from polarjax.policy import Learned
 from polarjax.training.neuron_budgets import measure_unions, neuron_budgets
-from polarjax.training.unions import UnionRecall, compare_rules
+from polarjax.training.unions import UnionRecall
 from tests.models import LLAMA, OPT, random_params
 from tests.policies.reference import Model
 
@@ -46,7 +48,8 @@ def planted(seed=0, exact=True):
         if exact and i:
             factors = {"down": down.astype(np.float32), "up": up.astype(np.float32)}
             routers[f"layers_{i}"]["neurons"] = factors
-    return jax.tree.map(jnp.asarray, polarjax.Params(weights, routers, CONFIG))
+    policy = of_learned(Learned(routers))
+    return jax.tree.map(jnp.asarray, polarjax.Params(weights, policy, CONFIG))
 
 
 def constant_text(tokens, length=5):
@@ -92,7 +95,9 @@ def test_recall_equals_numpy_where_nothing_is_left_to_chance(exact):
     params = planted(exact=exact)
     tokens = np.random.default_rng(4).choice(CONFIG.vocab_size, 16, replace=False)
     found = measure_unions(
-        *(params, constant_text(tokens), (1, 8)),
+        params,
+        constant_text(tokens),
+        (1, 8),
         rules=tuple(NUMPY_RULES),
         samples=2,
         step=1,
@@ -160,7 +165,7 @@ def test_budgets_hold_on_other_text():
     blocks, held_out = (rng.integers(CONFIG.vocab_size, size=(64, 9)) for _ in "ab")
     budgets, found = neuron_budgets(params, blocks, BATCHES, held_out=held_out)
     assert [b for b, _ in budgets] == list(BATCHES)
-    check_neuron_budgets(dataclasses.replace(CONFIG, neuron_budgets=budgets))
+    check_neuron_budgets(CONFIG, Learned(neuron_budgets=budgets))
     kept = np.array([counts for _, counts in budgets])
     assert (kept[:, 0] == F).all() and (kept[:, 1:] % 128 == 0).all()
     assert (found.reached(budgets) >= 0.99).all()
@@ -182,7 +187,7 @@ def test_updates_of_a_recovery_count():
     # The delta of a bias turns every neuron of layer 1 on.
     updates = {"mlp": {"up_bias": {"delta": jnp.full(F, 1e3)}}}
     routers["layers_1"] = {**routers["layers_1"], "updates": updates}
-    changed = measure_unions(dataclasses.replace(params, routers=routers), text, (8,))
+    changed = measure_unions(with_learned(params, routers=routers), text, (8,))
     assert changed.union[0, 0] == F and plain.union[0, 0] < F / 2
 
 
@@ -211,15 +216,6 @@ def test_reached_recall_by_hand():
     found = recalls([0.9, 0.98, 1], [0.7, 0.96, 1])
     for kept, expected in ((128, 0.8), (255, 0.8), (256, 0.97), (300, 1), (100, 0)):
         np.testing.assert_allclose(found.reached(((4, (300, kept)),)), [[expected]])
-
-
-def test_rules_are_compared_at_equal_counts():
-    found = recalls([0.9, 0.99, 1], [0.9, 0.99, 1], rule="sum")
-    other = np.array([[0.992, 0.995, 1]] * 2)[:, None, None]
-    found = dataclasses.replace(found, recall={**found.recall, "max": other})
-    compared = compare_rules(found)
-    assert compared["sum"] == {"recall": [pytest.approx(0.99)], "density": [256 / 300]}
-    assert compared["max"] == {"recall": [pytest.approx(0.995)], "density": [128 / 300]}
 
 
 def test_errors():

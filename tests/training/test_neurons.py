@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polarjax.model import Decoder, run
+from polarjax.model import Decoder, whole
 from polarjax.training.neurons import (
     active_neurons,
     init_low_rank,
     neuron_loss,
     neuron_scores,
-    union_recall,
 )
 from tests.models import LLAMA, OPT, random_params
 from tests.policies.reference import Model
+from tests.training.unions import union_recall
 
 GATED = dataclasses.replace(LLAMA, activation="relu")
 TOKENS = np.random.default_rng(5).integers(OPT.vocab_size, size=(3, 7))
@@ -25,10 +25,9 @@ TOKENS = np.random.default_rng(5).integers(OPT.vocab_size, size=(3, 7))
 
 def observed(params):
     """What a layer is shown: (u, o, v) by layer."""
-    config = params.config
-    return run(
-        Decoder(config), params.weights, "observe", TOKENS, lambda i, *seen: seen
-    )
+    model = Decoder(params.config)
+    tokens = jnp.asarray(TOKENS)
+    return whole(model, params.weights, tokens, observe=lambda i, *seen: seen).observed
 
 
 @pytest.mark.parametrize(

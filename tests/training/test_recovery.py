@@ -9,6 +9,7 @@ import pytest
 
 import polarjax
 from polarjax.mesh.cut import make_mesh, whole_routers
+from polarjax.policies import with_learned
 from polarjax.training import Recovery, Resume, train_updates
 from polarjax.training.distance import divergence
 from polarjax.training.recovery import parameters
@@ -40,6 +41,7 @@ def test_recovery_brings_the_sparse_model_back(rank):
     assert divergence(found, held) < before / 2
     assert told[-1].metrics["kl"] < told[0].metrics["kl"] / 2
     assert found.config == params.config and found.weights is params.weights
+    assert found.policy.learned.numbers() == params.policy.learned.numbers()
     moved = found.routers["layers_1"]["heads"]["weight"]
     assert not np.allclose(moved, params.routers["layers_1"]["heads"]["weight"])
     kinds = set(found.routers["layers_0"]["updates"]["mlp"]["up"])
@@ -158,10 +160,11 @@ def test_errors():
         with pytest.raises(ValueError, match=match):
             train_updates(params, blocks, Recovery(**settings))
 
-    bare = dataclasses.replace(params, routers={})
+    bare = with_learned(params, routers={})
     refused("recovery needs routers: train them first", bare)
-    no_budgets = dataclasses.replace(params.config, budgets=())
-    refused("recovery needs routers", dataclasses.replace(params, config=no_budgets))
+    bare = dataclasses.replace(params, policy=polarjax.Dense())
+    refused("recovery needs routers: train them first", bare)
+    refused("recovery needs routers", with_learned(params, budgets=()))
     refused("rank of the updates must be at least 1, got 0", rank=0)
     refused("prompts must be from 0 to 1, got 1.5", prompts=1.5)
     refused("routers cannot learn 'all': it is bce, ranking, slopes", routers="all")

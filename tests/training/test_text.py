@@ -96,7 +96,7 @@ def test_it_reads_no_further_than_asked(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(text_module, "_PIECE", 50)
     seen, encode = [], Tokenizer.encode_many
     monkeypatch.setattr(
-        *(Tokenizer, "encode_many"), lambda self, t: seen.extend(t) or encode(self, t)
+        Tokenizer, "encode_many", lambda self, t: seen.extend(t) or encode(self, t)
     )
     blocks = list(token_blocks(write(tmp_path, "a.txt"), tokenizer, 10, limit=3))
     assert len(blocks) == 3

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +8,19 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax.cache import PagedCache
 from polarjax.evaluation import router_recall
 from polarjax.mesh.cut import make_mesh, shard, whole_routers
-from polarjax.model import Decoder, Prefix
+from polarjax.model import Decoder, Prefix, extend
 from polarjax.model.attention import head_norms
 from polarjax.policies import load_adapter, save_adapter
 from polarjax.training import Resume, RouterTraining, train_routers
 from polarjax.training.collect import observe_heads, observe_layers
 from polarjax.training.neuron_budgets import measure_unions
-from polarjax.training.neurons import active_neurons, neuron_scores, union_recall
+from polarjax.training.neurons import active_neurons, neuron_scores
 from polarjax.training.thresholds import sorted_scores
 from tests.models import LLAMA, MHA, OPT, random_params
+from tests.training.unions import union_recall
 
 SMALL = dataclasses.replace(MHA, layers=3)
 # Three devices have 2 query heads each, and parts of 2 KV groups.
@@ -41,35 +44,29 @@ def assert_close(one, other, atol=1e-5):
     )
 
 
-class _Spy(polarjax.Polar):
-    """Sees the true norms where Polar chooses."""
+class _Spy(polarjax.Policy):
+    """Sees the true norms where another policy chooses."""
 
-    wants_norms = True
+    def __init__(self, bound, norms):
+        self.wants = dataclasses.replace(bound.wants, norms=True)
+        self.bound, self.norms = bound, norms
 
-    def __init__(self, polar, seen):
-        for field in dataclasses.fields(polar):
-            object.__setattr__(self, field.name, getattr(polar, field.name))
-        object.__setattr__(self, "seen", seen)
-
-    def heads(self, layer, scores, norms, implementation=None):
-        self.seen[layer] = norms
-        return super().heads(layer, scores, norms, implementation)
+    def groups(self, layer, seen, pick):
+        self.norms[layer] = seen.norms
+        return self.bound.groups(layer, seen, pick)
 
 
 def decoded(params, tokens, policy):
     """By step and layer, norms of head outputs when each token is decoded."""
     config, (b, t) = params.config, tokens.shape
-    weights, bound = policy.bind(params, b)
-    model = Decoder(config, score_rows=bound.score_rows)
-    shape = (b, config.kv_heads, 16, config.head_dim)
-    empty = tuple(jnp.zeros(shape) for _ in range(config.layers))
-    cache = polarjax.cache.KVCache(empty, empty, jnp.zeros(b, jnp.int32))
-    found = []
+    weights, bound = policy.bind(params)
+    model = Decoder(config, score_rows=bound.wants.scores)
+    cache = PagedCache.empty(config, b, 16, jnp.float32)
+    live, found = jnp.ones(b, jnp.int32), []
     for i in range(t):
         seen = {}
-        _, cache, _ = model.apply(
-            {"params": weights}, tokens[:, i], cache, _Spy(bound, seen), method="decode"
-        )
+        token, spy = tokens[:, i : i + 1], _Spy(bound, seen)
+        cache = extend(model, weights, token, live, cache, policy=spy).cache
         found.append([seen[layer] for layer in range(1, config.layers)])
     return found
 
@@ -80,8 +77,8 @@ def test_collected_norms_are_what_decoding_has(config, sparse):
     """Labels from whole sequences equal norms of the decode step at each position."""
     n = 2 if sparse else config.kv_heads
     budgets = (config.kv_heads, n, n)
-    config = dataclasses.replace(config, layers=3, budgets=budgets)
-    params = random_params(config, routers=True)
+    config = dataclasses.replace(config, layers=3)
+    params = random_params(config, routers=True, budgets=budgets)
     tokens = jnp.asarray(text(config, 2, 4, words=None))
     policy = polarjax.Polar()
     learn = lambda layer, inputs, norms, after: norms  # noqa: E731
@@ -117,7 +114,7 @@ def test_training_beats_chance(loss, rank):
     first, last = (told[i].metrics for i in (0, -1))
     assert set(first) == {"loss", "recall", "kept"}
     assert last["loss"] < first["loss"] and last["recall"] > 0.7
-    assert trained.config.budgets == (6, 3, 3, 3)
+    assert trained.policy.learned.budgets == (6, 3, 3, 3)
     # What was trained is used as it is: shapes are checked where it is bound.
     out = polarjax.generate(trained, [[1, 2, 3]], max_new_tokens=4)
     assert out.stats.policy == "Polar"
@@ -170,9 +167,9 @@ def test_an_interrupted_training_ends_as_an_unbroken_one(tmp_path, at):
         if now.step == at and len(told) == at:
             raise KeyboardInterrupt
 
-    run = functools.partial(
-        *(train_routers, params, blocks, TRAINING), resume=resume, progress=progress
-    )
+    def run():
+        return train_routers(params, blocks, TRAINING, resume=resume, progress=progress)
+
     with pytest.raises(KeyboardInterrupt):
         run()
     assert_equal(run().routers, trained_small())
@@ -248,13 +245,18 @@ def test_neuron_routers_are_trained_along():
     for i in (1, 2):  # most neurons are off
         params.weights[f"layers_{i}"]["mlp"]["up_bias"] -= 1.5
     training = RouterTraining(
-        *(0.5, 60, 32), sparse=0.5, neuron_rank=12, neuron_learning_rate=2e-2
+        density=0.5,
+        steps=60,
+        batch=32,
+        sparse=0.5,
+        neuron_rank=12,
+        neuron_learning_rate=2e-2,
     )
     told = []
     blocks = text(config, 1920)
     trained = train_routers(params, blocks, training, progress=told.append)
     assert told[-1].metrics["neuron_loss"] < 0.8 * told[0].metrics["neuron_loss"]
-    assert trained.config.budgets == (6, 3, 3)
+    assert trained.policy.learned.budgets == (6, 3, 3)
 
     def learn(layer, inputs, norms, after):
         name = f"layers_{layer}"
@@ -276,9 +278,9 @@ def test_neuron_routers_are_trained_along():
 def test_errors():
     params, blocks = random_params(LLAMA), text(LLAMA, 4, 8)
 
-    def refused(match, blocks=blocks, params=params, **settings):
+    def refused(match, blocks=blocks, params=params, density: Any = 0.5, **settings):
         with pytest.raises(ValueError, match=match):
-            train_routers(params, blocks, RouterTraining(**{"density": 0.5} | settings))
+            train_routers(params, blocks, RouterTraining(density, **settings))
 
     refused("nothing for a router to choose", density=1.0, steps=1)
     single = random_params(dataclasses.replace(LLAMA, layers=1))
