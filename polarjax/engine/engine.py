@@ -233,7 +233,9 @@ class Engine:
         if one.density is not None:
             self._check_density(one.density)
         limit = min(one.max_new_tokens, self.context - len(ids))
-        request = Request(ids, limit, self.tokenizer, one.stop, settings=one)
+        request = Request(
+            ids, limit, self.tokenizer, one.stop, settings=one, number=number
+        )
         self._waiting.append(request)
         return request
 
@@ -466,7 +468,7 @@ def _take(request: Request, drawn: programs.Drawn, row: int, ended: bool) -> Non
     logprobs = drawn.logprob[keep, row]
     if np.isnan(logprobs).any():
         raise ValueError(
-            f"the model yields NaN for prompt {row}: its weights are damaged"
+            f"the model yields NaN for prompt {request.number}: its weights are damaged"
         )
     request.add(drawn.token[keep, row].tolist(), logprobs.tolist(), ended=ended)
 

@@ -134,10 +134,11 @@ def generate(
     ends = [n + limit for n, limit in zip(lengths, limits, strict=True)]
     middles = [n + limit / 2 for n, limit in zip(lengths, limits, strict=True)]
     policy = _choose_policy(params, density, policy)
-    if not params.routers and all(one.density == 1 for one in asked):
-        # Nothing is to be chosen, for which there would have to be routers.
-        policy, density, settings["density"] = Dense(), None, None
     k, mean = config.kv_heads, None
+    if policy and all(one.density and count(one.density, k) == k for one in asked):
+        # Nothing is to be chosen, for which there would have to be routers.
+        policy = policy.asking(()) if params.routers else Dense()
+        density, settings["density"] = None, None
     if density is not None:
         mean = sum(count(one.density or 1, k) for one in asked) / k / batch
     # Which is promised an exact MLP.

@@ -27,6 +27,7 @@ class Request:
       finish_reason: "stop", "length" or "cancelled", once it has ended.
       settings: how it is continued, `polarjax.engine.checks.Settings`.
       left: tokens that the device may still be asked for.
+      number: of its prompt among those that came with it, for messages.
     """
 
     prompt: list[int]
@@ -39,6 +40,7 @@ class Request:
     finish_reason: str = ""
     settings: Any = None
     left: int = 0
+    number: int = 0
     _written: _Written | None = None
     _streamed_text: int = 0
     _streamed_tokens: int = 0
