@@ -82,7 +82,8 @@ class Engine:
       slots: requests that are continued at once, b.
       context: most tokens of a request, prompt and answer together; None for the
         model's.
-      chunk: most decode steps between two looks of the host.
+      chunk: most decode steps between two looks of the host. A GPU always takes so
+        many.
       prefill_tokens: prompt tokens, padding included, that are computed at once.
       memory_fraction: of the memory that XLA may take on a device, how much may be
         filled.
@@ -237,16 +238,21 @@ class Engine:
             self._begin()
             if any(one is not None and one.stops for one in self._rows):
                 done += self._deliver()
+        live = self._going()
         earlier, self._begun = self._begun, []
-        if live := self._going():
+        if live:
             self._decode(live)
         done += self._deliver(earlier)  # while the device is at the next chunk
         return done
 
     def _going(self) -> list[int]:
-        """Rows of requests that the device still continues, as far as is known."""
+        """Rows of requests that the device still continues, once it has done all."""
         rows = enumerate(self._rows)
-        return [i for i, one in rows if one is not None and one.going and one.left > 0]
+        going = [i for i, one in rows if one is not None and one.going and one.left > 0]
+        for chunk in self._begun:  # before the next takes their buffers
+            chunk.live = to_host(chunk.live)
+            going = [i for i in going if chunk.live[i]]
+        return going
 
     def _begin(self) -> None:
         free = [i for i, one in enumerate(self._rows) if one is None]
@@ -281,13 +287,14 @@ class Engine:
         )
         drawn = jax.tree.map(lambda x: x[None], drawn)
         rows = [taken.get(i) for i in range(self.slots)]
-        self._begun.append(_Chunk(drawn, self._live(), rows, counts=False))
+        live = to_host(self._state.live)
+        self._begun.append(_Chunk(drawn, live, rows, counts=False))
         self._clock.lap("prefill")
 
     def _decode(self, live: list[int]) -> None:
         left = max(self._rows[i].left for i in live)  # type: ignore[union-attr]
         whole = programs.takes_whole_chunks(self.params.weights)
-        most, number = self.chunk, min(self.chunk, left)
+        number = min(self.chunk, left)
         go_on = np.zeros(self.slots, bool)
         go_on[live] = True
         density, sampling, ends = self._slot_data()
@@ -301,17 +308,14 @@ class Engine:
             sampling,
             ends,
             None if whole else np.int32(number),
-            steps=most,
+            steps=self.chunk,
             mesh=self.mesh,
             **self._common,
         )
-        self._steps += most if whole else number
+        self._steps += self.chunk if whole else number
         for i in live:
             self._rows[i].left -= number  # type: ignore[union-attr]
-        self._begun.append(_Chunk(drawn, self._live(), list(self._rows)))
-
-    def _live(self) -> np.ndarray:
-        return to_host(self._state.live)
+        self._begun.append(_Chunk(drawn, self._state.live, list(self._rows)))
 
     def _slot_data(self) -> tuple[jax.Array, Any, jax.Array]:
         """Density, sampling and stop ids of each row, on the devices."""
@@ -332,13 +336,13 @@ class Engine:
             chunks, self._begun = self._begun, []
         news: dict[int, Request] = {}
         for chunk in chunks:
-            drawn = to_host(chunk.drawn)
+            drawn, live = to_host((chunk.drawn, chunk.live))
             if chunk.counts:
                 self._counted.append(drawn)
             for i, request in enumerate(chunk.rows):
                 if request is None or not request.going:
                     continue
-                _take(request, drawn, i, ended=not chunk.live[i])
+                _take(request, drawn, i, ended=not live[i])
                 news[id(request)] = request
         for i, request in enumerate(self._rows):
             if request is not None and not request.going:
@@ -406,19 +410,19 @@ class Engine:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Chunk:
     """What a program has begun to draw.
 
     Attributes:
       drawn: on the devices, each leaf with an axis of steps first.
-      live: bool[b], who goes on after it.
+      live: bool[b], who goes on after it; on the devices until that is asked.
       rows: who had which row.
       counts: whether they are decode steps, for statistics.
     """
 
     drawn: programs.Drawn
-    live: np.ndarray
+    live: Any
     rows: list[Request | None]
     counts: bool = True
 
