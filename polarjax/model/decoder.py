@@ -208,8 +208,6 @@ class Decoder(nn.Module):
             tuple(values),
         )
 
-    __call__ = whole
-
     def extend(
         self,
         tokens: jax.Array,
