@@ -138,9 +138,7 @@ def decode_arguments(params, batch=4, capacity=32):
     )
     state = dataclasses.replace(state, cache=cache)
     every, remaining = jnp.ones(batch, bool), jnp.full(batch, 9)
-    state, _ = programs.first_token(
-        state, logits, every, remaining, sampling, stop_ids
-    )
+    state, _ = programs.first_token(state, logits, every, remaining, sampling, stop_ids)
     args = (weights, bound, state, every, jnp.zeros(batch), sampling, stop_ids)
     return args, {"steps": 16, **common}
 
@@ -218,6 +216,9 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
     weights = {**weights, **table}
     rng, found = np.random.default_rng(0), collections.defaultdict(set)
 
+    def room(slots, capacity):
+        return jax.eval_shape(lambda: PagedCache.empty(config, slots, capacity, "f4"))
+
     def call(function, *args, **kwargs):
         """Note the program, run nothing."""
         shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
@@ -233,7 +234,7 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
         programs.read_prompts(
             weights,
             {row: [1] * n for row, n in enumerate(lengths.tolist())},
-            jax.eval_shape(lambda: PagedCache.empty(config, slots, capacity, "f4")),
+            room(slots, capacity),
             jax.ShapeDtypeStruct((slots, config.vocab_size), "f4"),
             config=config,
             implementation=None,
