@@ -1,12 +1,12 @@
 """Models of which some KV groups do nothing, and text that the models wrote."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 
 import polarjax
 from polarjax.evaluation import Continuation
+from polarjax.policies import of_learned, with_learned
+from polarjax.policy import Learned
 from tests.models import LLAMA, random_params
 
 IDLE = {1: 2, 3: 0}
@@ -32,7 +32,7 @@ def planted(seed=0):
             "bias": jnp.asarray(bias, jnp.float32),
         }
         routers[f"layers_{layer}"] = {"heads": heads}
-    return polarjax.Params(weights, routers, c)
+    return polarjax.Params(weights, of_learned(Learned(routers)), c)
 
 
 def sabotaged(params):
@@ -41,7 +41,7 @@ def sabotaged(params):
         name: {"heads": {k: -v for k, v in parts["heads"].items()}}
         for name, parts in params.routers.items()
     }
-    return dataclasses.replace(params, routers=turned)
+    return with_learned(params, routers=turned)
 
 
 def own_text(params, windows, tokens=24, prefix=4, seed=0):
