@@ -23,7 +23,7 @@ from convert.rules import understand
 from convert.same_tokens import Reference, same_tokens
 from convert.source import ConversionError, Source, naming
 from polarjax.config import ModelConfig
-from polarjax.model import Decoder, check_weights, logits, whole
+from polarjax.model import Decoder, check_weights
 from polarjax.params import TOKENIZER_FILE, Params, Tree, read_folder
 from polarjax.storage.repository import first_line
 
@@ -300,8 +300,7 @@ def _logits(params: Params, tokens: list[list[int]]) -> list[np.ndarray]:
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(config: ModelConfig, weights: Tree, row: jax.Array) -> jax.Array:
-        model = Decoder(config)
-        return logits(model, weights, whole(model, weights, row).x)[0]
+        return Decoder(config).apply({"params": weights}, row)[0]
 
     def as_read(ids: list[int]) -> ModelConfig:
         if rope is None or rope.kind not in ("dynamic", "longrope"):
