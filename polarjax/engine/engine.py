@@ -184,9 +184,11 @@ class Engine:
         [ids] = encode_prompts([prompt], self.tokenizer, config)
         asked = dataclasses.asdict(settings or Settings())
         [one] = settings_of(config, self.tokenizer, 1, asked)
-        return self._add(ids, one, 0)
+        request = self._request(ids, one, 0)
+        self._waiting.append(request)
+        return request
 
-    def _add(self, ids: list[int], one: Settings, number: int) -> Request:
+    def _request(self, ids: list[int], one: Settings, number: int) -> Request:
         if len(ids) >= self.context:
             raise ValueError(
                 f"prompt {number} has {len(ids)} tokens, and a slot of this engine has "
@@ -196,9 +198,7 @@ class Engine:
         if one.density is not None:
             self._check_density(one.density)
         limit = min(one.max_new_tokens, self.context - len(ids))
-        request = Request(ids, limit, self.tokenizer, one.stop, settings=one)
-        self._waiting.append(request)
-        return request
+        return Request(ids, limit, self.tokenizer, one.stop, settings=one)
 
     def _check_density(self, density: float) -> None:
         config, name = self.params.config, type(self.policy).__name__
@@ -376,7 +376,19 @@ class Engine:
         asked = settings_of(config, self.tokenizer, len(encoded), settings)
         self._clock, self._counted, self._steps = _Clock(), [], 0
         pairs = enumerate(zip(encoded, asked, strict=True))
-        requests = [self._add(ids, one, i) for i, (ids, one) in pairs]
+        requests = [self._request(ids, one, i) for i, (ids, one) in pairs]
+        self._waiting += requests
+        try:
+            self._finish(requests, stream)
+        except BaseException:  # of weights, a stream or a user who waits no longer
+            for request in requests:
+                self.cancel(request)
+            raise
+        self._clock.lap("decode")
+        return self._output(requests)
+
+    def _finish(self, requests: list[Request], stream: Stream | None) -> None:
+        """Go on until some requests have ended, and stream them."""
         numbers = {id(request): i for i, request in enumerate(requests)}
         while any(request.going for request in requests):
             for request in self.step():
@@ -384,8 +396,6 @@ class Engine:
                     text, tokens = request.news()
                     if text or tokens:
                         stream(numbers[id(request)], text, tokens)
-        self._clock.lap("decode")
-        return self._output(requests)
 
     def _output(self, requests: list[Request]) -> Output:
         stats = make_stats(
