@@ -265,6 +265,8 @@ class PagedCache:
             keys, values = (jnp.take(x, rows, axis=0) for x in (keys, values))
         size = min(t, _QUERIES)
         pad = ((0, 0), (0, -t % size))
+        # Padding sees no more than the last new position does: beyond is garbage.
+        place = jnp.minimum(place, (self.lengths + counts - 1)[:, None])
         places = jnp.pad(place, pad).reshape(b, -1, size).swapaxes(0, 1)
         queries = jnp.pad(q, (*pad, (0, 0), (0, 0)))
         queries = queries.reshape(b, -1, size, h, d).swapaxes(0, 1)

@@ -83,7 +83,8 @@ class Engine:
       slots: requests that are continued at once, b.
       context: most tokens of a request, prompt and answer together; None for the
         model's.
-      chunk: most decode steps between two looks of the host.
+      chunk: most decode steps between two looks of the host. A GPU always takes so
+        many.
       prefill_tokens: prompt tokens, padding included, that are computed at once.
       memory_fraction: of the memory that XLA may take on a device, how much may be
         filled.
@@ -221,9 +222,11 @@ class Engine:
         [ids] = encode_prompts([prompt], self.tokenizer, config)
         asked = dataclasses.asdict(settings or Settings())
         [one] = settings_of(config, self.tokenizer, 1, asked)
-        return self._add(ids, one, 0)
+        request = self._request(ids, one, 0)
+        self._waiting.append(request)
+        return request
 
-    def _add(self, ids: list[int], one: Settings, number: int) -> Request:
+    def _request(self, ids: list[int], one: Settings, number: int) -> Request:
         if len(ids) >= self.context:
             raise ValueError(
                 f"prompt {number} has {len(ids)} tokens, and a slot of this engine has "
@@ -233,11 +236,9 @@ class Engine:
         if one.density is not None:
             self._check_density(one.density)
         limit = min(one.max_new_tokens, self.context - len(ids))
-        request = Request(
+        return Request(
             ids, limit, self.tokenizer, one.stop, settings=one, number=number
         )
-        self._waiting.append(request)
-        return request
 
     def _check_density(self, density: float) -> None:
         config, name = self.params.config, type(self.policy).__name__
@@ -277,16 +278,21 @@ class Engine:
             self._begin()
             if any(one is not None and one.stops for one in self._rows):
                 done += self._deliver()
+        live = self._going()
         earlier, self._begun = self._begun, []
-        if live := self._going():
+        if live:
             self._decode(live)
         done += self._deliver(earlier)  # while the device is at the next chunk
         return done
 
     def _going(self) -> list[int]:
-        """Rows of requests that the device still continues, as far as is known."""
+        """Rows of requests that the device still continues, once it has done all."""
         rows = enumerate(self._rows)
-        return [i for i, one in rows if one is not None and one.going and one.left > 0]
+        going = [i for i, one in rows if one is not None and one.going and one.left > 0]
+        for chunk in self._begun:  # before the next takes their buffers
+            chunk.live = to_host(chunk.live)
+            going = [i for i in going if chunk.live[i]]
+        return going
 
     def _begin(self) -> None:
         free = [i for i, one in enumerate(self._rows) if one is None]
@@ -319,13 +325,14 @@ class Engine:
         )
         drawn = jax.tree.map(lambda x: x[None], drawn)
         rows = [taken.get(i) for i in range(self.slots)]
-        self._begun.append(_Chunk(drawn, self._live(), rows, counts=False))
+        live = to_host(self._state.live)
+        self._begun.append(_Chunk(drawn, live, rows, counts=False))
         self._clock.lap("prefill")
 
     def _decode(self, live: list[int]) -> None:
         left = max(self._rows[i].left for i in live)  # type: ignore[union-attr]
         whole = programs.takes_whole_chunks(self.params.weights)
-        most, number = self.chunk, min(self.chunk, left)
+        number = min(self.chunk, left)
         go_on = np.zeros(self.slots, bool)
         go_on[live] = True
         self._state, drawn = self._clock.run(
@@ -336,17 +343,14 @@ class Engine:
             self._placed(go_on),
             self._slot_data(),
             None if whole else np.int32(number),
-            steps=most,
+            steps=self.chunk,
             mesh=self.mesh,
             **self._common,
         )
-        self._steps += most if whole else number
+        self._steps += self.chunk if whole else number
         for i in live:
             self._rows[i].left -= number  # type: ignore[union-attr]
-        self._begun.append(_Chunk(drawn, self._live(), list(self._rows)))
-
-    def _live(self) -> np.ndarray:
-        return to_host(self._state.live)
+        self._begun.append(_Chunk(drawn, self._state.live, list(self._rows)))
 
     def _slot_data(self) -> programs.SlotData:
         """What each row's request asked for, on the devices."""
@@ -369,13 +373,13 @@ class Engine:
             chunks, self._begun = self._begun, []
         news: dict[int, Request] = {}
         for chunk in chunks:
-            drawn = to_host(chunk.drawn)
+            drawn, live = to_host((chunk.drawn, chunk.live))
             if chunk.counts:
                 self._counted.append(drawn)
             for i, request in enumerate(chunk.rows):
                 if request is None or not request.going:
                     continue
-                _take(request, drawn, i, ended=not chunk.live[i])
+                _take(request, drawn, i, ended=not live[i])
                 news[id(request)] = request
         for i, request in enumerate(self._rows):
             if request is not None and not request.going:
@@ -411,7 +415,19 @@ class Engine:
         self._clock.seconds["compile"] += self._compiled_seconds
         self._compiled_seconds = 0.0
         pairs = enumerate(zip(encoded, asked, strict=True))
-        requests = [self._add(ids, one, i) for i, (ids, one) in pairs]
+        requests = [self._request(ids, one, i) for i, (ids, one) in pairs]
+        self._waiting += requests
+        try:
+            self._finish(requests, stream)
+        except BaseException:  # of weights, a stream or a user who waits no longer
+            for request in requests:
+                self.cancel(request)
+            raise
+        self._clock.lap("decode")
+        return self._output(requests)
+
+    def _finish(self, requests: list[Request], stream: Stream | None) -> None:
+        """Go on until some requests have ended, and stream them."""
         numbers = {id(request): i for i, request in enumerate(requests)}
         while any(request.going for request in requests):
             for request in self.step():
@@ -419,8 +435,6 @@ class Engine:
                     text, tokens = request.news()
                     if text or tokens:
                         stream(numbers[id(request)], text, tokens)
-        self._clock.lap("decode")
-        return self._output(requests)
 
     def _output(self, requests: list[Request]) -> Output:
         stats = make_stats(
@@ -445,19 +459,19 @@ class Engine:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Chunk:
     """What a program has begun to draw.
 
     Attributes:
       drawn: on the devices, each leaf with an axis of steps first.
-      live: bool[b], who goes on after it.
+      live: bool[b], who goes on after it; on the devices until that is asked.
       rows: who had which row.
       counts: whether they are decode steps, for statistics.
     """
 
     drawn: programs.Drawn
-    live: np.ndarray
+    live: Any
     rows: list[Request | None]
     counts: bool = True
 

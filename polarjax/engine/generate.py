@@ -116,7 +116,8 @@ def generate(
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)
     mesh = mesh_of(params.weights)
-    if mesh is not None and mesh.is_multi_process:
+    many = mesh is not None and mesh.is_multi_process
+    if many:
         encoded = from_main(encoded)
     batch, lengths = len(encoded), [len(ids) for ids in encoded]
     settings: dict[str, Any] = {
@@ -155,6 +156,8 @@ def generate(
         prompt_tokens=max(lengths),
         memory_fraction=memory_fraction,
     )
+    if many:  # each looks at its own host's memory
+        slots, context = from_main((slots, context))
     with Engine(
         params,
         policy=policy,

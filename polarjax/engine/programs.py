@@ -32,6 +32,7 @@ from polarjax.mesh.cut import (
     over_mesh,
     weight_specs,
 )
+from polarjax.mesh.share import gather_logits
 from polarjax.model import (
     BLOCK_TOKENS,
     Read,
@@ -165,6 +166,7 @@ def prefill(
         last, view, _ = extend(
             model, weights, tokens, lengths, view, most=most, fresh=True
         )
+        last = gather_logits(last, model.share)
         logits = logits.at[rows].set(last, mode="drop", unique_indices=True)
         return view.back_in(cache), logits
 

@@ -11,9 +11,9 @@ from polarjax.engine.detokenize import Detokenizer
 from polarjax.engine.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Request:
-    """One prompt and what has been drawn for it.
+    """One prompt and what has been drawn for it; equal to itself alone.
 
     Attributes:
       prompt: token ids.

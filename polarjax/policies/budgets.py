@@ -30,7 +30,8 @@ class HeadBudget:
 
     Attributes:
       counts: by layer, int32[], KV groups that a request reads which asks for no
-        density. To cut them out of one array was a kernel of its own in every layer.
+        density; float32[], their mean, with thresholds. To cut them out of one array
+        was a kernel of its own in every layer.
       thresholds: by layer, float32[], the score from which on such a request reads a
         group instead, one at the least; () for the fixed counts.
       kv_heads: KV groups of the model, k.
@@ -82,13 +83,21 @@ class HeadBudget:
         self, budgets: Sequence[float], thresholds: Sequence[float] = ()
     ) -> HeadBudget:
         """The same, with other budgets as data: no program is compiled anew."""
-        whole = [in_parts(math.ceil(n), self.parts) for n in budgets]
+
+        def number(n: float) -> jax.Array:
+            whole = in_parts(math.ceil(n), self.parts)
+            return jnp.float32(n) if thresholds else jnp.int32(whole)
+
         with jax.ensure_compile_time_eval():  # also where training binds in a jit
             return dataclasses.replace(
                 self,
-                counts=tuple(jnp.int32(n) for n in whole),
+                counts=tuple(map(number, budgets)),
                 thresholds=tuple(jnp.float32(x) for x in thresholds),
             )
+
+    def means(self) -> tuple[float, ...]:
+        """By layer, KV groups that a request reads which asks for no density."""
+        return tuple(map(float, jax.device_get(self.counts)))
 
     def choose(
         self, layer: int, scores: jax.Array, density: jax.Array, pick: Any

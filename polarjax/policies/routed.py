@@ -26,8 +26,6 @@ class Routed(Policy):
     Attributes:
       wants: the router rows in each QKV matrix.
       budget: KV groups that each request reads.
-      planned: by layer, KV groups that a request reads which asks for no density, a
-        mean.
       parts: equal parts of the neurons, each of which keeps as many of its own.
       neuron_counts: by layer, neurons that the batch reads; 0 for all.
       neurons_there: neurons of the model in each layer.
@@ -37,7 +35,6 @@ class Routed(Policy):
 
     wants: Wants = dataclasses.field(metadata=_static)
     budget: HeadBudget
-    planned: tuple[float, ...] = dataclasses.field(metadata=_static)
     parts: int = dataclasses.field(metadata=_static)
     neuron_counts: tuple[int, ...] = dataclasses.field(metadata=_static)
     neurons_there: int = dataclasses.field(metadata=_static)
@@ -73,7 +70,7 @@ class Routed(Policy):
     def reads(self, config: ModelConfig, load: Load) -> Reads:
         """What the budgets say, as they were bound."""
         f = self.neurons_there
-        groups = asked_groups(config, load) or self.planned
+        groups = asked_groups(config, load) or self.budget.means()
         return Reads(groups, tuple((n or f) / f for n in self.neuron_counts))
 
 
@@ -103,14 +100,9 @@ def bind_routers(
     config, routers = params.config, params.routers
     k, f = config.kv_heads, config.neurons
     budget = HeadBudget.of(k, budgets, thresholds, flexible=flexible, parts=parts)
-    limits = budget.limits
-    planned = tuple(
-        float(k if limit is None else n if thresholds else in_parts(n, parts))
-        for n, limit in zip(budgets, limits, strict=True)
-    )
     counts = tuple(in_parts(n, parts) for n in neuron_counts)
     counts = tuple(0 if n >= f else n for n in counts)
-    by_heads = [i for i, most in enumerate(limits) if most is not None]
+    by_heads = [i for i, most in enumerate(budget.limits) if most is not None]
     by_neurons = [i for i, n in enumerate(counts) if n]
     weights, rows = append_rows(merge_updates(params), by_heads, by_neurons)
     heads = {i: routers[f"layers_{i}"]["heads"] for i in by_heads}
@@ -118,7 +110,6 @@ def bind_routers(
     return weights, Routed(
         wants=Wants(scores=rows),
         budget=budget,
-        planned=planned,
         parts=parts,
         neuron_counts=counts,
         neurons_there=f,

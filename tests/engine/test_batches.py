@@ -202,7 +202,9 @@ def test_nan_that_one_prompt_meets_names_it(params, prompts, expected):
     assert not any(token in ids for ids in prompts)
     untied = dataclasses.replace(CONFIG, tied_embeddings=False)
     embed = {"tokens": table.at[token].set(np.nan), "head": table}
-    damaged = polarjax.Params({**params.weights, "embed": embed}, {}, untied)
+    damaged = polarjax.Params(
+        {**params.weights, "embed": embed}, polarjax.Dense(), untied
+    )
     with pytest.raises(ValueError, match="yields NaN for prompt"):
         polarjax.generate(damaged, prompts, max_new_tokens=NEW)
 

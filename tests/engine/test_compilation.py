@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.cache import KVCache
-from polarjax.engine import generate, programs
-from polarjax.engine.checks import make_sampling
+from polarjax.cache import PagedCache
+from polarjax.engine import engine, programs
+from polarjax.engine.checks import Settings, make_sampling, stop_table
+from polarjax.policies import with_learned
 from tests.models import LLAMA, random_params
 from tests.policies.reference import random_prompts
 
@@ -103,13 +104,13 @@ def test_one_compilation_per_batch_bucket_and_config(params, traced):
     # Another checkpoint of the same architecture, in another place.
     other = random_params(CONFIG, 1, routers=True)
     config = dataclasses.replace(
-        CONFIG, folder="/nowhere", model_hash="f" * 64, budgets=(4, 3), bos_ids=(1,)
+        CONFIG, folder="/nowhere", model_hash="f" * 64, bos_ids=(1,)
     )
-    generate(prompts, params=dataclasses.replace(other, config=config))
+    other = dataclasses.replace(other, config=config)
+    generate(prompts, params=with_learned(other, budgets=(4, 3)))
     assert traced() == (0, 0, 0)
-    # Another largest budget changes the decode step alone.
+    # Densities are data, whatever the largest is.
     generate(prompts, 0.5)
-    assert traced() == (1, 0, 1)
     generate(prompts, [0.5, 0.25, 0.25, 0.5])
     assert traced() == (0, 0, 0)
     # Sampling is another program; its settings are not.
@@ -126,23 +127,25 @@ def test_one_compilation_per_batch_bucket_and_config(params, traced):
 
 
 def decode_arguments(params, batch=4, capacity=32):
-    weights, bound = polarjax.Polar(0.5).bind(params, batch)
-    sampling = make_sampling(CONFIG, batch, 0.0, 0, 1.0, 0)
-    stop_ids = jnp.asarray([-1], jnp.int32)
+    weights, bound = polarjax.Polar(0.5).bind(params)
+    settings = [Settings(stop_ids=())] * batch
+    sampling, stop_ids = make_sampling(CONFIG, settings), stop_table(settings)
     common = {"config": CONFIG.architecture, "implementation": None}
-    state, _ = programs.read_prompts(
-        *(params.weights, [[1] * 9] * batch, [9] * batch, sampling, stop_ids),
-        capacity=capacity,
-        **common,
+    state, logits = programs.empty_state(CONFIG, batch, capacity, params.weights)
+    prompts = {row: [1] * 9 for row in range(batch)}
+    cache, logits = programs.read_prompts(
+        params.weights, prompts, state.cache, logits, **common
     )
-    go_on = jnp.ones(batch, bool)
-    args = (weights, bound, state, go_on, sampling, stop_ids)
+    state = dataclasses.replace(state, cache=cache)
+    every, remaining = jnp.ones(batch, bool), jnp.full(batch, 9)
+    state, _ = programs.first_token(state, logits, every, remaining, sampling, stop_ids)
+    args = (weights, bound, state, every, jnp.zeros(batch), sampling, stop_ids)
     return args, {"steps": 16, **common}
 
 
 def prefill_arguments(params, batch=4, capacity=32):
     """Of a call that reads two prompts of the batch."""
-    cache = KVCache.empty(CONFIG, batch, capacity, jnp.float32)
+    cache = PagedCache.empty(CONFIG, batch, capacity, jnp.float32)
     logits = jnp.zeros((batch, CONFIG.vocab_size))
     tokens = np.ones((2, 16), np.int32)
     numbers = np.array([9, 3], np.int32), np.array([2, 0], np.int32)
@@ -213,6 +216,9 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
     weights = {**weights, **table}
     rng, found = np.random.default_rng(0), collections.defaultdict(set)
 
+    def room(slots, capacity):
+        return jax.eval_shape(lambda: PagedCache.empty(config, slots, capacity, "f4"))
+
     def call(function, *args, **kwargs):
         """Note the program, run nothing."""
         shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
@@ -223,14 +229,14 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
 
     for batch in rng.integers(1, 17, size=100).tolist():
         lengths = np.exp(rng.normal(5, 1.2, batch)).clip(1, 4000).astype(int)
+        capacity = int(2 ** np.ceil(np.log2(lengths.max() + 16)))
+        slots = 1 << (batch - 1).bit_length()
         programs.read_prompts(
             weights,
-            [[1] * n for n in lengths.tolist()],
-            [9] * batch,
-            None,
-            None,
+            {row: [1] * n for row, n in enumerate(lengths.tolist())},
+            room(slots, capacity),
+            jax.ShapeDtypeStruct((slots, config.vocab_size), "f4"),
             config=config,
-            capacity=int(2 ** np.ceil(np.log2(lengths.max() + 16))),
             implementation=None,
             call=call,
         )
@@ -242,7 +248,7 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
 def test_the_programs_kept_are_bounded_whatever_the_calls(params, monkeypatch):
     # On a GPU the batch and its capacity are part of prefill's programs, and they are
     # part of decoding's anywhere.
-    monkeypatch.setattr(generate, "MOST_PROGRAMS", 3)
+    monkeypatch.setattr(engine, "MOST_PROGRAMS", 3)
     settings = {"max_new_tokens": 2, "stop_ids": [], "density": 0.5}
     prompts = random_prompts(CONFIG, (3, 5, 2, 7, 1))
     for function in (programs.prefill, programs.decode_chunk):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.engine.checks import make_sampling
+from polarjax.engine.checks import make_sampling, settings_of
 from polarjax.engine.sampling import sample
 from tests.models import LLAMA, random_params
 from tests.policies.reference import random_prompts
@@ -30,7 +30,8 @@ def logits():
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, position=5, seed=0):
     """The tokens of many requests of equal logits, one seed each."""
     config = dataclasses.replace(CONFIG, vocab_size=VOCABULARY)
-    sampling = make_sampling(config, DRAWS, temperature, top_k, top_p, seed)
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    sampling = make_sampling(config, settings_of(config, None, DRAWS, asked))
     rows = jnp.broadcast_to(logits, (DRAWS, VOCABULARY))
     positions = jnp.broadcast_to(jnp.asarray(position, jnp.int32), (DRAWS,))
     token, logprob = jitted_sample(rows, sampling, positions)
@@ -194,12 +195,13 @@ def test_sampled_logprobs_are_those_of_logits(params, prompts):
         np.testing.assert_allclose(out.logprobs[i], theirs, atol=1e-4)
 
 
-def draw_with(monkeypatch, logits, noise, **settings):
+def draw_with(monkeypatch, logits, noise, top_p):
     """The tokens of requests of equal logits, whose noise is given."""
     monkeypatch.setattr(jax.random, "gumbel", lambda *_: jnp.asarray(noise))
-    batch = len(settings["top_p"])
+    batch = len(top_p)
     config = dataclasses.replace(CONFIG, vocab_size=len(logits))
-    sampling = make_sampling(config, batch, 1.0, 0, seed=0, **settings)
+    asked = {"temperature": 1.0, "top_p": top_p}
+    sampling = make_sampling(config, settings_of(config, None, batch, asked))
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (batch, len(logits)))
     token, _ = sample(rows, sampling, jnp.zeros(batch, jnp.int32))
     return token.tolist()

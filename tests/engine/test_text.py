@@ -51,7 +51,8 @@ def params(tmp_path_factory):
     weights["embed"]["tokens"] = np.eye(257, dtype=np.float32)
     for here, there in zip(BYTES, BYTES[1:] + BYTES[:1], strict=True):
         weights["embed"]["head"][there, here] = 1
-    params = polarjax.Params(jax.tree.map(jnp.asarray, weights), {}, CONFIG)
+    weights = jax.tree.map(jnp.asarray, weights)
+    params = polarjax.Params(weights, polarjax.Dense(), CONFIG)
     return write_checkpoint(tmp_path_factory.mktemp("chain") / "model", params)
 
 

@@ -25,6 +25,7 @@ from polarjax.evaluation.damage import Damage
 from polarjax.evaluation.journal import FileJournal
 from polarjax.evaluation.measure import Measured
 from polarjax.evaluation.results import damage_result, perplexity_result
+from polarjax.policies import with_learned
 from tests.evaluation.test_tasks import make_rows, write
 from tests.models import LLAMA, random_params, write_checkpoint
 
@@ -308,7 +309,7 @@ def test_other_routers_are_other_work(params, files, tmp_path):
     first, path = evaluate(params, settings, out=tmp_path)
     assert path is not None and path.name.startswith("model-mask-")
     other = random_params(CONFIG, seed=1, routers=True).routers
-    changed = polarjax.Params(params.weights, other, params.config)
+    changed = with_learned(params, routers=other)
     with pytest.raises(FileExistsError, match="of another evaluation"):
         evaluate(changed, settings, out=path)
     second, _ = evaluate(changed, settings, out=path, overwrite=True)

@@ -223,7 +223,8 @@ def test_what_cannot_be_scored():
         measure(Scorer(params, {"Dense": polarjax.Dense()}), [])
     broken = polarjax.Params(
         {**params.weights, "final_norm": {"scale": np.full(48, np.nan, np.float32)}},
-        *({}, params.config),
+        polarjax.Dense(),
+        params.config,
     )
     scorer = Scorer(broken, {"Dense": polarjax.Dense()})
     with pytest.raises(ValueError, match="no finite log-likelihood for line 3"):

@@ -38,7 +38,7 @@ def test_recall_is_far_above_chance_on_held_out_text(name, tokens, request):
     model = request.getfixturevalue("recovered" if name == RECOVERED else "promised")
     recall = router_recall(model, tokens[:2048].reshape(4, 1, 512))
     found, chance = recall.routers[recall.sparse], recall.chance[recall.sparse]
-    groups = np.floor(model.config.budgets[1:])[recall.sparse] / 3
+    groups = np.floor(model.policy.learned.budgets[1:])[recall.sparse] / 3
     np.testing.assert_allclose(chance, groups, atol=0.03)
     assert found.mean() > chance.mean() + 0.15
     assert (found > chance).all()
@@ -67,8 +67,9 @@ def test_they_are_small_and_belong_to_the_default_model(recovered, promised):
     for name in (RECOVERED, PROMISED):
         folder = find_adapter(name)
         assert sum(f.stat().st_size for f in folder.iterdir()) < 5_000_000
-    assert recovered.config.budgets == (3, *[2] * 29)
-    assert promised.config.adaptive and np.mean(promised.config.budgets) < 0.93 * 3
+    assert recovered.policy.learned.budgets == (3, *[2] * 29)
+    learned = promised.policy.learned
+    assert learned.adaptive and np.mean(learned.budgets) < 0.93 * 3
     assert not any("updates" in parts for parts in promised.routers.values())
 
 

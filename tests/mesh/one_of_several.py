@@ -90,9 +90,9 @@ def work_together(folder: Path) -> None:
 def generate_together(folder: Path) -> None:
     """A model over both processes; what it says, into a file."""
     found = polarjax.generate(
-        small_model(),
+        sharing_neurons(small_model(), 0.4),
         TOKENS if processes.is_main() else [[1]],
-        policy=polarjax.Polar([0.5, 0.25, 0.9], 0.4),
+        density=[0.5, 0.25, 0.9],
         max_new_tokens=6,
         chunk=4,
         mesh=make_mesh(4, 2),
@@ -167,6 +167,12 @@ def small_model() -> polarjax.Params:
     shape = {"layers": 3, "vocab_size": 336, "heads": 8, "kv_heads": 8, "head_dim": 8}
     config = dataclasses.replace(OPT, **shape)
     return random_params(config, routers=True, neuron_rank=5)
+
+
+def sharing_neurons(params: polarjax.Params, density: float) -> polarjax.Params:
+    """The model with a policy that reads a part of the neurons for the whole batch."""
+    policy = dataclasses.replace(params.policy, neuron_density=density)
+    return dataclasses.replace(params, policy=policy)
 
 
 def end(how: str) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 import polarjax
 from polarjax import Polar
 from polarjax.engine import places, programs
-from polarjax.engine.checks import make_sampling
+from polarjax.engine.checks import make_sampling, settings_of, stop_table
 from polarjax.engine.sampling import sample
 from polarjax.mesh.cut import (
     default_mesh,
@@ -26,7 +26,10 @@ from polarjax.mesh.cut import (
     whole,
 )
 from polarjax.mesh.share import Share, place
+from polarjax.policies import with_learned
+from polarjax.policies.routed import Routed
 from polarjax.policies.updates import init_updates
+from tests.mesh.one_of_several import sharing_neurons
 from tests.models import LLAMA, MHA, OPT, random_params, write_checkpoint
 
 PROMPTS = [[1, 2, 3], [7] * 20, [5, 6]]
@@ -52,25 +55,25 @@ def make(name, **changes):
 @pytest.fixture
 def spied(monkeypatch):
     """What policies choose, by layer, as (heads or neurons) of each row, counted."""
-    heads, neurons = Polar.heads, Polar.neurons
+    heads, neurons = Routed.groups, Routed.neurons
     found = {"heads": Counter(), "neurons": Counter()}
 
     def count(kind, layer, chosen):
         found[kind][layer, str(chosen)] += 1
 
-    def spy_heads(self, layer, *args):
-        chosen = heads(self, layer, *args)
+    def spy_heads(self, layer, seen, pick):
+        chosen = heads(self, layer, seen, pick)
         if chosen is not None:
 
-            def log(indices, n_active):
-                rows = zip(indices, n_active, strict=True)
+            def log(indices, n_active, live):
+                rows = zip(indices[live], n_active[live], strict=True)
                 count("heads", layer, [sorted(i[:n].tolist()) for i, n in rows])
 
-            jax.debug.callback(log, *chosen)
+            jax.debug.callback(log, chosen.index, chosen.count, seen.live)
         return chosen
 
-    def spy_neurons(self, layer, scores, live, kernel, share=None):
-        chosen = neurons(self, layer, scores, live, kernel, share)
+    def spy_neurons(self, layer, seen, pick):
+        chosen = neurons(self, layer, seen, pick)
         if chosen is not None:
             f = self.neuron_routers[layer].shape[0]
 
@@ -78,11 +81,11 @@ def spied(monkeypatch):
                 mine = [int(i + place * f) for i in indices if i < f]
                 count("neurons", layer, mine)
 
-            jax.debug.callback(log, chosen, place(share))
+            jax.debug.callback(log, chosen.index, place(pick.share))
         return chosen
 
-    monkeypatch.setattr(Polar, "heads", spy_heads)
-    monkeypatch.setattr(Polar, "neurons", spy_neurons)
+    monkeypatch.setattr(Routed, "groups", spy_heads)
+    monkeypatch.setattr(Routed, "neurons", spy_neurons)
     jax.clear_caches()  # of what was traced before
     yield found
     jax.clear_caches()
@@ -112,8 +115,8 @@ def assert_same_as_on_one(params, tp, dp, policy=None):
         for p in (params, cut)
     )
     assert np.linalg.norm(one - many) < 1e-5 * np.linalg.norm(one)
-    policy = policy or Polar([1.0, 0.5, 0.25])
-    settings = {"max_new_tokens": 8, "policy": policy, "chunk": 8}
+    asked = {"policy": policy} if policy else {"density": [1.0, 0.5, 0.25]}
+    settings = {"max_new_tokens": 8, "chunk": 8, **asked}
     one, many = (
         polarjax.generate(p, PROMPTS, implementation="xla", **settings)
         for p in (params, cut)
@@ -125,18 +128,22 @@ def assert_same_as_on_one(params, tp, dp, policy=None):
 
 
 @pytest.mark.parametrize(
-    "policy",
-    [Polar(0.5, 0.4), Polar([0.25, 0.5, 0.9], 0.3), Polar(0.5, 0.4, balanced=4)],
+    "asked",
+    [
+        {"policy": Polar(0.5, 0.4)},
+        {"density": [0.25, 0.5, 0.9]},
+        {"policy": Polar(0.5, 0.4, balanced=4)},
+    ],
     ids=["global", "mixed", "balanced"],
 )
-def test_the_same_heads_and_neurons_are_chosen(policy, spied):
-    params, tp = make("opt", layers=3), 4
+def test_the_same_heads_and_neurons_are_chosen(asked, spied):
+    params, tp = sharing_neurons(make("opt", layers=3), 0.3), 4
 
     def run(params):
         for counter in spied.values():
             counter.clear()
         options = {"max_new_tokens": 4, "chunk": 4, "implementation": "xla"}
-        found = polarjax.generate(params, PROMPTS, policy=policy, **options)
+        found = polarjax.generate(params, PROMPTS, **asked, **options)
         jax.effects_barrier()
         neurons = {}
         for (layer, text), number in spied["neurons"].items():
@@ -160,7 +167,7 @@ def test_how_uneven_the_work_is(balanced, monkeypatch):
     bias[-2:] = 1e3
     routers = {"layers_1": {"heads": {**params.routers["layers_1"]["heads"]}}}
     routers["layers_1"]["heads"]["bias"] = bias
-    params = dataclasses.replace(params, routers=routers)
+    params = with_learned(params, routers=routers)
     options = {"max_new_tokens": 5, "chunk": 4, "mesh": make_mesh(4)}
     policy = Polar(0.25, balanced=balanced)
     stats = polarjax.generate(params, PROMPTS, policy=policy, **options).stats
@@ -205,7 +212,8 @@ def test_the_best_of_all_devices_is_the_best(temperature):
     logits = np.random.default_rng(0).integers(0, 9, (rows, v)).astype(np.float32)
     logits[-1, 200:], logits[-2] = np.nan, -1e30
     logits[-3] = -np.arange(v)
-    sampling = make_sampling(config, rows, temperature, 0, 1.0, 0)
+    settings = settings_of(config, None, rows, {"temperature": temperature})
+    sampling = make_sampling(config, settings)
     position = np.arange(rows, dtype=np.int32)
     token, logprob = sample(logits, sampling, position)
     share = Share.of(config, mesh)
@@ -243,18 +251,28 @@ def test_heads_of_a_group_may_lie_on_several_devices():
 def test_the_step_says_to_other_devices_what_it_must(sparse, temperature, top_p):
     params = shard(make("opt", layers=3), make_mesh(4))
     policy = Polar(0.5, 0.4) if sparse else polarjax.Dense()
-    weights, bound = policy.bind(params, 2)
+    weights, bound = policy.bind(params)
     mesh = mesh_of(params.weights)
     config = params.config.architecture
     cache = places.empty_cache(config, 2, 16, jnp.float32, mesh)
     state = programs.State(
         cache, jnp.zeros(2, jnp.int32), jnp.ones(2, bool), jnp.ones(2, jnp.int32)
     )
-    sampling = make_sampling(config, 2, temperature, 0, top_p, 0)
+    asked = {"temperature": temperature, "top_p": top_p, "stop_ids": ()}
+    settings = settings_of(config, None, 2, asked)
     text = (
         programs.decode_chunk.lower(
-            *(weights, bound, state, jnp.ones(2, bool), sampling, jnp.array([-1])),
-            **{"config": config, "steps": 2, "implementation": "xla", "mesh": mesh},
+            weights,
+            bound,
+            state,
+            jnp.ones(2, bool),
+            jnp.zeros(2),
+            make_sampling(config, settings),
+            stop_table(settings),
+            config=config,
+            steps=2,
+            implementation="xla",
+            mesh=mesh,
         )
         .compile()
         .as_text()
@@ -302,7 +320,7 @@ def test_what_recovery_changed_is_cut_too():
     routers = dict(params.routers)
     for name, change in updates.items():
         routers[name] = {**routers.get(name, {}), "updates": change}
-    params = dataclasses.replace(params, routers=routers)
+    params = with_learned(params, routers=routers)
     options = {"max_new_tokens": 6, "density": 0.5}
     one, many = (
         polarjax.generate(p, PROMPTS, **options)

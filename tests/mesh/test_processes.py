@@ -22,7 +22,13 @@ from polarjax.mesh import processes
 from polarjax.mesh.native_log import one_line
 from polarjax.policies.adapter import ROUTERS_FILE
 from tests.evaluation.test_tasks import make_rows, write
-from tests.mesh.one_of_several import TOKENS, eval_settings, learn, small_model
+from tests.mesh.one_of_several import (
+    TOKENS,
+    eval_settings,
+    learn,
+    sharing_neurons,
+    small_model,
+)
 from tests.models import random_params, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -99,9 +105,8 @@ def test_two_processes_share_devices_prompts_and_arrays(launch, tmp_path):
 def test_two_processes_say_what_one_says(launch, tmp_path):
     ended = launch("generate", devices=(4, 4))
     assert [code for code, _, _ in ended] == [0, 0], ended
-    policy = polarjax.Polar([0.5, 0.25, 0.9], 0.4)
-    options = {"max_new_tokens": 6, "chunk": 4}
-    want = polarjax.generate(small_model(), TOKENS, policy=policy, **options)
+    options = {"density": [0.5, 0.25, 0.9], "max_new_tokens": 6, "chunk": 4}
+    want = polarjax.generate(sharing_neurons(small_model(), 0.4), TOKENS, **options)
     for i in range(2):
         tokens, density = json.loads((tmp_path / f"{i}.json").read_text())
         assert tokens == want.tokens and tuple(density) == want.stats.density

@@ -10,6 +10,7 @@ import polarjax
 from convert import ConversionError, convert
 from convert.__main__ import main
 from convert.export import export
+from polarjax.policy import Learned
 from tests.convert.checkpoints import LLAMA, OPT, opt_tensors, write_hf
 from tests.seal import seal
 
@@ -245,7 +246,8 @@ def test_verify_reads_each_text_as_transformers_does(scaling, context, tmp_path)
     assert made.rope
     wrong = dataclasses.replace(made.rope, factor=3.0, divisors=made.rope.long_divisors)
     path = tmp_path / "out/config.json"
-    path.write_text(dataclasses.replace(made, rope=wrong).to_json())
+    made = dataclasses.replace(made, rope=wrong)
+    path.write_text(made.to_json(Learned().numbers()))
     seal(tmp_path / "out")
     with pytest.raises(ConversionError, match=r"rope\.\w+ is"):
         verify(tmp_path / "hf", tmp_path / "out", context=context)

@@ -12,9 +12,9 @@ import pytest
 import polarjax
 from convert import convert
 from convert.export import export
-from polarjax.model import Decoder
+from polarjax.cache import PagedCache
+from polarjax.model import Decoder, extend, logits, whole
 from polarjax.params import read_folder
-from polarjax.policy import Dense
 
 torch = pytest.importorskip("torch", reason="needs it: pip install torch")
 transformers = pytest.importorskip(
@@ -284,12 +284,13 @@ def run(model, weights, tokens, other, lengths):
 
     def step(carry, _):
         token, cache = carry
-        logits, cache, _ = apply(token, cache, Dense(), method="decode")
-        return (logits.argmax(-1), cache), token
+        found = extend(model, weights, token[:, None], jnp.ones_like(lengths), cache)
+        return (found.logits.argmax(-1), found.cache), token
 
-    apply = partial(model.apply, {"params": weights})
-    every, _ = apply(tokens)
-    last, cache = apply(other, lengths, other.shape[1] + NEW, method="prefill")
+    every = logits(model, weights, whole(model, weights, tokens).x)
+    context = other.shape[1] + NEW
+    cache = PagedCache.empty(model.config, len(other), context, jnp.float32)
+    last, cache, _ = extend(model, weights, other, lengths, cache, fresh=True)
     _, chosen = jax.lax.scan(step, (last.argmax(-1), cache), length=NEW)
     return every, last, chosen.T
 

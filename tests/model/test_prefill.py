@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.cache import KVCache
+from polarjax.cache import PagedCache
 from polarjax.engine import programs
-from polarjax.model import Decoder, causal, run, weight_shapes
+from polarjax.model import Decoder, causal, extend, logits, weight_shapes, whole
 from tests.models import LLAMA, MHA, OPT, OPT_AFTER, random_params
 
 TWO = {"layers": 2, "context": 108}
@@ -46,11 +46,17 @@ def read(config, lengths, width, size):
 
     @jax.jit
     def both(weights):
-        x, *whole = run(model, weights, "states", tokens)
-        last = run(model, weights, "logits", x[np.arange(b), lengths - 1])
-        cache = KVCache.empty(config, b, config.context, jnp.float32)
-        args = tokens, lengths, places, cache, b * size
-        return last, whole, *run(model, weights, "read", *args)
+        every = whole(model, weights, tokens)
+        last = logits(model, weights, every.x[np.arange(b), lengths - 1])
+        cache = PagedCache.empty(config, b, config.context, jnp.float32)
+        view, options = cache.of_rows(places), {"most": b * size, "fresh": True}
+        found = extend(model, weights, tokens, lengths, view, **options)
+        return (
+            last,
+            (every.keys, every.values),
+            found.logits,
+            found.cache.back_in(cache),
+        )
 
     last, (keys, values), found, cache = both(random_params(config).weights)
     assert np.asarray(cache.lengths)[places].tolist() == lengths.tolist()
@@ -82,6 +88,44 @@ def test_blocks_of_padding_alone_are_left_out():
         assert relative(one, other) < 1e-5
     for part in map(np.asarray, (*cache.keys, *cache.values)):
         assert part[:, :, :64].all() and not part[:, :, 64:].any()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_behind_what_the_cache_has_are_one_pass(name):
+    config, model = CONFIGS[name], Decoder(CONFIGS[name])
+    rng = np.random.default_rng(0)
+    counts = np.array([[1, 1, 1], [16, 30, 2], [5, 1, 30], [30, 30, 30]], np.int32)
+    lengths, places = counts.sum(axis=1), np.array([2, 0, 3, 1], np.int32)
+    tokens = rng.integers(0, config.vocab_size, (4, 90)).astype(np.int32)
+
+    @jax.jit
+    def both(weights):
+        every = whole(model, weights, tokens)
+        found, view = [], PagedCache.empty(config, 4, config.context, jnp.float32)
+        poison = jax.tree.map(lambda x: x.at[:].set(jnp.nan), (view.keys, view.values))
+        keys, values = poison
+        view = dataclasses.replace(view, keys=keys, values=values).of_rows(places)
+        for n, start in zip(counts.T, (counts.cumsum(axis=1) - counts).T, strict=True):
+            part = np.zeros((4, 30), np.int32)
+            for row, whole_row, first, count in zip(
+                part, tokens, start, n, strict=True
+            ):
+                row[:count] = whole_row[first : first + count]
+            last, view, _ = extend(model, weights, part, n, view)
+            at = every.x[np.arange(4), start + n - 1]
+            found.append((last, logits(model, weights, at)))
+        return found, view, every.keys, every.values
+
+    found, view, keys, values = both(random_params(config).weights)
+    for ours, theirs in found:
+        assert relative(ours, theirs) < 1e-5
+    assert np.asarray(view.lengths).tolist() == lengths.tolist()
+    pairs = zip((*view.keys, *view.values), (*keys, *values), strict=True)
+    for ours, theirs in pairs:
+        for place, one, n in zip(places, np.asarray(theirs), lengths, strict=True):
+            kept = np.asarray(ours)[place]
+            assert relative(kept[:, :n].swapaxes(0, 1), one[:n]) < 1e-5
+            assert np.isnan(kept[:, n:]).all()  # padding was written nowhere
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 256, 300, 2000])
@@ -117,7 +161,7 @@ def test_a_long_prompt_needs_little_memory():
     # 8 heads: 32k x 32k weights of one would be 4 GiB.
     t, most = 32_768, 4096
     config = dataclasses.replace(LLAMA, layers=2, neurons=4096, context=t)
-    cache = jax.eval_shape(lambda: KVCache.empty(config, 1, t, jnp.float32))
+    cache = jax.eval_shape(lambda: PagedCache.empty(config, 1, t, jnp.float32))
     numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
     program = programs.prefill.lower(
         *(weight_shapes(config), jax.ShapeDtypeStruct((1, t), jnp.int32)),
@@ -163,7 +207,7 @@ def test_real_sizes_lower_for_cuda(rows, t, window, monkeypatch):
     monkeypatch.setattr(where, lambda: 91_000)
     config = dataclasses.replace(LLAMA_8B, windows=(window, window))
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    cache = jax.eval_shape(lambda: KVCache.empty(config, rows, 2 * t, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: PagedCache.empty(config, rows, 2 * t, jnp.bfloat16))
     device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
