@@ -40,6 +40,7 @@ from polarjax.model import (
     make_decoder,
     whole,
 )
+from polarjax.mesh.share import gather_logits
 from polarjax.model import logits as logits_of
 from polarjax.planning.blocks import plan_blocks, rows_of
 from polarjax.planning.sizes import bucket
@@ -165,6 +166,7 @@ def prefill(
         last, view, _ = extend(
             model, weights, tokens, lengths, view, most=most, fresh=True
         )
+        last = gather_logits(last, model.share)
         logits = logits.at[rows].set(last, mode="drop", unique_indices=True)
         return view.back_in(cache), logits
 
