@@ -237,9 +237,9 @@ class Engine:
             )
         if len(ids) > self.prompt_tokens:
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens, and this engine has memory to "
-                f"read {self.prompt_tokens} of a prompt: shorten it, or make the engine "
-                "with more prompt_tokens"
+                f"prompt {number} has {len(ids)} tokens, and this engine is made for "
+                f"prompts of {self.prompt_tokens}: shorten it, or make the engine with "
+                "more prompt_tokens"
             )
         if one.density is not None:
             self._check_density(one.density)

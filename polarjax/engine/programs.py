@@ -32,6 +32,7 @@ from polarjax.mesh.cut import (
     over_mesh,
     weight_specs,
 )
+from polarjax.mesh.share import gather_logits
 from polarjax.model import (
     BLOCK_TOKENS,
     Read,
@@ -40,7 +41,6 @@ from polarjax.model import (
     make_decoder,
     whole,
 )
-from polarjax.mesh.share import gather_logits
 from polarjax.model import logits as logits_of
 from polarjax.planning.blocks import plan_blocks, rows_of
 from polarjax.planning.sizes import bucket
