@@ -300,7 +300,7 @@ def _logits(params: Params, tokens: list[list[int]]) -> list[np.ndarray]:
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(config: ModelConfig, weights: Tree, row: jax.Array) -> jax.Array:
-        return Decoder(config).apply({"params": weights}, row)[0][0]
+        return Decoder(config).apply({"params": weights}, row)[0]
 
     def as_read(ids: list[int]) -> ModelConfig:
         if rope is None or rope.kind not in ("dynamic", "longrope"):

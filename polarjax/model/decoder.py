@@ -208,7 +208,13 @@ class Decoder(nn.Module):
             tuple(values),
         )
 
-    __call__ = whole
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits float32[b, t, v] of whole sequences, for which every weight is needed.
+
+        Args:
+          tokens: int32[b, t].
+        """
+        return self.logits(self.whole(tokens).x)
 
     def extend(
         self,
@@ -365,10 +371,7 @@ def weight_shapes(config: ModelConfig, dtype=jnp.float32) -> Tree:
     )
 
     def init(tokens: jax.Array) -> Any:  # the key made inside: no device is touched
-        def every(module: Decoder, tokens: jax.Array) -> jax.Array:
-            return module.logits(module.whole(tokens).x)
-
-        return Decoder(one, dtype).init(jax.random.key(0), tokens, method=every)
+        return Decoder(one, dtype).init(jax.random.key(0), tokens)
 
     shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
     layer = shapes.pop("layers_0")
