@@ -313,9 +313,11 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
         bound,
         programs.State(cache, numbers + 0, live | live, numbers + 9),  # donated
         live,
-        jnp.zeros(batch),
-        Sampling(numbers, numbers, numbers, numbers, greedy=True, filtered=False),
-        jnp.full((batch, 1), -1),
+        programs.SlotData(
+            jnp.zeros(batch),
+            Sampling(numbers, numbers, numbers, numbers, greedy=True, filtered=False),
+            jnp.full((batch, 1), -1),
+        ),
     )
     settings = {"steps": 1, "config": config, "implementation": "xla", "mesh": mesh}
     traced = programs.decode_chunk.trace(*args, **settings)
