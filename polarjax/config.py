@@ -31,6 +31,7 @@ Moderate = Annotated[float, Between(1e-6, 1e6)]
 # What a checkpoint that was saved with an adapter says of its policy, in the same file:
 # the numbers of `polarjax.policy.Learned`.
 POLICY = ("budgets", "adaptive", "neuron_budgets", "thresholds")
+NO_CONFIG = "not a polarjax config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,13 +277,12 @@ class ModelConfig:
         Raises:
           ValueError: if the text is not such a record, or of another format version.
         """
-        what = "not a polarjax config.json"
         try:
             fields = parse_json(text, "it")
             if "format_version" not in fields:
                 raise ValueError("it has no format_version")
         except ValueError as error:
-            raise FileError(f"{what}: {error}") from None
+            raise FileError(f"{NO_CONFIG}: {error}") from None
         version = fields.pop("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise FileError(
@@ -293,5 +293,5 @@ class ModelConfig:
         try:
             found = read_record(cls, own)
         except ValueError as error:
-            raise FileError(f"{what}: {error}") from None
+            raise FileError(f"{NO_CONFIG}: {error}") from None
         return dataclasses.replace(found, folder=folder)

@@ -190,37 +190,3 @@ def find_adapter(name: str | Path) -> Path:
             "in one"
         )
     return repository.download(*FILES)
-
-
-def push_adapter(path: str | Path, repository: str) -> str:
-    """Upload an adapter to a repository of the Hugging Face hub.
-
-    Args:
-      path: a folder that `polarjax calibrate` or `recover` wrote.
-      repository: such as "name/smollm2-polar"; it is made if there is none.
-
-    Returns:
-      The address of the commit.
-
-    Raises:
-      FileNotFoundError: if there is no adapter.
-      ValueError: if it is damaged, or `huggingface_hub` is not installed.
-    """
-    read_card(path)  # what is no adapter stays here
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise ValueError(
-            "to push an adapter, install huggingface_hub (pip install huggingface_hub) "
-            "and log in (hf auth login)"
-        ) from None
-    api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    return str(
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=str(path),
-            allow_patterns=list(FILES),
-            commit_message="polarjax adapter",
-        )
-    )

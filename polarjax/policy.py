@@ -14,9 +14,9 @@ from typing import Annotated, Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from polarjax.config import LARGEST, POLICY
+from polarjax.config import LARGEST, NO_CONFIG, POLICY
 from polarjax.storage.checked import UNSTORED, Between, read_record
-from polarjax.storage.files import parse_json
+from polarjax.storage.files import FileError, parse_json
 
 Tree = dict[str, Any]
 
@@ -217,8 +217,11 @@ class Learned:
         Raises:
           ValueError: naming the one that is of another type or range.
         """
-        fields = parse_json(text, "it")
-        return read_record(cls, {n: v for n, v in fields.items() if n in POLICY})
+        try:
+            fields = parse_json(text, "it")
+            return read_record(cls, {n: v for n, v in fields.items() if n in POLICY})
+        except ValueError as error:
+            raise FileError(f"{NO_CONFIG}: {error}") from None
 
     def numbers(self) -> dict[str, Any]:
         """All but the arrays, as JSON values."""

@@ -15,7 +15,7 @@ from benchmarks.models.opt_training import Training, train
 from convert import convert
 from convert.export import shards
 from polarjax.engine import Tokenizer
-from polarjax.model import Decoder, run
+from polarjax.model import Decoder, logits, whole
 
 SHARD = 45_000
 CONFIG = books_opt.make_config(
@@ -48,7 +48,13 @@ def built(texts, tmp_path_factory):
     """The folder, and what was said of it."""
     out = tmp_path_factory.mktemp("built") / "opt"
     record = books_opt.build(
-        *(*texts, out, CONFIG, TRAINING), dtype="float32", shard_bytes=SHARD
+        texts[0],
+        texts[1],
+        out,
+        CONFIG,
+        TRAINING,
+        dtype="float32",
+        shard_bytes=SHARD,
     )
     return out, record
 
@@ -78,7 +84,8 @@ def test_the_loss_falls_and_a_seed_decides_everything(tokens, run_rtol):
     np.testing.assert_allclose(first.losses, second.losses, rtol=run_rtol)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, run_rtol, atol=10 * run_rtol),
-        *(first.weights, second.weights),
+        first.weights,
+        second.weights,
     )
     start = [
         opt_training.initial_weights(jax.random.key(seed), config=CONFIG)
@@ -111,12 +118,16 @@ def test_losses_and_gradients_are_those_of_the_model(tokens):
 
     def plain(weights):
         hidden = []
-        logits, _ = run(
-            *(Decoder(CONFIG), weights, "__call__", rows[:, :-1]),
-            lambda layer, *seen: hidden.append(seen[-1]),
+        found = whole(
+            Decoder(CONFIG),
+            weights,
+            rows[:, :-1],
+            observe=lambda layer, *seen: hidden.append(seen[-1]),
         )
         chosen = jnp.take_along_axis(
-            jax.nn.log_softmax(logits), rows[:, 1:, None], axis=-1
+            jax.nn.log_softmax(logits(Decoder(CONFIG), weights, found.x)),
+            rows[:, 1:, None],
+            axis=-1,
         )
         return -chosen.mean(), hidden
 
@@ -126,7 +137,8 @@ def test_losses_and_gradients_are_those_of_the_model(tokens):
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-        *(gradient, expected),
+        gradient,
+        expected,
     )
     mlp = weights["layers_1"]["mlp"]
     above = hidden[1] @ mlp["up"].T + mlp["up_bias"] > 0

@@ -30,17 +30,15 @@ from tests.seal import seal
 from tests.storage.test_files import KINDS, replace
 
 CONFIG = dataclasses.replace(
-    *(LLAMA,),
+    LLAMA,
     layers=2,
     qk_norm=True,  # a weight of few entries
-    budgets=(4, 2.5),
-    adaptive=True,
-    thresholds=(0.0, 0.5),
     windows=(0, 16),
     eos_ids=(256,),
     bos_ids=(1,),
     model_hash="ab" * 32,
 )
+BUDGETS = (4, 2.5)
 JSON = ("config.json", "checksums.json", "tokenizer.json", "card.json")
 TENSORS = ("tensors-00001.safetensors", "routers.safetensors")
 TEXTS = ("tokenizer.json", "chat_template.jinja")  # that have no checksum
@@ -50,7 +48,14 @@ TEXTS = ("tokenizer.json", "chat_template.jinja")  # that have no checksum
 def whole(tmp_path_factory):
     """A checkpoint with routers of its own, and an adapter of other weights' file."""
     folder = tmp_path_factory.mktemp("whole")
-    params = random_params(CONFIG, routers=True, head_rank=3)
+    params = random_params(
+        CONFIG,
+        routers=True,
+        head_rank=3,
+        budgets=BUDGETS,
+        adaptive=True,
+        thresholds=(0.0, 0.5),
+    )
     params = write_checkpoint(folder / "model", params)
     other = dataclasses.replace(params.config, model_hash="cd" * 32)
     card = {"tokens": 9, "contract": {"verdict": "kept"}, "texts": [{"name": "a"}]}
@@ -105,7 +110,7 @@ def leaves(params):
 def test_what_load_opens(count, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "both")
     reference = attempt(folder)
-    assert reference and reference.config.budgets == CONFIG.budgets
+    assert reference and reference.policy.learned.budgets == BUDGETS
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert len(files) == 9
     names = sorted(folder.rglob("*"))

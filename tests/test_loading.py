@@ -1,4 +1,4 @@
-"""Models and adapters from the hub and its cache, and adapters that leave for it."""
+"""Models and adapters from the hub and its cache."""
 
 import dataclasses
 import functools
@@ -303,18 +303,17 @@ def test_two_processes_want_the_same(cache, tmp_path, monkeypatch, capsys):
 
 
 def test_adapters(cache, online, tmp_path):
-    config = dataclasses.replace(LLAMA, budgets=(4, 2, 2, 2), model_hash="abc")
-    params = random_params(LLAMA, routers=True)
-    params = dataclasses.replace(params, config=config)
+    config = dataclasses.replace(LLAMA, model_hash="abc")
+    params = random_params(config, routers=True, budgets=(4, 2, 2, 2))
     save_adapter(tmp_path / "files", params)
     (tmp_path / "files/README.md").write_text("mine")
-    bare = dataclasses.replace(params, routers={})
+    bare = dataclasses.replace(params, policy=polarjax.Dense())
     write_checkpoint(tmp_path / "model", bare)
     online.remote["me/adapter"] = tmp_path / "files"
     found = loading.load(tmp_path / "model", adapter="me/adapter")
     files = ["card.json", "checksums.json", "fingerprint.safetensors"]
     assert online.asked == [[*files, "routers.safetensors"]]
-    assert found.config.budgets == config.budgets
+    assert found.policy.learned.budgets == (4, 2, 2, 2)
     assert found.routers.keys() == params.routers.keys()
     with pytest.raises(
         FileNotFoundError,
@@ -435,39 +434,3 @@ def test_without_the_library(monkeypatch, tmp_path):
         FileNotFoundError, match=r"me/tiny; .*pip install huggingface_hub"
     ):
         loading.load("me/tiny")
-
-
-def test_push_uploads_the_adapter_and_nothing_else(tmp_path, monkeypatch):
-    huggingface_hub = pytest.importorskip(
-        "huggingface_hub", reason="needs it: pip install huggingface_hub"
-    )
-    config = dataclasses.replace(LLAMA, budgets=(4, 2, 2, 2), model_hash="abc")
-    params = random_params(LLAMA, routers=True)
-    save_adapter(tmp_path / "a", dataclasses.replace(params, config=config))
-    (tmp_path / "a" / "notes.txt").write_text("mine")
-    calls = []
-
-    class Api:
-        def create_repo(self, name, **options):
-            calls.append((name, options))
-
-        def upload_folder(self, **options):
-            calls.append(options)
-            return "https://hub/commit"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert loading.push_adapter(tmp_path / "a", "me/mine") == "https://hub/commit"
-    assert calls[0] == ("me/mine", {"exist_ok": True})
-    assert calls[1]["repo_id"] == "me/mine"
-    assert calls[1]["folder_path"] == str(tmp_path / "a")
-    sent = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert sorted([*calls[1]["allow_patterns"], "notes.txt"]) == sent
-
-
-def test_what_is_no_adapter_is_not_pushed(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no adapter at"):
-        loading.push_adapter(tmp_path, "me/mine")
-    (tmp_path / "card.json").write_text(json.dumps({"format_version": 1}))
-    (tmp_path / "routers.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="no adapter card"):
-        loading.push_adapter(tmp_path, "me/mine")

@@ -23,13 +23,13 @@ from tests.seal import seal
 from tests.storage.test_files import KINDS, replace
 
 CONFIG = dataclasses.replace(
-    LLAMA, layers=2, budgets=(4, 2), eos_ids=(256,), bos_ids=(1,), model_hash="abc"
+    LLAMA, layers=2, eos_ids=(256,), bos_ids=(1,), model_hash="abc"
 )
 
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CONFIG, 0, routers=True)
+    return random_params(CONFIG, 0, routers=True, budgets=(4, 2))
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +68,13 @@ def test_round_trip(params, written, tmp_path):
     loaded = polarjax.load(written)
     assert_equal_trees(loaded.weights, params.weights)
     assert_equal_trees(loaded.routers, params.routers)
+    assert loaded.policy.learned.budgets == (4, 2)
     assert loaded.config == dataclasses.replace(CONFIG, folder=str(written))
     # Once more through `save`, which carries the tokenizer and template along.
     polarjax.save(loaded, tmp_path / "again")
     again = polarjax.load(tmp_path / "again")
     assert_equal_trees(again.weights, params.weights)
+    assert again.policy.learned.budgets == (4, 2)
     assert again.config == dataclasses.replace(CONFIG, folder=str(tmp_path / "again"))
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "again" / name).read_bytes() == (written / name).read_bytes()
@@ -80,8 +82,8 @@ def test_round_trip(params, written, tmp_path):
 
 
 def test_round_trip_of_bfloat16_and_neuron_routers_without_a_tokenizer(tmp_path):
-    config = dataclasses.replace(OPT, layers=2, budgets=(6, 3))
-    params = random_params(config, 0, routers=True, neuron_rank=8)
+    config = dataclasses.replace(OPT, layers=2)
+    params = random_params(config, 0, routers=True, neuron_rank=8, budgets=(6, 3))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.weights)
     params = dataclasses.replace(params, weights=half)
     polarjax.save(params, tmp_path / "model")
@@ -143,7 +145,7 @@ def test_an_interrupted_save_leaves_nothing(params, tmp_path, monkeypatch, when,
 def test_an_interrupted_overwrite_leaves_what_was_there(params, folder, monkeypatch):
     before = [p.read_bytes() for p in files_below(folder)]
 
-    def interrupt(_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(polarjax.ModelConfig, "to_json", interrupt)
@@ -479,7 +481,7 @@ def test_places_without_a_checkpoint_say_so(tmp_path, folder):
 
 def test_routers_of_another_shape_are_refused(params, tmp_path):
     other = random_params(dataclasses.replace(CONFIG, kv_heads=2), 0, routers=True)
-    write_folder(tmp_path / "model", CONFIG, params.weights, other.routers)
+    write_folder(tmp_path / "model", CONFIG, params.weights, other.policy.learned)
     with pytest.raises(ValueError, match="router layers_1 has shapes"):
         polarjax.load(tmp_path / "model")
 

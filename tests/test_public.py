@@ -50,8 +50,11 @@ def test_packages_carry_their_types():
 
 
 def test_policies_answer_the_protocol():
-    for policy in (polarjax.Dense, polarjax.Polar, polarjax.Oracle, polarjax.Random):
-        for name in ("wants_norms", "score_rows", "bind", "heads", "neurons"):
+    policies = [polarjax.Dense, polarjax.Polar, polarjax.Adaptive]
+    for policy in (*policies, polarjax.Oracle, polarjax.Random):
+        assert issubclass(policy, polarjax.Policy)
+        questions = "groups", "pages", "neurons", "channels"
+        for name in ("wants", "bind", *questions, "reads"):
             assert hasattr(policy, name) or name in policy.__dataclass_fields__
 
 
@@ -74,8 +77,8 @@ def run_readme(folder, capsys):
 
 def test_the_readmes_python_runs(tmp_path, capsys):
     # A small model in the place of the real one: a path wins over a shipped adapter.
-    config = dataclasses.replace(LLAMA, layers=2, budgets=(4, 2))
-    params = random_params(config, 0, routers=True)
+    config = dataclasses.replace(LLAMA, layers=2)
+    params = random_params(config, 0, routers=True, budgets=(4, 2))
     write_checkpoint(tmp_path / CHECKPOINT, params)
     save_adapter(tmp_path / "smollm2-135m", params)
     run_readme(tmp_path, capsys)

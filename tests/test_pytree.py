@@ -9,16 +9,18 @@ import optax
 import pytest
 
 import polarjax
+from polarjax.policies import with_learned
+from polarjax.policy import Learned
 from tests.models import LLAMA, OPT, OPT_AFTER, random_params
 
 CONFIG = dataclasses.replace(
-    LLAMA, layers=2, budgets=(4, 2), eos_ids=(256,), bos_ids=(1,), model_hash="abc"
+    LLAMA, layers=2, eos_ids=(256,), bos_ids=(1,), model_hash="abc"
 )
 
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CONFIG, 0, routers=True)
+    return random_params(CONFIG, 0, routers=True, budgets=(4, 2))
 
 
 def test_params_are_a_pytree_that_keeps_its_config(params):
@@ -29,7 +31,7 @@ def test_params_are_a_pytree_that_keeps_its_config(params):
     )
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
     assert ".weights['layers_1']['attention']['qkv']" in paths
-    assert ".routers['layers_1']['heads']['weight']" in paths
+    assert ".policy.learned.routers['layers_1']['heads']['weight']" in paths
 
 
 def test_jit_keeps_two_checkpoints_of_one_architecture_apart(params):
@@ -38,7 +40,6 @@ def test_jit_keeps_two_checkpoints_of_one_architecture_apart(params):
     for change in (
         {"folder": "/another"},
         {"model_hash": "def"},
-        {"budgets": (4, 1)},
         {"eos_ids": (7,)},
     ):
         config = dataclasses.replace(CONFIG, **change)
@@ -49,6 +50,9 @@ def test_jit_keeps_two_checkpoints_of_one_architecture_apart(params):
             assert kept == dataclasses.astuple(given.config)
         assert config.architecture == CONFIG.architecture
         assert hash(config.architecture) == hash(CONFIG.architecture)
+    fewer = with_learned(params, budgets=(4, 1))
+    for given in (params, fewer):
+        assert update(given).policy.learned.budgets == given.policy.learned.budgets
 
 
 def test_optax_updates_params(params):
@@ -80,9 +84,9 @@ def test_config_survives_json():
     windows = dataclasses.replace(windows, folder="/here", qk_norm=True, rotary=rotary)
     after = dataclasses.replace(OPT_AFTER, folder="/here")
     for one in (config, windows, after, dataclasses.replace(OPT, folder="/here")):
-        again = polarjax.ModelConfig.from_json(one.to_json(), folder="/here")
+        again = polarjax.ModelConfig.from_json(one.to_json({}), folder="/here")
         assert again == one and hash(again) == hash(one)
-    assert "folder" not in json.loads(config.to_json())
+    assert "folder" not in json.loads(config.to_json({}))
 
 
 def test_windows_and_rotary_positions_are_by_layer():
@@ -104,16 +108,18 @@ def test_windows_and_rotary_positions_are_by_layer():
 
 def test_neuron_budgets_survive_json():
     budgets = ((1, (80, 20, 30, 40)), (8, (80, 40, 80, 80)))
-    config = dataclasses.replace(OPT, neuron_budgets=budgets)
-    again = polarjax.ModelConfig.from_json(config.to_json())
-    assert again == config and hash(again) == hash(config)
-    # Programs do not depend on them.
-    assert config.architecture == OPT.architecture
-    fields = json.loads(config.to_json())
+    learned = Learned(neuron_budgets=budgets)
+    text = OPT.to_json(learned.numbers())
+    again = Learned.from_json(text)
+    assert again == learned
+    assert hash(jax.tree.structure(again)) == hash(jax.tree.structure(learned))
+    # What the model is does not depend on them.
+    assert polarjax.ModelConfig.from_json(text) == OPT
+    fields = json.loads(text)
     for wrong in (5, None, [3], [[1]], [[1, 2]], [[1, [80], 3]]):
         text = json.dumps({**fields, "neuron_budgets": wrong})
         with pytest.raises(ValueError, match="not a polarjax config"):
-            polarjax.ModelConfig.from_json(text)
+            Learned.from_json(text)
 
 
 def test_a_model_shows_itself_in_a_few_lines(params):
@@ -125,7 +131,7 @@ def test_a_model_shows_itself_in_a_few_lines(params):
     assert f"{4 * size / 1e6:.1f} MB" in text
     assert "2 layers of 48, 8 heads in 4 KV groups" in text
     assert "adapter for 1 layers" in text and "reads 3.00 of 4 KV groups" in text
-    bare = dataclasses.replace(params, routers={})
+    bare = with_learned(params, routers={})
     assert "no adapter" in repr(bare) == str(bare)
 
 

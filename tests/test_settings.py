@@ -10,10 +10,10 @@ import pytest
 
 import polarjax
 from polarjax.engine import stats
-from polarjax.engine.checks import make_sampling
+from polarjax.engine.checks import Settings, make_sampling
 from polarjax.engine.sampling import sample
 from polarjax.evaluation import Continuation, Scorer
-from polarjax.policies.polar import random_ranking
+from polarjax.policies.random import draw as draw_ranking
 from polarjax.settings import draw_key
 from polarjax.training.neurons import init_low_rank
 from tests.models import LLAMA, OPT, random_params
@@ -97,7 +97,8 @@ def test_a_seed_draws_what_it_always_drew(setting):
     config = dataclasses.replace(CONFIG, vocab_size=12)
 
     def draw(batch):
-        sampling = make_sampling(config, batch, 1.0, 0, 1.0, 0)
+        requests = [Settings(temperature=1.0, seed=i) for i in range(batch)]
+        sampling = make_sampling(config, requests)
         rows = jnp.broadcast_to(logits, (batch, 12))
         position = jnp.full(batch, 5, jnp.int32)
         return jax.jit(sample)(rows, sampling, position)[0].tolist()
@@ -107,7 +108,7 @@ def test_a_seed_draws_what_it_always_drew(setting):
         drawn = [6, 5, 2, 6, 7, 5, 6, 6, 2, 6, 6, 6, 6, 2, 6, 2, 6, 6, 7, 7, 6, 6, 2, 6]
         assert draw(24) == drawn
         assert draw(3) == drawn[:3]
-        ranking = random_ranking(CONFIG, 2, 7)
+        ranking = draw_ranking(7, jnp.arange(2), CONFIG.layers, CONFIG.kv_heads)
         router = init_low_rank(draw_key(3), 2, 4, 5)
     assert ranking.dtype == jnp.float32
     first = [0.8673704862594604, 0.5563143491744995, 0.3006770610809326]

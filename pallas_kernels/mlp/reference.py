@@ -18,7 +18,12 @@ _ACTIVATIONS = {
 
 
 def activate(x, activation):
-    """What an activation function makes of an array."""
+    """What an activation function makes of an array.
+
+    Args:
+      x: the array.
+      activation: name of the function: "relu", "silu" or "gelu".
+    """
     return _ACTIVATIONS[activation](x)
 
 

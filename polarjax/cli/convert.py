@@ -1,4 +1,4 @@
-"""What `polarjax convert` and `python -m convert` do."""
+"""What `polarjax convert` does, also where the module `convert` is run."""
 
 from __future__ import annotations
 

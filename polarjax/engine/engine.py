@@ -83,6 +83,8 @@ class Engine:
       slots: requests that are continued at once, b.
       context: most tokens of a request, prompt and answer together; None for the
         model's.
+      prompt_tokens: most tokens of a prompt, for the memory that reading it takes;
+        None for as many as there is context.
       chunk: most decode steps between two looks of the host. A GPU always takes so
         many.
       prefill_tokens: prompt tokens, padding included, that are computed at once.
@@ -107,6 +109,7 @@ class Engine:
         policy: Policy | None = None,
         slots: int = 64,
         context: int | None = None,
+        prompt_tokens: int | None = None,
         chunk: int = 16,
         prefill_tokens: int = BLOCK_TOKENS,
         memory_fraction: float = MEMORY_FRACTION,
@@ -122,6 +125,8 @@ class Engine:
         self.context = min(
             positive("context", context or config.context), config.context
         )
+        longest = positive("prompt_tokens", prompt_tokens or self.context)
+        self.prompt_tokens = min(longest, self.context)
         self.chunk = min(positive("chunk", chunk), config.context)
         self._most = positive("prefill_tokens", prefill_tokens)
         slots = positive("slots", slots)
@@ -136,7 +141,7 @@ class Engine:
             self.slots,
             self.context,
             prefill_tokens=self._most,
-            prompt_tokens=self.context,
+            prompt_tokens=self.prompt_tokens,
             memory_fraction=memory_fraction,
         )
         self._capacity = from_main(capacity) if self._many else capacity
@@ -232,6 +237,12 @@ class Engine:
                 f"prompt {number} has {len(ids)} tokens, and a slot of this engine has "
                 f"room for {self.context} with the answer: shorten it, or make the "
                 "engine with a larger context"
+            )
+        if len(ids) > self.prompt_tokens:
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens, and this engine is made for "
+                f"prompts of {self.prompt_tokens}: shorten it, or make the engine with "
+                "more prompt_tokens"
             )
         if one.density is not None:
             self._check_density(one.density)

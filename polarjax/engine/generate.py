@@ -163,6 +163,7 @@ def generate(
         policy=policy,
         slots=slots,
         context=context,
+        prompt_tokens=max(lengths),
         chunk=chunk,
         prefill_tokens=prefill_tokens,
         load=Load(batch, math.ceil(sum(middles) / batch), mean),

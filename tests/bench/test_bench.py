@@ -1,6 +1,7 @@
 """`polarjax bench` at toy size, and what it makes of events that are made up."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 
@@ -24,11 +25,11 @@ from polarjax.bench import (
     steps,
 )
 from polarjax.bench.table import table
-from polarjax.cache import KVCache
 from polarjax.cli import main
 from polarjax.model import weight_shapes
-from polarjax.model.decoder import Layer
+from polarjax.model.layer import Layer
 from polarjax.planning.cost import step_weight_bytes
+from polarjax.policy import Seen
 from polarjax.terminal.output import make_console
 from tests.models import LLAMA, random_params, write_checkpoint
 
@@ -215,24 +216,30 @@ def test_layers_alone_compute_what_the_layers_compute():
     config = shapes.layers_alone(LLAMA, 2)
     params = random_weights.random_params(config, jnp.float32, alone=True)
     assert "layers_0" not in params.weights and params.config.layers == 3
-    weights, bound = polarjax.Polar(0.5).bind(params, 2)
+    weights, bound = polarjax.Polar(0.5).bind(params)
     chunk = steps.make_chunk(params, weights, bound, 2, alone=True)
     state = steps.rewind(steps.make_state(params, 2, 32, alone=True), 32)
+    zeros = jnp.zeros(2, jnp.int32)
+    seen = Seen(jnp.ones(2, bool), jnp.zeros(2), zeros, jnp.arange(2))
 
     @jax.jit
     def step(x, cache):
-        keys, values, parts = list(cache.keys), list(cache.values), None
+        parts, read = None, None
+        first = dataclasses.replace(seen, lengths=cache.lengths + 1)
         for i in (1, 2):
-            layer = Layer(config, i, jnp.float32, bound.score_rows[i])
-            x, parts, keys[i - 1], values[i - 1], read = layer.apply(
+            layer = Layer(config, i, jnp.float32, bound.wants.scores[i])
+            x, parts, _, cache, read = layer.apply(
                 {"params": weights[f"layers_{i}"]},
-                *(x, parts, keys[i - 1], values[i - 1], cache.lengths),
-                *(jnp.ones(2, bool), bound),
-                method="decode",
+                x,
+                parts,
+                first,
+                cache,
+                bound,
+                method="step",
             )
         x = x + parts.sum(axis=0)
         x = x / jnp.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-5)
-        return x, KVCache(tuple(keys), tuple(values), cache.lengths + 1), read
+        return x, cache.grown(zeros + 1), read.groups
 
     x, cache = state.x, state.cache
     for _ in range(steps.STEPS):
@@ -240,7 +247,8 @@ def test_layers_alone_compute_what_the_layers_compute():
         assert read.tolist() == [2, 2]  # of 4: no layer of these is dense
     state, drawn = chunk(state)
     np.testing.assert_allclose(state.x, x, atol=1e-4)
-    np.testing.assert_allclose(state.cache.keys[1], cache.keys[1], atol=1e-4)
+    assert state.cache.layers == 3 and state.cache.keys[0].shape[2] == 1  # but a number
+    np.testing.assert_allclose(state.cache.keys[2], cache.keys[2], atol=1e-4)
     assert drawn.visible[-1].tolist() == [32, 32]
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     counted = step_weight_bytes(weights, config, bound)
@@ -336,7 +344,7 @@ def test_a_checkpoint_without_an_adapter_gets_routers_by_chance(tmp_path):
     write_checkpoint(tmp_path / "model", random_params(LLAMA, 0, routers=False))
     found = decode.load_model(str(tmp_path / "model"), None, jnp.bfloat16, 4)
     assert found.dtype == jnp.bfloat16 and "layers_0" not in found.routers
-    _, bound = polarjax.Polar(0.5).bind(found, 2)
+    _, bound = polarjax.Polar(0.5).bind(found)
     assert bound.budget.limits[1] == 2 and 1 in bound.head_routers
 
 
@@ -385,7 +393,7 @@ def test_events_become_a_summary():
 def test_a_kernel_is_told_by_its_place_in_the_program():
     config = shapes.TOY_MODELS["toy-opt"]
     params = random_weights.random_params(config, jnp.float32)
-    weights, bound = polarjax.Polar(0.5, 0.5).bind(params, 2)
+    weights, bound = polarjax.Polar(0.5, 0.5).bind(params)
     chunk = steps.make_chunk(params, weights, bound, 2)
     state = steps.rewind(steps.make_state(params, 2, 32), 32)
     places = profiling.op_names(chunk.lower(state).compile().as_text())
@@ -416,7 +424,7 @@ def test_layers_alone_lower_for_a_gpu(name):
         params = random_weights.random_params(config, jnp.bfloat16, alone=True)
         policy = polarjax.Polar(sparse.heads, sparse.neurons)
         state = steps.make_state(params, case.batch, case.context, alone=True)
-        return *policy.bind(params, case.batch), state
+        return *policy.bind(params), state
 
     device = AbstractDevice("NVIDIA H100", 132, "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):

@@ -159,7 +159,7 @@ def test_noise_is_made_where_it_lies_and_one_program_runs():
     parts = [np.asarray(part.data) for part in keys.addressable_shards]
     assert parts[0].shape == (2, 2, 64, 16)
     assert len({part.tobytes() for part in parts}) == 4
-    weights, bound = polarjax.Polar(0.5, balanced=2).bind(params, 4)
+    weights, bound = polarjax.Polar(0.5, balanced=2).bind(params)
     chunk = steps.make_chunk(params, weights, bound, 4)
     jax.clear_caches()
     _, _, [drawn] = rounds.times([chunk], state, 64, 1)

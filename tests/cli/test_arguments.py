@@ -17,6 +17,7 @@ from polarjax.cli import common, main
 from polarjax.evaluation.batches import Mode
 from polarjax.evaluation.run import Kind
 from polarjax.planning import devices, memory, plan
+from polarjax.policies import names
 from polarjax.storage import siblings
 from polarjax.terminal import choices
 from polarjax.training.losses import HeadLoss
@@ -29,7 +30,7 @@ NAMES = [command.name for command in main.COMMANDS]
 # What is asked of the script, and what must not be loaded to answer.
 ANSWERED = """
 import contextlib, io, sys
-from polarjax.cli import main
+from polarjax.cli.main import main
 calls = [[], ["--help"], ["nonsense"], ["generate", "x", "y", "--densitty", "1"]]
 calls += [["generate", "x", "y", "--density", "half"], ["plan"]]
 calls += [[name, "--help"] for name in {names}]
@@ -90,7 +91,7 @@ def test_the_choices_are_those_of_the_code():
     assert choices.ROUTERS == get_args(Routers)
     shown = [i for i in get_args(Implementation) if not i.endswith("_interpret")]
     assert list(choices.IMPLEMENTATIONS) == shown
-    assert {*choices.POLICIES} == {"dense", *common.POLICIES}
+    assert {*choices.POLICIES} == {*names.NAMES}
     assert choices.MEMORY_FRACTION == memory.MEMORY_FRACTION
     assert choices.GPUS == tuple(devices.GPUS)
     assert {*choices.LINKED} == {*devices.GPUS} & {*devices.LINKS}
@@ -169,7 +170,6 @@ TEXTS = "--text {0} --out {0}/x"
         ("plan x --balanced", "--balanced has no effect without --tp"),
         ("plan x --dp 2 --balanced", "--balanced has no effect without --tp"),
         ("plan x --link-gb-s 9", "--link-gb-s has no effect without --tp or --dp"),
-        ("bench --toy --transformers --no-torch", "--transformers has no effect with"),
         (
             "bench --toy --cases toy-llama --balanced",
             "--balanced has no effect without --tp above 1",
@@ -203,9 +203,9 @@ def test_a_default_said_aloud_is_none_of_them(call, capsys):
 def test_a_policy_takes_a_density_or_none():
     for name in ("dense", "adaptive"):
         with pytest.raises(ValueError, match=f"the policy {name} takes no density"):
-            common.make_policy(name, 0.5)
+            names.named(name, 0.5)
     with pytest.raises(ValueError, match="oracle takes no density of neurons"):
-        common.make_policy("oracle", 0.5, 0.5)
+        names.named("oracle", 0.5, 0.5)
     policies = common.make_policies("dense,polar,oracle", "1/2", 0.25)
     assert policies["Polar 0.500"].neuron_density == 0.25
 

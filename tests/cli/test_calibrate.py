@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import polarjax
-from polarjax.calibration import calibrate, quality
+from polarjax.calibration import calibrate, quality, recover
 from polarjax.cli import main
 from polarjax.policies import adapter as adapter_module
 from polarjax.training import loop
@@ -192,7 +192,7 @@ def test_a_training_is_kept_until_its_adapter_is_saved(
         (out / "thesis.txt").write_text("years of work")
         return measure(*args, **options)
 
-    module = calibration if command == "calibrate" else recovery
+    module = calibrate if command == "calibrate" else recover
     measure = module.measure_quality
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_rows", never)

@@ -11,8 +11,7 @@ import pytest
 
 import polarjax
 from polarjax.cli import calibrate, demo, evaluate, generate, main
-from polarjax.policies import save_adapter
-from polarjax.policies.budgets import with_density
+from polarjax.policies import save_adapter, with_density, with_learned
 from tests.models import LLAMA, random_params, write_checkpoint
 
 TEXT = "\n\n".join(f"{i} green bottles, standing on the wall." for i in range(60))
@@ -39,7 +38,7 @@ def adapter(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter") / "mine"
     params = polarjax.load(checkpoint)
     routers = random_params(params.config, routers=True).routers
-    params = dataclasses.replace(params, routers=routers)
+    params = with_learned(params, routers=routers)
     save_adapter(folder, with_density(params, 0.5))
     return folder
 
@@ -96,7 +95,7 @@ def test_an_adapter_of_other_weights_is_taken_by_name(
     config = dataclasses.replace(params.config, model_hash="other")
     weights = jax.tree.map(lambda x: 1.05 * x, params.weights)
     model, out = tmp_path / "model", tmp_path / "out"
-    polarjax.save(polarjax.Params(weights, {}, config), model)
+    polarjax.save(polarjax.Params(weights, polarjax.Dense(), config), model)
     places = {"MODEL": model, "TEXT": text, "OUT": out}
     words = [str(places.get(word, word)) for word in command.split()]
     words += ["--adapter", str(adapter)]
@@ -116,7 +115,7 @@ def test_an_adapter_of_other_weights_is_taken_by_name(
     monkeypatch.setattr(module, name, stop)
     assert main.main([*words, "--any-model"]) == 1
     assert capsys.readouterr().err.endswith("error: loaded\n")
-    assert found[-1].config.budgets == (4, 2, 2, 2)
+    assert found[-1].policy.learned.budgets == (4, 2, 2, 2)
 
 
 def test_the_demo_shows_each_adapter_beside_dense(

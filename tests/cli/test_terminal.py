@@ -17,8 +17,7 @@ from polarjax.engine import Stats
 from polarjax.engine.generate import Output
 from polarjax.evaluation import Perplexity
 from polarjax.evaluation.lm_eval import tasks
-from polarjax.policies import save_adapter
-from polarjax.policies.budgets import with_density
+from polarjax.policies import save_adapter, with_density, with_learned
 from polarjax.terminal import output
 from tests.models import LLAMA, random_params, write_checkpoint
 
@@ -111,7 +110,7 @@ def test_the_demo_shows_texts_and_adapters_as_they_are(
     folder = tmp_path / "a [b]:smile:[/c]"
     params = polarjax.load(checkpoint)
     routers = random_params(params.config, routers=True).routers
-    params = with_density(dataclasses.replace(params, routers=routers), 0.5)
+    params = with_density(with_learned(params, routers=routers), 0.5)
     save_adapter(folder, params, {"contract": {"verdict": NASTY}})
     monkeypatch.setattr(demo, "PROMPTS", (NASTY, "another"))
     texts = [f"{NASTY} and on", "said"]

@@ -14,7 +14,7 @@ from convert.__main__ import main
 from convert.export import export, write
 from convert.source import ConversionError
 from polarjax.config import Rope
-from polarjax.policies import save_adapter
+from polarjax.policies import save_adapter, with_learned
 from polarjax.policies.updates import init_updates, merge_updates
 from tests.models import LLAMA, OPT, random_params, write_checkpoint
 
@@ -23,9 +23,9 @@ from tests.models import LLAMA, OPT, random_params, write_checkpoint
 def params(tmp_path_factory):
     config = dataclasses.replace(LLAMA, family="llama", bos_ids=(1,), eos_ids=(2, 3))
     model = random_params(config, routers=True)
-    bare = dataclasses.replace(model, routers={})
+    bare = dataclasses.replace(model, policy=polarjax.Dense())
     written = write_checkpoint(tmp_path_factory.mktemp("export") / "model", bare)
-    return dataclasses.replace(written, routers=model.routers)
+    return with_learned(written, routers=model.routers)
 
 
 def tensors_of(folder):
@@ -55,9 +55,7 @@ def test_what_an_adapter_has_mended_can_leave(params, tmp_path):
         for name, change in updates.items()
     }
     budgets = (c.kv_heads, *(1,) * (c.layers - 1))
-    mended = dataclasses.replace(
-        params, routers=routers, config=dataclasses.replace(c, budgets=budgets)
-    )
+    mended = with_learned(params, routers=routers, budgets=budgets)
     save_adapter(tmp_path / "a", mended)
     command = ["--to-hf", c.folder, str(tmp_path / "hf")]
     assert main([*command, "--adapter", str(tmp_path / "a")]) == 0
@@ -69,7 +67,8 @@ def test_what_an_adapter_has_mended_can_leave(params, tmp_path):
     assert not np.array_equal(found, np.asarray(original).T)
     # Into other weights if it is asked for.
     other = jax.tree.map(lambda x: 1.05 * x, params.weights)
-    other = polarjax.Params(other, {}, dataclasses.replace(c, model_hash="other"))
+    config = dataclasses.replace(c, model_hash="other")
+    other = polarjax.Params(other, polarjax.Dense(), config)
     polarjax.save(other, tmp_path / "other")
     command = ["--to-hf", str(tmp_path / "other"), str(tmp_path / "hf2")]
     command += ["--adapter", str(tmp_path / "a")]
@@ -109,7 +108,9 @@ def test_what_has_no_words_is_refused(params, tmp_path, capsys):
     assert (tmp_path / "there/file").read_text() == "mine"
     assert not (tmp_path / "hf").exists()
     for wrong in (
-        *(["--adapter", "x"], ["--to-hf", "--overwrite"], ["--to-hf", "--any-model"]),
+        ["--adapter", "x"],
+        ["--to-hf", "--overwrite"],
+        ["--to-hf", "--any-model"],
     ):
         with pytest.raises(SystemExit):
             main([params.config.folder, str(tmp_path / "hf"), *wrong])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from polarjax.model import Decoder
+from polarjax.cache import PagedCache
+from polarjax.model import Decoder, extend
 from polarjax.params import read_folder
-from polarjax.policy import Dense
 
 PROMPTS = [
     "Once upon a time",
@@ -107,9 +107,8 @@ def test_logits_equal_transformers(model, tokenizer, reference, continued):
     texts = [tokenizer.encode(text).ids for text in TEXTS[len(PROMPTS) :] if text]
     sequences = [ids for ids, _ in continued] + texts
     tokens, _ = padded(sequences)
-    ours, _ = jax.jit(lambda w, t: decoder.apply({"params": w}, t))(
-        params.weights, tokens
-    )
+    run = jax.jit(lambda w, t: decoder.apply({"params": w}, t))
+    ours = run(params.weights, tokens)
     ours = [np.asarray(row[: len(s)]) for row, s in zip(ours, sequences, strict=True)]
     theirs = []
     for sequence in sequences:
@@ -130,18 +129,18 @@ def test_greedy_decoding_equals_transformers(model, continued):
 
     @jax.jit
     def run(weights, tokens, lengths):
+        b, t = tokens.shape
+        one = jnp.ones(b, jnp.int32)
+
         def step(carry, _):
             token, cache = carry
-            logits, cache, _ = decoder.apply(
-                {"params": weights}, token, cache, Dense(), method="decode"
-            )
-            return (logits.argmax(-1), cache), token
+            found = extend(decoder, weights, token[:, None], one, cache)
+            return (found.logits.argmax(-1), found.cache), token
 
-        capacity = tokens.shape[1] + NEW
-        logits, cache = decoder.apply(
-            {"params": weights}, tokens, lengths, capacity, method="prefill"
-        )
-        return jax.lax.scan(step, (logits.argmax(-1), cache), length=NEW)[1].T
+        cache = PagedCache.empty(params.config, b, t + NEW, jnp.float32)
+        read = extend(decoder, weights, tokens, lengths, cache, fresh=True)
+        first = read.logits.argmax(-1), read.cache
+        return jax.lax.scan(step, first, length=NEW)[1].T
 
     ours = run(params.weights, *padded([ids[:start] for ids, start in continued]))
     assert np.asarray(ours).tolist() == [ids[start:] for ids, start in continued]
@@ -151,7 +150,7 @@ def test_the_model_knows_its_capital(model, tokenizer):
     """Without transformers: a scrambled conversion would not."""
     params, decoder = model
     ids = tokenizer.encode("The capital of France is").ids
-    run = jax.jit(lambda w, t: decoder.apply({"params": w}, t)[0][0, -1].argmax())
+    run = jax.jit(lambda w, t: decoder.apply({"params": w}, t)[0, -1].argmax())
     token = run(params.weights, jnp.asarray([ids]))
     assert tokenizer.decode([int(token)]) == " Paris"
 

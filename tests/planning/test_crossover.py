@@ -10,16 +10,24 @@ import polarjax
 from benchmarks import measure_overheads
 from polarjax.planning import crossover
 from polarjax.planning.crossover import Measured, Overhead, fit
+from polarjax.policies import with_learned
+from polarjax.policy import Load
 from tests.models import OPT, random_params
 
 NEURONS = (OPT.neurons, 40, 40, 40)
-CONFIG = dataclasses.replace(OPT, budgets=(6, 3, 3, 2), neuron_budgets=((2, NEURONS),))
 PROMPTS = [[1, 2, 3], [4, 5]]
 
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CONFIG, routers=True, neuron_rank=8, head_rank=2)
+    return random_params(
+        OPT,
+        routers=True,
+        neuron_rank=8,
+        head_rank=2,
+        budgets=(6, 3, 3, 2),
+        neuron_budgets=((2, NEURONS),),
+    )
 
 
 @pytest.fixture
@@ -35,10 +43,8 @@ def overheads(monkeypatch):
 
 
 def bind(params, policy=None, context=32):
-    asked = policy is not None
-    return crossover.bind_where_it_pays(
-        params, policy or polarjax.Polar(), asked, 2, context
-    )
+    settled, notes = crossover.settle(params, policy, Load(2, context), False)
+    return *settled.bind(params), notes
 
 
 @pytest.mark.parametrize(
@@ -50,13 +56,12 @@ def test_what_costs_more_than_it_saves_is_off(
 ):
     overheads(heads_us, neurons_us)
     weights, bound, notes = bind(params)
-    assert isinstance(bound, polarjax.Polar) and bound.budget
     heads, neurons = "heads" not in off, "neurons" not in off
     assert bound.budget.limits == ((None, 3, 3, 2) if heads else (None,) * 4)
-    assert bound.neuron_budget == ((0, 40, 40, 40) if neurons else (0,) * 4)
+    assert bound.neuron_counts == ((0, 40, 40, 40) if neurons else (0,) * 4)
     # No row is read that serves nothing.
-    rows = (CONFIG.kv_heads + 2) * heads + 8 * neurons
-    assert bound.score_rows == (0, rows, rows, rows)
+    rows = (OPT.kv_heads + 2) * heads + 8 * neurons
+    assert bound.wants.scores == (0, rows, rows, rows)
     grown = weights["layers_1"]["attention"]["qkv"].shape[0]
     assert grown - params.weights["layers_1"]["attention"]["qkv"].shape[0] == rows
     assert len(notes) == len(off.split())
@@ -83,10 +88,10 @@ def test_an_explicit_request_is_honoured_and_told(params, overheads):
     overheads(1e6, 1e6)
     for policy in (polarjax.Polar(0.5), polarjax.Polar(), polarjax.Polar(0.5, 0.3)):
         _, bound, notes = bind(params, policy)
-        _, same = policy.bind(params, 2)
+        _, same = policy.sized(2).bind(params)
         assert bound.budget.limits == same.budget.limits
-        assert bound.neuron_budget == same.neuron_budget
-        assert bound.score_rows == same.score_rows
+        assert bound.neuron_counts == same.neuron_counts
+        assert bound.wants.scores == same.wants.scores
         assert len(notes) == 1 and notes[0].startswith("slower than dense")
     assert bind(params, polarjax.Dense())[2] == ()
     assert bind(params, polarjax.Oracle(0.5))[2] == ()
@@ -123,20 +128,19 @@ def test_neurons_that_are_all_read_anyway_save_nothing(params, overheads, monkey
             crossover, "mlp_dense_above", lambda above=above, **_: above
         )
         _, bound, notes = bind(params)
-        assert bool(bound.neuron_budget[1]) == on and bool(notes) != on
+        assert bool(bound.neuron_counts[1]) == on and bool(notes) != on
 
 
 def test_adaptive_budgets_are_means(params, overheads):
-    config = dataclasses.replace(
-        *(CONFIG,), budgets=(6, 2.5, 3.5, 6), adaptive=True, thresholds=(0.0,) * 4
+    adaptive = with_learned(
+        params, budgets=(6, 2.5, 3.5, 6), adaptive=True, thresholds=(0.0,) * 4
     )
-    adaptive = dataclasses.replace(params, config=config)
     overheads(1e6, 0)
     _, bound, notes = bind(adaptive)
-    assert bound.budget.limits == (None,) * 4 and bound.budget.thresholds is None
+    assert bound.budget.limits == (None,) * 4 and bound.budget.thresholds == ()
     assert "1999." in notes[0]  # two layers select
     _, bound, notes = bind(adaptive, polarjax.Polar())
-    assert bound.budget.thresholds is not None and "by 1999." in notes[0]
+    assert len(bound.budget.thresholds) == 4 and "by 1999." in notes[0]
 
 
 def test_nothing_is_turned_off_where_nothing_was_measured(params, monkeypatch):
@@ -145,7 +149,7 @@ def test_nothing_is_turned_off_where_nothing_was_measured(params, monkeypatch):
     assert bound.budget.limits == (None, 3, 3, 2) and notes == ()
     # An adapter's absence is still told by the policy.
     with pytest.raises(ValueError, match="no density given"):
-        bind(dataclasses.replace(params, config=OPT))
+        bind(with_learned(params, budgets=(), neuron_budgets=()))
 
 
 def test_fit_finds_what_was_planted():

@@ -10,6 +10,7 @@ import pytest
 
 import polarjax
 from polarjax.bench.shapes import MODELS
+from polarjax.cache import PagedCache
 from polarjax.cli import main, plan
 from polarjax.engine import places, programs
 from polarjax.engine.sampling import Sampling
@@ -23,7 +24,8 @@ from polarjax.planning.memory import (
     prefill_bytes,
     sampling_bytes,
 )
-from polarjax.policies.adapter import as_stored
+from polarjax.policies.adapter import as_stored, of_learned
+from polarjax.policy import Learned, Load
 from tests.convert.checkpoints import LLAMA as PUBLISHED
 from tests.convert.checkpoints import write_gguf
 from tests.models import LLAMA, OPT, random_params
@@ -39,7 +41,8 @@ def real(config, head_rank, neuron_rank=0) -> Params:
         config, routers=True, head_rank=head_rank, neuron_rank=neuron_rank
     )
     weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params.weights)
-    return Params(weights, as_stored(params.routers), config)
+    policy = of_learned(Learned(as_stored(params.routers)))
+    return Params(weights, policy, config)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def real(config, head_rank, neuron_rank=0) -> Params:
 def test_bytes_are_those_of_the_arrays(config, policy, ranks):
     batch, context = 3, 20
     params = real(config, *ranks)
-    weights, bound = policy.bind(params, batch)
+    weights, bound = policy.bind(params)
     density = getattr(policy, "density", 1.0)
     neurons = getattr(policy, "neuron_density", None) or 1.0
     [row] = polarjax.plan(
@@ -75,7 +78,8 @@ def test_bytes_are_those_of_the_arrays(config, policy, ranks):
     kept = [config.kv_heads, *[int(density * config.kv_heads)] * (config.layers - 1)]
     seen = [min(context, config.window(i) or context) for i in range(config.layers)]
     rows = batch * sum(n * s for n, s in zip(kept, seen, strict=True))
-    want = step_weight_bytes(weights, config, bound)
+    reads = bound.reads(config, Load(batch, context))
+    want = step_weight_bytes(weights, config, bound, reads)
     want += rows * kv_row_bytes(config, jnp.bfloat16)
     # A bias that two kinds of rows share is counted for both.
     assert row.step_bytes == pytest.approx(want, rel=1e-2 if neurons < 1 else 1e-9)
@@ -90,11 +94,11 @@ def test_bytes_are_those_of_the_arrays(config, policy, ranks):
         leaves = jax.tree.leaves(params.weights)
     held = sum({id(leaf): leaf.nbytes for leaf in leaves}.values())
     _, capacity = capacities(config, context)
-    cache = polarjax.cache.KVCache.empty(config, batch, capacity, jnp.bfloat16)
+    cache = PagedCache.empty(config, batch, capacity, jnp.bfloat16)
     held += tree_bytes((cache.keys, cache.values))
     held += sampling_bytes(config, batch)
     held += prefill_bytes(
-        *(config, batch, 32, jnp.bfloat16), platform="gpu", prefill_tokens=2**14
+        config, batch, 32, jnp.bfloat16, platform="gpu", prefill_tokens=2**14
     )
     assert row.memory_bytes == held
 
@@ -149,7 +153,11 @@ def test_two_devices_have_half_each():
     bias = 31 * 2 * 3 * m // 2  # a policy gives the QKV matrix one
     sparse = dense + rows + bias - 31 * b * 1024 * 2**13 // 2
     found = by_hand(
-        *(LLAMA_2_7B, 2, 1, b, (dense, sparse)),
+        LLAMA_2_7B,
+        2,
+        1,
+        b,
+        (dense, sparse),
         (reductions + gathered, reductions + gathered + 31 * 4 * b * 32 // 2),
         head_rank=0,
     )
@@ -177,7 +185,10 @@ def test_fewer_groups_than_devices_lie_on_several():
     # Each has an eighth of the cache of its part of the batch.
     held = cache_bytes(config, b, 1024, jnp.bfloat16) // 8
     work = sampling_bytes(config, b) + prefill_bytes(
-        *(local_config(config, 16), b, 1024, jnp.bfloat16),
+        local_config(config, 16),
+        b,
+        1024,
+        jnp.bfloat16,
         platform="gpu",
         prefill_tokens=2**14,
     )
@@ -200,7 +211,13 @@ def test_devices_share_neurons_and_their_routers(vocabulary):
     sent = 32 * 2 * 4 * b * m + cut * (2 * b * m + 16 * b)
     more = 31 * (4 * b * 1120 // 2 + 4 * f // 2 + 4 * f // 2)
     found = by_hand(
-        *(config, 2, 2, 16, (dense, sparse), (sent, sent + more)), neuron_density=0.5
+        config,
+        2,
+        2,
+        16,
+        (dense, sparse),
+        (sent, sent + more),
+        neuron_density=0.5,
     )
     assert found.weight_bytes == weights
     # Kept: the routers as stored, whole but for what is cut by neurons, and the QKV
@@ -253,7 +270,7 @@ def sent_by(jaxpr, devices):
 def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks):
     batch, context = 6, 20
     params, mesh = shard(real(config, *ranks), make_mesh(tp, dp)), make_mesh(tp, dp)
-    weights, bound = policy.bind(params, batch)
+    weights, bound = policy.bind(params)
     neurons = getattr(policy, "neuron_density", None) or 1.0
     balanced = getattr(policy, "balanced", 1) > 1
     found = polarjax.plan(
@@ -279,7 +296,10 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     else:
         held += on_first_device((params.weights, params.routers, weights))
     held += sampling_bytes(config, batch // dp) + prefill_bytes(
-        *(local_config(config, tp), batch // dp, 32, jnp.bfloat16),
+        local_config(config, tp),
+        batch // dp,
+        32,
+        jnp.bfloat16,
         platform="gpu",
         prefill_tokens=2**14,
     )
@@ -293,8 +313,11 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
         bound,
         programs.State(cache, numbers + 0, live | live, numbers + 9),  # donated
         live,
-        Sampling(numbers, numbers, numbers, numbers, greedy=True, filtered=False),
-        jnp.array([-1]),
+        programs.SlotData(
+            jnp.zeros(batch),
+            Sampling(numbers, numbers, numbers, numbers, greedy=True, filtered=False),
+            jnp.full((batch, 1), -1),
+        ),
     )
     settings = {"steps": 1, "config": config, "implementation": "xla", "mesh": mesh}
     traced = programs.decode_chunk.trace(*args, **settings)
@@ -305,7 +328,8 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     # Of each device, over layers and requests.
     groups = np.asarray(drawn.own, np.int64).sum(axis=(0, 1))
     own = jax.tree.map(lambda x: x.addressable_shards[0].data, (weights, bound))
-    read = step_weight_bytes(own[0], config, own[1])
+    reads = bound.reads(config, Load(batch, context))
+    read = step_weight_bytes(own[0], config, own[1], reads)
     read += groups.mean() * context * kv_row_bytes(config, jnp.bfloat16)
     assert row.step_bytes == pytest.approx(read, rel=1e-2 if neurons < 1 else 1e-9)
     assert not balanced or groups.min() == groups.max()
@@ -444,7 +468,10 @@ def test_the_command_needs_no_weights(sources, capsys, monkeypatch):
     assert records[0] == records[1] == records[2]
     rows = records[0]["rows"]
     assert [(r["batch"], r["density"]) for r in rows] == [
-        *((1, 1.0), (1, 0.5), (3, 1.0), (3, 0.5))
+        (1, 1.0),
+        (1, 0.5),
+        (3, 1.0),
+        (3, 0.5),
     ]
     assert main.main(["plan", str(sources[0]), *options]) == 0
     shown = capsys.readouterr().out

@@ -10,6 +10,7 @@ import pytest
 import polarjax
 from polarjax.config import LARGEST
 from polarjax.policies.card import card_text
+from polarjax.policy import Learned
 from polarjax.storage.checked import (
     LATER,
     UNSTORED,
@@ -111,6 +112,11 @@ def test_what_is_missing_is_named():
 ROPE = dataclasses.asdict(polarjax.Rope(1e4))
 
 
+def read_description(text):
+    """What a checkpoint's config.json says, of the model and of its policy."""
+    return polarjax.ModelConfig.from_json(text), Learned.from_json(text)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -170,20 +176,22 @@ ROPE = dataclasses.asdict(polarjax.Rope(1e4))
     ],
 )
 def test_a_config_is_judged_field_by_field(changes, message):
-    fields = json.loads(LLAMA.to_json())
+    fields = json.loads(LLAMA.to_json(Learned().numbers()))
     with pytest.raises(ValueError, match="^not a polarjax config.json: .*" + message):
-        polarjax.ModelConfig.from_json(json.dumps({**fields, **changes}))
+        read_description(json.dumps({**fields, **changes}))
 
 
 def test_a_key_that_occurs_twice_or_not_at_all():
-    text = LLAMA.to_json()
-    with pytest.raises(ValueError, match="it has the key 'heads' twice"):
-        polarjax.ModelConfig.from_json(text[:-1] + ', "heads": 8}')
+    text = LLAMA.to_json(Learned().numbers())
+    for twice in ('"heads": 8', '"budgets": []'):
+        name = twice.split(":")[0].strip('"')
+        with pytest.raises(ValueError, match=f"it has the key '{name}' twice"):
+            read_description(f"{text[:-1]}, {twice}}}")
     for name in json.loads(text):
         fields = json.loads(text)
         del fields[name]
         with pytest.raises(ValueError, match=f"it has no {name}"):
-            polarjax.ModelConfig.from_json(json.dumps(fields))
+            read_description(json.dumps(fields))
 
 
 def test_python_is_held_to_the_same():
@@ -216,7 +224,7 @@ OLD_CONFIG = """{"format_version": 2, "family": "llama", "vocab_size": 331, "dim
 
 
 def test_files_of_before_load():
-    assert polarjax.ModelConfig.from_json(OLD_CONFIG) == LLAMA
+    assert read_description(OLD_CONFIG) == (LLAMA, Learned())
 
 
 def test_a_card_is_judged_when_it_is_written():
