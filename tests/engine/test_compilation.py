@@ -129,7 +129,9 @@ def test_one_compilation_per_batch_bucket_and_config(params, traced):
 def decode_arguments(params, batch=4, capacity=32):
     weights, bound = polarjax.Polar(0.5).bind(params)
     settings = [Settings(stop_ids=())] * batch
-    sampling, stop_ids = make_sampling(CONFIG, settings), stop_table(settings)
+    asked = programs.SlotData(
+        jnp.zeros(batch), make_sampling(CONFIG, settings), stop_table(settings)
+    )
     common = {"config": CONFIG.architecture, "implementation": None}
     state, logits = programs.empty_state(CONFIG, batch, capacity, params.weights)
     prompts = {row: [1] * 9 for row in range(batch)}
@@ -138,8 +140,8 @@ def decode_arguments(params, batch=4, capacity=32):
     )
     state = dataclasses.replace(state, cache=cache)
     every, remaining = jnp.ones(batch, bool), jnp.full(batch, 9)
-    state, _ = programs.first_token(state, logits, every, remaining, sampling, stop_ids)
-    args = (weights, bound, state, every, jnp.zeros(batch), sampling, stop_ids)
+    state, _ = programs.first_token(state, logits, every, remaining, asked)
+    args = (weights, bound, state, every, asked)
     return args, {"steps": 16, **common}
 
 

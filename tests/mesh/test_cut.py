@@ -266,9 +266,9 @@ def test_the_step_says_to_other_devices_what_it_must(sparse, temperature, top_p)
             bound,
             state,
             jnp.ones(2, bool),
-            jnp.zeros(2),
-            make_sampling(config, settings),
-            stop_table(settings),
+            programs.SlotData(
+                jnp.zeros(2), make_sampling(config, settings), stop_table(settings)
+            ),
             config=config,
             steps=2,
             implementation="xla",
