@@ -61,6 +61,7 @@ from polarjax.params import Params
 from polarjax.sparsity.cost import kv_row_bytes
 from polarjax.sparsity.select import with_density
 from polarjax.terminal import make_console
+from polarjax.writing import try_file
 
 # Where torch's dense attention reads fastest, see the kernels' table.
 RATE_SHAPES = {name: KERNEL_CASES[name] for name in ("llama-2-7b", "opt-66b")}
@@ -235,8 +236,10 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
         plots.require()
         if args.toy and not args.out:
             raise ValueError("--plot draws beside the results: give --out with --toy")
-    if args.out and args.out.exists():
-        read_rows(args.out)  # what cannot be continued is told before the work
+    if args.out:  # what cannot be written or continued is told before the work
+        try_file(args.out)
+        if args.out.exists():
+            read_rows(args.out)
     if args.memory_fraction:  # read when jax takes the device, which is below
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(args.memory_fraction)
     beside, version, rates = {}, None, []

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.meshes import Devices
 from benchmarks.report import write_json
 from benchmarks.shapes import Case, Sparsity
+from polarjax.writing import try_file
 
 # Dense bf16 TFLOP/s by device kind (NVIDIA's data sheets, SXM, without sparsity).
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.5, "NVIDIA H200": 989.5}
@@ -25,9 +26,15 @@ ONE = Devices()
 
 
 class Rows:
-    """Rows of a run beside those of earlier ones, printed and kept as they come."""
+    """Rows of a run beside those of earlier ones, printed and kept as they come.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
 
     def __init__(self, run: dict[str, Any], path: Path | None):
+        if path is not None:
+            try_file(path)  # before the first row, not after
         self.path = path
         self.runs: list[dict[str, Any]] = []
         self.rows: list[Row] = []
