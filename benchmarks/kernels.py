@@ -46,6 +46,7 @@ from pallas_kernels.tuning.timing import (
     sets_to_rotate,
 )
 from polarjax.planning.bandwidth import read_bandwidth
+from polarjax.storage.writing import try_file
 
 # A row to be, and what compiles its calls.
 Row = tuple[Result, Callable[[], Chain]]
@@ -331,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
         slug = re.sub(r"\W+", "-", device.device_kind.lower())
         file = f"{report['date']}-{slug}-{report['commit']}-kernels.json"
         path = REPOSITORY / "benchmarks" / "results" / file
+    if path:
+        try_file(path)  # before the work, not after
     print(f"{device.device_kind}, jax {jax.__version__}, {dtype.name}")
     print(f"the memory can be read at {stream / 1e9:.1f} GB/s (streaming sum)")
     for result in results:

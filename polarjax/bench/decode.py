@@ -42,6 +42,7 @@ from polarjax.bench.timing import time_policy
 from polarjax.evaluation.record import commit
 from polarjax.params import Params
 from polarjax.planning.bandwidth import read_bandwidth
+from polarjax.storage.writing import try_file
 from polarjax.terminal.output import make_console
 
 
@@ -207,8 +208,10 @@ def run(
         plots.require()
         if args.toy and not args.out:
             raise ValueError("--plot draws beside the results: give --out with --toy")
-    if args.out and args.out.exists():
-        read_rows(args.out)  # what cannot be continued is told before the work
+    if args.out:  # what cannot be written or continued is told before the work
+        try_file(args.out)
+        if args.out.exists():
+            read_rows(args.out)
     if args.memory_fraction:  # read when jax takes the device, which is below
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(args.memory_fraction)
     beside = opponents(cases)

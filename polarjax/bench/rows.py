@@ -13,7 +13,7 @@ from typing import Any
 
 from polarjax.bench.meshes import Devices
 from polarjax.bench.shapes import Case, Sparsity
-from polarjax.storage.writing import write_file
+from polarjax.storage.writing import try_file, write_file
 
 # Dense bf16 TFLOP/s by device kind (NVIDIA's data sheets, SXM, without sparsity).
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.5, "NVIDIA H200": 989.5}
@@ -25,9 +25,15 @@ ONE = Devices()
 
 
 class Rows:
-    """Rows of a run beside those of earlier ones, printed and kept as they come."""
+    """Rows of a run beside those of earlier ones, printed and kept as they come.
+
+    Raises:
+      OSError: if the file cannot be written.
+    """
 
     def __init__(self, run: dict[str, Any], path: Path | None):
+        if path is not None:
+            try_file(path)  # before the first row, not after
         self.path = path
         self.runs: list[dict[str, Any]] = []
         self.rows: list[Row] = []

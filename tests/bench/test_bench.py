@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -338,6 +339,28 @@ def test_what_does_not_fit_is_one_line(argv, message, capsys):
     assert main.main(["bench", *argv]) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("/proc/nope.json", "cannot write it: No such file or directory: '/proc/nope."),
+        ("{0}", "is no file: choose another name"),
+    ],
+)
+def test_the_place_is_tried_before_the_work(
+    out, message, tmp_path, monkeypatch, capsys
+):
+    def never(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(decode, "read_bandwidth", never)
+    out = out.format(tmp_path)
+    assert main.main(["bench", "--toy", "--cases", "toy-llama", "--out", out]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    with pytest.raises(OSError, match="cannot write it"):
+        rows.Rows({}, Path("/proc/nope.json"))  # of the default's name
 
 
 def test_a_checkpoint_without_an_adapter_gets_routers_by_chance(tmp_path):

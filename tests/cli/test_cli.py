@@ -153,6 +153,7 @@ def test_eval_writes_what_it_prints(checkpoint, adapter, text, tmp_path, capsys)
     assert results["Polar 0.750"]["density"] == pytest.approx((1 + 3 * 0.75) / 4)
     assert record["tasks"]["colours"]["ids"] == ["0", "1", "2"]
     shown = capsys.readouterr().out
+    assert shown.startswith("colours, mode decode")  # bars are for terminals
     # Squeezed tables break their words.
     for number in (
         *results["Polar 0.750"]["perplexity"][:1],
