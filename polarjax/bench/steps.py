@@ -273,8 +273,8 @@ def step_bytes(
         for each in drawn
     )
     kv = rows / STEPS / len(drawn) * kv_row_bytes(config, params.dtype)
-    weights, policy = of_one((weights, policy))
     reads = policy.reads(config, Load(drawn[0].visible.shape[1], config.context))
+    weights, policy = of_one((weights, policy))
     return step_weight_bytes(weights, config, policy, reads), kv
 
 
