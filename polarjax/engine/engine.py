@@ -122,11 +122,10 @@ class Engine:
         self.params, self.mesh = params, mesh_of(params.weights)
         config = params.config
         self.tokenizer = Tokenizer.load(config)
-        self.context = min(
-            positive("context", context or config.context), config.context
-        )
-        longest = positive("prompt_tokens", prompt_tokens or self.context)
-        self.prompt_tokens = min(longest, self.context)
+        context = config.context if context is None else positive("context", context)
+        self.context = min(context, config.context)
+        longest = self.context if prompt_tokens is None else prompt_tokens
+        self.prompt_tokens = min(positive("prompt_tokens", longest), self.context)
         self.chunk = min(positive("chunk", chunk), config.context)
         self._most = positive("prefill_tokens", prefill_tokens)
         slots = positive("slots", slots)
@@ -167,7 +166,7 @@ class Engine:
         """
         shapes = programs.prefill_shapes(
             self.slots,
-            self.context,
+            self.prompt_tokens,
             self.params.config,
             self._most,
             axis_size(self.mesh, DP),
@@ -209,7 +208,9 @@ class Engine:
         return not self._waiting and not self._begun and not any(self._rows)
 
     @default_numbers
-    def add(self, prompt: str | Sequence[int], settings: Settings | None = None):
+    def add(
+        self, prompt: str | Sequence[int], settings: Settings | None = None
+    ) -> Request:
         """Take a request, which begins at one of the next calls of `step`.
 
         Args:
@@ -217,7 +218,7 @@ class Engine:
           settings: how it is continued.
 
         Returns:
-          `Request`, which fills as `step` is called.
+          What fills as `step` is called.
 
         Raises:
           TypeError: if the prompt is neither.

@@ -235,19 +235,19 @@ def empty_state(
 
 
 def prefill_shapes(
-    slots: int, context: int, config: ModelConfig, most: int, dp: int = 1
+    slots: int, longest: int, config: ModelConfig, most: int, dp: int = 1
 ) -> list[tuple[int, int]]:
     """Rows and width of every call of `prefill` that an engine may need.
 
     Args:
       slots: requests that there is room for.
-      context: most tokens of a request.
+      longest: most tokens of a prompt.
       config: what the model is.
       most: tokens that are computed at once.
       dp: parts of the batch.
     """
     widths, width = [], bucket(1)
-    while not widths or widths[-1] < min(context, config.context):
+    while not widths or widths[-1] < min(longest, config.context):
         widths.append(min(width, config.context))
         width *= 2
     return [(dp * rows_of(slots // dp, each, most), each) for each in widths]
