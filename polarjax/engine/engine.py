@@ -143,10 +143,10 @@ class Engine:
             prompt_tokens=self.prompt_tokens,
             memory_fraction=memory_fraction,
         )
-        self._capacity = from_main(capacity) if self._many else capacity
+        capacity = from_main(capacity) if self._many else capacity
         self._common = {"config": config.architecture, "implementation": implementation}
         self._state, self._logits = programs.empty_state(
-            config, self.slots, self._capacity, params.weights
+            config, self.slots, capacity, params.weights
         )
         self._rows: list[Request | None] = [None] * self.slots
         self._settings = [_IDLE] * self.slots
@@ -155,6 +155,8 @@ class Engine:
         self._begun: list[_Chunk] = []
         self._clock, self._counted, self._steps = _Clock(), [], 0
         self._compiled_seconds = 0.0
+        # While `generate` runs: what came of `add` alone would grow without an end.
+        self._counting = False
         if self.slots > 1 and programs.takes_whole_chunks(params.weights):
             self._compile_prefill()
 
@@ -386,7 +388,7 @@ class Engine:
         news: dict[int, Request] = {}
         for chunk in chunks:
             drawn, live = to_host((chunk.drawn, chunk.live))
-            if chunk.counts:
+            if chunk.counts and self._counting:
                 self._counted.append(drawn)
             for i, request in enumerate(chunk.rows):
                 if request is None or not request.going:
@@ -429,12 +431,15 @@ class Engine:
         pairs = enumerate(zip(encoded, asked, strict=True))
         requests = [self._request(ids, one, i) for i, (ids, one) in pairs]
         self._waiting += requests
+        self._counting = True
         try:
             self._finish(requests, stream)
         except BaseException:  # of weights, a stream or a user who waits no longer
             for request in requests:
                 self.cancel(request)
             raise
+        finally:
+            self._counting = False
         self._clock.lap("decode")
         return self._output(requests)
 

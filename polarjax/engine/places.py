@@ -96,18 +96,3 @@ def insert_all(
         insert, (cache.lengths, logits), (part.lengths, last), rows, mesh=mesh
     )
     return PagedCache.of_layers(layers, lengths), logits
-
-
-def widen(tree: Any, batch: int) -> Any:
-    """Settings [b, ...] for further rows, which the last one sets.
-
-    Args:
-      tree: the settings.
-      batch: rows that it is for then.
-    """
-
-    def pad(leaf: jax.Array) -> jax.Array:
-        rest = [(0, 0)] * (leaf.ndim - 1)
-        return jnp.pad(leaf, [(0, batch - len(leaf)), *rest], mode="edge")
-
-    return jax.tree.map(pad, tree)

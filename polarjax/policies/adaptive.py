@@ -17,9 +17,31 @@ _setting = {"static": True, "setting": True}
 _static = {"static": True}
 
 
+class OfAdapter(Policy):
+    """A policy of an adapter, with the fields `learned`, `flexible` and `batch`."""
+
+    def of(self, learned: Learned) -> Policy:
+        """With the model's adapter, where it has none of its own."""
+        own = self.learned.routers or self.learned.budgets
+        return self if own else self._with(learned=learned)
+
+    def flexing(self) -> Policy:
+        """Ready for the densities that requests ask for."""
+        return self._with(flexible=True)
+
+    def sized(self, batch: int) -> Policy:
+        """The neuron budgets of so many requests."""
+        this: Any = self
+        return self._with(batch=batch) if this.batch is None else self
+
+    def _with(self, **fields: Any) -> Any:
+        this: Any = self
+        return dataclasses.replace(this, **fields)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adaptive(Policy):
+class Adaptive(OfAdapter):
     """Heads whose learned scores pass the adapter's thresholds, one at the least.
 
     A request that asks for a density gets as many heads as that, whatever they score.
@@ -40,19 +62,6 @@ class Adaptive(Policy):
         default=("groups", "neurons"), metadata=_static
     )
     learned: Learned = dataclasses.field(default_factory=Learned)
-
-    def of(self, learned: Learned) -> Adaptive:
-        """With the model's adapter, where it has none of its own."""
-        own = self.learned.routers or self.learned.budgets
-        return self if own else dataclasses.replace(self, learned=learned)
-
-    def flexing(self) -> Adaptive:
-        """Ready for the densities that requests ask for."""
-        return dataclasses.replace(self, flexible=True)
-
-    def sized(self, batch: int) -> Adaptive:
-        """The neuron budgets of so many requests."""
-        return dataclasses.replace(self, batch=batch) if self.batch is None else self
 
     def bind(self, params: Params) -> tuple[Tree, Policy]:
         """Append the router rows; see `Policy.bind`."""

@@ -71,9 +71,10 @@ class HeadBudget:
         def limit(layer: int, n: float) -> int | None:
             if layer and flexible and kv_heads > 1:
                 return kv_heads
-            if n == kv_heads or in_parts(math.ceil(n), parts) == kv_heads:
-                return None if n == kv_heads or not thresholds else kv_heads
-            return kv_heads if thresholds else in_parts(int(n), parts)
+            if thresholds:
+                return None if n == kv_heads else kv_heads
+            whole = in_parts(int(n), parts)
+            return None if whole == kv_heads else whole
 
         limits = tuple(limit(i, n) for i, n in enumerate(budgets))
         empty = cls((), (), kv_heads, limits, parts)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 
 from polarjax.config import ModelConfig
 from polarjax.mesh.cut import TP, axis_size, mesh_of
 from polarjax.params import Params, Tree
-from polarjax.policies.adaptive import Adaptive, wanted_neurons, with_policy
+from polarjax.policies.adaptive import (
+    Adaptive,
+    OfAdapter,
+    wanted_neurons,
+    with_policy,
+)
 from polarjax.policies.budgets import (
     asked_groups,
     check_density,
@@ -27,7 +33,7 @@ _static = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Polar(Policy):
+class Polar(OfAdapter):
     """Heads by a learned router per sequence, neurons by one for the batch.
 
     The method of "Polar Sparsity" (arXiv 2505.14884), sections 4.1 and 4.2. Bound to
@@ -60,19 +66,6 @@ class Polar(Policy):
     )
     learned: Learned = dataclasses.field(default_factory=Learned)
 
-    def of(self, learned: Learned) -> Polar:
-        """With the model's adapter, where it has none of its own."""
-        own = self.learned.routers or self.learned.budgets
-        return self if own else dataclasses.replace(self, learned=learned)
-
-    def flexing(self) -> Polar:
-        """Ready for the densities that requests ask for."""
-        return dataclasses.replace(self, flexible=True)
-
-    def sized(self, batch: int) -> Polar:
-        """The neuron budgets of so many requests."""
-        return dataclasses.replace(self, batch=batch) if self.batch is None else self
-
     def bind(self, params: Params) -> tuple[Tree, Policy]:
         """Append the router rows; see `Policy.bind`."""
         params = with_policy(params, self)
@@ -104,7 +97,8 @@ class Polar(Policy):
         if self._by_thresholds(self.learned):
             return self._adaptive().reads(config, load)
         f = config.neurons
-        counts = self.sized(load.batch)._neuron_counts(config, self.learned)
+        sized: Any = self.sized(load.batch)
+        counts = sized._neuron_counts(config, self.learned)
         groups = asked_groups(config, load)
         if groups is None:
             groups = tuple(map(float, self._budgets(config, self.learned)))
