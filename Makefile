@@ -15,7 +15,7 @@ GGUF := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 CHECKPOINT := checkpoints/smollm2-135m
 
-.PHONY: demo test test-all model lint format clean
+.PHONY: demo test test-gpu test-all model lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(CHECKPOINT)/config.json  ## dense and sparse continuations side by side
@@ -23,6 +23,14 @@ demo: $(CHECKPOINT)/config.json  ## dense and sparse continuations side by side
 
 test: $(VENV)/test.done model  ## the whole fast suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Workers share the GPU: none may take all of its memory. TESTS runs it in parts.
+test-gpu: EXTRAS := cuda
+test-gpu: $(VENV)/test.done model  ## the whole fast suite on a GPU
+	@$(BIN)/python -c 'import jax; jax.devices("gpu")' || \
+		{ echo "jax in $(VENV) finds no GPU: rm -r $(VENV), then make test-gpu"; exit 1; }
+	XLA_PYTHON_CLIENT_PREALLOCATE=false \
+		$(BIN)/python -m pytest -p no:benchmark -n 10 --dist worksteal $(TESTS)
 
 test-all: $(VENV)/test.done model  ## and the long checks
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 \

@@ -9,7 +9,7 @@ matrix product of the dense model; `partial_product`, `split_heads`, `partial_ml
 `add_norm` are what a decode step makes of it.
 """
 
-from pallas_kernels._backend import Implementation, gathering, resolve, traced_gpu
+from pallas_kernels._backend import Implementation, resolve, traced_gpu
 from pallas_kernels._dot import product
 from pallas_kernels._put import put
 from pallas_kernels.attention import append_and_attend, select_head_attention
@@ -35,7 +35,6 @@ __all__ = [
     "add_norm",
     "append_and_attend",
     "gathered_mlp",
-    "gathering",
     "masked_mlp",
     "needed_neurons",
     "needed_totals",

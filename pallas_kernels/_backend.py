@@ -14,19 +14,15 @@ from jax.experimental.pallas import triton as pltriton
 __all__ = [
     "Implementation",
     "default_implementation",
-    "gathering",
     "once",
     "pltriton",
     "resolve",
-    "resolve_without_mosaic",
     "shared_bytes",
     "traced_gpu",
 ]
 
-# Those that end in "_interpret" run on any host, slowly: they are for tests.
-Implementation = Literal[
-    "xla", "triton", "triton_interpret", "mosaic", "mosaic_interpret"
-]
+# "triton_interpret" runs on any host, slowly: it is for tests.
+Implementation = Literal["xla", "triton", "triton_interpret"]
 
 
 def default_implementation() -> Implementation:
@@ -52,40 +48,6 @@ def resolve(implementation: Implementation | None) -> Implementation:
             f"implementation is {implementation!r}; it must be one of {names}, or "
             "None for the default backend's own"
         )
-    return implementation
-
-
-def resolve_without_mosaic(
-    implementation: Implementation | None, function: str
-) -> Implementation:
-    """As `resolve`, for a function that there is no Mosaic kernel of.
-
-    Args:
-        implementation: as there.
-        function: its name, for the message.
-
-    Raises:
-        ValueError: as there.
-        NotImplementedError: if a Mosaic kernel is named.
-    """
-    implementation = resolve(implementation)
-    if implementation.startswith("mosaic"):
-        raise NotImplementedError(
-            f"{function} has no {implementation!r} kernel; 'xla' and 'triton' serve it"
-        )
-    return implementation
-
-
-def gathering(implementation: Implementation | None) -> Implementation | None:
-    """The implementation of what gathers rows or selects, beside one of attention.
-
-    Mosaic serves attention alone, with Triton beside it; the others are their own.
-
-    Args:
-        implementation: of attention; None stays None.
-    """
-    if implementation is not None and implementation.startswith("mosaic"):
-        return "triton_interpret" if implementation.endswith("_interpret") else "triton"
     return implementation
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._backend import Implementation, resolve
-from pallas_kernels.attention import mosaic, reference, triton
+from pallas_kernels.attention import reference, triton
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -47,8 +47,8 @@ def select_head_attention(
             arXiv 2310.06825 section 2); None means all.
         softcap: bound c on the scaled scores, `c * tanh(score / c)` (arXiv 2408.00118
             section 2); None means none.
-        implementation: "xla", "triton", "mosaic" (Hopper), the last two with
-            "_interpret" behind for tests, or None for the default backend's own.
+        implementation: "xla", "triton", "triton_interpret", or None for the default
+            backend's own.
 
     Returns:
         The attention output [b, h, d] in the dtype of q; exactly zero for the heads
@@ -141,9 +141,8 @@ def _attend(
     with jax.named_scope("select_head_attention"):
         if implementation == "xla":
             return reference.attend(*args, **options)
-        backend = triton if implementation.startswith("triton") else mosaic
-        interpret = implementation.endswith("_interpret")
-        return backend.attend(*args, **options, interpret=interpret)
+        interpret = implementation == "triton_interpret"
+        return triton.attend(*args, **options, interpret=interpret)
 
 
 def _check(q, k_cache, v_cache, lengths, heads, n_active) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tables
-from pallas_kernels._backend import Implementation, resolve_without_mosaic
+from pallas_kernels._backend import Implementation, resolve
 from pallas_kernels.mlp import reference, triton
 
 Activation = Literal["relu", "silu", "gelu"]
@@ -141,7 +141,7 @@ def partial_product(
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}; it must be [{n}]")
     implementation = few_inputs(x, implementation)
-    implementation = resolve_without_mosaic(implementation, "partial_product")
+    implementation = resolve(implementation)
     with jax.named_scope("partial_product"):
         if implementation == "xla":
             return reference.partial_product(x, matrix, bias, axis)[None]
@@ -167,7 +167,7 @@ def _mlp(x, weights, neurons, activation, implementation, *, parts, padded=False
     weights = {name: w for name, w in weights.items() if w is not None}
     _check(x, weights, neurons, activation)
     named = implementation is not None
-    implementation = resolve_without_mosaic(implementation, "gathered_mlp")
+    implementation = resolve(implementation)
     gathers = neurons is not None and not named and implementation == "triton"
     dense = gathers and _dense_is_faster(x, weights, neurons)
     with jax.named_scope("gathered_mlp"):

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels._backend import Implementation, resolve_without_mosaic
+from pallas_kernels._backend import Implementation, resolve
 from pallas_kernels.norm import reference, triton
 
 
@@ -72,7 +72,7 @@ def add_norm(
     for name, each in (("scale", scale), ("shift", shift)):
         if each is not None and each.shape != (m,):
             raise ValueError(f"{name} has shape {each.shape}; it must be [{m}]")
-    implementation = resolve_without_mosaic(implementation, "add_norm")
+    implementation = resolve(implementation)
     with jax.named_scope("add_norm"):
         if implementation == "xla":
             return reference.add_norm(x, parts, scale, shift, center=center, eps=eps)

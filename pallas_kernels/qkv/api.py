@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels._backend import Implementation, resolve_without_mosaic
+from pallas_kernels._backend import Implementation, resolve
 from pallas_kernels.qkv import reference, triton
 
 
@@ -56,7 +56,7 @@ def split_heads(
                 f"{name} has shape {each.shape}; it must be "
                 f"[{parts.shape[1]}, {head_dim // 2}]"
             )
-    implementation = resolve_without_mosaic(implementation, "split_heads")
+    implementation = resolve(implementation)
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     with jax.named_scope("split_heads"):
         if implementation == "xla":

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._backend import Implementation, resolve_without_mosaic
+from pallas_kernels._backend import Implementation, resolve
 from pallas_kernels.select import triton
 
 _MAX_HEADS = 1024
@@ -44,7 +44,7 @@ def top_heads(
     c = scores.shape[1]
     if not 1 <= n <= c:
         raise ValueError(f"n is {n}; it must be in 1..{c}, the number of scores")
-    implementation = resolve_without_mosaic(implementation, "top_heads")
+    implementation = resolve(implementation)
     # A selection has no derivative, and a kernel no rule for it.
     scores = lax.stop_gradient(scores)
     with jax.named_scope("top_heads"):

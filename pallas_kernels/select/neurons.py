@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels._backend import Implementation, resolve_without_mosaic
+from pallas_kernels._backend import Implementation, resolve
 from pallas_kernels._dot import product
 from pallas_kernels.select import triton
 
@@ -44,7 +44,7 @@ def union_neurons(
         )
     f = scores.shape[1]
     _check(live, scores.shape[0], n, f)
-    implementation = resolve_without_mosaic(implementation, "union_neurons")
+    implementation = resolve(implementation)
     # A selection has no derivative, and a kernel no rule for it.
     scores = lax.stop_gradient(scores)
     with jax.named_scope("union_neurons"):
@@ -91,7 +91,7 @@ def needed_neurons(
         )
     f = len(up)
     _check(live, hidden.shape[0], n, f)
-    implementation = resolve_without_mosaic(implementation, "needed_neurons")
+    implementation = resolve(implementation)
     hidden, up = lax.stop_gradient((hidden, up))
     with jax.named_scope("needed_neurons"):
         if implementation == "xla":

@@ -101,8 +101,7 @@ def generate(
         it was loaded on, which spares each call the moving. Where it spans processes
         (`polarjax.mesh.processes`), all of them call this alike; the prompts are those
         of process 0.
-      implementation: of the kernels: "xla", "triton" or "mosaic" (attention alone, on
-        Hopper, Triton beside it); None chooses by device.
+      implementation: of the kernels: "xla" or "triton"; None chooses by device.
 
     Returns:
       Tokens, texts, log-probabilities and statistics.

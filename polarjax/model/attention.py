@@ -13,7 +13,6 @@ from flax import linen as nn
 
 from pallas_kernels import (
     Implementation,
-    gathering,
     partial_product,
     rotate,
     split_heads,
@@ -140,7 +139,7 @@ class Attention(nn.Module):
         Returns:
           q [b, h, d]; k and v [b, k, d]; scores float32[b, r] or None.
         """
-        c, kernel = self.config, gathering(self.implementation)
+        c, kernel = self.config, self.implementation
         parts = partial_product(u, self.qkv, self._qkv_bias(), implementation=kernel)
         rope = c.rope_of(self.layer)
         turn = angles(positions, rope, c.head_dim, c.context) if rope else None
@@ -189,7 +188,7 @@ class Attention(nn.Module):
             self.out,
             self._out_bias(),
             axis=0,
-            implementation=gathering(self.implementation),
+            implementation=self.implementation,
         )
         return add_up_parts(parts, self.share)
 
@@ -306,8 +305,7 @@ class Attention(nn.Module):
           Head outputs [b, h, d], the cache, what is seen now, and what was read.
         """
         c, b, live = self.config, len(seen.live), seen.live
-        kernel = gathering(self.implementation)
-        pick = Pick(kernel, self.share)
+        pick = Pick(self.implementation, self.share)
         if policy.wants.summary:
             raise NotImplementedError(
                 f"{type(policy).__name__} selects pages, which no kernel of decoding "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Implementation, gathering
+from pallas_kernels import Implementation
 from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
 from polarjax.mesh.share import Share
@@ -186,17 +186,17 @@ class Layer(nn.Module):
           As x and `parts`; what was seen; the cache; what attention read.
         """
         post = self.config.norm_after
-        kernel = gathering(self.implementation)
         if parts is not None:
-            x, u = self.attention_norm.add(x, parts, kernel)
+            x, u = self.attention_norm.add(x, parts, self.implementation)
         else:
             u = self.before(self.attention_norm, x)
         seen = dataclasses.replace(seen, u=u)
         o, cache, seen, read = self.attention.step(seen, cache, policy)
         norm = self.attention_norm if post else self.mlp_norm
-        x, z = norm.add(x, self.attention.output_parts(o), kernel)
+        parts = self.attention.output_parts(o)
+        x, z = norm.add(x, parts, self.implementation)
         seen = dataclasses.replace(seen, z=z)
-        pick = Pick(kernel, self.share)
+        pick = Pick(self.implementation, self.share)
         for matrix, inputs in (("out", o), ("up", z)):
             no_channels(policy.channels(self.layer, matrix, inputs, pick), policy)
         if policy.wants.gate:
@@ -204,7 +204,7 @@ class Layer(nn.Module):
         neurons = policy.neurons(self.layer, seen, pick)
         parts = self.mlp.step(z, neurons)
         if post:  # what was normalised is the stream
-            x, parts = self.mlp_norm.add(z, parts, kernel)[1], None
+            x, parts = self.mlp_norm.add(z, parts, self.implementation)[1], None
         return x, parts, seen, cache, read
 
 

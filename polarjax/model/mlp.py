@@ -13,7 +13,6 @@ from pallas_kernels import (
     Implementation,
     activate,
     gathered_mlp,
-    gathering,
     masked_mlp,
     partial_mlp,
 )
@@ -51,7 +50,7 @@ class MLP(nn.Module):
             x.reshape(-1, self.config.dim),
             self._weights(),
             activation=self.config.activation,
-            implementation=gathering(self.implementation),
+            implementation=self.implementation,
         )
         return add_up(y, self.share).reshape(x.shape)
 
@@ -126,7 +125,7 @@ class MLP(nn.Module):
             None if rows is None else rows.index,
             activation=self.config.activation,
             padded=self.share is not None and rows is not None,
-            implementation=gathering(self.implementation),
+            implementation=self.implementation,
         )
         return add_up_parts(parts, self.share)
 

@@ -92,8 +92,9 @@ def cpu_step_bytes(
 ) -> int:
     """Bytes that a decode step takes on a CPU beside weights, cache and logits.
 
-    An estimate from above: a layer's values come once more, masked; of 16-bit numbers
-    XLA makes float32 ones, a layer's cache at a time, and all weights for a chunk.
+    An estimate from above: a layer's values come once more, masked. Of 16-bit numbers
+    XLA makes float32 ones, a layer's values at a time and all weights for a chunk, and
+    keeps a copy of all keys, or of all values.
 
     Args:
       config: of the model.
@@ -104,7 +105,8 @@ def cpu_step_bytes(
     """
     layer = cache_bytes(config, batch, capacity, dtype) // config.layers
     narrow = jnp.dtype(dtype).itemsize == 2
-    return 2 * (layer + weight_bytes) if narrow else layer
+    copies = config.layers * layer // 2 + 2 * weight_bytes
+    return layer + copies if narrow else layer
 
 
 def sampling_bytes(config: ModelConfig, batch: int) -> int:

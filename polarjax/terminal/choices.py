@@ -13,7 +13,7 @@ PERPLEXITIES = ("windows", "strided", "words")
 HEAD_LOSSES = ("bce", "ranking")
 ROUTERS = (*HEAD_LOSSES, "slopes", "nothing")
 # Of `pallas_kernels`, without those that are for debugging.
-IMPLEMENTATIONS = ("xla", "triton", "mosaic")
+IMPLEMENTATIONS = ("xla", "triton")
 # Of `polarjax.planning.memory`.
 MEMORY_FRACTION = 0.95
 # Of `polarjax.planning.devices`, and which of them have NVLink.

@@ -57,7 +57,7 @@ def test_the_tables_show_the_fastest_of_ours_beside_the_fastest_library(toy):
     record["results"] += [
         {
             **first,
-            "what": "mosaic",
+            "what": "triton",
             "ms": first["ms"] / 4,
             "gb_s": 8.0,
             "of_stream": 0.9,
@@ -73,7 +73,7 @@ def test_the_tables_show_the_fastest_of_ours_beside_the_fastest_library(toy):
         if line.startswith("| toy: b 2 h 4 k 2 s 64 d 64 | 2 of 2")
     ]
     assert (
-        f"| mosaic | {first['ms'] / 4:.3f} | 8 | 0.80 | 0.90 | 0.001 (torch SDPA" in row
+        f"| triton | {first['ms'] / 4:.3f} | 8 | 0.80 | 0.90 | 0.001 (torch SDPA" in row
     )
     assert any("| 128 of 256 | xla |" in line and "(xla) |" in line for line in lines)
     assert any(

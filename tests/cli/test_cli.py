@@ -223,9 +223,10 @@ def test_eval_over_devices(checkpoint, adapter, tmp_path, monkeypatch, capsys):
             "eval {checkpoint} --text {text} --policies oracle --balanced 2",
             "--balanced is of the policy polar",
         ),
-        (
+        pytest.param(
             "eval {checkpoint} --text {text} --tp 3",
             "tp 3 does not divide the model's 8",
+            marks=pytest.mark.devices(3),
         ),
         ("report nowhere.json --out {tmp}/page", "nowhere.json"),
     ],

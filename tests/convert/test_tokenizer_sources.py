@@ -155,10 +155,12 @@ GGUF_CASES = [pytest.param(*case[1:], id=case[0]) for case in GGUFS]
 
 @pytest.mark.parametrize(("architecture", "fields", "note"), GGUF_CASES)
 def test_gguf(architecture, fields, note, transformers, tmp_path):
+    pytest.importorskip("torch", reason="needs it: pip install torch")
     check_gguf(transformers, architecture, fields, note, 200, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "fields", "note"), GGUF_CASES)
 def test_gguf_on_2000_texts(architecture, fields, note, transformers, tmp_path):
+    pytest.importorskip("torch", reason="needs it: pip install torch")
     check_gguf(transformers, architecture, fields, note, 2000, tmp_path)

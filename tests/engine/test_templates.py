@@ -203,6 +203,7 @@ def test_files_of_templates_in_their_order(config, files, tmp_path):
 
 
 def test_what_templates_need_goes_with_the_checkpoint(tmp_path):
+    pytest.importorskip("torch", reason="needs it: pip install torch")
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=257,

@@ -3,38 +3,13 @@
 import jax
 import pytest
 
-
-def _implementations(*kernels):
-    if jax.default_backend() == "gpu":
-        return ("xla", *kernels)
-    return ("xla", *(f"{name}_interpret" for name in kernels))
+_TRITON = "triton" if jax.default_backend() == "gpu" else "triton_interpret"
 
 
-@pytest.fixture(params=_implementations("triton"))
+@pytest.fixture(params=["xla", _TRITON])
 def implementation(request):
     """Every implementation that can run here."""
     return request.param
-
-
-@pytest.fixture(params=_implementations("triton", "mosaic"))
-def attention_implementation(request):
-    """Every implementation of attention that can run here."""
-    if request.param.startswith("mosaic"):
-        request.getfixturevalue("mosaic_serves")
-    return request.param
-
-
-@pytest.fixture
-def mosaic_serves():
-    """Skips what neither the Mosaic kernel nor its interpreter can run here."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(
-            "the Mosaic kernel needs jax >= 0.11, and that Python 3.12: make test "
-            "PYTHON=python3.12"
-        )
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    if jax.default_backend() == "gpu" and capability != "9.0":
-        pytest.skip(f"the Mosaic kernel needs a Hopper GPU, not {capability}")
 
 
 @pytest.fixture

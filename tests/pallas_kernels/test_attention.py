@@ -11,11 +11,6 @@ from jaxtyping import jaxtyped
 from pallas_kernels import _backend, append_and_attend, select_head_attention
 from pallas_kernels.attention import configs, triton
 
-# Mosaic's interpreter multiplies the poison, as the tensor cores do.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:invalid value encountered:RuntimeWarning"
-)
-
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 
 
@@ -116,20 +111,6 @@ def attention_float64(
     return out
 
 
-@pytest.fixture
-def implementation(attention_implementation):
-    return attention_implementation
-
-
-def case_for(implementation, **kwargs):
-    """A case that the implementation serves: Mosaic has no float32 and no odd s."""
-    if implementation.startswith("mosaic"):
-        if kwargs.setdefault("dtype", "float32") == "float32":
-            kwargs["dtype"] = "bfloat16"
-        kwargs["s"] = -(-kwargs.get("s", 40) // 8) * 8
-    return make_case(**kwargs)
-
-
 def run(args, implementation, **options):
     attend = functools.partial(
         select_head_attention, implementation=implementation, **options
@@ -157,7 +138,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_matches_float64(name, implementation):
-    case = case_for(implementation, **CASES[name])
+    case = make_case(**CASES[name])
     case.check(run(case.args, implementation, **case.options))
 
 
@@ -200,7 +181,7 @@ def check_appended(case, written):
 
 @pytest.mark.parametrize("name", ["gqa", "mha-dense-d96", "window", "softcap", "long"])
 def test_append_and_attend(name, implementation):
-    case = case_for(implementation, **CASES[name])
+    case = make_case(**CASES[name])
     new, caches = take_newest(case)
     checked = jaxtyped(typechecker=beartype)(append_and_attend)
     attend = functools.partial(checked, implementation=implementation, **case.options)
@@ -220,9 +201,9 @@ def test_append_refuses_other_shapes_and_dtypes():
 
 
 def test_nothing_to_read(implementation):
-    case = case_for(implementation, b=2, lengths=(0, 0))
+    case = make_case(b=2, lengths=(0, 0))
     case.check(run(case.args, implementation))
-    case = case_for(implementation, b=2, s=500, n_active=(0, 0), lengths=(500, 3))
+    case = make_case(b=2, s=500, n_active=(0, 0), lengths=(500, 3))
     case.check(run(case.args, implementation))
 
 
@@ -246,7 +227,7 @@ def test_sweep(dtype, d, h, k, implementation):
 
 
 def test_density_one_is_dense(implementation):
-    case = case_for(implementation, n=3, n_active=(3,), lengths=(40, 0, 7))
+    case = make_case(n=3, n_active=(3,), lengths=(40, 0, 7))
     sparse = run(case.args, implementation)
     dense = run(case.args[:4], implementation)
     tolerance = TOLERANCE[case.q.dtype.name]
@@ -254,7 +235,7 @@ def test_density_one_is_dense(implementation):
 
 
 def test_a_sequence_does_not_depend_on_its_batch_mates(implementation):
-    case = case_for(implementation, n_active=(2, 2, 2))
+    case = make_case(n_active=(2, 2, 2))
     spoiled = case.q.at[1:].set(jnp.nan)
     out = run((spoiled, *case.args[1:]), implementation)
     assert np.all(np.isnan(out[1:]).any(axis=2).sum(axis=1) == 4)
@@ -265,7 +246,7 @@ def test_a_sequence_does_not_depend_on_its_batch_mates(implementation):
 def test_large_scores_do_not_overflow(implementation):
     # Ever larger scores: each block outweighs all that came before it.
     s, d = 304, 64
-    dtype = jnp.bfloat16 if implementation.startswith("mosaic") else jnp.float32
+    dtype = jnp.float32
     position = jnp.arange(s, dtype=jnp.float32)[:, None]
     keys = jnp.broadcast_to(position, (1, 1, s, d)).astype(dtype)
     values = jnp.where(position == s - 1, 2.0, 1e30).astype(dtype)
@@ -276,12 +257,12 @@ def test_large_scores_do_not_overflow(implementation):
 
 
 def test_scale(implementation):
-    case = case_for(implementation)
+    case = make_case()
     case.check(run((2.0 * case.q, *case.args[1:]), implementation, scale=0.5 / 8.0))
 
 
 def test_under_jit_in_a_scan(implementation):
-    case = case_for(implementation)
+    case = make_case()
 
     @jax.jit
     def steps(lengths):
@@ -296,9 +277,9 @@ def test_under_jit_in_a_scan(implementation):
 
 def test_annotations_hold(implementation):
     checked = jaxtyped(typechecker=beartype)(select_head_attention)
-    case = case_for(implementation)
+    case = make_case()
     case.check(checked(*case.args, implementation=implementation))
-    dense = case_for(implementation, n=None)
+    dense = make_case(n=None)
     dense.check(checked(*dense.args, implementation=implementation))
 
 

@@ -188,9 +188,7 @@ def test_dense_above_the_measured_fraction(monkeypatch):
         monkeypatch.setattr(tables, "mlp_dense_above", dense_above)
         return gathered_mlp(*case, activation="relu", implementation=implementation)
 
-    monkeypatch.setattr(
-        api, "resolve_without_mosaic", lambda name, function: name or "triton"
-    )
+    monkeypatch.setattr(api, "resolve", lambda name: name or "triton")
     monkeypatch.setattr(triton, "mlp", lambda *args, **kwargs: "gathered")
     # 33 of 70 are selected.
     check(mlp(0.47), case, "relu")
@@ -200,11 +198,6 @@ def test_dense_above_the_measured_fraction(monkeypatch):
     assert asked == [facts] * 3
     assert mlp(0.0, "triton") == "gathered"
     assert asked == [facts] * 3
-
-
-def test_there_is_no_mosaic_kernel():
-    with pytest.raises(NotImplementedError, match="gathered_mlp has no 'mosaic' kern"):
-        run(make_case(), "relu", "mosaic")
 
 
 def test_down_bias_is_kept_when_sparse(implementation):

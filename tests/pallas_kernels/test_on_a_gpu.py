@@ -55,11 +55,11 @@ def attention_case(rng, name):
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_error_is_that_of_dense_attention(name, rng, compiled):
+def test_error_is_that_of_dense_attention(name, rng):
     q, keys, values, lengths, heads = attention_case(rng, name)
     b, h, d = q.shape
     g = h // keys.shape[1]
-    out = select_head_attention(q, keys, values, lengths, implementation=compiled)
+    out = select_head_attention(q, keys, values, lengths, implementation="triton")
     dense = jax.nn.dot_product_attention(
         q[:, None],
         *(jnp.swapaxes(cache, 1, 2) for cache in (keys, values)),
@@ -77,20 +77,13 @@ def test_error_is_that_of_dense_attention(name, rng, compiled):
 
     assert error(out) <= 1.2 * error(dense)
     sparse = select_head_attention(
-        q, keys, values, lengths, heads, implementation=compiled
+        q, keys, values, lengths, heads, implementation="triton"
     )
     selected = np.zeros((b, h), bool)
     for i, row in enumerate(np.asarray(heads)):
         selected[i] = np.isin(np.arange(h) // g, row)
     exact[~selected] = 0
     assert error(sparse) <= 1.2 * error(np.where(selected[:, :, None], dense, 0))
-
-
-@pytest.fixture(params=["triton", "mosaic"])
-def compiled(request):
-    if request.param == "mosaic":
-        request.getfixturevalue("mosaic_serves")
-    return request.param
 
 
 def written(function, *args):
@@ -109,12 +102,12 @@ def written(function, *args):
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_attention_writes_every_output(name, rng, compiled):
+def test_attention_writes_every_output(name, rng):
     q, *rest, lengths, heads = attention_case(rng, name)
     for length in (lengths, lengths.at[0].set(0)):
         for n_active in (heads.shape[1], 0):
             active = jnp.full(len(lengths), n_active, jnp.int32)
-            attend = functools.partial(select_head_attention, implementation=compiled)
+            attend = functools.partial(select_head_attention, implementation="triton")
             out = written(attend, q, *rest, length, heads, active)
             assert np.isfinite(np.asarray(out, np.float32)).all()
 
@@ -141,12 +134,12 @@ def test_selection_writes_every_output(rng):
         assert (written(top, scores[:, :72]) >= 0).all()
 
 
-def test_kernels_compile_in_three_seconds(compiled):
+def test_kernels_compile_in_three_seconds():
     b, h, k, s, d, n = 64, 32, 8, 4096, 128, 5
     spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     index = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     cache, new = spec((b, k, s, d)), spec((b, k, d))
-    attend = functools.partial(append_and_attend, implementation=compiled)
+    attend = functools.partial(append_and_attend, implementation="triton")
     mlp = functools.partial(gathered_mlp, activation="relu", implementation="triton")
     up = spec((16384, 4096))
     calls = [

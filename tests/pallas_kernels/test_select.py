@@ -1,5 +1,4 @@
 import functools
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from pallas_kernels import (
-    Implementation,
     needed_neurons,
     top_heads,
     union_neurons,
@@ -248,14 +246,6 @@ def test_what_no_kernel_serves():
         )
     with pytest.raises(ValueError, match="implementation is 'cuda'"):
         top_heads(jnp.ones((1, 8)), 3, implementation="cuda")  # pyright: ignore
-    for name in get_args(Implementation):
-        if name.startswith("mosaic"):
-            with pytest.raises(NotImplementedError, match=f"no '{name}' kernel"):
-                top_heads(jnp.ones((1, 8)), 3, implementation=name)
-            with pytest.raises(NotImplementedError, match=f"no '{name}' kernel"):
-                union_neurons(
-                    jnp.ones((1, 8)), jnp.ones(1, bool), 3, implementation=name
-                )
 
 
 @pytest.mark.parametrize(

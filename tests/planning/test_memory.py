@@ -279,11 +279,13 @@ def test_host_devices_share_the_machine(machine):
         memory.cache_capacity(params, 1000, 1024, **fits)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_estimate_of_a_cpus_step_is_above_what_xla_takes(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "layers"), [(jnp.float32, 4), (jnp.bfloat16, 4), (jnp.bfloat16, 9)]
+)
+def test_the_estimate_of_a_cpus_step_is_above_what_xla_takes(dtype, layers):
     if jax.default_backend() == "gpu":
         pytest.skip("needs a CPU (JAX_PLATFORMS=cpu), which it is of")
-    config, batch, capacity = dataclasses.replace(CONFIG, layers=4), 64, 1024
+    config, batch, capacity = dataclasses.replace(CONFIG, layers=layers), 64, 1024
     shapes = weight_shapes(config, dtype)
     weights = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes)
     params = polarjax.Params(weights, polarjax.Dense(), config)

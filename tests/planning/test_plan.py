@@ -404,7 +404,7 @@ def test_a_live_device_is_asked_and_measured(monkeypatch):
     assert found.usable_bytes == 0.95e6 and found.device.bandwidth == 1e9
     assert [row.fits for row in found.rows] == [True, True, False, False]
     assert "measured" in found.device.source
-    assert polarjax.plan(LLAMA).device.platform == "cpu"
+    assert polarjax.plan(LLAMA).device.platform == jax.default_backend()
     with pytest.raises(ValueError, match=r"NVIDIA Toy does not say.*h100"):
         polarjax.plan(LLAMA, Device(None))
 
