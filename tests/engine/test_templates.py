@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import types
 
 import jinja2
 import pytest
@@ -25,7 +26,9 @@ from tests.engine.tool_templates import QWEN_2_5, SMOLLM_3
 from tests.models import LLAMA, byte_tokenizer
 
 transformers = pytest.importorskip(
-    "transformers", reason="needs it: pip install transformers"
+    "transformers",
+    minversion="5.24",  # 5.17 renders some otherwise
+    reason="needs 5.24: pip install 'transformers>=5.24'",
 )
 
 
@@ -39,7 +42,9 @@ def a_day(monkeypatch):
             return cls(2024, 2, 9, 8, 7)
 
     monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Day)
-    monkeypatch.setattr("polarjax.engine.templates.datetime.datetime", Day)
+    # Not the class of all modules: what is imported meanwhile in C would crash.
+    ours = types.SimpleNamespace(datetime=Day)
+    monkeypatch.setattr("polarjax.engine.templates.datetime", ours)
 
 
 def hugging_face_folder(folder, tokenizer_config, model=None, **files):
