@@ -126,6 +126,9 @@ def _advance(
     jax.jit,
     static_argnames=("config", "most", "implementation", "mesh"),
     donate_argnames=("cache", "logits"),
+    # A GPU's libraries are as fast for products of so many tokens as what XLA would
+    # write itself, and to try all of that takes half of the time to compile.
+    compiler_options={"xla_gpu_enable_triton_gemm": False},
 )
 def prefill(
     weights: Tree,
