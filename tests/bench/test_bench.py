@@ -210,7 +210,10 @@ def test_plots(results, tmp_path):
     ]
     first = [p.read_bytes() for p in drawn]
     assert [p.read_bytes() for p in plots.draw(path)] == first
-    assert plots.draw(results) == []  # one batch, one context, no profile
+    report = rows.read(results)  # one batch, one context; a GPU has a profile of it
+    report["rows"] = [row for row in report["rows"] if row["kind"] != "profile"]
+    path.write_text(json.dumps(report))
+    assert plots.draw(path) == []
 
 
 def test_layers_alone_compute_what_the_layers_compute():
