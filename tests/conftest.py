@@ -1,17 +1,21 @@
 """Fixtures that several folders share."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-# Before jax starts: tests of sharding need several devices. Without a GPU most of the
-# time goes into compiling tiny programs, a third of it into LLVM's optimisations.
+# Before jax starts: tests of sharding need several devices. On a CPU most of the time
+# goes into compiling tiny programs, half of it into emitters that later versions have
+# made faster, a third of the rest into optimising them.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0"
-    * (importlib.util.find_spec("jax_cuda13_plugin") is None),
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jax").startswith("0.10."),
 )
 
 # A test's programs are no use to the user whose cache folder it is.
@@ -19,6 +23,7 @@ os.environ["POLARJAX_NO_COMPILE_CACHE"] = "1"
 
 import jax
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -50,6 +55,10 @@ def selection_is_worth_it(monkeypatch):
 
 
 def pytest_runtest_setup(item):
+    if jax.default_backend() == "cpu":
+        # But a real model's numbers take longer to compute than its program to compile.
+        real = any(name.startswith("smollm2") for name in item.fixturenames)
+        jax.config.update("jax_disable_most_optimizations", not real)
     if "gpu" in item.keywords and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU, and jax for it: make test-gpu")
     for mark in item.iter_markers("devices"):
@@ -80,14 +89,50 @@ def smollm2_gguf() -> Path:
     return path
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable) -> Path:
+    """A folder that all workers of a run share, filled by the first that needs it."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, begun = base / name, base / f"{name}.begun"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            shutil.rmtree(begun, ignore_errors=True)
+            make(begun)
+            begun.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder(smollm2_gguf, tmp_path_factory) -> Path:
-    """The default model, converted at float32."""
+    """The default model, converted at float32; read only."""
     from convert import convert
 
-    folder = tmp_path_factory.mktemp("smollm2") / "float32"
-    convert(smollm2_gguf, folder, dtype="float32", progress=False)
-    return folder
+    def make(folder):
+        convert(smollm2_gguf, folder, dtype="float32", progress=False)
+
+    return made_once(tmp_path_factory, "smollm2", make)
+
+
+@pytest.fixture(scope="session")
+def smollm2_torch(smollm2_gguf, tmp_path_factory):
+    """The default model as `transformers` reads its file, in torch, float32."""
+    torch = pytest.importorskip("torch", reason="needs it: pip install torch")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs it: pip install transformers"
+    )
+    pytest.importorskip("accelerate", reason="needs it: pip install accelerate")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def make(folder):  # which takes half a minute
+        file = {"gguf_file": smollm2_gguf.name}
+        model = load(smollm2_gguf.parent, dtype=torch.float32, **file)
+        model.hf_quantizer = None  # its numbers are float32 by now
+        del model.config.quantization_config
+        model.save_pretrained(folder)
+
+    folder = made_once(tmp_path_factory, "smollm2-torch", make)
+    return load(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")

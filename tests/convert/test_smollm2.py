@@ -51,10 +51,8 @@ def transformers(smollm2_gguf):
 
 
 @pytest.fixture(scope="module")
-def reference(transformers, smollm2_gguf):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype="float32"
-    ).eval()
+def reference(smollm2_torch):
+    return smollm2_torch
 
 
 def padded(prompts):

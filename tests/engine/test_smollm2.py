@@ -66,14 +66,9 @@ def test_the_models_own_stop_tokens_end_a_text(smollm2, expected):
 
 
 @pytest.mark.slow
-def test_transformers_writes_these_texts(smollm2_gguf, tokenizer, expected):
+def test_transformers_writes_these_texts(smollm2_torch, tokenizer, expected):
     torch = pytest.importorskip("torch", reason="needs it: pip install torch")
-    transformers = pytest.importorskip(
-        "transformers", reason="needs it: pip install transformers"
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype="float32"
-    ).eval()
+    model = smollm2_torch
     for prompt, continuation in zip(PROMPTS, expected, strict=True):
         ids = tokenizer.encode(prompt)
         with torch.no_grad():

@@ -180,7 +180,7 @@ TASKS = [
 @pytest.fixture(scope="module")
 def scorer(smollm2):
     """One for all tasks: they share its programs."""
-    return Scorer(smollm2, {"Dense": polarjax.Dense()}, batch=40)
+    return Scorer(smollm2, {"Dense": polarjax.Dense()}, batch=8)
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
