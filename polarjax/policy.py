@@ -175,6 +175,11 @@ class Reads:
     groups: tuple[float, ...]
     neurons: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        """All neurons are read where none are named."""
+        everything = (1.0,) * len(self.groups)
+        object.__setattr__(self, "neurons", tuple(self.neurons) or everything)
+
     @classmethod
     def everything(cls, config: Any) -> Reads:
         """What the dense model reads, of a `ModelConfig`."""
@@ -206,6 +211,13 @@ class Learned:
     adaptive: bool = dataclasses.field(default=False, metadata=_static)
     neuron_budgets: NeuronBudgets = dataclasses.field(default=(), metadata=_static)
     thresholds: Thresholds = dataclasses.field(default=(), metadata=_static)
+
+    def __post_init__(self) -> None:
+        """Programs are kept by these numbers, for which lists would not do."""
+        by_batch = tuple((b, tuple(n)) for b, n in self.neuron_budgets)
+        object.__setattr__(self, "budgets", tuple(self.budgets))
+        object.__setattr__(self, "neuron_budgets", by_batch)
+        object.__setattr__(self, "thresholds", tuple(self.thresholds))
 
     @classmethod
     def from_json(cls, text: str) -> Learned:
@@ -349,6 +361,74 @@ class Policy:
         """
         del load
         return Reads.everything(config)
+
+
+def check_policy(policy: Any) -> Policy:
+    """The policy, if it is one.
+
+    Raises:
+      TypeError: naming what it is instead.
+    """
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a policy like Dense(), got {policy!r:.80}")
+    return policy
+
+
+def check_groups(chosen: Any, policy: Policy, b: int, k: int) -> None:
+    """Raise unless an answer to `Policy.groups` is one, when the step is traced.
+
+    Args:
+      chosen: the answer.
+      policy: that gave it.
+      b: sequences.
+      k: KV groups.
+
+    Raises:
+      TypeError: if it is neither `Groups` nor None.
+      ValueError: if an array has another shape or dtype; it is named.
+    """
+    if chosen is None:
+        return
+    name = f"{type(policy).__name__}.groups"
+    if not isinstance(chosen, Groups):
+        raise TypeError(f"{name} answers Groups or None, not {type(chosen).__name__}")
+    n = jnp.shape(chosen.index)[1] if jnp.ndim(chosen.index) == 2 else 0
+    if not 1 <= n <= k:
+        raise ValueError(
+            f"{name} answered an index of shape {list(jnp.shape(chosen.index))}; it "
+            f"must be [{b}, n] with n from 1 to {k}"
+        )
+    _check_integers(f"{name} answered an index", chosen.index, (b, n))
+    _check_integers(f"{name} answered a count", chosen.count, (b,))
+
+
+def check_rows(rows: Any, policy: Policy) -> None:
+    """Raise unless an answer to `Policy.neurons` is one, when the step is traced.
+
+    Args:
+      rows: the answer.
+      policy: that gave it.
+
+    Raises:
+      TypeError: if it is neither `Rows` nor None.
+      ValueError: if the index has another shape or dtype.
+    """
+    if rows is None:
+        return
+    name = f"{type(policy).__name__}.neurons"
+    if not isinstance(rows, Rows):
+        raise TypeError(f"{name} answers Rows or None, not {type(rows).__name__}")
+    _check_integers(f"{name} answered an index", rows.index, (jnp.size(rows.index),))
+
+
+def _check_integers(what: str, array: Any, shape: tuple[int, ...]) -> None:
+    if jnp.shape(array) != shape or not jnp.issubdtype(
+        jnp.result_type(array), jnp.integer
+    ):
+        raise ValueError(
+            f"{what} that is {jnp.result_type(array)}{list(jnp.shape(array))}; it must "
+            f"be int32{list(shape)}"
+        )
 
 
 def groups_read(chosen: Groups | None, b: int, k: int) -> jax.Array:

@@ -75,7 +75,9 @@ def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
         whole = [isinstance(x, int | np.integer) for x in ids]
         if all(whole) and not any(isinstance(x, bool) for x in ids):
             return [int(x) for x in ids]
-    raise TypeError(f"prompt {i} must be a str or a list of token ids, got {prompt!r}")
+    raise TypeError(
+        f"prompt {i} must be a str or a list of token ids, got {reprlib.repr(prompt)}"
+    )
 
 
 def _listed(name: str, value: Any) -> Any:

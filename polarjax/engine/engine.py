@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, resolve
 from polarjax.engine import programs
 from polarjax.engine.checks import (
     Settings,
@@ -118,6 +118,8 @@ class Engine:
         mesh: Mesh | None = None,
         implementation: Implementation | None = None,
     ) -> None:
+        if not isinstance(params, Params):
+            raise TypeError(f"params must be polarjax.Params, got {params!r:.60}")
         params = shard(params, mesh) if mesh is not None else on_devices(params)
         self.params, self.mesh = params, mesh_of(params.weights)
         config = params.config
@@ -144,6 +146,7 @@ class Engine:
             memory_fraction=memory_fraction,
         )
         capacity = from_main(capacity) if self._many else capacity
+        resolve(implementation)
         self._common = {"config": config.architecture, "implementation": implementation}
         self._state, self._logits = programs.empty_state(
             config, self.slots, capacity, params.weights
@@ -157,6 +160,8 @@ class Engine:
         self._compiled_seconds = 0.0
         # While `generate` runs: what came of `add` alone would grow without an end.
         self._counting = False
+        self._calls = self._added = 0
+        self._ended, self._half_way = "", False
         if self.slots > 1 and programs.takes_whole_chunks(params.weights):
             self._compile_prefill()
 
@@ -201,8 +206,24 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Give the memory of cache and bound weights back."""
+        """End every request, and give the memory of cache and bound weights back."""
+        self._end("this engine is closed: make a new one")
+
+    def _end(self, why: str) -> None:
+        """Cancel what is open; the arrays go, whatever became of them."""
+        if self._ended:
+            return
+        self._ended = why
+        for request in [*self._waiting, *(one for one in self._rows if one)]:
+            request.cancel()
+        self._waiting, self._begun, self._counted = [], [], []
+        self._rows = [None] * self.slots
+        self._given = None
         del self._state, self._logits, self._bound, self.weights
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise RuntimeError(self._ended)
 
     @property
     def idle(self) -> bool:
@@ -225,12 +246,17 @@ class Engine:
         Raises:
           TypeError: if the prompt is neither.
           ValueError: if it or a setting is out of range; it is named.
+          RuntimeError: if the engine is closed.
         """
-        config = self.params.config
+        self._check_open()
+        config, settings = self.params.config, settings or Settings()
+        if not isinstance(settings, Settings):
+            raise TypeError(f"settings must be polarjax.Settings, got {settings!r}")
         [ids] = encode_prompts([prompt], self.tokenizer, config)
-        asked = dataclasses.asdict(settings or Settings())
+        asked = dataclasses.asdict(settings)
         [one] = settings_of(config, self.tokenizer, 1, asked)
-        request = self._request(ids, one, 0)
+        request = self._request(ids, one, self._added)
+        self._added += 1
         self._waiting.append(request)
         return request
 
@@ -271,7 +297,9 @@ class Engine:
             )
 
     def cancel(self, request: Request) -> None:
-        """End a request: it gets no further tokens, and its row is free again."""
+        """End a request of this engine: it gets no further tokens."""
+        if not isinstance(request, Request):
+            raise TypeError(f"cancel takes what add returned, got {request!r}")
         if request in self._waiting:
             self._waiting.remove(request)
         request.cancel()
@@ -280,9 +308,28 @@ class Engine:
     def step(self) -> list[Request]:
         """Go on: begin what waits, decode a chunk, and hand on what has come.
 
+        An interruption while the host waits loses nothing. After one that leaves the
+        arrays on the devices half-way, the requests are cancelled and the engine is of
+        no further use.
+
         Returns:
           The requests that got tokens or ended.
+
+        Raises:
+          ValueError: if the model yields NaN for a request, which has been cancelled
+            then; the others go on.
+          RuntimeError: if the engine is closed, or was interrupted half-way.
         """
+        self._check_open()
+        try:
+            return self._step()
+        except BaseException:
+            if self._half_way:
+                self._end("this engine was interrupted in a step: make a new one")
+            raise
+
+    def _step(self) -> list[Request]:
+        self._half_way = False
         done: list[Request] = []
         looks = any(one is not None and one.stops for one in self._rows)
         if looks or self._waiting:
@@ -293,7 +340,7 @@ class Engine:
             if any(one is not None and one.stops for one in self._rows):
                 done += self._deliver()
         live = self._going()
-        earlier, self._begun = self._begun, []
+        earlier = len(self._begun)
         if live:
             self._decode(live)
         done += self._deliver(earlier)  # while the device is at the next chunk
@@ -309,6 +356,7 @@ class Engine:
         return going
 
     def _begin(self) -> None:
+        self._half_way = True
         free = [i for i, one in enumerate(self._rows) if one is None]
         taken = dict(zip(free, self._waiting, strict=False))
         del self._waiting[: len(taken)]
@@ -340,7 +388,8 @@ class Engine:
         drawn = jax.tree.map(lambda x: x[None], drawn)
         rows = [taken.get(i) for i in range(self.slots)]
         live = to_host(self._state.live)
-        self._begun.append(_Chunk(drawn, live, rows, counts=False))
+        self._begun.append(_Chunk(drawn, live, rows, call=None))
+        self._half_way = False
         self._clock.lap("prefill")
 
     def _decode(self, live: list[int]) -> None:
@@ -349,6 +398,7 @@ class Engine:
         number = min(self.chunk, left)
         go_on = np.zeros(self.slots, bool)
         go_on[live] = True
+        self._half_way = True
         self._state, drawn = self._clock.run(
             programs.decode_chunk,
             self.weights,
@@ -359,12 +409,15 @@ class Engine:
             None if whole else np.int32(number),
             steps=self.chunk,
             mesh=self.mesh,
+            kind=type(self._bound),
             **self._common,
         )
         self._steps += self.chunk if whole else number
         for i in live:
             self._rows[i].left -= number  # type: ignore[union-attr]
-        self._begun.append(_Chunk(drawn, self._state.live, list(self._rows)))
+        call = self._calls if self._counting else None
+        self._begun.append(_Chunk(drawn, self._state.live, list(self._rows), call))
+        self._half_way = False
 
     def _slot_data(self) -> programs.SlotData:
         """What each row's request asked for, on the devices."""
@@ -381,25 +434,39 @@ class Engine:
     def _placed(self, array: Any) -> jax.Array:
         return place_rows(array, self.mesh) if self.mesh else jnp.asarray(array)
 
-    def _deliver(self, chunks: list[_Chunk] | None = None) -> list[Request]:
-        """Hand on what chunks brought, and free the rows of requests that ended."""
-        if chunks is None:
-            chunks, self._begun = self._begun, []
+    def _deliver(self, number: int | None = None) -> list[Request]:
+        """Hand on what the first chunks brought, and free the rows that ended."""
         news: dict[int, Request] = {}
-        for chunk in chunks:
-            drawn, live = to_host((chunk.drawn, chunk.live))
-            if chunk.counts and self._counting:
+        wrong: list[Request] = []
+        for _ in range(len(self._begun) if number is None else number):
+            chunk = self._begun[0]
+            drawn, live = to_host((chunk.drawn, chunk.live))  # which may take a while
+            self._half_way = True
+            del self._begun[0]
+            if self._counting and chunk.call == self._calls:
                 self._counted.append(drawn)
             for i, request in enumerate(chunk.rows):
                 if request is None or not request.going:
                     continue
-                _take(request, drawn, i, ended=not live[i])
+                if not _take(request, drawn, i, ended=not live[i]):
+                    request.cancel()
+                    wrong.append(request)
                 news[id(request)] = request
+            self._half_way = False
+        self._free()
+        if wrong:
+            raise ValueError(
+                f"the model yields NaN for prompt {wrong[0].number}: its weights are "
+                "damaged"
+            )
+        return list(news.values())
+
+    def _free(self) -> None:
+        """Give the rows of requests that have ended to others."""
         for i, request in enumerate(self._rows):
             if request is not None and not request.going:
                 self._rows[i], self._settings[i] = None, _IDLE
                 self._given = None
-        return list(news.values())
 
     @default_numbers
     def generate(
@@ -419,7 +486,16 @@ class Engine:
         Raises:
           TypeError: if prompts are no list of str or token ids.
           ValueError: if a prompt or setting is out of range; it is named.
+          RuntimeError: if the engine is closed, or another `generate` of it goes on.
         """
+        self._check_open()
+        if self._counting:
+            raise RuntimeError(
+                "generate of this engine goes on already, whose figures would be mixed "
+                "with yours: take add and step, or an engine of your own"
+            )
+        if stream is not None and not callable(stream):
+            raise TypeError(f"stream must be a function, got {stream!r}")
         config = self.params.config
         encoded = encode_prompts(prompts, self.tokenizer, config)
         if self._many:
@@ -431,7 +507,7 @@ class Engine:
         pairs = enumerate(zip(encoded, asked, strict=True))
         requests = [self._request(ids, one, i) for i, (ids, one) in pairs]
         self._waiting += requests
-        self._counting = True
+        self._counting, self._calls = True, self._calls + 1
         try:
             self._finish(requests, stream)
         except BaseException:  # of weights, a stream or a user who waits no longer
@@ -445,13 +521,18 @@ class Engine:
 
     def _finish(self, requests: list[Request], stream: Stream | None) -> None:
         """Go on until some requests have ended, and stream them."""
-        numbers = {id(request): i for i, request in enumerate(requests)}
-        while any(request.going for request in requests):
-            for request in self.step():
-                if stream and id(request) in numbers:
-                    text, tokens = request.news()
-                    if text or tokens:
-                        stream(numbers[id(request)], text, tokens)
+        unsaid = dict(enumerate(requests))
+        while unsaid:
+            if any(request.going for request in requests):
+                self.step()
+            for i, request in list(unsaid.items()):
+                ended = not request.going
+                # A stream may have called `step` itself: all are asked.
+                text, tokens = request.news() if stream else ("", [])
+                if stream and (text or tokens):
+                    stream(i, text, tokens)
+                if ended:
+                    del unsaid[i]
 
     def _output(self, requests: list[Request]) -> Output:
         stats = make_stats(
@@ -484,24 +565,23 @@ class _Chunk:
       drawn: on the devices, each leaf with an axis of steps first.
       live: bool[b], who goes on after it; on the devices until that is asked.
       rows: who had which row.
-      counts: whether they are decode steps, for statistics.
+      call: of `generate`, in whose statistics they count; None for none.
     """
 
     drawn: programs.Drawn
     live: Any
     rows: list[Request | None]
-    counts: bool = True
+    call: int | None
 
 
-def _take(request: Request, drawn: programs.Drawn, row: int, ended: bool) -> None:
-    """Hand a request what a chunk drew in its row."""
+def _take(request: Request, drawn: programs.Drawn, row: int, ended: bool) -> bool:
+    """Hand a request what a chunk drew in its row; False if that is NaN."""
     keep = drawn.valid[:, row]
     logprobs = drawn.logprob[keep, row]
     if np.isnan(logprobs).any():
-        raise ValueError(
-            f"the model yields NaN for prompt {request.number}: its weights are damaged"
-        )
+        return False
     request.add(drawn.token[keep, row].tolist(), logprobs.tolist(), ended=ended)
+    return True
 
 
 def on_devices(params: Params) -> Params:

@@ -25,7 +25,7 @@ from polarjax.planning.memory import MEMORY_FRACTION, room_for
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies import Density, named
 from polarjax.policies.budgets import count
-from polarjax.policy import Dense, Load, Policy
+from polarjax.policy import Dense, Load, Policy, check_policy
 from polarjax.settings import default_numbers
 
 
@@ -242,9 +242,7 @@ def _choose_policy(
     if policy is not None:
         if density is not None:
             raise ValueError("pass either policy or density, not both")
-        if isinstance(policy, type) or not isinstance(policy, Policy):
-            raise TypeError(f"policy must be a policy like Dense(), got {policy!r}")
-        return policy
+        return check_policy(policy)
     if density is not None:
         return params.policy if params.routers else named("polar")
     return None

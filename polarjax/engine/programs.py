@@ -335,7 +335,7 @@ def read_prompts(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "steps", "implementation", "mesh"),
+    static_argnames=("config", "steps", "implementation", "mesh", "kind"),
     donate_argnames=("state",),
 )
 def decode_chunk(
@@ -350,6 +350,7 @@ def decode_chunk(
     steps: int,
     implementation: Implementation | None,
     mesh: Mesh | None = None,
+    kind: type | None = None,
 ) -> tuple[State, Drawn]:
     """Some decode steps, with no word to the host between them.
 
@@ -364,11 +365,14 @@ def decode_chunk(
       steps: most steps, for which there is room in what is returned.
       implementation: of the kernels.
       mesh: that the model is cut over; None for one device.
+      kind: class of the policy. jax 0.10 takes the trees of two dataclasses with equal
+        fields for the same, and with that one's program for the other's.
 
     Returns:
       The new state, and what was drawn, each leaf with a leading axis of `steps`; 0 in
       those that were not taken.
     """
+    del kind
     model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
     cut = model.share if model.share and model.share.cuts_vocabulary else None
 

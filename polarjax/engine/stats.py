@@ -150,8 +150,7 @@ def make_stats(
     for drawn in chunks:
         by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
         reads += by_layer.sum(axis=(0, 2))
-        # Layer 0 is always dense: it counts the steps.
-        live_steps += int(by_layer[:, 0].sum()) // config.kv_heads
+        live_steps += int((np.asarray(drawn.visible) > 0).sum())
         read, whole = kv_rows(drawn, config)
         kv_read += read
         kv_whole += whole

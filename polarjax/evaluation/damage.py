@@ -183,7 +183,7 @@ def _compare(
             policy.of(params.policy.learned).sized(len(prompts)).bind(params)
         )
         args = params.weights, weights, bound, cache, lengths > 0, read[3]
-        kl, agree, groups = to_host(_divergences(*args, **common))
+        kl, agree, groups = to_host(_divergences(*args, kind=type(policy), **common))
         kl, agree = kl[: len(prompts)], agree[: len(prompts)]
         if not np.isfinite(kl).all():
             raise ValueError(f"{label} or the dense model yields logits that are NaN")
@@ -197,7 +197,9 @@ def _compare(
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "implementation", "mesh", "kind")
+)
 def _divergences(
     dense_weights: Tree,
     weights: Tree,
@@ -209,12 +211,14 @@ def _divergences(
     config: ModelConfig,
     implementation: Implementation | None,
     mesh: Mesh | None,
+    kind: type,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Decode the dense text int32[b, n] of live rows twice, side by side.
 
     Returns float32[b, n - 1], KL divergences of what follows token i; bool[b, n - 1],
     whether the best token is the same; and int32[], KV groups that the policy read.
     """
+    del kind  # see `polarjax.engine.programs.decode_chunk`
     model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
     dense_model = make_decoder(config, dense_weights, (), implementation, mesh)
 

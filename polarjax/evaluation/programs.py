@@ -73,7 +73,9 @@ def spread(
     return jax.lax.with_sharding_constraint(found, cache_places(found, mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "implementation", "mesh", "kind")
+)
 def decode(
     weights: Tree,
     policy: Policy,
@@ -84,6 +86,7 @@ def decode(
     config: ModelConfig,
     implementation: Implementation | None,
     mesh: Mesh | None,
+    kind: type | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Teacher-forced decoding: token i is read, then token i + 1 is scored.
 
@@ -96,11 +99,13 @@ def decode(
       config: of the model.
       implementation: of the kernels.
       mesh: that the model is cut over, and the rows; None for one device.
+      kind: class of the policy, see `polarjax.engine.programs.decode_chunk`.
 
     Returns:
       Negative log-likelihoods float32[b, n]; whether each token was the most probable,
       bool[b, n]; int32[layers, k], how often each KV group was read.
     """
+    del kind
     model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
 
     def follow(weights, policy, cache, tokens, counts):
@@ -128,7 +133,9 @@ def decode(
     return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "implementation", "mesh", "kind")
+)
 def mask(
     weights: Tree,
     policy: Policy,
@@ -138,8 +145,10 @@ def mask(
     config: ModelConfig,
     implementation: Implementation | None,
     mesh: Mesh | None,
+    kind: type | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `decode` from an empty cache, by a masked dense model."""
+    del kind
     model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
 
     def follow(weights, policy, tokens, counts):

@@ -33,7 +33,7 @@ from polarjax.mesh.cut import DP, axis_size, mesh_of
 from polarjax.mesh.processes import to_host
 from polarjax.params import Params
 from polarjax.planning.sizes import positive
-from polarjax.policy import Load, Policy
+from polarjax.policy import Load, Policy, check_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Scorer:
         self._rows = self.batch + -self.batch % self._parts
         self._bound = {}
         for label, policy in policies.items():
-            own = policy.of(params.policy.learned).sized(self.batch)
+            own = check_policy(policy).of(params.policy.learned).sized(self.batch)
             self._bound[label] = own.bind(params)
         self._common = {
             "config": params.config.architecture,
@@ -158,7 +158,11 @@ class Scorer:
             for key, bound in zip(others, self._bound.values(), strict=True):
                 if key not in self._programs:
                     jobs[key] = functools.partial(
-                        function.lower, *bound, *arrays, **self._common
+                        function.lower,
+                        *bound,
+                        *arrays,
+                        kind=type(bound[1]),
+                        **self._common,
                     )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             built = pool.map(lambda lower: lower().compile(), jobs.values())

@@ -33,7 +33,14 @@ from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
 from polarjax.model.pick import Pick, pages_read
 from polarjax.model.positions import angles
-from polarjax.policy import Groups, Policy, Seen, Threshold, groups_read
+from polarjax.policy import (
+    Groups,
+    Policy,
+    Seen,
+    Threshold,
+    check_groups,
+    groups_read,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -241,7 +248,9 @@ class Attention(nn.Module):
             seen = dataclasses.replace(seen, norms=norms)
 
         def choose(seen: Seen) -> Groups | None:
-            return policy.groups(self.layer, seen, pick)
+            chosen = policy.groups(self.layer, seen, pick)
+            check_groups(chosen, policy, len(seen.live), self._groups)
+            return chosen
 
         # A policy answers for one position of each sequence.
         chosen = jax.vmap(choose, (positions_of(seen),))(seen)
@@ -326,9 +335,12 @@ class Attention(nn.Module):
             norms = head_norms(o, c.kv_heads, self.share)
             seen, k, v = dataclasses.replace(seen, norms=norms), None, None
         chosen = policy.groups(self.layer, seen, pick)
+        check_groups(chosen, policy, b, self._groups)
         pages = policy.pages(self.layer, seen, pick)
         every = groups_read(chosen, b, self._groups) & live[:, None]
-        count = jnp.full(b, self._groups) if chosen is None else chosen.count
+        count = jnp.full(b, self._groups)
+        if chosen is not None:
+            count = jnp.clip(chosen.count, 0, chosen.index.shape[1])
         own = chosen
         if self.share and chosen is not None:
             mine = own_groups(every, self.share)

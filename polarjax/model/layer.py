@@ -29,7 +29,7 @@ from polarjax.model.causal import long_attention
 from polarjax.model.mlp import MLP
 from polarjax.model.norms import Norm
 from polarjax.model.pick import Pick
-from polarjax.policy import Policy, Rows, Seen
+from polarjax.policy import Policy, Rows, Seen, check_rows
 
 
 class Layer(nn.Module):
@@ -99,7 +99,9 @@ class Layer(nn.Module):
             seen = dataclasses.replace(seen, gate=self.mlp.open_gate(z))
 
         def choose(seen: Seen) -> Rows | None:
-            return policy.neurons(self.layer, seen, pick)
+            rows = policy.neurons(self.layer, seen, pick)
+            check_rows(rows, policy)
+            return rows
 
         rows = jax.vmap(choose, (positions_of(seen),))(seen)
         thin = functools.partial(thinned, policy, self.layer, pick=pick)
@@ -202,6 +204,7 @@ class Layer(nn.Module):
         if policy.wants.gate:
             seen = dataclasses.replace(seen, gate=self.mlp.open_gate(z))
         neurons = policy.neurons(self.layer, seen, pick)
+        check_rows(neurons, policy)
         parts = self.mlp.step(z, neurons)
         if post:  # what was normalised is the stream
             x, parts = self.mlp_norm.add(z, parts, self.implementation)[1], None

@@ -19,7 +19,7 @@ from polarjax.config import ModelConfig
 from polarjax.params import Params
 from polarjax.planning.bandwidth import read_bandwidth
 from polarjax.planning.cost import StepCost, step_cost
-from polarjax.policy import Dense, Load, Policy, Reads
+from polarjax.policy import Dense, Load, Policy, Reads, check_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +164,12 @@ def settle(
       A policy, not yet bound, and notes for `Stats`.
     """
     asked, config = policy is not None, params.config
+    if policy is not None:
+        check_policy(policy)
     if policy is None:
-        policy = params.policy if params.routers else Dense()
+        policy = params.policy
+        if any(policy.learned.numbers().values()) and not params.routers:
+            policy = Dense()  # budgets, and nothing that could choose
     policy = policy.of(params.policy.learned).sized(load.batch)
     policy = policy.flexing() if densities else policy
     devices = list(params.weights["embed"]["tokens"].devices())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,20 @@ _TIGHT = 64
 # Of what XLA may take. The rest is for what is not counted: programs, gaps between
 # buffers.
 MEMORY_FRACTION = 0.95
+
+
+class Taken(TypedDict, total=False):
+    """What a batch needs beside its cache, and of which memory.
+
+    Attributes:
+      prefill_tokens: prompt tokens that are computed at once.
+      prompt_tokens: of the longest prompt.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
+    """
+
+    prefill_tokens: Required[int]
+    prompt_tokens: Required[int]
+    memory_fraction: float
 
 
 def capacities(config: ModelConfig, tokens: int) -> tuple[int, int]:
@@ -115,13 +129,7 @@ def sampling_bytes(config: ModelConfig, batch: int) -> int:
 
 
 def cache_capacity(
-    params: Params,
-    batch: int,
-    tokens: int,
-    *,
-    prefill_tokens: int,
-    prompt_tokens: int,
-    memory_fraction: float = MEMORY_FRACTION,
+    params: Params, batch: int, tokens: int, **taken: Unpack[Taken]
 ) -> int:
     """The first of `capacities` with which a batch fits into its devices' memory.
 
@@ -132,15 +140,53 @@ def cache_capacity(
       params: the model, in its devices' memory.
       batch: sequences, b.
       tokens: most of a request, prompt and continuation.
-      prefill_tokens: that are computed at once.
-      prompt_tokens: of the longest prompt.
-      memory_fraction: of the memory that XLA may take, in (0, 1].
+      **taken: what else there has to be room for, and of which memory.
 
     Returns:
       Positions of the cache, s.
 
     Raises:
       ValueError: if it does not fit; it names what would.
+    """
+    shapes = [(batch, s) for s in capacities(params.config, tokens)]
+    return _first_that_fits(params, shapes, **taken)[1]
+
+
+def room_for(
+    params: Params, batch: int, tokens: int, **taken: Unpack[Taken]
+) -> tuple[int, int]:
+    """Slots and context of an engine for a batch: powers of two where there is room.
+
+    Args:
+      params: the model, in its devices' memory.
+      batch: sequences, b.
+      tokens: most of a request, prompt and continuation.
+      **taken: what else there has to be room for, and of which memory.
+
+    Raises:
+      ValueError: if the batch does not fit; it names what would.
+    """
+    roomy, tight = capacities(params.config, tokens)
+    shapes = [(bucket(batch, 1), roomy), (batch, roomy), (batch, tight)]
+    return _first_that_fits(params, shapes, **taken)
+
+
+def _first_that_fits(
+    params: Params,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    prefill_tokens: int,
+    prompt_tokens: int,
+    memory_fraction: float = MEMORY_FRACTION,
+) -> tuple[int, int]:
+    """Of some sequences and positions of a cache, the first that there is room for.
+
+    Args:
+      params: the model, in its devices' memory.
+      shapes: (b, s) each, the smallest last, which an error is about.
+      prefill_tokens: see `Taken`.
+      prompt_tokens: see `Taken`.
+      memory_fraction: see `Taken`.
     """
     check_fraction(memory_fraction)
     config = params.config
@@ -170,10 +216,10 @@ def cache_capacity(
             step = cpu_step_bytes(own, batch, capacity, params.dtype, weight_bytes)
         return cache + max(prefill, step) + sampling_bytes(config, batch)
 
-    roomy, capacity = capacities(config, tokens)
-    for positions in (roomy, capacity):
-        if needed(batch, positions) <= free:
-            return positions
+    for shape in shapes:
+        if needed(*shape) <= free:
+            return shape
+    batch, capacity = shapes[-1]
     need = needed(batch, capacity)
     smaller = largest(lambda b: needed(b, capacity) <= free, batch)
     most = -(-capacity // _TIGHT)
@@ -188,48 +234,6 @@ def cache_capacity(
         + (f"{' or '.join(fits)} would fit" if fits else "not even batch 1 would fit")
         + "; `polarjax plan` shows what does"
     )
-
-
-def room_for(
-    params: Params,
-    batch: int,
-    tokens: int,
-    *,
-    prefill_tokens: int,
-    prompt_tokens: int,
-    memory_fraction: float = MEMORY_FRACTION,
-) -> tuple[int, int]:
-    """Slots and context of an engine for a batch: powers of two where there is room.
-
-    Args:
-      params: the model, in its devices' memory.
-      batch: sequences, b.
-      tokens: most of a request, prompt and continuation.
-      prefill_tokens: that are computed at once.
-      prompt_tokens: of the longest prompt.
-      memory_fraction: of the memory that XLA may take, in (0, 1].
-
-    Raises:
-      ValueError: if the batch does not fit; it names what would.
-    """
-    roomy, tight = capacities(params.config, tokens)
-    slots = bucket(batch, 1)
-    for many, positions in ((slots, roomy), (batch, roomy), (batch, tight)):
-        try:
-            cache_capacity(
-                params,
-                many,
-                positions,
-                prefill_tokens=prefill_tokens,
-                prompt_tokens=prompt_tokens,
-                memory_fraction=memory_fraction,
-            )
-        except ValueError:
-            if (many, positions) == (batch, tight):
-                raise
-        else:
-            return many, positions
-    raise AssertionError("the last of them returns or raises")
 
 
 def _free(device: Any, memory_fraction: float, devices: int) -> tuple[float, bool]:

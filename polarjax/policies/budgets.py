@@ -151,6 +151,10 @@ def check_parts(kv_heads: int, parts: int) -> None:
         raise ValueError(f"{kv_heads} KV groups do not divide into {parts} equal parts")
 
 
+# Of any model one group at least is read; what is 0 in float32 would ask for nothing.
+_LEAST_DENSITY = 2.0**-20
+
+
 def check_density(density: Any) -> float:
     """Raise unless a density is a number in (0, 1].
 
@@ -164,7 +168,7 @@ def check_density(density: Any) -> float:
         raise ValueError(
             f"density must be a number above 0 and at most 1, got {density!r}"
         )
-    return float(density)
+    return max(float(density), _LEAST_DENSITY)
 
 
 def check_densities(density: Density, batch: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """`Engine`: requests come and go, and none of them notices."""
 
 import dataclasses
+import functools
+import gc
 
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import polarjax
 from polarjax import Settings
+from polarjax.engine import engine as engine_module
 from polarjax.engine import programs
 from polarjax.engine.programs import prefill_shapes
 from tests.models import LLAMA, OPT, random_params
@@ -181,3 +184,164 @@ def test_density_1_is_refused_where_requests_share_neurons():
         with pytest.raises(ValueError, match="promises a request its exact MLP"):
             engine.add([1, 2], Settings(density=1.0))
         engine.add([1, 2], Settings(density=0.9))
+
+
+def test_a_models_own_policy_is_used_whatever_it_is(params):
+    bare = polarjax.Params(params.weights, polarjax.Oracle(0.5), CONFIG)
+    prompts = [[1, 2, 3], [4]]
+    own = polarjax.generate(bare, prompts, max_new_tokens=9)
+    asked = polarjax.generate(
+        params, prompts, max_new_tokens=9, policy=polarjax.Oracle(0.5)
+    )
+    assert own.stats.policy == "Oracle" and own.stats.density[1] == 0.5
+    assert own.tokens == asked.tokens
+
+
+def test_nothing_is_kept_of_requests_that_have_ended(params):
+    settings = Settings(max_new_tokens=2, stop_ids=())
+    with polarjax.Engine(params, policy=polarjax.Dense(), slots=2, context=16) as one:
+        held = []
+        for _ in range(3):
+            for _ in range(4):
+                one.add([1, 2], settings)
+            while not one.idle:
+                one.step()
+            gc.collect()
+            kinds = (programs.Drawn, polarjax.Request)
+            held.append(sum(isinstance(x, kinds) for x in gc.get_objects()))
+    assert held[0] == held[1] == held[2]
+
+
+PLAIN = Settings(max_new_tokens=20, stop_ids=())
+
+
+def run(engine, requests):
+    while any(request.going for request in requests):
+        engine.step()
+    return [request.tokens for request in requests]
+
+
+def test_an_interruption_while_the_host_waits_loses_nothing(params, monkeypatch):
+    make = functools.partial(polarjax.Engine, params, slots=2, context=32, chunk=4)
+    with make() as engine:
+        expected = run(engine, [engine.add([1, 2, 3], PLAIN), engine.add([4], PLAIN)])
+    fetch, asked = engine_module.to_host, []
+
+    def interrupted(tree):
+        asked.append(tree)
+        if len(asked) in (1, 2, 4, 7, 9):
+            raise KeyboardInterrupt
+        return fetch(tree)
+
+    with make() as engine:
+        requests = [engine.add([1, 2, 3], PLAIN)]
+        engine.step()
+        requests.append(engine.add([4], PLAIN))
+        engine.step()
+        monkeypatch.setattr(engine_module, "to_host", interrupted)
+        interruptions = 0
+        while any(request.going for request in requests):
+            try:
+                engine.step()
+            except KeyboardInterrupt:
+                interruptions += 1
+        assert interruptions == 5
+        assert [request.tokens for request in requests] == expected
+
+
+def test_an_interruption_half_way_ends_the_engine(params, monkeypatch):
+    engine = polarjax.Engine(params, slots=1, context=32, chunk=4)
+    requests = [engine.add([1, 2, 3], PLAIN), engine.add([4], PLAIN)]
+    engine.step()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._clock, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert [one.finish_reason for one in requests] == ["cancelled"] * 2
+    for call in (engine.step, lambda: engine.add([1])):
+        with pytest.raises(RuntimeError, match="interrupted in a step: make a new one"):
+            call()
+    assert engine.idle
+
+
+def test_a_request_of_nan_ends_alone():
+    params = random_params(dataclasses.replace(CONFIG, tied_embeddings=False), 5)
+    weights = dict(params.weights)
+    tokens = weights["embed"]["tokens"].at[77].set(np.nan)
+    weights["embed"] = {**weights["embed"], "tokens": tokens}
+    broken = dataclasses.replace(params, weights=weights)
+    make = functools.partial(polarjax.Engine, policy=polarjax.Dense(), context=32)
+    with make(broken, slots=2) as engine:
+        good, bad = engine.add([1, 2, 3], PLAIN), engine.add([77, 1], PLAIN)
+        with pytest.raises(ValueError, match="NaN for prompt 1"):
+            while not engine.idle:
+                engine.step()
+        assert run(engine, [good]) and engine.idle
+    assert bad.finish_reason == "cancelled" and not bad.tokens
+    with make(params, slots=2) as engine:
+        assert run(engine, [engine.add([1, 2, 3], PLAIN)]) == [good.tokens]
+
+
+def test_a_stream_may_step_but_not_generate(params):
+    with polarjax.Engine(params, slots=2, context=32, chunk=4) as engine:
+        expected = engine.generate([[1, 2, 3], [4]], max_new_tokens=20, stop_ids=())
+        streamed = {0: [], 1: []}
+
+        def stream(i, text, tokens):
+            streamed[i] += tokens
+            engine.step()
+            with pytest.raises(RuntimeError, match="goes on already"):
+                engine.generate([[5]])
+
+        asked = {"max_new_tokens": 20, "stop_ids": ()}
+        out = engine.generate([[1, 2, 3], [4]], stream=stream, **asked)
+        assert out.tokens == expected.tokens == [streamed[0], streamed[1]]
+        with pytest.raises(TypeError, match="stream must be a function, got 5"):
+            engine.generate([[1]], stream=5)
+
+
+def test_figures_are_of_one_call(params):
+    with polarjax.Engine(params, slots=2, context=32, chunk=4) as engine:
+        asked = {"max_new_tokens": 20, "stop_ids": ()}
+        expected = engine.generate([[1, 2, 3]], **asked).stats
+
+        def stream(i, text, tokens):
+            raise OSError
+
+        with pytest.raises(OSError):
+            engine.generate([[9, 8, 7, 6, 5]], stream=stream, **asked)
+        found = engine.generate([[1, 2, 3]], **asked).stats
+        assert (found.kv_bytes, found.steps) == (expected.kv_bytes, expected.steps)
+
+
+def test_a_closed_engine_says_so(params):
+    engine = polarjax.Engine(params, slots=1, context=32)
+    request = engine.add([1])
+    engine.close()
+    engine.close()
+    assert engine.idle and request.finish_reason == "cancelled"
+    for call in (engine.step, lambda: engine.add([1]), lambda: engine.generate([[1]])):
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            call()
+
+
+def test_what_is_of_no_use_to_an_engine_is_named(params):
+    with pytest.raises(TypeError, match=r"params must be polarjax\.Params, got None"):
+        polarjax.Engine(None)  # pyright: ignore
+    with pytest.raises(ValueError, match="implementation is 'cuda'"):
+        polarjax.Engine(params, implementation="cuda")  # pyright: ignore
+    with polarjax.Engine(params, slots=1, context=32) as engine:
+        with pytest.raises(TypeError, match=r"settings must be polarjax\.Settings"):
+            engine.add([1], {"density": 0.5})  # pyright: ignore
+        with pytest.raises(TypeError, match="cancel takes what add returned, got None"):
+            engine.cancel(None)  # pyright: ignore
+
+
+def test_the_smallest_density_reads_one_group(params):
+    policy = polarjax.Polar(0.5)
+    with polarjax.Engine(params, policy=policy, slots=1, context=32) as engine:
+        found = engine.generate([[1, 2]], max_new_tokens=5, density=1e-46)
+    assert found.stats.density[1:] == (1 / CONFIG.kv_heads,) * (CONFIG.layers - 1)

@@ -543,3 +543,10 @@ def test_routers_that_could_not_be_loaded_are_not_saved(params, bare, tmp_path):
         with pytest.raises(ValueError, match="the adapter has"):
             save_adapter(tmp_path / "adapter", wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_lists_of_numbers_make_the_same_policy():
+    lists = Learned(budgets=[4, 2], neuron_budgets=[[1, [8, 9]]], thresholds=[0.5])
+    tuples = Learned({}, (4, 2), False, ((1, (8, 9)),), (0.5,))
+    where = [jax.tree.structure(Polar(learned=each)) for each in (lists, tuples)]
+    assert where[0] == where[1] and hash(where[0]) == hash(where[1])
