@@ -88,3 +88,19 @@ def test_the_readmes_python_runs(tmp_path, capsys):
 def test_the_readmes_python_runs_on_the_default_model(smollm2_gguf, tmp_path, capsys):
     convert(smollm2_gguf, tmp_path / CHECKPOINT, progress=False)
     run_readme(tmp_path, capsys)
+
+
+def test_the_policy_of_the_docs_is_measured(tmp_path, capsys):
+    page = REPOSITORY / "docs" / "sparsity.md"
+    if not page.exists():
+        pytest.skip("needs the docs: run it in a clone of the repository")
+    text = page.read_text(encoding="utf-8")
+    [block] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    config = dataclasses.replace(LLAMA, layers=2)
+    write_checkpoint(tmp_path / CHECKPOINT, random_params(config, 0))
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 30)
+    with contextlib.chdir(tmp_path):
+        exec(compile(block, str(page), "exec"), {})
+    dense, half, everything = capsys.readouterr().out.splitlines()
+    assert dense.startswith("Dense [") and half.startswith("half [")
+    assert everything.endswith("{'ratio': [1.0, 1.0, 1.0]}")
