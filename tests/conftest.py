@@ -20,11 +20,15 @@ os.environ.setdefault(
 
 # A test's programs are no use to the user whose cache folder it is.
 os.environ["POLARJAX_NO_COMPILE_CACHE"] = "1"
+if importlib.util.find_spec("jax_cuda13_plugin") is None:  # for processes of tests too
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax
 import pytest
 from filelock import FileLock
+from jax._src import compiler
 
+_COMPILED = {"as users do": False}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # A GPU's default for float32 is TF32, which is no reference.
@@ -44,6 +48,30 @@ def compiled_programs_are_let_go():
         gc.collect()
 
 
+@pytest.fixture
+def as_users_do():
+    """A test that asks for it has its programs compiled as for users."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emitters_of_whole_programs():
+    """No setting of jax says which emitters a program has, where the flags say none."""
+    if not jax.__version__.startswith("0.10."):
+        yield
+        return
+    original = compiler.get_compile_options
+
+    def options(*args, **kwargs):
+        asked = kwargs.pop("env_options_overrides", None) or {}
+        if _COMPILED["as users do"]:
+            asked = {"xla_cpu_use_fusion_emitters": True, **asked}
+        return original(*args, env_options_overrides=asked, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", options)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def selection_is_worth_it(monkeypatch):
     """On a measured GPU nothing would be selected in models as small as those of tests.
@@ -58,7 +86,9 @@ def pytest_runtest_setup(item):
     if jax.default_backend() == "cpu":
         # But a real model's numbers take longer to compute than its program to compile.
         real = any(name.startswith("smollm2") for name in item.fixturenames)
-        jax.config.update("jax_disable_most_optimizations", not real)
+        whole = real or "as_users_do" in item.fixturenames
+        jax.config.update("jax_disable_most_optimizations", not whole)
+        _COMPILED["as users do"] = whole
     if "gpu" in item.keywords and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU, and jax for it: make test-gpu")
     for mark in item.iter_markers("devices"):

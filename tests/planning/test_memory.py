@@ -82,16 +82,6 @@ def test_the_fraction_is_a_setting(params, device):
         polarjax.generate(params, prompts, max_new_tokens=2, memory_fraction=0)
 
 
-@pytest.fixture
-def as_users_do():
-    """What tests leave out of compiling takes its part of the memory."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", False)
-    emitters = {"xla_cpu_use_fusion_emitters": True}
-    yield emitters if jax.__version__.startswith("0.10.") else {}
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -119,7 +109,7 @@ def test_the_estimate_is_above_what_xla_takes(change, as_users_do):
         config=config,
         most=2**14,
         implementation=None,
-    ).compile(as_users_do)
+    ).compile()
     taken = compiled.memory_analysis().temp_size_in_bytes
     estimate = memory.prefill_bytes(
         config, batch, width, jnp.float32, platform="cpu", prefill_tokens=2**14
@@ -319,7 +309,7 @@ def test_the_estimate_of_a_cpus_step_is_above_what_xla_takes(
         config=config.architecture,
         steps=16,
         implementation=None,
-    ).compile(as_users_do)
+    ).compile()
     taken = compiled.memory_analysis().temp_size_in_bytes
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     estimate = memory.cpu_step_bytes(config, batch, capacity, dtype, held)
