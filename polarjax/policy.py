@@ -175,11 +175,6 @@ class Reads:
     groups: tuple[float, ...]
     neurons: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        """All neurons are read where none are named."""
-        everything = (1.0,) * len(self.groups)
-        object.__setattr__(self, "neurons", tuple(self.neurons) or everything)
-
     @classmethod
     def everything(cls, config: Any) -> Reads:
         """What the dense model reads, of a `ModelConfig`."""

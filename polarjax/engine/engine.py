@@ -255,7 +255,8 @@ class Engine:
         [ids] = encode_prompts([prompt], self.tokenizer, config)
         asked = dataclasses.asdict(settings)
         [one] = settings_of(config, self.tokenizer, 1, asked)
-        request = self._request(ids, one, self._added)
+        request = self._request(ids, one, 0)
+        request.number = self._added
         self._added += 1
         self._waiting.append(request)
         return request
@@ -289,7 +290,7 @@ class Engine:
             )
         reads = self._bound.reads(config, Load(self.slots, self.context))
         whole = count(density, config.kv_heads) == config.kv_heads
-        if whole and reads and min(reads.neurons) < 1:
+        if whole and reads and min(reads.neurons, default=1) < 1:
             raise ValueError(
                 f"density {density:g} promises a request its exact MLP, but the "
                 "requests of this engine share a part of the neurons: make it with "
@@ -409,7 +410,6 @@ class Engine:
             None if whole else np.int32(number),
             steps=self.chunk,
             mesh=self.mesh,
-            kind=type(self._bound),
             **self._common,
         )
         self._steps += self.chunk if whole else number
@@ -427,7 +427,7 @@ class Engine:
             sampling = make_sampling(config, self._settings)
             ends: Any = stop_table(self._settings)
             given: Any = density
-            data = programs.SlotData(given, sampling, ends)
+            data = programs.SlotData(given, sampling, ends, type(self._bound))
             self._given = jax.tree.map(self._placed, data)
         return self._given
 

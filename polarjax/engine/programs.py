@@ -74,11 +74,15 @@ class SlotData:
       density: float32[b], as in `polarjax.policy.Seen`.
       sampling: how each request draws.
       stop_ids: int32[b, e], tokens that end each request.
+      kind: class of the policy that they are for. jax 0.10 takes the trees of two
+        dataclasses with equal fields for the same, and the program of one policy for
+        the other's.
     """
 
     density: jax.Array
     sampling: Sampling
     stop_ids: jax.Array
+    kind: type | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -335,7 +339,7 @@ def read_prompts(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "steps", "implementation", "mesh", "kind"),
+    static_argnames=("config", "steps", "implementation", "mesh"),
     donate_argnames=("state",),
 )
 def decode_chunk(
@@ -350,7 +354,6 @@ def decode_chunk(
     steps: int,
     implementation: Implementation | None,
     mesh: Mesh | None = None,
-    kind: type | None = None,
 ) -> tuple[State, Drawn]:
     """Some decode steps, with no word to the host between them.
 
@@ -365,14 +368,11 @@ def decode_chunk(
       steps: most steps, for which there is room in what is returned.
       implementation: of the kernels.
       mesh: that the model is cut over; None for one device.
-      kind: class of the policy. jax 0.10 takes the trees of two dataclasses with equal
-        fields for the same, and with that one's program for the other's.
 
     Returns:
       The new state, and what was drawn, each leaf with a leading axis of `steps`; 0 in
       those that were not taken.
     """
-    del kind
     model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
     cut = model.share if model.share and model.share.cuts_vocabulary else None
 

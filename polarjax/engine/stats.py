@@ -164,7 +164,7 @@ def make_stats(
     bandwidth = read_bandwidth(here) * len(devices)
     mesh = mesh_of(params.weights)
     weight_bytes *= axis_size(mesh, DP)
-    neuron_density = planned.neurons if planned else (1.0,) * config.layers
+    neuron_density = (planned and planned.neurons) or (1.0,) * config.layers
     uneven = imbalance(chunks)
     said = (*notes, *_notes(name, policy, neuron_density, mesh, uneven))
     return Stats(

@@ -218,7 +218,7 @@ def _divergences(
     Returns float32[b, n - 1], KL divergences of what follows token i; bool[b, n - 1],
     whether the best token is the same; and int32[], KV groups that the policy read.
     """
-    del kind  # see `polarjax.engine.programs.decode_chunk`
+    del kind  # see `polarjax.engine.programs.SlotData`
     model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
     dense_model = make_decoder(config, dense_weights, (), implementation, mesh)
 

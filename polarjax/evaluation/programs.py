@@ -99,7 +99,7 @@ def decode(
       config: of the model.
       implementation: of the kernels.
       mesh: that the model is cut over, and the rows; None for one device.
-      kind: class of the policy, see `polarjax.engine.programs.decode_chunk`.
+      kind: class of the policy, see `polarjax.engine.programs.SlotData`.
 
     Returns:
       Negative log-likelihoods float32[b, n]; whether each token was the most probable,

@@ -548,5 +548,7 @@ def test_routers_that_could_not_be_loaded_are_not_saved(params, bare, tmp_path):
 def test_lists_of_numbers_make_the_same_policy():
     lists = Learned(budgets=[4, 2], neuron_budgets=[[1, [8, 9]]], thresholds=[0.5])
     tuples = Learned({}, (4, 2), False, ((1, (8, 9)),), (0.5,))
-    where = [jax.tree.structure(Polar(learned=each)) for each in (lists, tuples)]
+    where = [
+        jax.tree.structure(polarjax.Polar(learned=each)) for each in (lists, tuples)
+    ]
     assert where[0] == where[1] and hash(where[0]) == hash(where[1])
