@@ -167,7 +167,7 @@ def settle(
     asked, config = policy is not None, params.config
     if policy is not None:
         check_policy(policy)
-    if policy is None:
+    else:
         policy = params.policy
         if any(policy.learned.numbers().values()) and not params.routers:
             policy = Dense()  # budgets, and nothing that could choose
