@@ -175,6 +175,11 @@ class Reads:
     groups: tuple[float, ...]
     neurons: tuple[float, ...] = ()
 
+    @property
+    def neuron_density(self) -> tuple[float, ...]:
+        """By layer, the fraction of the neurons; 1 where none are named."""
+        return self.neurons or (1.0,) * len(self.groups)
+
     @classmethod
     def everything(cls, config: Any) -> Reads:
         """What the dense model reads, of a `ModelConfig`."""

@@ -290,7 +290,7 @@ class Engine:
             )
         reads = self._bound.reads(config, Load(self.slots, self.context))
         whole = count(density, config.kv_heads) == config.kv_heads
-        if whole and reads and min(reads.neurons, default=1) < 1:
+        if whole and reads and min(reads.neuron_density) < 1:
             raise ValueError(
                 f"density {density:g} promises a request its exact MLP, but the "
                 "requests of this engine share a part of the neurons: make it with "

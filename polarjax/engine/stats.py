@@ -14,7 +14,7 @@ from polarjax.mesh.cut import DP, TP, axis_size, mesh_of
 from polarjax.params import Params, Tree
 from polarjax.planning.bandwidth import read_bandwidth
 from polarjax.planning.cost import kv_row_bytes, step_weight_bytes
-from polarjax.policy import Load, Policy
+from polarjax.policy import Load, Policy, Reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def make_stats(
     bandwidth = read_bandwidth(here) * len(devices)
     mesh = mesh_of(params.weights)
     weight_bytes *= axis_size(mesh, DP)
-    neuron_density = (planned and planned.neurons) or (1.0,) * config.layers
+    neuron_density = (planned or Reads.everything(config)).neuron_density
     uneven = imbalance(chunks)
     said = (*notes, *_notes(name, policy, neuron_density, mesh, uneven))
     return Stats(

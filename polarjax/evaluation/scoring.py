@@ -111,7 +111,7 @@ class Scorer:
         """MLP neurons that a policy reads / neurons there, mean over layers."""
         config = self.params.config
         reads = self._bound[label][1].reads(config, Load(self.batch, config.context))
-        return float(np.mean(reads.neurons)) if reads else 1.0
+        return float(np.mean(reads.neuron_density)) if reads else 1.0
 
     def plan(self, items: Sequence[Continuation]) -> list[Batch]:
         """Cut work into batches, which depend on the items, mode and batch size alone.

@@ -141,8 +141,7 @@ class Prediction:
         neurons = sum(density < 1 for density in reads.neurons)
         launches = heads * self.overhead.heads_us + neurons * self.overhead.neurons_us
         read = float(self.cost.bytes_read(reads))
-        all_read = (1.0,) * len(self.cost.neurons)
-        mlps = zip(reads.neurons or all_read, self.cost.neurons, strict=True)
+        mlps = zip(reads.neuron_density, self.cost.neurons, strict=True)
         read += sum((1 - d) * n for d, n in mlps if d > self.dense_above)
         return read / self.bandwidth + launches * 1e-6
 
