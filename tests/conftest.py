@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import dataclasses
 import gc
 import importlib.metadata
 import importlib.util
@@ -145,8 +146,8 @@ def smollm2_folder(smollm2_gguf, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_torch(smollm2_gguf, tmp_path_factory):
-    """The default model as `transformers` reads its file, in torch, float32."""
+def smollm2_in_torch(smollm2_gguf, tmp_path_factory) -> Callable:
+    """Loads the default model as `transformers` reads its file, float32."""
     torch = pytest.importorskip("torch", reason="needs it: pip install torch")
     transformers = pytest.importorskip(
         "transformers", reason="needs it: pip install transformers"
@@ -162,7 +163,13 @@ def smollm2_torch(smollm2_gguf, tmp_path_factory):
         model.save_pretrained(folder)
 
     folder = made_once(tmp_path_factory, "smollm2-torch", make)
-    return load(folder, dtype=torch.float32).eval()
+    return lambda **changes: load(folder, dtype=torch.float32, **changes).eval()
+
+
+@pytest.fixture(scope="session")
+def smollm2_torch(smollm2_in_torch):
+    """The default model in torch, float32."""
+    return smollm2_in_torch()
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +178,23 @@ def smollm2(smollm2_folder):
     import polarjax
 
     return polarjax.load(smollm2_folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_pair(request, smollm2, smollm2_in_torch):
+    """The default model's first layers, as many as asked, and the same in torch.
+
+    For tests of what is made of logits: a few layers take a third of the time.
+    """
+    layers = request.param
+    weights = {
+        name: value
+        for name, value in smollm2.weights.items()
+        if not name.startswith("layers_") or int(name[7:]) < layers
+    }
+    config = dataclasses.replace(smollm2.config, layers=layers)
+    ours = dataclasses.replace(smollm2, weights=weights, config=config)
+    return ours, smollm2_in_torch(num_hidden_layers=layers)
 
 
 @pytest.fixture(scope="session")

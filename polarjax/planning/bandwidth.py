@@ -21,7 +21,8 @@ def read_bandwidth(device: Any) -> float:
       device: a `jax.Device`. It is measured once per process, with a buffer larger
         than its caches.
     """
-    size, repeats = (2**31, 8) if device.platform == "gpu" else (2**28, 4)
+    # To begin and to wait takes a GPU as long as to read 1 GB: few passes are subtracted.
+    size, many, few = (2**31, 32, 8) if device.platform == "gpu" else (2**28, 4, 0)
     memory = device.memory_stats() or {}
     if "bytes_limit" in memory:  # never take the last of a full device
         free = memory["bytes_limit"] - memory["bytes_in_use"]
@@ -34,21 +35,26 @@ def read_bandwidth(device: Any) -> float:
         lambda values, last: (values * last).sum(axis=1).max() / columns,
         lambda values, last: (values @ jnp.full(columns, last)).max() / columns,
     )
-    return max(_repeat_rate(one, values, repeats) for one in passes)
+    return max(_rate(one, values, many, few) for one in passes)
 
 
-def _repeat_rate(one: Any, values: jax.Array, repeats: int) -> float:
-    @jax.jit
-    def read(values: jax.Array) -> jax.Array:
+def _rate(one: Any, values: jax.Array, many: int, few: int) -> float:
+    """Bytes per second of the passes that many take beyond few."""
+
+    @functools.partial(jax.jit, static_argnames="passes")
+    def read(values: jax.Array, passes: int) -> jax.Array:
         def step(last, _):
             return one(values, last), None
 
-        return jax.lax.scan(step, jnp.float32(1), length=repeats)[0]
+        return jax.lax.scan(step, jnp.float32(1), length=passes)[0]
 
-    read(values).block_until_ready()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        read(values).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return repeats * values.nbytes / min(times)
+    def seconds(passes: int) -> float:
+        read(values, passes).block_until_ready()
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            read(values, passes).block_until_ready()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return (many - few) * values.nbytes / (seconds(many) - seconds(few))

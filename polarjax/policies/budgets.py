@@ -37,6 +37,7 @@ class HeadBudget:
       kv_heads: KV groups of the model, k.
       limits: by layer, the most that any request may read, which is compiled into the
         step; None where every request reads every group.
+      flexible: whether requests may ask for densities of their own.
       parts: equal parts of the groups, each of which spends as much of a budget,
         rounded up, on its own best.
     """
@@ -45,6 +46,7 @@ class HeadBudget:
     thresholds: tuple[jax.Array, ...]
     kv_heads: int = dataclasses.field(metadata={"static": True})
     limits: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
+    flexible: bool = dataclasses.field(metadata={"static": True})
     parts: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
@@ -77,7 +79,7 @@ class HeadBudget:
             return None if whole == kv_heads else whole
 
         limits = tuple(limit(i, n) for i, n in enumerate(budgets))
-        empty = cls((), (), kv_heads, limits, parts)
+        empty = cls((), (), kv_heads, limits, flexible, parts)
         return empty.having(budgets, thresholds)
 
     def having(
@@ -108,7 +110,7 @@ class HeadBudget:
         Args:
           layer: from 0.
           scores: float32[b, k], larger is better.
-          density: float32[b], as in `polarjax.policy.Seen`.
+          density: float32[b], as in `polarjax.policy.Seen`; unused unless flexible.
           pick: `polarjax.model.Pick`.
         """
         limit, k = self.limits[layer], self.kv_heads
@@ -118,9 +120,11 @@ class HeadBudget:
         own = self.counts[layer]
         if self.thresholds:
             own = jnp.minimum(pick.above(scores, self.thresholds[layer]), limit)
-        asked = jnp.floor(density * k + _SLACK).astype(jnp.int32)
-        asked = in_parts(jnp.clip(asked, 1, limit), self.parts)
-        return Groups(index, jnp.where(density > 0, asked, own).astype(jnp.int32))
+        if self.flexible:  # else it would be computed in every layer for nothing
+            asked = jnp.floor(density * k + _SLACK).astype(jnp.int32)
+            asked = in_parts(jnp.clip(asked, 1, limit), self.parts)
+            own = jnp.where(density > 0, asked, own)
+        return Groups(index, jnp.broadcast_to(own, density.shape).astype(jnp.int32))
 
 
 def count(density: float, total: int) -> int:

@@ -113,10 +113,13 @@ def test_errors():
         dense(params, window_items(tokens, 130))
 
 
-@pytest.mark.parametrize("count", [4096, pytest.param(20480, marks=pytest.mark.slow)])
-def test_smollm2_perplexity_equals_transformers(
-    smollm2, smollm2_torch, shared_data, count
-):
+@pytest.mark.parametrize(
+    ("smollm2_pair", "count"),
+    [(6, 4096), pytest.param(30, 20480, marks=pytest.mark.slow)],
+    indirect=["smollm2_pair"],
+)
+def test_smollm2_perplexity_equals_transformers(smollm2_pair, shared_data, count):
+    smollm2, smollm2_torch = smollm2_pair
     torch = pytest.importorskip("torch", reason="needs it: pip install torch")
     path = shared_data / "text" / "wikitext2_raw_test.txt.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -133,4 +136,5 @@ def test_smollm2_perplexity_equals_transformers(
             nll.append(smollm2_torch(ids, labels=ids).loss.item())
     expected = math.exp(np.mean(nll))
     assert abs(ours.value / expected - 1) < 1e-3
-    assert 5 < ours.value < 60
+    if smollm2.config.layers == 30:
+        assert 5 < ours.value < 60

@@ -46,21 +46,20 @@ def score(params, rows, policy, batch=8, **options):
 
 
 def test_dense_choices_equal_an_independent_scorer(params, tmp_path):
-    given = make_rows()
+    given, tokenizer = make_rows(), Tokenizer.load(params.config)
     expected = []
     for row in given:
-        prompt = list(row["context"].encode()) or [256]
+        head = tokenizer.encode(row["context"]) if row["context"] else [256]
+        assert len(head) == len(row["context"].encode() or [256])
         for choice in row["choices"]:
-            new = list(((" " if row["context"] else "") + choice).encode())
-            logits = np.asarray(polarjax.logits(params, [[*prompt, *new]])[0], float)
+            new = (" " if row["context"] else "") + choice
+            ids = tokenizer.encode(new, special=False)
+            assert len(ids) == len(new.encode())
+            sequence = [*head, *ids]
+            padded = [*sequence, *[0] * (64 - len(sequence))]  # one program for all
+            logits = np.asarray(polarjax.logits(params, [padded])[0], float)
             logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            at = np.arange(len(prompt) - 1, len(prompt) + len(new) - 1)
-            tokenizer = Tokenizer.load(params.config)
-            ids = tokenizer.encode(bytes(new).decode(), special=False)
-            head = tokenizer.encode(row["context"]) if row["context"] else [256]
-            logits = np.asarray(polarjax.logits(params, [[*head, *ids]])[0], float)
-            logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            expected.append(logp[at, ids].sum())
+            expected.append(logp[np.arange(len(head), len(sequence)) - 1, ids].sum())
     expected = np.array(expected).reshape(len(given), 3)
     labels = np.array([row["label"] for row in given])
     sizes = np.array([[len(c) for c in row["choices"]] for row in given])
@@ -178,15 +177,20 @@ TASKS = [
 
 
 @pytest.fixture(scope="module")
-def scorer(smollm2):
+def scorer(smollm2_pair):
     """One for all tasks: they share its programs."""
-    return Scorer(smollm2, {"Dense": polarjax.Dense()}, batch=8)
+    return Scorer(smollm2_pair[0], {"Dense": polarjax.Dense()}, batch=8)
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", TASKS)
-def test_smollm2_equals_transformers(scorer, smollm2_torch, shared_data, task, count):
+@pytest.mark.parametrize(
+    ("smollm2_pair", "count"),
+    [(6, 6), pytest.param(30, 200, marks=pytest.mark.slow)],
+    indirect=["smollm2_pair"],
+)
+def test_smollm2_equals_transformers(scorer, smollm2_pair, shared_data, task, count):
     """Item by item, unless a choice between two is closer than 1e-3 nats."""
+    _, model = smollm2_pair
     torch = pytest.importorskip("torch", reason="needs it: pip install torch")
     path = shared_data / "eval" / f"{task}.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -197,7 +201,7 @@ def test_smollm2_equals_transformers(scorer, smollm2_torch, shared_data, task, c
     found = measure(scorer, task_items(rows, tokenizer, config))["Dense"]
     answers = grade(rows, found.nll, found.greedy)
     # As newer versions of transformers call it, and older ones.
-    names = inspect.signature(smollm2_torch.forward).parameters
+    names = inspect.signature(model.forward).parameters
     cache = "cache" if "cache" in names else "past_key_values"
     near = at = 0
     for i, line in enumerate(lines):
@@ -212,9 +216,9 @@ def test_smollm2_equals_transformers(scorer, smollm2_torch, shared_data, task, c
         with torch.no_grad():
             past = {}
             if len(head) > 1:  # read once for all choices
-                past = {cache: smollm2_torch(torch.tensor([head[:-1]]))[cache]}
+                past = {cache: model(torch.tensor([head[:-1]]))[cache]}
                 past[cache].batch_repeat_interleave(len(news))
-            logits = smollm2_torch(torch.tensor(tails), **past).logits
+            logits = model(torch.tensor(tails), **past).logits
         for new, row in zip(news, logits, strict=True):
             logp = row[: len(new)].log_softmax(-1)
             scores.append(sum(logp[j, token].item() for j, token in enumerate(new)))

@@ -164,7 +164,7 @@ def eval_settings(folder: Path) -> Settings:
 
 def small_model() -> polarjax.Params:
     """OPT with head and neuron routers, eight heads."""
-    shape = {"layers": 3, "vocab_size": 336, "heads": 8, "kv_heads": 8, "head_dim": 8}
+    shape = {"layers": 2, "vocab_size": 336, "heads": 8, "kv_heads": 8, "head_dim": 8}
     config = dataclasses.replace(OPT, **shape)
     return random_params(config, routers=True, neuron_rank=5)
 

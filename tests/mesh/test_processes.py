@@ -45,7 +45,9 @@ def launch(tmp_path):
             port = free.getsockname()[1]
         options = (*options, "--coordinator", f"127.0.0.1:{port}")
         for process in only:
+            # The last of a flag holds: this process has eight devices.
             count = f"--xla_force_host_platform_device_count={devices[process]}"
+            flags = f"{os.environ['XLA_FLAGS']} {count}"
             running.append(
                 subprocess.Popen(
                     [
@@ -57,7 +59,7 @@ def launch(tmp_path):
                         **os.environ,
                         "JAX_PLATFORMS": "cpu",
                         "PYTHONPATH": str(REPOSITORY),
-                        "XLA_FLAGS": f"{count} --xla_backend_optimization_level=0",
+                        "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
                     },
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,

@@ -67,10 +67,12 @@ def test_a_sequence_reads_the_groups_above_the_threshold():
     np.testing.assert_array_equal(n_active, [2, 1, 3])
     np.testing.assert_array_equal(indices[:, 0], [1, 2, 2])
     assert budget.choose(0, scores, no_density, pick) is None
-    # Who asks for a density gets that, whatever the scores.
-    found = budget.choose(1, scores, jnp.array([1.0, 0.0, 1 / 3]), pick)
-    assert found is not None
-    np.testing.assert_array_equal(found.count, [3, 1, 1])
+    # Who asks for a density gets that, whatever the scores, if it may ask.
+    for flexible, counts in ((True, [3, 1, 1]), (False, [2, 1, 3])):
+        asked = dataclasses.replace(budget, flexible=flexible)
+        found = asked.choose(1, scores, jnp.array([1.0, 0.0, 1 / 3]), pick)
+        assert found is not None
+        np.testing.assert_array_equal(found.count, counts)
 
 
 def test_over_the_text_the_density_is_that_of_the_budgets(adaptive, blocks):
