@@ -44,7 +44,7 @@ def compiled_programs_are_let_go():
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 40_000:
         jax.clear_caches()
         gc.collect()
 
@@ -81,6 +81,12 @@ def selection_is_worth_it(monkeypatch):
     """
     if jax.default_backend() == "gpu":
         monkeypatch.setattr("polarjax.planning.crossover.shipped", lambda kind: ())
+
+
+def pytest_collection_finish():
+    """Tracing makes many objects: to look for garbage took a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_runtest_setup(item):

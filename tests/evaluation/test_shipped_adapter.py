@@ -44,10 +44,12 @@ def test_recall_is_far_above_chance_on_held_out_text(name, tokens, request):
     assert (found > chance).all()
 
 
-def test_perplexity_is_closer_to_the_oracles_than_to_chance(recovered, tokens):
+@pytest.mark.parametrize("mode", ["mask", pytest.param("decode", marks=pytest.mark.slow)])
+def test_perplexity_is_closer_to_the_oracles_than_to_chance(recovered, tokens, mode):
     policies = {"o": polarjax.Oracle(), "p": polarjax.Polar(), "r": polarjax.Random()}
     windows = window_items(tokens[:768], 96, 32)
-    oracle, polar, chance = perplexity(recovered, windows, policies, batch=8).values()
+    found = perplexity(recovered, windows, policies, mode=mode, batch=8)
+    oracle, polar, chance = found.values()
     assert oracle.density == polar.density == chance.density
     assert oracle.value < polar.value < chance.value
     assert polar.value - oracle.value < chance.value - polar.value
