@@ -8,8 +8,9 @@ from polarjax.calibration.calibrate import calibrate  # noqa: E402
 from polarjax.calibration.recover import recover  # noqa: E402
 from polarjax.config import ModelConfig, Rope  # noqa: E402
 from polarjax.engine.checks import Settings  # noqa: E402
-from polarjax.engine.engine import Engine, Output  # noqa: E402
+from polarjax.engine.engine import Engine  # noqa: E402
 from polarjax.engine.generate import generate, logits  # noqa: E402
+from polarjax.engine.output import Output  # noqa: E402
 from polarjax.engine.request import Request  # noqa: E402
 from polarjax.engine.stats import Stats  # noqa: E402
 from polarjax.loading import load  # noqa: E402

@@ -9,7 +9,8 @@ import jax
 
 from polarjax import Params
 from polarjax.bench.steps import STEPS, Chunk, chunks_in, make_prefill, rewind
-from polarjax.engine.programs import Drawn, run_plainly
+from polarjax.engine.prefill import run_plainly
+from polarjax.engine.programs import Drawn
 
 
 def follow(chunk: Chunk, state: Any, context: int) -> tuple[Any, list[Drawn]]:

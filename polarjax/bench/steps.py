@@ -24,7 +24,7 @@ from polarjax import ModelConfig, Params
 from polarjax.bench.meshes import Devices, drawn_apart, of_one
 from polarjax.bench.shapes import Sparsity
 from polarjax.cache import PagedCache
-from polarjax.engine import places, programs
+from polarjax.engine import places, prefill, programs
 from polarjax.engine.checks import Settings, make_sampling, stop_table
 from polarjax.engine.programs import Drawn, State
 from polarjax.engine.stats import kv_rows, seen_tokens
@@ -326,7 +326,7 @@ def make_prefill(
     """A function that reads prompts, draws the first token of each, and waits.
 
     Its argument calls the compiled functions in between: it gets one with its own
-    arguments, and `programs.run_plainly` does no more than that.
+    arguments, and `prefill.run_plainly` does no more than that.
 
     Args:
       params: the model.
@@ -347,7 +347,7 @@ def make_prefill(
 
     def read(call: Callable[..., Any]) -> None:
         state, logits = programs.empty_state(config, prompts, tokens, params.weights)
-        cache, logits = programs.read_prompts(
+        cache, logits = prefill.read_prompts(
             params.weights,
             given,
             state.cache,

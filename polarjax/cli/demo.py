@@ -10,7 +10,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from polarjax.engine import Stats, Tokenizer
-from polarjax.engine.generate import Output, generate
+from polarjax.engine.generate import generate
+from polarjax.engine.output import Output
 from polarjax.evaluation import Perplexity, perplexity, window_items
 from polarjax.loading import find_adapter, load
 from polarjax.params import Params

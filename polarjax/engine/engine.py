@@ -5,10 +5,10 @@ Binding, placing, sizing and compiling are done once, when it is made or first n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import Implementation, resolve
-from polarjax.engine import programs
+from polarjax.engine import prefill, programs
 from polarjax.engine.checks import (
     Settings,
     encode_prompts,
@@ -25,9 +25,11 @@ from polarjax.engine.checks import (
     settings_of,
     stop_table,
 )
+from polarjax.engine.clock import Clock
+from polarjax.engine.output import Output
 from polarjax.engine.places import place_rows
 from polarjax.engine.request import Request
-from polarjax.engine.stats import Stats, make_stats
+from polarjax.engine.stats import make_stats
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
 from polarjax.mesh.processes import from_main, to_host
@@ -42,31 +44,7 @@ from polarjax.settings import default_numbers
 
 Stream = Callable[[int, str, list[int]], None]
 
-# Kept at once of each of the engine's functions, one for each shape: some 10 MB each.
-# Beyond that all are dropped: to compile anew now and then is better than memory that
-# grows with every kind of call.
-MOST_PROGRAMS = 64
-
 _IDLE = Settings(max_new_tokens=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """What `generate` returns; lists have one entry per prompt.
-
-    Attributes:
-      tokens: new token ids, the stop token excluded.
-      texts: their text, cut before a stop string; None without a tokenizer.
-      logprobs: natural log-probability of each token under the model.
-      finish_reasons: "stop" (stop token or string), "length" or "cancelled".
-      stats: times, bytes and densities.
-    """
-
-    tokens: list[list[int]]
-    texts: list[str] | None
-    logprobs: list[list[float]]
-    finish_reasons: list[str]
-    stats: Stats
 
 
 class Engine:
@@ -156,7 +134,7 @@ class Engine:
         self._given: Any = None
         self._waiting: list[Request] = []
         self._begun: list[_Chunk] = []
-        self._clock, self._counted, self._steps = _Clock(), [], 0
+        self._clock, self._counted, self._steps = Clock(), [], 0
         self._compiled_seconds = 0.0
         # While `generate` runs: what came of `add` alone would grow without an end.
         self._counting = False
@@ -171,32 +149,23 @@ class Engine:
         On a GPU each takes seconds, and which ones a batch needs depends on its
         prompts: no later call shall wait for them.
         """
-        shapes = programs.prefill_shapes(
+        shapes = prefill.prefill_shapes(
             self.slots,
             self.prompt_tokens,
             self.params.config,
             self._most,
             axis_size(self.mesh, DP),
         )
-
-        @default_numbers
-        def compile_one(shape: tuple[int, int]) -> None:
-            rows = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-            programs.prefill.lower(
-                self.params.weights,
-                jax.ShapeDtypeStruct(shape, jnp.int32),
-                rows,
-                rows,
-                self._state.cache,
-                self._logits,
-                most=self._most,
-                mesh=self.mesh,
-                **self._common,
-            ).compile()
-
         start = time.perf_counter()
-        with ThreadPoolExecutor(len(shapes)) as pool:
-            list(pool.map(compile_one, shapes))
+        prefill.compile_shapes(
+            shapes,
+            self.params.weights,
+            self._state.cache,
+            self._logits,
+            most=self._most,
+            mesh=self.mesh,
+            **self._common,
+        )
         self._compiled_seconds = time.perf_counter() - start
 
     def __enter__(self) -> Engine:
@@ -329,6 +298,13 @@ class Engine:
                 self._end("this engine was interrupted in a step: make a new one")
             raise
 
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What is done within cannot be taken up again where it was interrupted."""
+        self._half_way = True
+        yield
+        self._half_way = False
+
     def _step(self) -> list[Request]:
         self._half_way = False
         done: list[Request] = []
@@ -357,7 +333,12 @@ class Engine:
         return going
 
     def _begin(self) -> None:
-        self._half_way = True
+        with self._all_or_nothing():
+            self._read_waiting()
+        self._clock.lap("prefill")
+
+    def _read_waiting(self) -> None:
+        """Read prompts that wait into free rows, and draw the first token of each."""
         free = [i for i, one in enumerate(self._rows) if one is None]
         taken = dict(zip(free, self._waiting, strict=False))
         del self._waiting[: len(taken)]
@@ -369,7 +350,7 @@ class Engine:
             request.left = request.limit - 1
         self._given = None
         state = self._state
-        cache, self._logits = programs.read_prompts(
+        cache, self._logits = prefill.read_prompts(
             self.params.weights,
             {row: request.prompt for row, request in taken.items()},
             state.cache,
@@ -390,8 +371,6 @@ class Engine:
         rows = [taken.get(i) for i in range(self.slots)]
         live = to_host(self._state.live)
         self._begun.append(_Chunk(drawn, live, rows, call=None))
-        self._half_way = False
-        self._clock.lap("prefill")
 
     def _decode(self, live: list[int]) -> None:
         left = max(self._rows[i].left for i in live)  # type: ignore[union-attr]
@@ -399,25 +378,24 @@ class Engine:
         number = min(self.chunk, left)
         go_on = np.zeros(self.slots, bool)
         go_on[live] = True
-        self._half_way = True
-        self._state, drawn = self._clock.run(
-            programs.decode_chunk,
-            self.weights,
-            self._bound,
-            self._state,
-            self._placed(go_on),
-            self._slot_data(),
-            None if whole else np.int32(number),
-            steps=self.chunk,
-            mesh=self.mesh,
-            **self._common,
-        )
-        self._steps += self.chunk if whole else number
-        for i in live:
-            self._rows[i].left -= number  # type: ignore[union-attr]
-        call = self._calls if self._counting else None
-        self._begun.append(_Chunk(drawn, self._state.live, list(self._rows), call))
-        self._half_way = False
+        with self._all_or_nothing():
+            self._state, drawn = self._clock.run(
+                programs.decode_chunk,
+                self.weights,
+                self._bound,
+                self._state,
+                self._placed(go_on),
+                self._slot_data(),
+                None if whole else np.int32(number),
+                steps=self.chunk,
+                mesh=self.mesh,
+                **self._common,
+            )
+            self._steps += self.chunk if whole else number
+            for i in live:
+                self._rows[i].left -= number  # type: ignore[union-attr]
+            call = self._calls if self._counting else None
+            self._begun.append(_Chunk(drawn, self._state.live, list(self._rows), call))
 
     def _slot_data(self) -> programs.SlotData:
         """What each row's request asked for, on the devices."""
@@ -441,18 +419,17 @@ class Engine:
         for _ in range(len(self._begun) if number is None else number):
             chunk = self._begun[0]
             drawn, live = to_host((chunk.drawn, chunk.live))  # which may take a while
-            self._half_way = True
-            del self._begun[0]
-            if self._counting and chunk.call == self._calls:
-                self._counted.append(drawn)
-            for i, request in enumerate(chunk.rows):
-                if request is None or not request.going:
-                    continue
-                if not _take(request, drawn, i, ended=not live[i]):
-                    request.cancel()
-                    wrong.append(request)
-                news[id(request)] = request
-            self._half_way = False
+            with self._all_or_nothing():
+                del self._begun[0]
+                if self._counting and chunk.call == self._calls:
+                    self._counted.append(drawn)
+                for i, request in enumerate(chunk.rows):
+                    if request is None or not request.going:
+                        continue
+                    if not _take(request, drawn, i, ended=not live[i]):
+                        request.cancel()
+                        wrong.append(request)
+                    news[id(request)] = request
         self._free()
         if wrong:
             raise ValueError(
@@ -501,7 +478,7 @@ class Engine:
         if self._many:
             encoded = from_main(encoded)
         asked = settings_of(config, self.tokenizer, len(encoded), settings)
-        self._clock, self._counted, self._steps = _Clock(), [], 0
+        self._clock, self._counted, self._steps = Clock(), [], 0
         self._clock.seconds["compile"] += self._compiled_seconds
         self._compiled_seconds = 0.0
         pairs = enumerate(zip(encoded, asked, strict=True))
@@ -591,32 +568,3 @@ def on_devices(params: Params) -> Params:
         return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
     return jax.tree.map(put, params)
-
-
-class _Clock:
-    """Wall time by kind of work, compilation apart."""
-
-    def __init__(self) -> None:
-        self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
-        self._since, self._compiled = time.perf_counter(), set()
-
-    def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a jitted function; the first time for such arguments, compile it."""
-        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
-        key = function, shapes, kwargs.get("steps")
-        if key not in self._compiled:
-            start = time.perf_counter()
-            if function._cache_size() >= MOST_PROGRAMS:
-                function.clear_cache()  # what is running stays until it ends
-            function.lower(*args, **kwargs).compile()  # kept: the call finds it
-            self._compiled.add(key)
-            taken = time.perf_counter() - start
-            self.seconds["compile"] += taken
-            self._since += taken
-        return function(*args, **kwargs)
-
-    def lap(self, kind: str) -> None:
-        """Since the last one, or the start, it was this kind of work."""
-        now = time.perf_counter()
-        self.seconds[kind] += now - self._since
-        self._since = now

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from pallas_kernels import Implementation
 from polarjax.engine import programs
 from polarjax.engine.checks import encode_prompts, settings_of
-from polarjax.engine.engine import Engine, Output, Stream, on_devices
+from polarjax.engine.engine import Engine, Stream, on_devices
+from polarjax.engine.output import Output
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import mesh_of, shard
 from polarjax.mesh.processes import from_main

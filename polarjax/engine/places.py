@@ -60,7 +60,7 @@ def insert(
     Args:
       whole: arrays [b, ...]; donated.
       part: as many, [r, ...], as in `polarjax.cache.put_rows`.
-      rows: int32[r], where each goes, as in `programs.prefill`.
+      rows: int32[r], where each goes, as in `prefill.prefill`.
       cut: how all of them lie on a mesh.
       mesh: that rows lie on; None for one device.
     """
@@ -83,7 +83,7 @@ def insert_all(
       logits: float32[b, v]; donated.
       part: the call's cache, of r rows.
       last: float32[r, v].
-      rows: int32[r], where each goes, as in `programs.prefill`.
+      rows: int32[r], where each goes, as in `prefill.prefill`.
       mesh: that all of them lie on; None for one device.
       call: runs each compiled program, as call(function, *args, **kwargs).
     """

@@ -21,7 +21,7 @@ def read_bandwidth(device: Any) -> float:
       device: a `jax.Device`. It is measured once per process, with a buffer larger
         than its caches.
     """
-    # To begin and to wait takes a GPU as long as to read 1 GB: few passes are subtracted.
+    # To begin and to wait takes a GPU as long as to read 1 GB: a few passes' time goes.
     size, many, few = (2**31, 32, 8) if device.platform == "gpu" else (2**28, 4, 0)
     memory = device.memory_stats() or {}
     if "bytes_limit" in memory:  # never take the last of a full device

@@ -14,7 +14,7 @@ import polarjax
 from convert.verify import Comparison
 from polarjax.cli import calibrate, demo, evaluate, generate, main
 from polarjax.engine import Stats
-from polarjax.engine.generate import Output
+from polarjax.engine.output import Output
 from polarjax.evaluation import Perplexity
 from polarjax.evaluation.lm_eval import tasks
 from polarjax.policies import save_adapter, with_density, with_learned

@@ -11,7 +11,7 @@ import pytest
 
 import polarjax
 from polarjax.cache import PagedCache
-from polarjax.engine import engine, programs
+from polarjax.engine import clock, prefill, programs
 from polarjax.engine.checks import Settings, make_sampling, stop_table
 from polarjax.policies import with_learned
 from tests.models import LLAMA, random_params
@@ -135,7 +135,7 @@ def decode_arguments(params, batch=4, capacity=32):
     common = {"config": CONFIG.architecture, "implementation": None}
     state, logits = programs.empty_state(CONFIG, batch, capacity, params.weights)
     prompts = {row: [1] * 9 for row in range(batch)}
-    cache, logits = programs.read_prompts(
+    cache, logits = prefill.read_prompts(
         params.weights, prompts, state.cache, logits, **common
     )
     state = dataclasses.replace(state, cache=cache)
@@ -188,11 +188,11 @@ def test_caches_are_donated(params):
 
 def test_prefill_writes_into_the_cache_that_is_there(params):
     args, kwargs = prefill_arguments(params)
-    _, donated, copies = cache_copies(programs.prefill, args, kwargs)
+    _, donated, copies = cache_copies(prefill.prefill, args, kwargs)
     assert (donated, copies) == (2 * CONFIG.layers, 0)
     old = args[4]
     places = {array.unsafe_buffer_pointer() for array in (*old.keys, *old.values)}
-    new, _ = programs.prefill(*args, **kwargs)
+    new, _ = prefill.prefill(*args, **kwargs)
     assert {a.unsafe_buffer_pointer() for a in (*new.keys, *new.values)} == places
     assert np.asarray(new.lengths).tolist() == [3, 0, 9, 0]
     # The rows that were not asked for are as they were.
@@ -226,7 +226,7 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
         """Note the program, run nothing."""
         shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
         found[function].add((shapes, tuple(sorted(map(str, kwargs.items())))))
-        if function is programs.prefill:
+        if function is prefill.prefill:
             return args[4], args[5]
         return args[0]
 
@@ -234,7 +234,7 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
         lengths = np.exp(rng.normal(5, 1.2, batch)).clip(1, 4000).astype(int)
         capacity = int(2 ** np.ceil(np.log2(lengths.max() + 16)))
         slots = 1 << (batch - 1).bit_length()
-        programs.read_prompts(
+        prefill.read_prompts(
             weights,
             {row: [1] * n for row, n in enumerate(lengths.tolist())},
             room(slots, capacity),
@@ -245,21 +245,21 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
         )
     # Rows and widths alone: of 16 384 tokens, rows of a power of two, for batches up to
     # 16 at most 44 programs. Batch and capacity are those of what puts them in place.
-    assert len(found[programs.prefill]) <= 44
+    assert len(found[prefill.prefill]) <= 44
 
 
 def test_the_programs_kept_are_bounded_whatever_the_calls(params, monkeypatch):
     # On a GPU the batch and its capacity are part of prefill's programs, and they are
     # part of decoding's anywhere.
-    monkeypatch.setattr(engine, "MOST_PROGRAMS", 3)
+    monkeypatch.setattr(clock, "MOST_PROGRAMS", 3)
     settings = {"max_new_tokens": 2, "stop_ids": [], "density": 0.5}
     prompts = random_prompts(CONFIG, (3, 5, 2, 7, 1))
-    for function in (programs.prefill, programs.decode_chunk):
+    for function in (prefill.prefill, programs.decode_chunk):
         function.clear_cache()
     alone = [polarjax.generate(params, [ids], **settings).tokens[0] for ids in prompts]
     for batch in range(1, 6):
         output = polarjax.generate(params, prompts[:batch], **settings)
         assert output.tokens == alone[:batch]
-        kept = [f._cache_size() for f in (programs.prefill, programs.decode_chunk)]
+        kept = [f._cache_size() for f in (prefill.prefill, programs.decode_chunk)]
         assert max(kept) <= 3
     assert kept[1] == 2  # three were dropped for the fourth

@@ -11,8 +11,8 @@ import pytest
 import polarjax
 from polarjax import Settings
 from polarjax.engine import engine as engine_module
-from polarjax.engine import programs
-from polarjax.engine.programs import prefill_shapes
+from polarjax.engine import prefill, programs
+from polarjax.engine.prefill import prefill_shapes
 from tests.models import LLAMA, OPT, random_params
 from tests.policies.reference import decode, uniform
 
@@ -131,7 +131,7 @@ def test_later_calls_of_ragged_prompts_compile_nothing(params):
         )
 
     call()
-    functions = programs.prefill, programs.decode_chunk, programs.first_token
+    functions = prefill.prefill, programs.decode_chunk, programs.first_token
     before = [function._cache_size() for function in functions]
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(

@@ -44,7 +44,9 @@ def test_recall_is_far_above_chance_on_held_out_text(name, tokens, request):
     assert (found > chance).all()
 
 
-@pytest.mark.parametrize("mode", ["mask", pytest.param("decode", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode", ["mask", pytest.param("decode", marks=pytest.mark.slow)]
+)
 def test_perplexity_is_closer_to_the_oracles_than_to_chance(recovered, tokens, mode):
     policies = {"o": polarjax.Oracle(), "p": polarjax.Polar(), "r": polarjax.Random()}
     windows = window_items(tokens[:768], 96, 32)

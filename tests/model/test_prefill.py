@@ -10,7 +10,7 @@ import pytest
 
 import polarjax
 from polarjax.cache import PagedCache
-from polarjax.engine import programs
+from polarjax.engine import prefill
 from polarjax.model import Decoder, causal, extend, logits, weight_shapes, whole
 from tests.models import LLAMA, MHA, OPT, OPT_AFTER, random_params
 
@@ -163,7 +163,7 @@ def test_a_long_prompt_needs_little_memory():
     config = dataclasses.replace(LLAMA, layers=2, neurons=4096, context=t)
     cache = jax.eval_shape(lambda: PagedCache.empty(config, 1, t, jnp.float32))
     numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
-    program = programs.prefill.lower(
+    program = prefill.prefill.lower(
         *(weight_shapes(config), jax.ShapeDtypeStruct((1, t), jnp.int32)),
         *(numbers, numbers, cache),
         jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
@@ -211,7 +211,7 @@ def test_real_sizes_lower_for_cuda(rows, t, window, monkeypatch):
     device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = programs.prefill.trace(
+        traced = prefill.prefill.trace(
             *(weight_shapes(config, jnp.bfloat16), shape((rows, t))),
             *(shape((rows,)), shape((rows,)), cache),
             jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),

@@ -9,7 +9,7 @@ import pytest
 
 import polarjax
 from polarjax.cache import PagedCache
-from polarjax.engine import places, programs
+from polarjax.engine import places, prefill, programs
 from polarjax.engine.checks import Settings, make_sampling
 from polarjax.mesh import cut
 from polarjax.model import weight_shapes
@@ -39,7 +39,7 @@ def device(monkeypatch):
 
 def test_generate_refuses_and_names_what_fits(params, device, monkeypatch):
     allocated = []
-    monkeypatch.setattr(programs, "prefill", lambda *a, **k: allocated.append(a))
+    monkeypatch.setattr(prefill, "prefill", lambda *a, **k: allocated.append(a))
     device(limit=4_000_000_000, in_use=1_000_000_000)
     prompts = [[1, 2, 3]] * 2000
     with pytest.raises(ValueError) as caught:
@@ -99,7 +99,7 @@ def test_the_estimate_is_above_what_xla_takes(change, as_users_do):
     spec = jax.ShapeDtypeStruct
     numbers = spec((batch,), jnp.int32)
     cache = jax.eval_shape(lambda: PagedCache.empty(config, batch, width, jnp.float32))
-    compiled = programs.prefill.lower(
+    compiled = prefill.prefill.lower(
         weight_shapes(config, jnp.float32),
         spec((batch, width), jnp.int32),
         numbers,
@@ -125,7 +125,7 @@ def test_the_estimate_is_above_what_xla_takes_of_each_device(device):
     batch, width, mesh = 2, 256, cut.make_mesh(4)
     params = cut.shard(random_params(config), mesh)
     numbers = jnp.arange(batch, dtype=jnp.int32)
-    compiled = programs.prefill.lower(
+    compiled = prefill.prefill.lower(
         params.weights,
         jnp.zeros((batch, width), jnp.int32),
         numbers,
@@ -215,7 +215,7 @@ def nothing_runs(monkeypatch):
     def run(*_, **__):
         raise AssertionError("something was allocated")
 
-    monkeypatch.setattr(programs, "read_prompts", run)
+    monkeypatch.setattr(prefill, "read_prompts", run)
 
 
 def refused(params, prompts, **settings):
