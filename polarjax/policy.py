@@ -206,7 +206,9 @@ class Learned:
         none.
     """
 
-    routers: Annotated[Tree, UNSTORED] = dataclasses.field(default_factory=dict)
+    routers: Annotated[Tree, UNSTORED] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
     budgets: Budgets = dataclasses.field(default=(), metadata=_static)
     adaptive: bool = dataclasses.field(default=False, metadata=_static)
     neuron_budgets: NeuronBudgets = dataclasses.field(default=(), metadata=_static)

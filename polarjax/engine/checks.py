@@ -171,7 +171,7 @@ def settings_of(
     if unknown := sorted(asked.keys() - plain.keys()):
         raise TypeError(f"no setting {unknown[0]!r}: there are {', '.join(plain)}")
     given = {**plain, **asked}
-    most = min(positive("max_new_tokens", given["max_new_tokens"]), config.context)
+    most = _limits(given["max_new_tokens"], batch, config)
     stops = stop_strings(given["stop"], tokenizer)
     ends = stop_tokens(given["stop_ids"], config)
     densities = check_densities(given["density"], batch)
@@ -185,7 +185,7 @@ def settings_of(
         seeds = [(int(s) + i) % 2**32 for i, s in enumerate(seeds)]
     return [
         Settings(
-            max_new_tokens=most,
+            max_new_tokens=limit,
             density=float(density) or None,
             temperature=float(temperature),
             top_k=int(k),
@@ -194,10 +194,21 @@ def settings_of(
             stop=stops,
             stop_ids=ends,
         )
-        for density, temperature, k, p, seed in zip(
-            densities, temperatures, ks, ps, seeds, strict=True
+        for limit, density, temperature, k, p, seed in zip(
+            most, densities, temperatures, ks, ps, seeds, strict=True
         )
     ]
+
+
+def _limits(most: Any, batch: int, config: ModelConfig) -> list[int]:
+    """Tokens that may be added to each prompt, from one number or one per request."""
+    name = "max_new_tokens"
+    if np.ndim(most) == 0:
+        return [min(positive(name, most), config.context)] * batch
+    each = [positive(name, n) for n in _listed(name, most)]
+    if len(each) != batch:
+        raise ValueError(f"{name} has {len(each)} values for {batch} prompts")
+    return [min(n, config.context) for n in each]
 
 
 def make_sampling(config: ModelConfig, requests: Sequence[Settings]) -> Sampling:

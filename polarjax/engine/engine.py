@@ -98,6 +98,8 @@ class Engine:
     ) -> None:
         if not isinstance(params, Params):
             raise TypeError(f"params must be polarjax.Params, got {params!r:.60}")
+        if load is not None and not isinstance(load, Load):
+            raise TypeError(f"load must be a polarjax.policy.Load, got {load!r:.60}")
         params = shard(params, mesh) if mesh is not None else on_devices(params)
         self.params, self.mesh = params, mesh_of(params.weights)
         config = params.config

@@ -35,7 +35,7 @@ def generate(
     params: Params,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | Sequence[int] = 64,
     density: Density = None,
     policy: Policy | None = None,
     temperature: float | Sequence[float] = 0.0,
@@ -69,8 +69,8 @@ def generate(
       params: the model, from `polarjax.load`.
       prompts: a list of str, or of lists or arrays of token ids (taken verbatim),
         whose lengths may differ; or an array int[b, t].
-      max_new_tokens: most tokens to add to each prompt. Less are added where the
-        model's context ends.
+      max_new_tokens: most tokens to add to each prompt, or one per request. Less are
+        added where the model's context ends.
       density: fraction of KV groups to read from layer 1 on, in (0, 1], or one per
         request; 1.0 is dense, of the weights that an adapter of `recover` has mended:
         `policy=Dense()` is the original model. None means the adapter's budgets; where
@@ -131,7 +131,8 @@ def generate(
         "stop_ids": stop_ids,
     }
     asked = settings_of(config, tokenizer, batch, settings)
-    limits = [min(asked[0].max_new_tokens, config.context - n) for n in lengths]
+    pairs = zip(lengths, asked, strict=True)
+    limits = [min(one.max_new_tokens, config.context - n) for n, one in pairs]
     ends = [n + limit for n, limit in zip(lengths, limits, strict=True)]
     middles = [n + limit / 2 for n, limit in zip(lengths, limits, strict=True)]
     policy = _choose_policy(params, density, policy)

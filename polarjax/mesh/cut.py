@@ -93,8 +93,14 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
     """The mesh with both axes, Auto, if a model can be cut over it.
 
     Raises:
+      TypeError: if it is no mesh.
       ValueError: naming the axis or the size that does not divide.
     """
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            "mesh must be a jax.sharding.Mesh, such as polarjax.mesh.cut.make_mesh() "
+            f"makes, got {mesh!r:.60}"
+        )
     if TP not in mesh.shape or not {DP, TP} >= set(mesh.axis_names):
         raise ValueError(
             f"the mesh has the axes {', '.join(mesh.axis_names)}, but weights are cut "

@@ -7,6 +7,7 @@ from typing import Any, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from polarjax.config import ModelConfig
 from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
@@ -260,9 +261,11 @@ def check_fraction(memory_fraction: float) -> None:
     Raises:
       ValueError: naming the value.
     """
-    if not 0 < memory_fraction <= 1:
+    number = isinstance(memory_fraction, int | float | np.number)
+    if not number or not 0 < memory_fraction <= 1:
         raise ValueError(
-            f"memory_fraction must be above 0 and at most 1, got {memory_fraction!r}"
+            "memory_fraction must be a number above 0 and at most 1, got "
+            f"{memory_fraction!r}"
         )
 
 

@@ -61,10 +61,11 @@ class Adaptive(OfAdapter):
     asks: tuple[str, ...] = dataclasses.field(
         default=("groups", "neurons"), metadata=_static
     )
-    learned: Learned = dataclasses.field(default_factory=Learned)
+    learned: Learned = dataclasses.field(default_factory=Learned, repr=False)
 
     def bind(self, params: Params) -> tuple[Tree, Policy]:
         """Append the router rows; see `Policy.bind`."""
+        check_asks(self.asks)
         params = with_policy(params, self)
         config, learned = params.config, params.policy.learned
         thresholds = check_thresholds(learned)
@@ -88,6 +89,17 @@ class Adaptive(OfAdapter):
             groups = (float(config.kv_heads),) * config.layers
         counts = wanted_neurons(self.sized(load.batch), config, self.learned)
         return Reads(groups, tuple(n / config.neurons for n in counts))
+
+
+def check_asks(asks: tuple[str, ...]) -> None:
+    """Raise unless these are questions that a policy of an adapter answers.
+
+    Raises:
+      ValueError: naming the first that is none.
+    """
+    unknown = [name for name in asks if name not in ("groups", "neurons")]
+    if unknown:
+        raise ValueError(f'asks may name "groups" and "neurons", got {unknown[0]!r}')
 
 
 def check_thresholds(learned: Learned) -> tuple[float, ...]:

@@ -31,8 +31,8 @@ class Oracle(Policy):
     density: float | None = dataclasses.field(
         default=None, metadata={"static": True, "setting": True}
     )
-    learned: Learned = dataclasses.field(default_factory=Learned)
-    budget: HeadBudget | None = None
+    learned: Learned = dataclasses.field(default_factory=Learned, repr=False)
+    budget: HeadBudget | None = dataclasses.field(default=None, repr=False)
 
     wants = Wants(norms=True)
     flexible = True

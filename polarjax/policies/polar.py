@@ -13,6 +13,7 @@ from polarjax.params import Params, Tree
 from polarjax.policies.adaptive import (
     Adaptive,
     OfAdapter,
+    check_asks,
     wanted_neurons,
     with_policy,
 )
@@ -64,10 +65,15 @@ class Polar(OfAdapter):
     asks: tuple[str, ...] = dataclasses.field(
         default=("groups", "neurons"), metadata=_static
     )
-    learned: Learned = dataclasses.field(default_factory=Learned)
+    learned: Learned = dataclasses.field(default_factory=Learned, repr=False)
 
     def bind(self, params: Params) -> tuple[Tree, Policy]:
         """Append the router rows; see `Policy.bind`."""
+        check_asks(self.asks)
+        if type(self.balanced) is not int or self.balanced < 1:
+            raise ValueError(
+                f"balanced must be a positive integer, got {self.balanced!r}"
+            )
         params = with_policy(params, self)
         config, learned = params.config, params.policy.learned
         tp = axis_size(mesh_of(params.weights), TP)

@@ -33,13 +33,15 @@ class Random(Policy):
         default=None, metadata={"static": True, "setting": True}
     )
     seed: int = dataclasses.field(default=0, metadata={"static": True, "setting": True})
-    learned: Learned = dataclasses.field(default_factory=Learned)
-    budget: HeadBudget | None = None
+    learned: Learned = dataclasses.field(default_factory=Learned, repr=False)
+    budget: HeadBudget | None = dataclasses.field(default=None, repr=False)
 
     flexible = True
 
     def bind(self, params: Params) -> tuple[Tree, Policy]:
         """Only the budgets, and recovery's updates; see `Policy.bind`."""
+        if type(self.seed) is not int:
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
         params = with_policy(params, self)
         config, learned = params.config, params.policy.learned
         k, passing = config.kv_heads, ()

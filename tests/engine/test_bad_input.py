@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax import Polar, Random
 from polarjax.engine import Tokenizer
 from tests.models import LLAMA, random_params, write_checkpoint
 
@@ -86,7 +87,7 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
     [
         *(
             ({"max_new_tokens": bad}, "max_new_tokens must be a positive integer")
-            for bad in (0, -1, 1.5, True, None, "8", float("nan"), [4, 4])
+            for bad in (0, -1, 1.5, True, None, "8", float("nan"), [4, 0])
         ),
         *(
             ({"chunk": bad}, "chunk must be a positive integer")
@@ -110,7 +111,7 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
         ),
         *(
             ({name: [1, 1, 1]}, f"{name} has 3 values for 2 prompts")
-            for name in ("temperature", "top_p", "top_k", "seed")
+            for name in ("temperature", "top_p", "top_k", "seed", "max_new_tokens")
         ),
         ({"temperature": []}, "temperature has 0 values for 2 prompts"),
         ({"temperature": np.array([1.0])}, "temperature has 1 values for 2 prompts"),
@@ -120,11 +121,27 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
         ),
         ({"stop": "end"}, "stop strings need a tokenizer"),
         ({"implementation": "cuda"}, "implementation is 'cuda'; it must be one of"),
+        ({"memory_fraction": "x"}, "memory_fraction must be a number above 0"),
+        ({"policy": Random(0.5, seed="x")}, "seed must be an integer, got 'x'"),
+        *(
+            ({"policy": Polar(0.5, balanced=bad)}, "balanced must be a positive integ")
+            for bad in ("x", 2.0, 0)
+        ),
+        ({"policy": Polar(0.5, asks=("heads",))}, "asks may name .*, got 'heads'"),
     ],
 )
 def test_settings(params, settings, message):
     with pytest.raises(ValueError, match=message):
         polarjax.generate(params, GOOD, **settings)
+
+
+def test_settings_of_another_kind(params):
+    with pytest.raises(
+        TypeError, match=r"mesh must be a jax\.sharding\.Mesh.* got 'x'"
+    ):
+        polarjax.generate(params, GOOD, mesh="x")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"load must be .*Load, got 3"):
+        polarjax.Engine(params, load=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], [1], 5, None, [None], {"a": 1}])

@@ -43,6 +43,16 @@ def requests():
         )
 
 
+def test_each_prompt_has_a_limit_of_its_own(params):
+    prompts, limits = [[1, 2, 3], [4, 5], [6]], [3, 9, 1]
+    settings = {"density": 0.5, "stop_ids": []}
+    out = polarjax.generate(params, prompts, max_new_tokens=limits, **settings)
+    assert [len(tokens) for tokens in out.tokens] == limits
+    for ids, limit, tokens in zip(prompts, limits, out.tokens, strict=True):
+        alone = polarjax.generate(params, [ids], max_new_tokens=limit, **settings)
+        assert alone.tokens == [tokens]
+
+
 def test_a_request_alone_is_the_request_in_any_load(params):
     policy = polarjax.Polar(0.5)
     alone = []

@@ -120,3 +120,12 @@ def test_what_is_no_policy_is_named(wrong, params):
         polarjax.Engine(params, policy=wrong)
     with pytest.raises(TypeError, match="policy must be a policy like Dense"):
         Scorer(params, {"it": wrong})
+
+
+def test_what_a_policy_shows_of_itself_is_its_settings():
+    params = random_params(LLAMA, routers=True)
+    bound = polarjax.Random(0.5, seed=3).bind(params)[1]
+    assert repr(polarjax.Polar(0.5).of(params.policy.learned)) == repr(
+        polarjax.Polar(0.5)
+    )
+    assert "Array" not in repr(bound) + repr(params.policy)
