@@ -13,7 +13,7 @@ from polarjax.policy import Learned
 
 
 def summary(weights: Any, learned: Learned, config: ModelConfig) -> str:
-    """Family, sizes, dtype, bytes, place and adapter of a model.
+    """Family, sizes, dtype, bytes, devices and adapter of a model.
 
     Args:
       weights: of the model. JAX also puts shapes, tracers and other things in their
@@ -32,7 +32,7 @@ def summary(weights: Any, learned: Learned, config: ModelConfig) -> str:
     return (
         f"Params({c.family}, {number / 1e6:,.1f}M weights, "
         f"{', '.join(sorted(dtypes)) or 'no arrays'}, {_megabytes(leaves)}, "
-        f"{_place(leaves)},\n"
+        f"{_devices(leaves)},\n"
         f"  {c.layers} layers of {c.dim}, {c.heads} heads in {c.kv_heads} KV groups, "
         f"{c.neurons} neurons, {c.vocab_size} tokens, context {c.context},\n"
         f"  {adapter})"
@@ -48,7 +48,7 @@ def _megabytes(leaves: Sequence[Any]) -> str:
     return f"{sum(x.size * x.dtype.itemsize for x in leaves) / 1e6:,.1f} MB"
 
 
-def _place(leaves: Sequence[Any]) -> str:
+def _devices(leaves: Sequence[Any]) -> str:
     """The devices of arrays that are there, or what stands for them."""
     devices = set()
     for leaf in leaves:

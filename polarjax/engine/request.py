@@ -83,10 +83,10 @@ class Request:
         text, count = "", len(self.tokens)
         if self.tokenizer is not None:
             written = self._read(self.tokenizer)
-            place = written.settled() if self.going else written.end
+            position = written.settled() if self.going else written.end
             if self.going:
-                count = written.tokens_at(place)
-            end = written.shown_at(place)
+                count = written.tokens_at(position)
+            end = written.shown_at(position)
             text = written.shown(self._streamed_text, end)
             self._streamed_text = end
         tokens = self.tokens[self._streamed_tokens : count]
@@ -107,8 +107,8 @@ class _Written:
     """A text that grows token by token, with what is known of each.
 
     There are two of it: the *shown* one, and the *whole* one in which special tokens
-    are spelled out, as a stop string may have them. A place is a number of characters
-    of the whole one. A special token amid a character's bytes stands before it, but
+    are spelled out, as a stop string may have them. A position is a number of
+    characters of the whole one. A special token amid a character's bytes stands before it, but
     where it ends the text: then the character is broken.
 
     Args:
@@ -117,7 +117,7 @@ class _Written:
       stops: strings that end the text.
 
     Attributes:
-      cut: the place where the first complete stop string begins, if there is one.
+      cut: the position where the first complete stop string begins, if there is one.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class _Written:
 
     @property
     def end(self) -> int:
-        """The place where the text ends."""
+        """The position where the text ends."""
         return self._whole[-1] if self.cut is None else self.cut
 
     def take(self, tokens: Sequence[int], ended: bool) -> None:
@@ -186,21 +186,21 @@ class _Written:
     def _search(self, shown: str, whole: str) -> None:
         if not self._searches or self.cut is not None:
             return
-        at, place = (
+        at, position = (
             search.add(text)
             for search, text in zip(self._searches, (shown, whole), strict=True)
         )
-        places = [] if place is None else [place]
+        positions = [] if position is None else [position]
         if at is not None:
-            places.append(self._place(at))
-        self.cut = min(places, default=None)
+            positions.append(self._position(at))
+        self.cut = min(positions, default=None)
 
     def settled(self) -> int:
-        """The place up to which no stop string can begin any more."""
+        """The position up to which no stop string can begin any more."""
         if not self._searches:
             return self._whole[-1]
         shown, whole = (search.settled() for search in self._searches)
-        return min(self._place(shown), whole)
+        return min(self._position(shown), whole)
 
     def shown(self, start: int, end: int) -> str:
         """Characters of the shown text.
@@ -214,21 +214,21 @@ class _Written:
         offset = start - self._shown[first - 1]
         return text[offset : offset + end - start]
 
-    def shown_at(self, place: int) -> int:
-        """Characters shown before a place."""
-        i = bisect_right(self._whole, place)
+    def shown_at(self, position: int) -> int:
+        """Characters shown before a position."""
+        i = bisect_right(self._whole, position)
         if i == len(self._whole) or self._shown[i] == self._shown[i - 1]:
             return self._shown[i - 1]  # at the end, or in a special token
-        return self._shown[i - 1] + place - self._whole[i - 1]
+        return self._shown[i - 1] + position - self._whole[i - 1]
 
-    def tokens_at(self, place: int) -> int:
-        """The most tokens that are all of whole characters before a place."""
-        i = bisect_right(self._whole, place) - 1
+    def tokens_at(self, position: int) -> int:
+        """The most tokens that are all of whole characters before a position."""
+        i = bisect_right(self._whole, position) - 1
         while not self._complete[i]:
             i -= 1
         return min(i, self._count)
 
-    def _place(self, shown: int) -> int:
+    def _position(self, shown: int) -> int:
         """Where the character begins that so many are shown before."""
         i = bisect_right(self._shown, shown)
         if i == len(self._shown):

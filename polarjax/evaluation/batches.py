@@ -43,7 +43,7 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A continuation's place in a batch.
+    """Where a continuation stands in a batch.
 
     Attributes:
       item: which one, in the list that was cut.
@@ -94,17 +94,17 @@ class Batch:
           the steps it takes, int32[b], 0 for rows that fill up). As numpy.
         """
         heads = dict.fromkeys(row.tokens[: row.start] for row in self.rows)
-        place = {head: i for i, head in enumerate(heads)}
+        of_head = {head: i for i, head in enumerate(heads)}
         most = self.contexts + -self.contexts % parts
         batch += -batch % parts
         contexts = np.zeros((most, self.prefix), np.int32)
         lengths, rows, counts = (np.zeros(n, np.int32) for n in (most, batch, batch))
-        for head, i in place.items():
+        for head, i in of_head.items():
             contexts[i, : len(head)], lengths[i] = head, len(head)
         tokens = np.zeros((batch, self.steps + 1), np.int32)
         for i, row in enumerate(self.rows):
             tail = row.tokens[row.start :]
-            rows[i], counts[i] = place[row.tokens[: row.start]], len(tail) - 1
+            rows[i], counts[i] = of_head[row.tokens[: row.start]], len(tail) - 1
             tokens[i, : len(tail)] = tail
         return (contexts, lengths, rows), (tokens, counts)
 

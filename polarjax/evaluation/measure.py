@@ -104,8 +104,8 @@ def measure(
         parts = [journal[key][label] for key in keys]
         nll, greedy = np.zeros(len(items)), np.zeros(len(items), bool)
         for batch, part in zip(batches, parts, strict=True):
-            places = [row.item for row in batch.rows]
-            nll[places], greedy[places] = part["nll"], part["greedy"]
+            numbers = [row.item for row in batch.rows]
+            nll[numbers], greedy[numbers] = part["nll"], part["greedy"]
         results[label] = Measured(
             nll,
             greedy,

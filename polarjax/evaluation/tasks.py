@@ -26,14 +26,14 @@ class Row:
       choices: continuations to choose from, spaces in front included; one is the
         `target` of a last-word task.
       label: the right one, from 0; None for a target.
-      place: file and line.
+      source: file and line.
     """
 
     id: str
     context: str
     choices: tuple[str, ...]
     label: int | None
-    place: str
+    source: str
 
 
 def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
@@ -56,24 +56,24 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
         for i, line in enumerate(file):
             if len(rows) == limit:
                 break
-            place = f"{path}, line {i + 1}"
+            source = f"{path}, line {i + 1}"
             try:
-                rows.append(_row(json.loads(line), place, str(i)))
+                rows.append(_row(json.loads(line), source, str(i)))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: no JSON: {error}") from None
+                raise ValueError(f"{source}: no JSON: {error}") from None
             if (rows[0].label is None) != (rows[-1].label is None):
                 raise ValueError(
-                    f"{place}: the file's rows must all have choices or all a target"
+                    f"{source}: the file's rows must all have choices or all a target"
                 )
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
 
 
-def _row(value: Any, place: str, name: str) -> Row:
+def _row(value: Any, source: str, name: str) -> Row:
     def need(right: bool, message: str) -> None:
         if not right:
-            raise ValueError(f"{place}: {message}")
+            raise ValueError(f"{source}: {message}")
 
     need(isinstance(value, dict), "a row must be a JSON object")
     name, context = str(value.get("id", name)), value.get("context")
@@ -86,7 +86,7 @@ def _row(value: Any, place: str, name: str) -> Row:
         )
         need("choices" not in value, "a row has choices or a target, not both")
         need(_is_text(context + target), "its text is no Unicode text")
-        return Row(name, context, (target,), None, place)
+        return Row(name, context, (target,), None, source)
     choices, label = value.get("choices"), value.get("label")
     need(
         isinstance(choices, list) and len(choices) > 1,
@@ -104,7 +104,7 @@ def _row(value: Any, place: str, name: str) -> Row:
     )
     need(_is_text("".join([context, *choices])), "its text is no Unicode text")
     space = " " if context.strip() else ""
-    return Row(name, context, tuple(space + c for c in choices), label, place)
+    return Row(name, context, tuple(space + c for c in choices), label, source)
 
 
 def _is_text(text: str) -> bool:
@@ -154,13 +154,13 @@ def task_items(
         for choice in row.choices:
             head, tail = encode_pair(tokenizer, config, row.context, choice)
             if not head or not tail:
-                raise ValueError(f"{row.place}: {choice!r} has no tokens of its own")
+                raise ValueError(f"{row.source}: {choice!r} has no tokens of its own")
             if len(head) + len(tail) > config.context + 1:
                 raise ValueError(
-                    f"{row.place}: row {row.id!r} has {len(head) + len(tail)} tokens, "
+                    f"{row.source}: row {row.id!r} has {len(head) + len(tail)} tokens, "
                     f"the model's context is {config.context}"
                 )
-            items.append(Continuation((*head, *tail), len(tail), row.place))
+            items.append(Continuation((*head, *tail), len(tail), row.source))
     return items
 
 

@@ -114,7 +114,7 @@ def test_rows_are_read(tmp_path):
     assert rows[0].choices == tuple(given[0]["choices"])  # nothing to join them to
     assert rows[1].choices == tuple(" " + c for c in given[1]["choices"])
     assert [row.label for row in rows] == [row["label"] for row in given]
-    assert rows[2].place.endswith("a.jsonl.gz, line 3")
+    assert rows[2].source.endswith("a.jsonl.gz, line 3")
     assert read_rows(tmp_path / "a.jsonl.gz", limit=2) == rows[:2]
 
 

@@ -272,20 +272,20 @@ def _check(run: Run) -> None:
     facts_of(run)
     for name, part in PARTS.items():
         for row in (row for group in gather([run], name) for row in group.rows):
-            place = f"{name}, {row.label!r}"
+            source = f"{name}, {row.label!r}"
             for key in part.needs:
                 if row.found.get(key) is None:
-                    raise ValueError(f"{place}: {key} is not there")
+                    raise ValueError(f"{source}: {key} is not there")
             for column in part.columns:
                 value = row.value(column)
-                _check_value(value, column.interval, f"{place}: {column.key}")
-            _check_value(row.found.get("positions"), False, f"{place}: positions")
+                _check_value(value, column.interval, f"{source}: {column.key}")
+            _check_value(row.found.get("positions"), False, f"{source}: positions")
     head_use(run)
     divergences([run])
     recall(run)
 
 
-def _check_value(value: Any, interval: bool, place: str) -> None:
+def _check_value(value: Any, interval: bool, source: str) -> None:
     if value is None:
         return
     numbers = value if isinstance(value, list) else [value]
@@ -295,13 +295,13 @@ def _check_value(value: Any, interval: bool, place: str) -> None:
         right &= len(numbers) == 3 and numbers[0] is not None
     if not right:
         shape = "[value, low, high]" if interval else "a number, or with an interval"
-        raise ValueError(f"{place} must be {shape}, got {reprlib.repr(value)}")
+        raise ValueError(f"{source} must be {shape}, got {reprlib.repr(value)}")
 
 
-def _array(values: Any, dimensions: int, place: str) -> np.ndarray:
+def _array(values: Any, dimensions: int, source: str) -> np.ndarray:
     array = np.asarray(values, np.float64)
     if array.ndim != dimensions or not array.size or not np.isfinite(array).all():
-        raise ValueError(f"{place} must be numbers in {dimensions} dimensions")
+        raise ValueError(f"{source} must be numbers in {dimensions} dimensions")
     return array
 
 

@@ -94,7 +94,7 @@ def make_report(results: Sequence[str | Path], out: str | Path) -> Path:
         matplotlib is not installed.
     """
     out = Path(out)
-    _check_place(out)
+    _check_folder(out)
     runs = read_results([results] if isinstance(results, str | Path) else results)
     sections = [
         _quality(runs, "tasks"),
@@ -122,7 +122,7 @@ def _title(runs: Sequence[Run]) -> str:
     return f"Evaluation of {models} in mode {modes}"
 
 
-def _check_place(out: Path) -> None:
+def _check_folder(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -138,7 +138,7 @@ def _check_place(out: Path) -> None:
 
 def _write(out: Path, files: Mapping[str, str]) -> None:
     out = out.resolve()
-    with whole_folder(out, lambda: _check_place(out)) as new:
+    with whole_folder(out, lambda: _check_folder(out)) as new:
         for name, text in files.items():
             (new / name).write_text(text, encoding="utf-8", newline="\n")
 
@@ -243,8 +243,8 @@ def _series(runs: Sequence[Run]) -> dict[tuple[str, str], plots.Series]:
         if kind != "dense"
     ]
     return {
-        (runs[i].tag, kind): plots.Series(runs[i].named(kind.capitalize()), place, i)
-        for place, (i, kind) in enumerate(pairs)
+        (runs[i].tag, kind): plots.Series(runs[i].named(kind.capitalize()), order, i)
+        for order, (i, kind) in enumerate(pairs)
     }
 
 

@@ -69,12 +69,12 @@ class Series(NamedTuple):
 
     Attributes:
       name: in the legend.
-      place: its colour and marker, from 0.
+      order: its colour and marker, from 0.
       line: its kind of line, from 0.
     """
 
     name: str
-    place: int = 0
+    order: int = 0
     line: int = 0
 
 
@@ -247,7 +247,7 @@ def histograms(
             shares = _shares(values, edges)
             highest = max(highest, float(shares.max()))
             centres = np.concatenate([[_TINY - 0.75], edges[:-1] + 0.25])
-            colour = COLOURS[series.place % len(COLOURS)]
+            colour = COLOURS[series.order % len(COLOURS)]
             cell.bar(centres, shares, width=0.46, color=colour)
             if mean > 10.0**_TINY:
                 at = math.log10(mean)
@@ -337,8 +337,8 @@ def _errorbars(
 
 def _look(series: Series) -> dict[str, Any]:
     return {
-        "color": COLOURS[series.place % len(COLOURS)],
-        "marker": _MARKERS[series.place % len(_MARKERS)],
+        "color": COLOURS[series.order % len(COLOURS)],
+        "marker": _MARKERS[series.order % len(_MARKERS)],
         "linestyle": _LINES[series.line % len(_LINES)],
         "linewidth": 1.4,
         "markersize": 5,
