@@ -108,8 +108,8 @@ class _Written:
 
     There are two of it: the *shown* one, and the *whole* one in which special tokens
     are spelled out, as a stop string may have them. A position is a number of
-    characters of the whole one. A special token amid a character's bytes stands before it, but
-    where it ends the text: then the character is broken.
+    characters of the whole one. A special token amid a character's bytes stands before
+    it, but where it ends the text: then the character is broken.
 
     Args:
       reader: of the tokens that are not special.
