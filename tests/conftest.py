@@ -23,6 +23,9 @@ os.environ.setdefault(
 os.environ["POLARJAX_NO_COMPILE_CACHE"] = "1"
 if importlib.util.find_spec("jax_cuda13_plugin") is None:  # for processes of tests too
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+# Nor to any later test: to find that out, and where each line is from, takes a tenth.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
 import pytest

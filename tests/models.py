@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import polarjax
@@ -77,7 +76,8 @@ def random_params(
             }
         tree[f"layers_{layer}"] = parts
     policy = of_learned(Learned(tree, **learned))
-    return jax.tree.map(jnp.asarray, polarjax.Params(weights, policy, config))
+    # `jnp.asarray` compiles a program for each shape.
+    return jax.tree.map(jax.device_put, polarjax.Params(weights, policy, config))
 
 
 def byte_tokenizer():

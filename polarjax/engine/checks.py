@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -222,11 +221,15 @@ def make_sampling(config: ModelConfig, requests: Sequence[Settings]) -> Sampling
     ks = [min(one.top_k or v, v) for one in requests]
     ps = [one.top_p for one in requests]
     greedy = all(one.temperature == 0 for one in requests)
+
+    def put(numbers: list, dtype: Any) -> jax.Array:
+        return jax.device_put(np.array(numbers, dtype))  # which compiles nothing
+
     return Sampling(
-        jnp.asarray([one.temperature for one in requests], jnp.float32),
-        jnp.asarray(ks, jnp.int32),
-        jnp.asarray(ps, jnp.float32),
-        jnp.asarray(np.array([one.seed for one in requests], np.uint32)),
+        put([one.temperature for one in requests], np.float32),
+        put(ks, np.int32),
+        put(ps, np.float32),
+        put([one.seed for one in requests], np.uint32),
         greedy=greedy,
         filtered=not greedy and (min(ks) < v or min(ps) < 1),
     )

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -369,7 +368,6 @@ class Engine:
             self._placed(remaining),
             self._slot_data(),
         )
-        drawn = jax.tree.map(lambda x: x[None], drawn)
         rows = [taken.get(i) for i in range(self.slots)]
         live = to_host(self._state.live)
         self._begun.append(_Chunk(drawn, live, rows, call=None))
@@ -412,7 +410,7 @@ class Engine:
         return self._given
 
     def _placed(self, array: Any) -> jax.Array:
-        return place_rows(array, self.mesh) if self.mesh else jnp.asarray(array)
+        return place_rows(array, self.mesh)
 
     def _deliver(self, number: int | None = None) -> list[Request]:
         """Hand on what the first chunks brought, and free the rows that ended."""
@@ -567,6 +565,6 @@ def on_devices(params: Params) -> Params:
     """The model as it is, or where its arrays are the host's, on the default device."""
 
     def put(leaf: Any) -> jax.Array:
-        return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+        return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
 
     return jax.tree.map(put, params)

@@ -130,6 +130,9 @@ def first_token(
       admitted: bool[b], the requests that begin; the others stay as they are.
       remaining: int32[b], tokens each of them may draw, at least 1.
       slots: what each request asked for.
+
+    Returns:
+      The new state, and what was drawn, with a leading axis of one step.
     """
     new, logprob, valid = _advance(logits, state.cache, admitted, remaining, slots)
 
@@ -144,7 +147,7 @@ def first_token(
         mine(new.live, state.live),
         mine(new.remaining, state.remaining),
     )
-    return after, drawn
+    return after, jax.tree.map(lambda x: x[None], drawn)
 
 
 def empty_state(

@@ -10,6 +10,7 @@ from polarjax.cli import generate, main
 from polarjax.cli.compile_cache import cache_folder, use_compile_cache
 
 SETTINGS = (
+    "jax_enable_compilation_cache",
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
@@ -29,6 +30,8 @@ def home(tmp_path, monkeypatch):
     monkeypatch.delenv("POLARJAX_NO_COMPILE_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
     yield tmp_path
     for name, value in before.items():
         jax.config.update(name, value)
