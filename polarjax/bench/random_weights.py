@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from polarjax import ModelConfig, Params, load
 from polarjax.bench.meshes import drawn_apart
 from polarjax.bench.shapes import layers_alone, parse_model
-from polarjax.mesh.cut import placement, router_spec
+from polarjax.mesh.cut import TP, placement, router_spec
 from polarjax.model import weight_shapes
 from polarjax.params import Placement
 from polarjax.policies import of_learned, routers, with_density, with_learned
@@ -97,7 +97,7 @@ def random_routers(
     def place(path: str, shape: tuple[int, ...]) -> Placement | None:
         if mesh is None:
             return None
-        return Placement(NamedSharding(mesh, router_spec(path, shape, mesh)))
+        return Placement(NamedSharding(mesh, router_spec(path, shape, mesh.shape[TP])))
 
     return draw(router_shapes(config, dtype, head_rank), 1, place)
 

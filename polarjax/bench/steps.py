@@ -29,6 +29,7 @@ from polarjax.engine.checks import Settings, make_sampling, stop_table
 from polarjax.engine.programs import Drawn, State
 from polarjax.engine.stats import kv_rows, seen_tokens
 from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
+from polarjax.model import Decoder, make_decoder
 from polarjax.model.layer import Layer
 from polarjax.planning.cost import kv_row_bytes, step_weight_bytes
 from polarjax.planning.crossover import settle
@@ -56,7 +57,7 @@ class Stream:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "steps", "implementation"),
+    static_argnames=("model", "steps"),
     donate_argnames=("state",),
 )
 def layers_chunk(
@@ -64,12 +65,12 @@ def layers_chunk(
     policy: Policy,
     state: Stream,
     *,
-    config: ModelConfig,
+    model: Decoder,
     steps: int,
-    implementation: Implementation | None,
 ) -> tuple[Stream, Drawn]:
     """As `decode_chunk`, of layers 1 to n alone."""
-    rows = policy.wants.scores or (0,) * config.layers
+    config, share = model.config, model.share
+    rows = model.score_rows or (0,) * config.layers
     b = state.x.shape[0]
     live, zeros = jnp.ones(b, bool), jnp.zeros(b, jnp.int32)
     seen = Seen(live, jnp.zeros(b), zeros, jnp.arange(b, dtype=jnp.int32))
@@ -79,7 +80,7 @@ def layers_chunk(
         reads = [zeros]  # layer 0 reads nothing: it is not here
         first = dataclasses.replace(seen, lengths=cache.lengths + 1)
         for i in range(1, config.layers):
-            layer = Layer(config, i, x.dtype, rows[i], implementation)
+            layer = Layer(config, i, x.dtype, share, rows[i], model.implementation)
             variables = {"params": weights[f"layers_{i}"]}
             found: Any = layer.apply(
                 variables, x, parts, first, cache, policy, method=Layer.step
@@ -173,11 +174,10 @@ def make_chunk(
       alone: whether the model is layers alone.
       implementation: of the kernels.
     """
-    options = {
-        "config": params.config.architecture,
-        "steps": STEPS,
-        "implementation": implementation,
-    }
+    model = make_decoder(
+        params.config.architecture, params.weights, policy.wants.scores, implementation
+    )
+    options = {"model": model, "steps": STEPS}
     if alone:
         return Chunk(layers_chunk, (weights, policy), (), options)
     requests = [Settings()] * batch
@@ -189,7 +189,6 @@ def make_chunk(
             jnp.asarray(stop_table(requests)),
         ),
     )
-    options["mesh"] = mesh_of(params.weights)
     return Chunk(programs.decode_chunk, (weights, policy), after, options)
 
 
@@ -335,6 +334,9 @@ def make_prefill(
       implementation: of the kernels.
     """
     config = params.config
+    model = make_decoder(
+        config.architecture, params.weights, implementation=implementation
+    )
     ids = jax.random.randint(jax.random.key(3), (prompts, tokens), 0, config.vocab_size)
     given = dict(enumerate(np.asarray(ids).tolist()))
     requests = [Settings()] * prompts
@@ -346,14 +348,13 @@ def make_prefill(
     every, remaining = jnp.ones(prompts, bool), jnp.full(prompts, 10**8, jnp.int32)
 
     def read(call: Callable[..., Any]) -> None:
-        state, logits = programs.empty_state(config, prompts, tokens, params.weights)
+        state, logits = programs.empty_state(model, prompts, tokens, params.weights)
         cache, logits = prefill.read_prompts(
             params.weights,
             given,
             state.cache,
             logits,
-            config=config.architecture,
-            implementation=implementation,
+            model=model,
             call=call,
         )
         state = dataclasses.replace(state, cache=cache)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -125,11 +126,11 @@ def search_budgets(
         params,
         items,
         policy or named("polar"),
-        settings.mode,
-        min(settings.rows, len(items)),
         thresholds,
-        implementation,
         {} if journal is None else journal,
+        mode=settings.mode,
+        batch=min(settings.rows, len(items)),
+        implementation=implementation,
     )
     # The first step measures every layer, each further one a few.
     width, steps = settings.width, (config.layers - 1) * math.ceil((k - 1) / step)
@@ -153,27 +154,22 @@ def _evaluator(
     params: Params,
     items: Sequence[Continuation],
     policy: Policy,
-    mode: Mode,
-    rows: int,
     thresholds: Thresholds | None,
-    implementation: Implementation | None,
     journal: Journal,
+    **options: Any,
 ) -> Evaluate:
-    """Scores items under one budget after another; compiles on first need."""
+    """Scores items under one budget after another; compiles on first need.
+
+    The options are those of a `Scorer`.
+    """
     density = policy.settings().get("density")
     if density is not None:
         raise ValueError(
             f"the policy has density {density}: a search finds it, leave it out"
         )
     # The policy at all heads may still differ from dense: by recovery's updates.
-    dense = Scorer(
-        params,
-        {_LABEL: Dense()},
-        mode=mode,
-        batch=rows,
-        implementation=implementation,
-    )
-    sparse = _Budgeted(params, policy, mode, rows, thresholds, implementation)
+    dense = Scorer(params, {_LABEL: Dense()}, **options)
+    sparse = _Budgeted(params, policy, thresholds, **options)
     batches = sparse.plan(items)
 
     def evaluate(budgets: Budgets) -> np.ndarray:
@@ -202,10 +198,8 @@ class _Budgeted(Scorer):
         self,
         params: Params,
         policy: Policy,
-        mode: Mode,
-        batch: int,
         thresholds: Thresholds | None,
-        implementation: Implementation | None,
+        **options: Any,
     ) -> None:
         config, self._thresholds = params.config, thresholds
         # Bound as if every layer but the first were sparse: all routers are there.
@@ -215,13 +209,7 @@ class _Budgeted(Scorer):
             every = with_learned(
                 every, adaptive=True, thresholds=tuple(map(float, lowest))
             )
-        super().__init__(
-            every,
-            {_LABEL: policy.flexing()},
-            mode=mode,
-            batch=batch,
-            implementation=implementation,
-        )
+        super().__init__(every, {_LABEL: policy.flexing()}, **options)
         self.set_budgets((config.kv_heads,) * config.layers)
 
     def set_budgets(self, budgets: Budgets) -> None:

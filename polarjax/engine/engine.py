@@ -32,7 +32,7 @@ from polarjax.engine.stats import make_stats
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
 from polarjax.mesh.processes import from_main, to_host
-from polarjax.model import BLOCK_TOKENS
+from polarjax.model import BLOCK_TOKENS, make_decoder
 from polarjax.params import Params
 from polarjax.planning.crossover import settle
 from polarjax.planning.memory import MEMORY_FRACTION, cache_capacity
@@ -126,9 +126,12 @@ class Engine:
         )
         capacity = from_main(capacity) if self._many else capacity
         resolve(implementation)
-        self._common = {"config": config.architecture, "implementation": implementation}
+        self._dense = make_decoder(
+            config.architecture, params.weights, implementation=implementation
+        )
+        self._model = self._dense.clone(score_rows=self._bound.wants.scores)
         self._state, self._logits = programs.empty_state(
-            config, self.slots, capacity, params.weights
+            self._dense, self.slots, capacity, params.weights
         )
         self._rows: list[Request | None] = [None] * self.slots
         self._settings = [_IDLE] * self.slots
@@ -163,9 +166,8 @@ class Engine:
             self.params.weights,
             self._state.cache,
             self._logits,
+            model=self._dense,
             most=self._most,
-            mesh=self.mesh,
-            **self._common,
         )
         self._compiled_seconds = time.perf_counter() - start
 
@@ -356,9 +358,9 @@ class Engine:
             {row: request.prompt for row, request in taken.items()},
             state.cache,
             self._logits,
+            model=self._dense,
             most=self._most,
             call=self._clock.run,
-            **self._common,
         )
         self._state, drawn = self._clock.run(
             programs.first_token,
@@ -387,9 +389,8 @@ class Engine:
                 self._placed(go_on),
                 self._slot_data(),
                 None if whole else np.int32(number),
+                model=self._model,
                 steps=self.chunk,
-                mesh=self.mesh,
-                **self._common,
             )
             self._steps += self.chunk if whole else number
             for i in live:

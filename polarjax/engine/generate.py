@@ -20,7 +20,7 @@ from polarjax.engine.output import Output
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import mesh_of, shard
 from polarjax.mesh.processes import from_main
-from polarjax.model import BLOCK_TOKENS
+from polarjax.model import BLOCK_TOKENS, make_decoder
 from polarjax.params import Params
 from polarjax.planning.memory import MEMORY_FRACTION, room_for
 from polarjax.planning.sizes import bucket, positive
@@ -228,13 +228,11 @@ def logits(
         whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == (b,)
         if not whole or lengths.min() < 1 or lengths.max() > t:
             raise ValueError(f"lengths must be {b} integers from 1 to {t}: {lengths}")
-    return programs.all_logits(
-        params.weights,
-        jnp.asarray(tokens, jnp.int32),
-        config=config.architecture,
-        implementation=implementation,
-        mesh=mesh_of(params.weights),
+    model = make_decoder(
+        config.architecture, params.weights, implementation=implementation
     )
+    ids = jnp.asarray(tokens, jnp.int32)
+    return programs.all_logits(params.weights, ids, model=model)
 
 
 def _choose_policy(

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from polarjax.cache import PagedCache, put_rows
-from polarjax.config import ModelConfig
-from polarjax.mesh.cut import DP, TP, local_config, over_mesh
+from polarjax.mesh.cut import DP, TP, over_mesh
+from polarjax.model import Decoder
 
 # How a cache on a mesh is cut: batch, and KV groups.
 GROUPS: Any = P(DP, TP)
@@ -36,17 +36,15 @@ def cache_places(cache: PagedCache, mesh: Mesh) -> Any:
     return PagedCache.of_layers(each, rows)
 
 
-def empty_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: Any, mesh: Mesh | None
-) -> PagedCache:
+def empty_cache(model: Decoder, batch: int, capacity: int) -> PagedCache:
     """`PagedCache.empty`, where the model is: over a mesh, or on one device."""
+    config, mesh, share = model.config, model.mesh, model.share
     if mesh is None:
-        return PagedCache.empty(config, batch, capacity, dtype)
-    tp = mesh.shape[TP]
-    groups = tp * local_config(config, tp).kv_heads
+        return PagedCache.empty(config, batch, capacity, model.dtype)
+    groups = share.tp * share.own.kv_heads
     config = dataclasses.replace(config, heads=groups, kv_heads=groups)
     where = NamedSharding(mesh, GROUPS)
-    cache = PagedCache.empty(config, batch, capacity, dtype, where)
+    cache = PagedCache.empty(config, batch, capacity, model.dtype, where)
     lengths = jnp.zeros(batch, jnp.int32, device=NamedSharding(mesh, ROWS))
     return dataclasses.replace(cache, lengths=lengths)
 
@@ -68,31 +66,31 @@ def insert(
 
 
 def insert_all(
+    model: Decoder,
     cache: PagedCache,
     logits: jax.Array,
     part: PagedCache,
     last: jax.Array,
     rows: np.ndarray,
-    mesh: Mesh | None,
     call: Callable[..., Any],
 ) -> tuple[PagedCache, jax.Array]:
     """Put what a call of prefill read into the cache and the logits of the batch.
 
     Args:
+      model: that read it, on whose mesh all of them lie.
       cache: of the batch; donated.
       logits: float32[b, v]; donated.
       part: the call's cache, of r rows.
       last: float32[r, v].
       rows: int32[r], where each goes, as in `prefill.prefill`.
-      mesh: that all of them lie on; None for one device.
       call: runs each compiled program, as call(function, *args, **kwargs).
     """
     # A layer at a time: the program, one for each size of both, is small so.
     layers = [
-        call(insert, whole, new, rows, cut=GROUPS, mesh=mesh)
+        call(insert, whole, new, rows, cut=GROUPS, mesh=model.mesh)
         for whole, new in zip(cache.apart(), part.apart(), strict=True)
     ]
     lengths, logits = call(
-        insert, (cache.lengths, logits), (part.lengths, last), rows, mesh=mesh
+        insert, (cache.lengths, logits), (part.lengths, last), rows, mesh=model.mesh
     )
     return PagedCache.of_layers(layers, lengths), logits

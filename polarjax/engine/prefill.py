@@ -10,16 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from pallas_kernels import Implementation
 from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
 from polarjax.engine.places import CACHE, ROWS, insert_all
 from polarjax.engine.programs import device_of, empty_state
-from polarjax.mesh.cut import DP, axis_size, mesh_of, over_mesh, weight_specs
-from polarjax.mesh.share import gather_logits
-from polarjax.model import BLOCK_TOKENS, extend, make_decoder
+from polarjax.model import BLOCK_TOKENS, Decoder, extend
 from polarjax.planning.blocks import plan_blocks, rows_of
 from polarjax.planning.sizes import bucket
 from polarjax.policy import Tree
@@ -28,7 +24,7 @@ from polarjax.settings import default_numbers
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "most", "implementation", "mesh"),
+    static_argnames=("model", "most"),
     donate_argnames=("cache", "logits"),
     # A GPU's libraries are as fast for products of so many tokens as what XLA would
     # write itself, and to try all of that takes half of the time to compile.
@@ -42,10 +38,8 @@ def prefill(
     cache: PagedCache,
     logits: jax.Array,
     *,
-    config: ModelConfig,
+    model: Decoder,
     most: int,
-    implementation: Implementation | None,
-    mesh: Mesh | None = None,
 ) -> tuple[PagedCache, jax.Array]:
     """Read some prompts of a batch, dense.
 
@@ -58,29 +52,27 @@ def prefill(
         part of the batch, one part behind the other.
       cache: donated: it is updated in place.
       logits: float32[b, v], after each prompt's last token; donated.
-      config: of the model.
+      model: without score rows, as the weights.
       most: tokens computed at once, attention apart.
-      implementation: of the kernels.
-      mesh: that the model is cut over; None for one device.
 
     Returns:
       The cache and the logits, the rows filled in.
     """
-    model = make_decoder(config, weights, (), implementation, mesh)
+    share = model.share
 
     def read(weights: Tree, tokens, lengths, rows, cache: PagedCache, logits):
         view = cache.of_rows(rows)
         last, view, _ = extend(
             model, weights, tokens, lengths, view, most=most, fresh=True
         )
-        last = gather_logits(last, model.share)
+        last = share.gather_logits(last)
         logits = logits.at[rows].set(last, mode="drop", unique_indices=True)
         return view.back_in(cache), logits
 
     args = weights, tokens, lengths, rows, cache, logits
     each = ROWS, ROWS, ROWS, CACHE, ROWS
-    specs = weight_specs(weights, mesh), *each
-    return over_mesh(read, mesh, specs, (CACHE, ROWS))(*args)
+    specs = share.weight_specs(weights), *each
+    return share.over(read, specs, (CACHE, ROWS))(*args)
 
 
 def prefill_shapes(
@@ -141,8 +133,7 @@ def read_prompts(
     cache: PagedCache,
     logits: jax.Array,
     *,
-    config: ModelConfig,
-    implementation: Implementation | None,
+    model: Decoder,
     most: int = BLOCK_TOKENS,
     call: Callable[..., Any] = run_plainly,
 ) -> tuple[PagedCache, jax.Array]:
@@ -153,20 +144,18 @@ def read_prompts(
       prompts: token ids by row, at least one each, fewer than the cache has room for.
       cache: of the batch; donated.
       logits: float32[b, v], after each row's prompt; donated.
-      config: what the model is.
-      implementation: of the kernels.
+      model: without score rows, as the weights.
       most: tokens that are computed at once, see `plan_blocks`.
       call: runs each compiled program, as call(function, *args, **kwargs).
 
     Returns:
       The cache and the logits, the rows filled in.
     """
-    slots, mesh = len(logits), mesh_of(weights)
-    dp = axis_size(mesh, DP)
+    slots, dp = len(logits), model.share.dp
     each, places = slots // dp, sorted(prompts)
     lengths = [len(prompts[row]) for row in places]
     parts = [row // each for row in places]
-    for block in plan_blocks(lengths, each, config.context, most, dp, parts):
+    for block in plan_blocks(lengths, each, model.config.context, most, dp, parts):
         tokens = np.zeros((dp, block.rows, block.width), np.int32)
         counts = np.ones((dp, block.rows), np.int32)
         rows = np.empty((dp, block.rows), np.int32)
@@ -186,10 +175,8 @@ def read_prompts(
             weights,
             tokens.reshape(count, -1),
             counts.reshape(-1),
-            config=config,
+            model=model,
             most=most,
-            implementation=implementation,
-            mesh=mesh,
         )
         if device_of(weights).platform == "gpu":
             cache, logits = read(to, cache, logits)
@@ -197,7 +184,7 @@ def read_prompts(
         # Into a cache of its own size, so that neither the batch nor its capacity is a
         # part of the large program. A GPU would wait for the copy, measurably.
         own = np.tile(np.arange(block.rows, dtype=np.int32), dp)
-        state, room = empty_state(config, count, block.width, weights)
+        state, room = empty_state(model, count, block.width, weights)
         part, last = read(own, state.cache, room)
-        cache, logits = insert_all(cache, logits, part, last, to, mesh, call)
+        cache, logits = insert_all(model, cache, logits, part, last, to, call)
     return cache, logits

@@ -8,29 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Implementation
 from polarjax.cache import PagedCache
-from polarjax.config import ModelConfig
 from polarjax.engine.places import CACHE, ROWS, empty_cache
 from polarjax.engine.sampling import Sampling, sample
-from polarjax.mesh.cut import (
-    DP,
-    TP,
-    field_specs,
-    mesh_of,
-    over_mesh,
-    weight_specs,
-)
-from polarjax.model import (
-    Read,
-    Share,
-    extend,
-    make_decoder,
-    whole,
-)
+from polarjax.mesh.cut import DP, TP, field_specs
+from polarjax.model import Decoder, Read, Share, extend, whole
 from polarjax.model import logits as logits_of
 from polarjax.policy import Policy, Tree
 
@@ -151,19 +136,19 @@ def first_token(
 
 
 def empty_state(
-    config: ModelConfig, slots: int, context: int, weights: Tree
+    model: Decoder, slots: int, context: int, weights: Tree
 ) -> tuple[State, jax.Array]:
     """A batch of no requests, and room for the logits after prompts, float32[b, v].
 
     Args:
-      config: what the model is.
+      model: that will run.
       slots: requests that there is room for, b.
       context: positions that each has room for.
       weights: the original ones, where the batch shall be.
     """
-    mesh, dtype = mesh_of(weights), weights["embed"]["tokens"].dtype
+    mesh = model.mesh
     with jax.default_device(None if mesh else device_of(weights)):
-        cache = empty_cache(config, slots, context, dtype, mesh)
+        cache = empty_cache(model, slots, context)
         where = None if mesh is None else NamedSharding(mesh, ROWS)
         zeros = functools.partial(jnp.zeros, device=where)
         state = State(
@@ -172,7 +157,7 @@ def empty_state(
             zeros(slots, bool),
             zeros(slots, jnp.int32),
         )
-        return state, zeros((slots, config.vocab_size), jnp.float32)
+        return state, zeros((slots, model.config.vocab_size), jnp.float32)
 
 
 def device_of(weights: Tree) -> Any:
@@ -182,7 +167,7 @@ def device_of(weights: Tree) -> Any:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "steps", "implementation", "mesh"),
+    static_argnames=("model", "steps"),
     donate_argnames=("state",),
 )
 def decode_chunk(
@@ -193,10 +178,8 @@ def decode_chunk(
     slots: SlotData,
     count: Any = None,
     *,
-    config: ModelConfig,
+    model: Decoder,
     steps: int,
-    implementation: Implementation | None,
-    mesh: Mesh | None = None,
 ) -> tuple[State, Drawn]:
     """Some decode steps, with no word to the host between them.
 
@@ -207,17 +190,15 @@ def decode_chunk(
       go_on: bool[b], False for requests that the host has ended (stop strings).
       slots: what each request asked for.
       count: int32[], the steps to take, at most `steps`; None for all of them.
-      config: of the model.
+      model: with the policy's score rows.
       steps: most steps, for which there is room in what is returned.
-      implementation: of the kernels.
-      mesh: that the model is cut over; None for one device.
 
     Returns:
       The new state, and what was drawn, each leaf with a leading axis of `steps`; 0 in
       those that were not taken.
     """
-    model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
-    cut = model.share if model.share and model.share.cuts_vocabulary else None
+    share = model.share
+    cut = share if share.cuts_vocabulary else None
 
     def follow(weights, policy, state, go_on, slots, count):
         def step(state: State) -> tuple[State, Drawn]:
@@ -236,7 +217,7 @@ def decode_chunk(
             after, logprob, valid = _advance(
                 logits, cache, live, state.remaining, slots, cut
             )
-            own = None if mesh is None else _own_reads(read)
+            own = None if share.alone else _own_reads(read)
             return after, Drawn(after.token, logprob, valid, reads, visible, own)
 
         def take(i: jax.Array, carry: tuple[State, Drawn]) -> tuple[State, Drawn]:
@@ -246,7 +227,7 @@ def decode_chunk(
         state = dataclasses.replace(state, live=state.live & go_on)
         if count is None:
             return jax.lax.scan(lambda state, _: step(state), state, length=steps)
-        room = _room(steps, config.layers, len(state.token), mesh)
+        room = _room(model, steps, len(state.token))
         return jax.lax.fori_loop(0, count, take, (state, room))
 
     args = weights, policy, state, go_on, slots, count
@@ -256,8 +237,8 @@ def decode_chunk(
     own: Any = P(None, None, DP, TP)
     drawn = Drawn(later, later, later, reads, later, own)
     given = kept, ROWS, ROWS, P()
-    specs = weight_specs(weights, mesh), field_specs(policy), *given
-    return over_mesh(follow, mesh, specs, (kept, drawn))(*args)
+    specs = share.weight_specs(weights), field_specs(policy), *given
+    return share.over(follow, specs, (kept, drawn))(*args)
 
 
 def takes_whole_chunks(weights: Tree) -> bool:
@@ -272,8 +253,9 @@ def takes_whole_chunks(weights: Tree) -> bool:
     return device_of(weights).platform == "gpu"
 
 
-def _room(steps: int, layers: int, batch: int, mesh: Mesh | None) -> Drawn:
+def _room(model: Decoder, steps: int, batch: int) -> Drawn:
     """For what so many steps bring, of one device's part of the batch."""
+    layers = model.config.layers
     whole = jnp.zeros((steps, batch), jnp.int32)
     return Drawn(
         token=whole,
@@ -281,7 +263,7 @@ def _room(steps: int, layers: int, batch: int, mesh: Mesh | None) -> Drawn:
         valid=jnp.zeros(whole.shape, bool),
         reads=jnp.zeros((steps, layers, batch), jnp.int32),
         visible=whole,
-        own=None if mesh is None else jnp.zeros((steps, layers, 1, 1), jnp.int32),
+        own=None if model.mesh is None else jnp.zeros((steps, layers, 1, 1), jnp.int32),
     )
 
 
@@ -290,20 +272,12 @@ def _own_reads(read: tuple[Read, ...]) -> jax.Array:
     return jnp.stack([one.here for one in read])[:, None, None]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
-def all_logits(
-    weights: Tree,
-    tokens: jax.Array,
-    *,
-    config: ModelConfig,
-    implementation: Implementation | None = None,
-    mesh: Mesh | None = None,
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("model",))
+def all_logits(weights: Tree, tokens: jax.Array, *, model: Decoder) -> jax.Array:
     """Logits of every position, dense, float32[b, t, v]."""
-    model = make_decoder(config, weights, (), implementation, mesh)
 
     def read(weights: Tree, tokens: jax.Array) -> jax.Array:
         return logits_of(model, weights, whole(model, weights, tokens).x)
 
-    specs = weight_specs(weights, mesh), P()
-    return over_mesh(read, mesh, specs, P())(weights, tokens)
+    specs = model.share.weight_specs(weights), P()
+    return model.share.over(read, specs, P())(weights, tokens)

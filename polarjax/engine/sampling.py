@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polarjax.mesh.share import Share, gather, place
+from polarjax.mesh.share import Share
 from polarjax.settings import draw_key
 
 # Below this temperature nothing changes: float32 logits that differ at all differ by
@@ -63,8 +63,8 @@ def sample(
       Tokens int32[b], and their log-probabilities under the model itself (temperature
       1, no filter), float32[b].
     """
-    if sampling.filtered:  # what passes is known of all logits alone
-        logits, share = gather(logits, share), None
+    if sampling.filtered and share:  # what passes is known of all logits alone
+        logits, share = share.gather(logits), None
     scores = logits
     if not sampling.greedy:
         drawn = _scores(logits, sampling, position, share)
@@ -75,7 +75,7 @@ def sample(
     )
     mass = jax.nn.logsumexp(logits, axis=-1)
     if share is not None:
-        token += place(share) * logits.shape[-1]
+        token += share.place() * logits.shape[-1]
         token, chosen, mass = _best_of_all(token, best, chosen, mass, share)
     return token, chosen - mass
 
@@ -92,7 +92,7 @@ def _best_of_all(
     Of equal scores, and of NaN, the first is the best, as on one device.
     """
     bits = (lax.bitcast_convert_type(x, jnp.int32) for x in (best, chosen, mass))
-    said = gather(jnp.stack([token, *bits], axis=-1), share)  # one collective for all
+    said = share.gather(jnp.stack([token, *bits], axis=-1))  # one collective for all
     token, *bits = jnp.moveaxis(said.reshape(len(token), share.tp, -1), -1, 0)
     best, chosen, mass = (lax.bitcast_convert_type(x, jnp.float32) for x in bits)
     winner = jnp.argmax(best, axis=-1)[:, None]
@@ -127,8 +127,8 @@ def _scores(
     def noise(seed: jax.Array, at: jax.Array) -> jax.Array:
         key, own = jax.random.fold_in(draw_key(seed), at), scaled.shape[-1]
         # That of the whole vocabulary, so that a draw does not depend on the mesh.
-        size = own * (share.tp if share else 1)
-        whole = jax.random.gumbel(key, (size,), jnp.float32)
-        return whole.reshape(-1, own)[place(share)]
+        parts, part = (share.tp, share.place()) if share else (1, 0)
+        whole = jax.random.gumbel(key, (own * parts,), jnp.float32)
+        return whole.reshape(-1, own)[part]
 
     return scaled + jax.vmap(noise)(sampling.seed, position)

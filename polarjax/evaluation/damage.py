@@ -13,26 +13,17 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Implementation
 from polarjax.cache import PagedCache
-from polarjax.config import ModelConfig
 from polarjax.engine.generate import generate
 from polarjax.engine.places import CACHE, ROWS, place_rows
 from polarjax.evaluation.measure import Journal, Progress
 from polarjax.evaluation.programs import decode_step, prefill, spread
-from polarjax.mesh.cut import (
-    DP,
-    axis_size,
-    field_specs,
-    mesh_of,
-    over_mesh,
-    weight_specs,
-)
+from polarjax.mesh.cut import field_specs
 from polarjax.mesh.processes import to_host
-from polarjax.model import make_decoder
+from polarjax.model import Decoder, make_decoder
 from polarjax.params import Params
 from polarjax.planning.sizes import bucket
 from polarjax.policy import Dense, Policy, Tree
@@ -159,8 +150,11 @@ def _compare(
         return np.array(out.tokens)
 
     dense = write(Dense())
-    config, mesh = params.config, mesh_of(params.weights)
-    b = len(prompts) + -len(prompts) % axis_size(mesh, DP)
+    config = params.config
+    model = make_decoder(
+        config.architecture, params.weights, implementation=implementation
+    )
+    b = len(prompts) + -len(prompts) % model.share.dp
     lengths = np.zeros(b, np.int32)
     longest = max(map(len, prompts))
     contexts = np.zeros((b, min(bucket(longest), config.context)), np.int32)
@@ -170,11 +164,9 @@ def _compare(
     room = contexts.shape[1] + new_tokens
     capacity = -(-room // 16) * 16  # what kernels like
     rows = np.arange(b, dtype=np.int32)
-    common = {"config": config.architecture, "implementation": implementation}
-    common["mesh"] = mesh
-    read = place_rows((contexts, lengths, rows, tokens.astype(np.int32)), mesh)
-    cache = prefill(params.weights, *read[:2], **common)
-    cache = spread(cache, read[2], capacity, mesh)
+    read = place_rows((contexts, lengths, rows, tokens.astype(np.int32)), model.mesh)
+    cache = prefill(params.weights, *read[:2], model=model)
+    cache = spread(cache, read[2], capacity, model.mesh)
     found = {}
     for label, policy in policies.items():
         differs = write(policy) != dense
@@ -183,7 +175,10 @@ def _compare(
             policy.of(params.policy.learned).sized(len(prompts)).bind(params)
         )
         args = params.weights, weights, bound, cache, lengths > 0, read[3]
-        kl, agree, groups = to_host(_divergences(*args, kind=type(policy), **common))
+        sparse = model.clone(score_rows=bound.wants.scores)
+        kl, agree, groups = to_host(
+            _divergences(*args, model=sparse, kind=type(policy))
+        )
         kl, agree = kl[: len(prompts)], agree[: len(prompts)]
         if not np.isfinite(kl).all():
             raise ValueError(f"{label} or the dense model yields logits that are NaN")
@@ -197,9 +192,7 @@ def _compare(
     return found
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "implementation", "mesh", "kind")
-)
+@functools.partial(jax.jit, static_argnames=("model", "kind"))
 def _divergences(
     dense_weights: Tree,
     weights: Tree,
@@ -208,9 +201,7 @@ def _divergences(
     live: jax.Array,
     tokens: jax.Array,
     *,
-    config: ModelConfig,
-    implementation: Implementation | None,
-    mesh: Mesh | None,
+    model: Decoder,
     kind: type,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Decode the dense text int32[b, n] of live rows twice, side by side.
@@ -219,8 +210,7 @@ def _divergences(
     whether the best token is the same; and int32[], KV groups that the policy read.
     """
     del kind  # see `polarjax.engine.programs.SlotData`
-    model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
-    dense_model = make_decoder(config, dense_weights, (), implementation, mesh)
+    dense_model, share = model.clone(score_rows=()), model.share
 
     def follow(dense_weights, weights, policy, cache, live, tokens):
         def step(caches: tuple[PagedCache, PagedCache], token: jax.Array):
@@ -239,6 +229,6 @@ def _divergences(
         return kl.T, same.T, read.sum()
 
     args = dense_weights, weights, policy, cache, live, tokens
-    cut = (weight_specs(x, mesh) for x in (dense_weights, weights))
+    cut = (share.weight_specs(x) for x in (dense_weights, weights))
     specs = *cut, field_specs(policy), CACHE, ROWS, ROWS
-    return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)
+    return share.over(follow, specs, (ROWS, ROWS, P()))(*args)

@@ -9,13 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Implementation
 from polarjax.cache import PagedCache
-from polarjax.config import ModelConfig
 from polarjax.engine.places import CACHE, ROWS, cache_places
-from polarjax.mesh.cut import field_specs, over_mesh, weight_specs
-from polarjax.mesh.share import add_up_batch, gather_logits, largest
-from polarjax.model import Decoder, extend, make_decoder, whole
+from polarjax.mesh.cut import field_specs
+from polarjax.model import Decoder, extend, whole
 from polarjax.model import logits as logits_of
 from polarjax.policy import Policy, Tree
 
@@ -23,15 +20,9 @@ from polarjax.policy import Policy, Tree
 _CHUNK = 128
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model",))
 def prefill(
-    weights: Tree,
-    contexts: jax.Array,
-    lengths: jax.Array,
-    *,
-    config: ModelConfig,
-    implementation: Implementation | None,
-    mesh: Mesh | None = None,
+    weights: Tree, contexts: jax.Array, lengths: jax.Array, *, model: Decoder
 ) -> PagedCache:
     """Read contexts, dense.
 
@@ -39,20 +30,17 @@ def prefill(
       weights: the original ones.
       contexts: int32[c, t], padded at the end.
       lengths: int32[c]; 0 for none.
-      config: of the model.
-      implementation: of the kernels.
-      mesh: that the model is cut over, and the contexts; None for one device.
+      model: without score rows, as the weights.
     """
-    model = make_decoder(config, weights, (), implementation, mesh)
+    share = model.share
 
     def read(weights: Tree, contexts: jax.Array, lengths: jax.Array) -> PagedCache:
-        empty = PagedCache.empty(
-            model.config, len(contexts), contexts.shape[1], model.dtype
-        )
+        rows, room = contexts.shape
+        empty = PagedCache.empty(share.own, rows, room, model.dtype)
         return extend(model, weights, contexts, lengths, empty, fresh=True).cache
 
-    specs = weight_specs(weights, mesh), ROWS, ROWS
-    return over_mesh(read, mesh, specs, CACHE)(weights, contexts, lengths)
+    specs = share.weight_specs(weights), ROWS, ROWS
+    return share.over(read, specs, CACHE)(weights, contexts, lengths)
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "mesh"))
@@ -73,9 +61,7 @@ def spread(
     return jax.lax.with_sharding_constraint(found, cache_places(found, mesh))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "implementation", "mesh", "kind")
-)
+@functools.partial(jax.jit, static_argnames=("model", "kind"))
 def decode(
     weights: Tree,
     policy: Policy,
@@ -83,9 +69,7 @@ def decode(
     tokens: jax.Array,
     counts: jax.Array,
     *,
-    config: ModelConfig,
-    implementation: Implementation | None,
-    mesh: Mesh | None,
+    model: Decoder,
     kind: type | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Teacher-forced decoding: token i is read, then token i + 1 is scored.
@@ -96,9 +80,7 @@ def decode(
       cache: of what comes before.
       tokens: int32[b, n + 1].
       counts: int32[b], how many of the n each row scores.
-      config: of the model.
-      implementation: of the kernels.
-      mesh: that the model is cut over, and the rows; None for one device.
+      model: with the policy's score rows.
       kind: class of the policy, see `polarjax.engine.programs.SlotData`.
 
     Returns:
@@ -106,7 +88,7 @@ def decode(
       bool[b, n]; int32[layers, k], how often each KV group was read.
     """
     del kind
-    model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
+    share = model.share
 
     def follow(weights, policy, cache, tokens, counts):
         b, n = tokens.shape[0], tokens.shape[1] - 1
@@ -121,35 +103,31 @@ def decode(
             nll = nll.at[:, i].set(jnp.where(live, found, 0))
             return cache, nll, greedy.at[:, i].set(best), use + read
 
-        use = jnp.zeros((config.layers, config.kv_heads), jnp.int32)
+        use = jnp.zeros((model.config.layers, model.config.kv_heads), jnp.int32)
         first = cache, jnp.zeros((b, n)), jnp.zeros((b, n), bool), use
         # As many steps as the longest row needs, not as many as the arrays have room
         # for; as many on every device, for they speak to each other in each.
-        steps = largest(counts.max(), model.share)
+        steps = share.largest(counts.max())
         return jax.lax.fori_loop(0, steps, step, first)[1:]
 
     args = weights, policy, cache, tokens, counts
-    specs = weight_specs(weights, mesh), field_specs(policy), CACHE, ROWS, ROWS
-    return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)
+    specs = share.weight_specs(weights), field_specs(policy), CACHE, ROWS, ROWS
+    return share.over(follow, specs, (ROWS, ROWS, P()))(*args)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "implementation", "mesh", "kind")
-)
+@functools.partial(jax.jit, static_argnames=("model", "kind"))
 def mask(
     weights: Tree,
     policy: Policy,
     tokens: jax.Array,
     counts: jax.Array,
     *,
-    config: ModelConfig,
-    implementation: Implementation | None,
-    mesh: Mesh | None,
+    model: Decoder,
     kind: type | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `decode` from an empty cache, by a masked dense model."""
     del kind
-    model = make_decoder(config, weights, policy.wants.scores, implementation, mesh)
+    share = model.share
 
     def follow(weights, policy, tokens, counts):
         b, n = tokens.shape[0], tokens.shape[1] - 1
@@ -172,11 +150,11 @@ def mask(
             out.swapaxes(0, 1).reshape(b, -1)[:, :n]
             for out in jax.lax.map(part, (chunks(x), chunks(tokens[:, 1:])))
         )
-        return jnp.where(live, nll, 0), greedy, add_up_batch(use, model.share)
+        return jnp.where(live, nll, 0), greedy, share.add_up_batch(use)
 
     args = weights, policy, tokens, counts
-    specs = weight_specs(weights, mesh), field_specs(policy), ROWS, ROWS
-    return over_mesh(follow, mesh, specs, (ROWS, ROWS, P()))(*args)
+    specs = share.weight_specs(weights), field_specs(policy), ROWS, ROWS
+    return share.over(follow, specs, (ROWS, ROWS, P()))(*args)
 
 
 def decode_step(
@@ -204,8 +182,8 @@ def decode_step(
     counts = live.astype(jnp.int32)
     found = extend(model, weights, token[:, None], counts, cache, policy=policy)
     every = jnp.stack([one.every for one in found.read])
-    logits = gather_logits(found.logits, model.share)
-    read = add_up_batch(every.sum(axis=1, dtype=jnp.int32), model.share)
+    logits = model.share.gather_logits(found.logits)
+    read = model.share.add_up_batch(every.sum(axis=1, dtype=jnp.int32))
     return logits, found.cache, read
 
 

@@ -10,11 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from polarjax.config import ModelConfig
-from polarjax.mesh.cut import mesh_of, over_mesh, weight_specs
+from polarjax.model import Decoder, make_decoder
 from polarjax.params import Params, Tree
 from polarjax.policies.updates import merge_updates
 from polarjax.settings import draw_key
@@ -75,7 +73,7 @@ def router_recall(
     if not params.routers:
         raise ValueError("the model has no routers: load it with adapter=")
     budgets, params = params.policy.learned.budgets, merge_updates(params)
-    total = []
+    model, total = make_decoder(config.architecture, params.weights), []
     for i, tokens in enumerate(batches):
         key = jax.random.fold_in(draw_key(seed), i)
         total.append(
@@ -84,9 +82,8 @@ def router_recall(
                 params.weights,
                 jnp.asarray(tokens, jnp.int32),
                 key,
-                config=config.architecture,
+                model=model,
                 budgets=tuple(map(int, budgets)),
-                mesh=mesh_of(params.weights),
             )
         )
     found = np.asarray(total, np.float64).mean(axis=0)
@@ -95,16 +92,15 @@ def router_recall(
     return Recall(routers, chance, kept, sparse)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "budgets", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model", "budgets"))
 def _recall(
     routers: Tree,
     weights: Tree,
     tokens: jax.Array,
     key: jax.Array,
     *,
-    config: ModelConfig,
+    model: Decoder,
     budgets: tuple[int, ...],
-    mesh: Mesh | None,
 ) -> jax.Array:
     def measure(heads: list[Tree], weights: Tree, tokens: jax.Array, key: jax.Array):
         def learn(layer: int, inputs: jax.Array, norms: jax.Array) -> jax.Array:
@@ -117,10 +113,10 @@ def _recall(
             found = [recall(s, labels, n) for s in (scores, chance)]
             return jnp.stack([*found, kept_norm(scores, norms, n)])
 
-        found = observe_heads(weights, tokens, learn, config=config, mesh=mesh)
+        found = observe_heads(model, weights, tokens, learn)
         return jnp.stack(found, axis=1)
 
-    heads = [routers[f"layers_{i}"]["heads"] for i in range(1, config.layers)]
+    heads = [routers[f"layers_{i}"]["heads"] for i in range(1, model.config.layers)]
     # Each copy of the model reads the whole batch, which may be of one row.
-    specs = P(), weight_specs(weights, mesh), P(), P()
-    return over_mesh(measure, mesh, specs, P())(heads, weights, tokens, key)
+    specs = P(), model.share.weight_specs(weights), P(), P()
+    return model.share.over(measure, specs, P())(heads, weights, tokens, key)

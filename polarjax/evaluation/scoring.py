@@ -29,8 +29,8 @@ from polarjax.engine.places import (
 )
 from polarjax.evaluation import programs
 from polarjax.evaluation.batches import Batch, Continuation, Mode, make_batches
-from polarjax.mesh.cut import DP, axis_size, mesh_of
 from polarjax.mesh.processes import to_host
+from polarjax.model import make_decoder
 from polarjax.params import Params
 from polarjax.planning.sizes import positive
 from polarjax.policy import Load, Policy, check_policy
@@ -88,18 +88,15 @@ class Scorer:
         self.params = params
         self.mode: Mode = mode
         self.batch = positive("batch", batch)
-        self._mesh = mesh_of(params.weights)
-        self._parts = axis_size(self._mesh, DP)
+        self._model = make_decoder(
+            params.config.architecture, params.weights, implementation=implementation
+        )
+        self._mesh, self._parts = self._model.mesh, self._model.share.dp
         self._rows = self.batch + -self.batch % self._parts
         self._bound = {}
         for label, policy in policies.items():
             own = check_policy(policy).of(params.policy.learned).sized(self.batch)
             self._bound[label] = own.bind(params)
-        self._common = {
-            "config": params.config.architecture,
-            "implementation": implementation,
-            "mesh": self._mesh,
-        }
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     @property
@@ -150,7 +147,7 @@ class Scorer:
                     programs.prefill.lower,
                     self.params.weights,
                     *contexts[:2],
-                    **self._common,
+                    model=self._model,
                 )
             function = programs.mask
             if self.mode != "mask":
@@ -161,8 +158,8 @@ class Scorer:
                         function.lower,
                         *bound,
                         *arrays,
+                        model=self._model.clone(score_rows=bound[1].wants.scores),
                         kind=type(bound[1]),
-                        **self._common,
                     )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             built = pool.map(lambda lower: lower().compile(), jobs.values())
@@ -218,10 +215,7 @@ class Scorer:
         return place_rows(batch.arrays(self.batch, self._parts), self._mesh)
 
     def _empty(self, batch: Batch) -> PagedCache:
-        params = self.params
-        return empty_cache(
-            params.config, self._rows, batch.capacity, params.dtype, self._mesh
-        )
+        return empty_cache(self._model, self._rows, batch.capacity)
 
     def _cache_shapes(self, batch: Batch) -> PagedCache:
         shapes = jax.eval_shape(functools.partial(self._empty, batch))

@@ -253,11 +253,8 @@ def by_writer(mesh: Mesh | None, do: Callable[[], None]) -> None:
         raise (OSError if told[0] else ValueError)(told[1])
 
 
-def weight_specs(weights: Tree, mesh: Mesh | None) -> Any:
-    """How weights on a mesh are cut, for `over_mesh`."""
-    if mesh is None:
-        return None
-    tp = mesh.shape[TP]
+def weight_specs(weights: Tree, tp: int) -> Any:
+    """How weights are cut over so many devices."""
 
     def spec(path: tuple, leaf: jax.Array) -> PartitionSpec:
         return _spec(_name(path), leaf.shape, tp)
@@ -275,31 +272,23 @@ def _spec(path: str, shape: tuple[int, ...], tp: int) -> PartitionSpec:
     return PartitionSpec() if len(spec) and shape[0] % tp else spec
 
 
-def batch_spec(mesh: Mesh | None, batch: int) -> PartitionSpec:
-    """Rows along "dp" where it divides them; else each part has them all."""
-    divides = batch % axis_size(mesh, DP) == 0
-    return PartitionSpec(DP) if divides else PartitionSpec()
-
-
-def router_specs(routers: Tree, mesh: Mesh | None) -> Any:
-    """How routers on a mesh are cut, for `over_mesh`: with the neurons and weights.
+def router_specs(routers: Tree, tp: int) -> Any:
+    """How routers are cut over so many devices: with the neurons and weights.
 
     Those of heads are whole on every device.
     """
-    if mesh is None:
-        return None
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: router_spec(_name(path), leaf.shape, mesh), routers
+        lambda path, leaf: router_spec(_name(path), leaf.shape, tp), routers
     )
 
 
-def router_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def router_spec(path: str, shape: tuple[int, ...], tp: int) -> PartitionSpec:
     """As `router_specs`, of one array, its path joined by "/"."""
     if path.endswith("neurons/up"):
         return PartitionSpec(TP)
     if path.endswith(("/b", "/delta")):
         weight = path.replace("/updates/", "/").rpartition("/")[0]
-        return _spec(weight, shape, mesh.shape[TP])
+        return _spec(weight, shape, tp)
     return PartitionSpec()
 
 
@@ -406,7 +395,7 @@ def place_routers(routers: Tree, config: ModelConfig, mesh: Mesh | None) -> Tree
     def place(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
         return put(leaf, NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, ordered, router_specs(ordered, mesh))
+    return jax.tree.map(place, ordered, router_specs(ordered, mesh.shape[TP]))
 
 
 def order_updates(routers: Tree, config: ModelConfig, mesh: Mesh | None) -> Tree:

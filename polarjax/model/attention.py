@@ -19,15 +19,7 @@ from pallas_kernels import (
 )
 from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
-from polarjax.mesh.share import (
-    Share,
-    add_up,
-    add_up_groups,
-    add_up_parts,
-    gather,
-    once,
-    own_groups,
-)
+from polarjax.mesh.share import Share
 from polarjax.model.causal import causal_attention, spanned_attention
 from polarjax.model.linear import linear
 from polarjax.model.norms import Norm
@@ -71,24 +63,24 @@ class Attention(nn.Module):
       config: of the model.
       layer: from 0.
       dtype: of the weights.
+      share: of the device.
       score_rows: further rows of the QKV matrix, the policy's: what they yield is
         handed to it.
       implementation: of the decode kernel.
-      share: of one device of several.
     """
 
     config: ModelConfig
     layer: int
     dtype: jnp.dtype
+    share: Share
     score_rows: int = 0
     implementation: Implementation | None = None
-    share: Share | None = None
 
     def setup(self) -> None:
         c = self.config
         zeros = nn.initializers.zeros
         # Devices share the rows that a policy appends, as the model's own.
-        cut = self.share.tp if self.share and self.share.cuts_scores else 1
+        cut = self.share.tp if self.share.cuts_scores else 1
         added = -(-self.score_rows // cut)
         rows = (c.heads + 2 * c.kv_heads) * c.head_dim + added
         # All matrices head-major: what belongs to a head is a block of rows.
@@ -169,9 +161,10 @@ class Attention(nn.Module):
         return q, k, v, self._all_scores(scores)
 
     def _all_scores(self, scores: jax.Array | None) -> jax.Array | None:
-        if scores is None or self.share is None or not self.share.cuts_scores:
+        share = self.share
+        if scores is None or share.alone or not share.cuts_scores:
             return scores
-        return gather(scores, self.share)[..., : self.score_rows]
+        return share.gather(scores)[..., : self.score_rows]
 
     def _qkv_bias(self) -> jax.Array | None:
         return self.qkv_bias if self.config.qkv_bias or self.score_rows else None
@@ -179,9 +172,9 @@ class Attention(nn.Module):
     def output(self, o: jax.Array) -> jax.Array:
         """Head outputs [..., h, d] to the residual stream [..., m]."""
         flat = o.reshape(*o.shape[:-2], -1)
-        dtype = jnp.float32 if self.share else o.dtype
+        dtype = o.dtype if self.share.alone else jnp.float32
         y = linear(flat, self.out.T, self._out_bias(), dtype)
-        return add_up(y, self.share).astype(o.dtype)
+        return self.share.add_up(y).astype(o.dtype)
 
     def thin_output(self, o: jax.Array, policy: Policy, pick: Pick) -> jax.Array:
         """Head outputs [..., h, d], 0 where the policy leaves them out of `output`."""
@@ -197,10 +190,10 @@ class Attention(nn.Module):
             axis=0,
             implementation=self.implementation,
         )
-        return add_up_parts(parts, self.share)
+        return self.share.add_up_parts(parts)
 
     def _out_bias(self) -> jax.Array | None:
-        return once(self.out_bias, self.share) if self.config.out_bias else None
+        return self.share.once(self.out_bias) if self.config.out_bias else None
 
     def whole(
         self, seen: Seen, policy: Policy, prefix: Prefix | None, gates: Gates | None
@@ -220,7 +213,7 @@ class Attention(nn.Module):
           What is seen now, and the results.
         """
         c, (b, t, _) = self.config, seen.u.shape
-        pick = Pick("xla", self.share)
+        pick = Pick(self.share, "xla")
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         u = thinned(policy, self.layer, "qkv", seen.u, pick)
         q, k, v, scores = self.project(u, positions)
@@ -244,7 +237,7 @@ class Attention(nn.Module):
             spans = spans if before is None else spans | before[..., None, None]
             o = spanned_attention(q, k, v, spans, policy.wants.span, window)
         if policy.wants.norms:
-            norms = head_norms(o, c.kv_heads, self.share)
+            norms = self.share.add_up_groups(head_norms(o, c.kv_heads))
             seen = dataclasses.replace(seen, norms=norms)
 
         def choose(seen: Seen) -> Groups | None:
@@ -260,10 +253,10 @@ class Attention(nn.Module):
             read = read if before is None else read | before[..., None]
         grouped = o.reshape(b, t, c.kv_heads, -1)
         if gates is None:
-            own = own_groups(read, self.share)
+            own = self.share.own_groups(read)
             kept = grouped if chosen is None else jnp.where(own[..., None], grouped, 0)
         else:
-            own = own_groups(gates(self.layer, seen.u, read), self.share)
+            own = self.share.own_groups(gates(self.layer, seen.u, read))
             kept = grouped * own[..., None].astype(o.dtype)
         return seen, WholeAttention(kept.reshape(o.shape), o, read, k, v)
 
@@ -280,7 +273,7 @@ class Attention(nn.Module):
     @property
     def _groups(self) -> int:
         """KV groups of the whole model."""
-        return self.share.kv_heads if self.share else self.config.kv_heads
+        return self.share.whole.kv_heads
 
     def chunk(
         self, u: jax.Array, counts: jax.Array, cache: PagedCache
@@ -314,7 +307,7 @@ class Attention(nn.Module):
           Head outputs [b, h, d], the cache, what is seen now, and what was read.
         """
         c, b, live = self.config, len(seen.live), seen.live
-        pick = Pick(self.implementation, self.share)
+        pick = Pick(self.share, self.implementation)
         if policy.wants.summary:
             raise NotImplementedError(
                 f"{type(policy).__name__} selects pages, which no kernel of decoding "
@@ -332,7 +325,7 @@ class Attention(nn.Module):
         if policy.wants.norms:
             # Every group is computed once to be measured, before any is chosen.
             o, cache = attend(cache, self.layer, q, k, v)
-            norms = head_norms(o, c.kv_heads, self.share)
+            norms = self.share.add_up_groups(head_norms(o, c.kv_heads))
             seen, k, v = dataclasses.replace(seen, norms=norms), None, None
         chosen = policy.groups(self.layer, seen, pick)
         check_groups(chosen, policy, b, self._groups)
@@ -342,8 +335,8 @@ class Attention(nn.Module):
         if chosen is not None:
             count = jnp.clip(chosen.count, 0, chosen.index.shape[1])
         own = chosen
-        if self.share and chosen is not None:
-            mine = own_groups(every, self.share)
+        if not self.share.alone and chosen is not None:
+            mine = self.share.own_groups(every)
             # The chosen ones first, in their order.
             index = pick.top(mine.astype(jnp.float32), c.kv_heads)
             own = Groups(index, mine.sum(axis=1, dtype=jnp.int32))
@@ -445,19 +438,18 @@ def summaries(
     return summary(filled.reshape(b, -1, span, k, d).swapaxes(2, 3))
 
 
-def head_norms(o: jax.Array, kv_heads: int, share: Share | None = None) -> jax.Array:
+def head_norms(o: jax.Array, kv_heads: int) -> jax.Array:
     """L2 norm of each KV group's output, the quantity that routers predict.
 
     Args:
       o: [..., h, d], head outputs before the output projection.
-      kv_heads: k of the device.
-      share: of the device; None for the whole model.
+      kv_heads: k of the device, whose norms `Share.add_up_groups` makes the model's.
 
     Returns:
-      float32[..., k of the model].
+      float32[..., k].
     """
     groups = o.astype(jnp.float32).reshape(*o.shape[:-2], kv_heads, -1)
-    return add_up_groups(jnp.sqrt((groups * groups).sum(-1)), share)
+    return jnp.sqrt((groups * groups).sum(-1))
 
 
 _normal = nn.initializers.normal(0.02)

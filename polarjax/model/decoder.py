@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from pallas_kernels import Implementation
 from polarjax.cache import PagedCache
 from polarjax.config import ModelConfig
-from polarjax.mesh.cut import local_config
-from polarjax.mesh.share import Share, add_up, gather_logits, place, slots
+from polarjax.mesh.cut import mesh_of
+from polarjax.mesh.share import Share
 from polarjax.model.attention import Gates, Prefix, Read
 from polarjax.model.layer import Layer
 from polarjax.model.linear import linear
@@ -71,7 +71,7 @@ class Embed(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
-    share: Share | None = None
+    share: Share
 
     def setup(self) -> None:
         c, normal = self.config, nn.initializers.normal(0.02)
@@ -105,38 +105,55 @@ class Embed(nn.Module):
         return linear(x, self.tokens if self.config.tied_embeddings else self.head)
 
     def _look_up(self, tokens: jax.Array) -> jax.Array:
-        if not (self.share and self.share.cuts_vocabulary):
+        if not self.share.cuts_vocabulary:
             return jnp.take(self.tokens, tokens, axis=0)
         # Each device has some rows; the sum has one term that is not zero.
-        own = tokens - place(self.share) * self.config.vocab_size
+        own = tokens - self.share.place() * self.config.vocab_size
         mine = (own >= 0) & (own < self.config.vocab_size)
         x = jnp.take(self.tokens, own, axis=0, mode="clip")
-        return add_up(jnp.where(mine[..., None], x, 0), self.share)
+        return self.share.add_up(jnp.where(mine[..., None], x, 0))
 
 
 class Decoder(nn.Module):
     """OPT, LLaMA and their kin.
 
     Attributes:
-      config: what the model is.
+      config: what the model is, the whole of it.
       dtype: of weights and activations.
       score_rows: per layer, rows that a policy appended to the QKV matrix.
       implementation: of the decode kernels; None chooses by device.
-      share: of one device of several that run the model together; its `config` is
-        then that of what it has.
+      mesh: that it is cut over; the methods are then of one device's weights and
+        arrays, inside `Share.over`. None for one device.
+      cuts_scores: as in `Share`.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     score_rows: tuple[int, ...] = ()
     implementation: Implementation | None = None
-    share: Share | None = None
+    mesh: Mesh | None = None
+    cuts_scores: bool = True
+
+    @property
+    def share(self) -> Share:
+        """What one device has of it."""
+        return Share(self.config, self.mesh, self.cuts_scores)
+
+    def learning(self, score_rows: tuple[int, ...]) -> Decoder:
+        """The model with rows that a policy appended to what one device has.
+
+        Args:
+          score_rows: of a policy that was bound inside `Share.over`, as a training
+            binds it anew in each step.
+        """
+        return self.clone(score_rows=score_rows, cuts_scores=False)
 
     def setup(self) -> None:
-        c = self.config
-        self.embed = Embed(c, self.dtype, self.share)
+        share = self.share
+        c = share.own
+        self.embed = Embed(c, self.dtype, share)
         self.layers = [
-            Layer(c, i, self.dtype, rows, self.implementation, self.share)
+            Layer(c, i, self.dtype, share, rows, self.implementation)
             for i, rows in enumerate(self.score_rows or (0,) * c.layers)
         ]
         if c.final_norm:
@@ -179,7 +196,7 @@ class Decoder(nn.Module):
             jnp.ones((b, t), bool) if lengths is None else positions < lengths[:, None]
         )
         density = jnp.zeros(b) if density is None else density
-        start = Seen(live, density, positions + 1, slots(b, self.share))
+        start = Seen(live, density, positions + 1, self.share.slots(b))
         ask = policy or Dense()
         read, observed, keys, values = [], [], [], []
         seen: Seen | None = None
@@ -267,7 +284,7 @@ class Decoder(nn.Module):
         b = len(token)
         density = jnp.zeros(b) if density is None else density
         visible = cache.lengths + 1
-        start = Seen(live, density, visible, slots(b, self.share))
+        start = Seen(live, density, visible, self.share.slots(b))
         x = self.embed(token, cache.lengths)
         seen, parts, read = None, None, []
         for layer in self.layers:
@@ -282,7 +299,7 @@ class Decoder(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The last layer's output [..., m] to float32[..., v]."""
-        return gather_logits(self.own_logits(x), self.share)
+        return self.share.gather_logits(self.own_logits(x))
 
     def own_logits(self, x: jax.Array) -> jax.Array:
         """Those of the device's part of the vocabulary, as `Share` has it."""
@@ -294,25 +311,19 @@ def make_decoder(
     weights: Tree,
     score_rows: tuple[int, ...] = (),
     implementation: Implementation | None = None,
-    mesh: Mesh | None = None,
-    cuts_scores: bool = True,
 ) -> Decoder:
-    """The model, or what one device of a mesh runs of it, in `over_mesh`.
+    """The model, as its weights have it: the static argument of compiled programs.
 
     Args:
-      config: of the whole model.
-      weights: that it will run with, of whose dtype activations are.
+      config: of the model; its `architecture` for a program that others of the same
+        one shall share.
+      weights: that it will run with, where they are: on a mesh, if they are cut over
+        one. Activations are of their dtype.
       score_rows: see `Decoder`.
       implementation: see `Decoder`.
-      mesh: that the model is cut over; None for one device.
-      cuts_scores: see `Share`.
     """
-    share = Share.of(config, mesh)
-    if share:
-        share = dataclasses.replace(share, cuts_scores=cuts_scores)
-        config = local_config(config, share.tp)
     dtype = weights["embed"]["tokens"].dtype
-    return Decoder(config, dtype, score_rows, implementation, share)
+    return Decoder(config, dtype, score_rows, implementation, mesh_of(weights))
 
 
 def whole(model: Decoder, weights: Tree, tokens: jax.Array, **options: Any) -> Whole:

@@ -41,23 +41,18 @@ class Layer(nn.Module):
     config: ModelConfig
     layer: int
     dtype: jnp.dtype
+    share: Share
     score_rows: int = 0
     implementation: Implementation | None = None
-    share: Share | None = None
 
     def setup(self) -> None:
-        c = self.config
-        self.attention_norm = Norm(c, c.dim, self.dtype)
+        c, kernels = self.config, self.implementation
+        self.attention_norm = Norm(c, c.dim, self.dtype, kernels)
         self.attention = Attention(
-            c,
-            self.layer,
-            self.dtype,
-            self.score_rows,
-            self.implementation,
-            self.share,
+            c, self.layer, self.dtype, self.share, self.score_rows, kernels
         )
-        self.mlp_norm = Norm(c, c.dim, self.dtype)
-        self.mlp = MLP(c, self.dtype, self.implementation, self.share)
+        self.mlp_norm = Norm(c, c.dim, self.dtype, kernels)
+        self.mlp = MLP(c, self.dtype, self.share, kernels)
 
     def before(self, norm: nn.Module, x: jax.Array) -> jax.Array:
         """What a half of the layer reads of the residual stream."""
@@ -90,7 +85,7 @@ class Layer(nn.Module):
         u = self.before(self.attention_norm, x)
         seen = dataclasses.replace(seen, u=u)
         seen, made = self.attention.whole(seen, policy, prefix, gates)
-        pick = Pick("xla", self.share)
+        pick = Pick(self.share, "xla")
         kept = self.attention.thin_output(made.kept, policy, pick)
         y = self.after(self.attention_norm, x + self.attention.output(kept))
         z = self.before(self.mlp_norm, y)
@@ -189,16 +184,16 @@ class Layer(nn.Module):
         """
         post = self.config.norm_after
         if parts is not None:
-            x, u = self.attention_norm.add(x, parts, self.implementation)
+            x, u = self.attention_norm.add(x, parts)
         else:
             u = self.before(self.attention_norm, x)
         seen = dataclasses.replace(seen, u=u)
         o, cache, seen, read = self.attention.step(seen, cache, policy)
         norm = self.attention_norm if post else self.mlp_norm
         parts = self.attention.output_parts(o)
-        x, z = norm.add(x, parts, self.implementation)
+        x, z = norm.add(x, parts)
         seen = dataclasses.replace(seen, z=z)
-        pick = Pick(self.implementation, self.share)
+        pick = Pick(self.share, self.implementation)
         for matrix, inputs in (("out", o), ("up", z)):
             no_channels(policy.channels(self.layer, matrix, inputs, pick), policy)
         if policy.wants.gate:
@@ -207,7 +202,7 @@ class Layer(nn.Module):
         check_rows(neurons, policy)
         parts = self.mlp.step(z, neurons)
         if post:  # what was normalised is the stream
-            x, parts = self.mlp_norm.add(z, parts, self.implementation)[1], None
+            x, parts = self.mlp_norm.add(z, parts)[1], None
         return x, parts, seen, cache, read
 
 

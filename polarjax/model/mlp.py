@@ -17,7 +17,7 @@ from pallas_kernels import (
     partial_mlp,
 )
 from polarjax.config import ModelConfig
-from polarjax.mesh.share import Share, add_up, add_up_parts, once
+from polarjax.mesh.share import Share
 from polarjax.model.linear import linear
 from polarjax.policy import Rows
 
@@ -27,8 +27,8 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    share: Share
     implementation: Implementation | None = None
-    share: Share | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -52,7 +52,7 @@ class MLP(nn.Module):
             activation=self.config.activation,
             implementation=self.implementation,
         )
-        return add_up(y, self.share).reshape(x.shape)
+        return self.share.add_up(y).reshape(x.shape)
 
     def whole(
         self, x: jax.Array, rows: Rows | None, thin: Callable[[str, jax.Array], Any]
@@ -83,13 +83,13 @@ class MLP(nn.Module):
                 weights,
                 None if rows is None else rows.index,
                 activation=self.config.activation,
-                padded=self.share is not None,
+                padded=not self.share.alone,
                 keep=None if plain and not thins else keep,
             )
 
         axes = None if rows is None else 0
         y = jax.vmap(feed, (1, axes), 1)(entered, rows)
-        return add_up(y, self.share)
+        return self.share.add_up(y)
 
     def open_gate(self, x: jax.Array) -> jax.Array:
         """What the activation makes of the gate, float32[..., f], of [..., m].
@@ -124,10 +124,10 @@ class MLP(nn.Module):
             self._weights(),
             None if rows is None else rows.index,
             activation=self.config.activation,
-            padded=self.share is not None and rows is not None,
+            padded=not self.share.alone and rows is not None,
             implementation=self.implementation,
         )
-        return add_up_parts(parts, self.share)
+        return self.share.add_up_parts(parts)
 
     def _weights(self) -> dict[str, jax.Array]:
         c = self.config
@@ -137,7 +137,7 @@ class MLP(nn.Module):
         if c.mlp_bias:
             weights |= {
                 "up_bias": self.up_bias,
-                "down_bias": once(self.down_bias, self.share),
+                "down_bias": self.share.once(self.down_bias),
             }
             if c.gated_mlp:
                 weights["gate_bias"] = self.gate_bias

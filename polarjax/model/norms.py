@@ -17,11 +17,13 @@ class Norm(nn.Module):
       config: of the model.
       size: of the axis that is normalised.
       dtype: of the weights, and of what the next product reads.
+      implementation: of the kernel that decoding uses; None chooses by device.
     """
 
     config: ModelConfig
     size: int
     dtype: jnp.dtype
+    implementation: Implementation | None = None
 
     def setup(self) -> None:
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
@@ -34,11 +36,9 @@ class Norm(nn.Module):
         """[..., size] to the same."""
         return normalize(x, *self._weights(), **self._kind(), dtype=self.dtype)
 
-    def add(
-        self, x: jax.Array, parts: jax.Array, implementation: Implementation | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def add(self, x: jax.Array, parts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The residual stream [b, m] plus the sum of parts [p, b, m]; its norm."""
-        kind = {**self._kind(), "implementation": implementation}
+        kind = {**self._kind(), "implementation": self.implementation}
         return add_norm(x, parts, *self._weights(), **kind)
 
     def _weights(self) -> tuple[jax.Array, jax.Array | None]:

@@ -15,7 +15,7 @@ from pallas_kernels import (
     top_heads,
     union_neurons,
 )
-from polarjax.mesh.share import Share, add_up_batch, gather, place
+from polarjax.mesh.share import Share
 from polarjax.policy import Pages, Rows
 
 
@@ -24,12 +24,12 @@ class Pick:
     """Ranks and counts for a policy, which needs to know neither kernels nor devices.
 
     Attributes:
+      share: what this device has of the model.
       implementation: of the selection kernels; None for the default backend's own.
-      share: what this device has of a model that several run; None for all of it.
     """
 
+    share: Share
     implementation: Implementation | None = None
-    share: Share | None = None
 
     def top(self, scores: jax.Array, n: int, parts: int = 1) -> jax.Array:
         """The best KV groups of each sequence, best first.
@@ -86,18 +86,18 @@ class Pick:
           differs by device: there are then min(n, f), and f stands where one has
           fewer.
         """
-        if self.share is None and parts == 1:
+        if self.share.alone and parts == 1:
             kernel = self.implementation
             return Rows(needed_neurons(hidden, up, live, n, implementation=kernel))
         f, share = len(up), self.share
-        own = add_up_batch(needed_totals(hidden, up, live), share)
+        own = share.add_up_batch(needed_totals(hidden, up, live))
         if parts > 1:
-            mine = parts // (share.tp if share else 1)
+            mine = parts // share.tp
             each = f // mine
             firsts = range(0, f, each)
             found = [self._best(own[i : i + each], n // parts) + i for i in firsts]
             return Rows(jnp.concatenate(found))
-        chosen = self._best(gather(own, share), n) - place(share) * f
+        chosen = self._best(share.gather(own), n) - share.place() * f
         chosen = jnp.where(chosen < 0, f, chosen)  # below 0 would count from the end
         kept = jnp.zeros(f, bool).at[chosen].set(True, mode="drop")
         index = jnp.nonzero(kept, size=min(n, f), fill_value=f)[0]

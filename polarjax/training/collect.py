@@ -7,11 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from pallas_kernels import top_heads
-from polarjax.config import ModelConfig
-from polarjax.model import Prefix, make_decoder, whole
+from polarjax.model import Decoder, Prefix, whole
 from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree
 from polarjax.policy import Dense, Policy
@@ -22,75 +20,69 @@ Learn = Callable[[int, jax.Array, jax.Array, jax.Array], Any]
 
 
 def observe_layers(
+    model: Decoder,
     params: Params,
     tokens: jax.Array,
     learn: Learn,
     policy: Policy,
     prefix: Prefix | None,
-    mesh: Mesh | None = None,
 ) -> list[Any]:
     """Run the model over text and hand each sparse layer's tokens to `learn`.
 
     A layer's activations are gone when the next layer's come: what is kept is what
-    `learn` returns. Call it inside jit, and on a mesh inside `over_mesh`.
+    `learn` returns. Call it inside jit, and on a mesh inside `Share.over`. Inputs and
+    norms are then the whole model's on every device that shares it.
 
     Args:
-      params: the model, its weights as one device has them, all else whole.
+      model: without score rows.
+      params: the model's, its weights as one device has them, all else whole.
       tokens: int32[b, t].
       learn: called for layers 1 and up with all n = b * t tokens.
       policy: reads the positions after the prefix; not yet bound.
       prefix: positions that are read dense; None for all of them, with the original
         weights and no policy.
-      mesh: that the weights are cut over. Inputs and norms are the whole model's on
-        every device that shares it.
 
     Returns:
       What `learn` returned, by layer from 1.
     """
-    config = params.config
-    architecture = config.architecture
+    config, share = model.config, model.share
 
     def observe(layer: int, u: jax.Array, o: jax.Array, z: jax.Array) -> Any:
         if layer == 0:
             return None
         inputs = u.astype(jnp.float32).reshape(-1, config.dim)
-        norms = head_norms(o, model.config.kv_heads, model.share)
+        norms = share.add_up_groups(head_norms(o, share.own.kv_heads))
         norms = norms.reshape(-1, config.kv_heads)
         return learn(layer, inputs, norms, z.reshape(-1, config.dim))
 
     if prefix is None:
-        model = make_decoder(architecture, params.weights, mesh=mesh)
         return whole(model, params.weights, tokens, observe=observe).observed[1:]
     weights, bound = policy.bind(params)
-    rows = bound.wants.scores
-    model = make_decoder(architecture, weights, rows, mesh=mesh, cuts_scores=False)
-    made = whole(model, weights, tokens, policy=bound, prefix=prefix, observe=observe)
+    sparse = model.learning(bound.wants.scores)
+    made = whole(sparse, weights, tokens, policy=bound, prefix=prefix, observe=observe)
     return made.observed[1:]
 
 
 def observe_heads(
+    model: Decoder,
     weights: Tree,
     tokens: jax.Array,
     learn: Callable[[int, jax.Array, jax.Array], Any],
-    *,
-    config: ModelConfig,
-    mesh: Mesh | None = None,
 ) -> list[Any]:
     """As `observe_layers` of the dense model, for what concerns heads.
 
     Args:
+      model: as there.
       weights: the original ones, as there.
       tokens: int32[b, t].
       learn: without the MLP's inputs.
-      config: of the model.
-      mesh: as there.
     """
-    params = Params(weights, Dense(), config)
+    params = Params(weights, Dense(), model.config)
 
     def heads(layer: int, inputs: jax.Array, norms: jax.Array, _: jax.Array) -> Any:
         return learn(layer, inputs, norms)
 
-    return observe_layers(params, tokens, heads, Dense(), None, mesh)
+    return observe_layers(model, params, tokens, heads, Dense(), None)
 
 
 def top_labels(ranking: jax.Array, n: int) -> jax.Array:

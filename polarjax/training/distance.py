@@ -8,19 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from polarjax.config import ModelConfig
-from polarjax.mesh.cut import (
-    batch_spec,
-    mesh_of,
-    over_mesh,
-    router_specs,
-    weight_specs,
+from polarjax.model import (
+    Decoder,
+    Gates,
+    Observe,
+    Prefix,
+    logits,
+    make_decoder,
+    whole,
 )
-from polarjax.mesh.share import add_up_batch
-from polarjax.model import Gates, Observe, Prefix, logits, make_decoder, whole
 from polarjax.params import Params, Tree
 from polarjax.policies import of_learned
 from polarjax.policy import Learned
@@ -45,15 +43,15 @@ def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
     batch = min(batch, len(blocks))
     if not batch:
         raise ValueError("there is no text to measure the divergence on")
+    model = make_decoder(params.config.architecture, params.weights)
     found = [
         float(
             _divergence(
                 params.weights,
                 params.routers,
                 jnp.asarray(blocks[i : i + batch]),
-                config=params.config.architecture,
+                model=model,
                 budgets=params.policy.learned.budgets,
-                mesh=mesh_of(params.weights),
             )
         )
         for i in range(0, len(blocks) - batch + 1, batch)
@@ -61,62 +59,57 @@ def divergence(params: Params, blocks: np.ndarray, batch: int = 4) -> float:
     return float(np.mean(found))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "budgets", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model", "budgets"))
 def _divergence(
     weights: Tree,
     routers: Tree,
     tokens: jax.Array,
     *,
-    config: ModelConfig,
+    model: Decoder,
     budgets: tuple[float, ...],
-    mesh: Mesh | None,
 ) -> jax.Array:
     def measure(weights: Tree, routers: Tree, tokens: jax.Array) -> jax.Array:
         starts = jnp.zeros(len(tokens), jnp.int32)
         policy = of_learned(Learned(routers, budgets))
-        params = Params(weights, policy, config)
-        return distance(params, tokens, starts, mesh=mesh)[0]
+        params = Params(weights, policy, model.config)
+        return distance(model, params, tokens, starts)[0]
 
-    cut = weight_specs(weights, mesh), router_specs(routers, mesh)
-    specs = *cut, batch_spec(mesh, len(tokens))
-    return over_mesh(measure, mesh, specs, P())(weights, routers, tokens)
+    share = model.share
+    cut = share.weight_specs(weights), share.router_specs(routers)
+    specs = *cut, share.batch_spec(len(tokens))
+    return share.over(measure, specs, P())(weights, routers, tokens)
 
 
 def distance(
+    model: Decoder,
     params: Params,
     tokens: jax.Array,
     starts: jax.Array,
     gates: Gates | None = None,
     observe: Observe | None = None,
     remat: bool = False,
-    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, list[Any]]:
     """Mean KL divergence of the sparse model from the dense one, float32[], nats.
 
     Args:
-      params: the model with routers and budgets; differentiable in its routers. On a
-        mesh, in `over_mesh`, its weights and their updates as one device has them.
+      model: without score rows.
+      params: the model's, with routers and budgets; differentiable in its routers. On a
+        mesh, in `Share.over`, its weights and their updates as one device has them.
       tokens: int32[b, t].
       starts: int32[b], tokens that the dense model reads as a prompt; what it leaves
         in the KV cache is what the sparse one sees. They are not counted.
       gates: see `Decoder.whole`.
       observe: likewise, of the sparse model.
       remat: likewise.
-      mesh: that the model is cut over; None for one device.
 
     Returns:
       The divergence, and what `observe` returned, by layer.
     """
-    config, (b, t) = params.config, tokens.shape
-    dense = make_decoder(config.architecture, params.weights, mesh=mesh)
-    right = jax.lax.stop_gradient(whole(dense, params.weights, tokens))
+    b, t = tokens.shape
+    right = jax.lax.stop_gradient(whole(model, params.weights, tokens))
     weights, policy = params.policy.asking(("groups",)).bind(params)
-    rows = policy.wants.scores
-    sparse = make_decoder(
-        config.architecture, weights, rows, mesh=mesh, cuts_scores=False
-    )
     made = whole(
-        sparse,
+        model.learning(policy.wants.scores),
         weights,
         tokens,
         policy=policy,
@@ -138,11 +131,11 @@ def distance(
         right, found, counted = states
         # Both heads are the same: recovery leaves embedding and last norm alone.
         p, q = (
-            jax.nn.log_softmax(logits(dense, params.weights, x)) for x in (right, found)
+            jax.nn.log_softmax(logits(model, params.weights, x)) for x in (right, found)
         )
         return ((jnp.exp(p) * (p - q)).sum(axis=-1) * counted).sum()
 
     counted = (jnp.arange(t) >= starts[:, None]).astype(jnp.float32)
     total = jax.lax.map(part, tuple(map(chunks, (teacher, student, counted)))).sum()
-    total, count = (add_up_batch(x, dense.share) for x in (total, counted.sum()))
+    total, count = map(model.share.add_up_batch, (total, counted.sum()))
     return total / count, seen

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from polarjax.mesh.share import Share, batch_mean
 from polarjax.training.collect import top_labels
 
 HeadLoss = Literal["bce", "ranking"]
+
+Mean = Callable[..., jax.Array]
+"""(array, where=None or booleans) -> its mean, of those elements. `jnp.mean`, or of one
+device of several, whose tokens are a part of the batch's, `Share.batch_mean`."""
 
 
 def weighted_bce(
     scores: jax.Array,
     labels: jax.Array,
     counted: jax.Array | None = None,
-    share: Share | None = None,
+    mean: Mean = jnp.mean,
 ) -> jax.Array:
     """Binary cross-entropy where a negative weighs the share of positives.
 
@@ -28,16 +32,16 @@ def weighted_bce(
       scores: float32[n, k], logits.
       labels: float32[n, k], 0 or 1.
       counted: bool[n], the tokens that count; None for all.
-      share: of one device of several, whose tokens are a part of the batch's.
+      mean: see `Mean`.
 
     Returns:
       float32[], the mean over the whole batch.
     """
     tokens = None if counted is None else counted[:, None]
-    positives = batch_mean(labels, share, tokens)
+    positives = mean(labels, where=tokens)
     weight = labels * (1 - positives) + positives
     loss = weight * optax.sigmoid_binary_cross_entropy(scores, labels)
-    return batch_mean(loss, share, tokens)
+    return mean(loss, where=tokens)
 
 
 def ranking_loss(
@@ -45,7 +49,7 @@ def ranking_loss(
     norms: jax.Array,
     n: int,
     counted: jax.Array | None = None,
-    share: Share | None = None,
+    mean: Mean = jnp.mean,
 ) -> jax.Array:
     """What it costs that a head within the budget stands behind one beyond it.
 
@@ -60,7 +64,7 @@ def ranking_loss(
       norms: float32[tokens, k].
       n: heads of the budget.
       counted: bool[tokens], those that count; None for all.
-      share: as in `weighted_bce`.
+      mean: see `Mean`.
 
     Returns:
       float32[], the mean over tokens, in shares of a token's norms.
@@ -71,7 +75,7 @@ def ranking_loss(
     loss = jax.nn.softplus(scores[:, None, :] - scores[:, :, None])
     total = jnp.maximum(norms.sum(axis=-1), 1e-20)
     cost = (pairs * lost * loss).sum(axis=(1, 2)) / total
-    return batch_mean(cost, share, counted)
+    return mean(cost, where=counted)
 
 
 def head_loss(
@@ -80,29 +84,29 @@ def head_loss(
     norms: jax.Array,
     n: int,
     counted: jax.Array | None = None,
-    share: Share | None = None,
+    mean: Mean = jnp.mean,
 ) -> jax.Array:
     """The loss of a head router by its name; see `ranking_loss`."""
     if kind == "ranking":
-        return ranking_loss(scores, norms, n, counted, share)
-    return weighted_bce(scores, top_labels(norms, n), counted, share)
+        return ranking_loss(scores, norms, n, counted, mean)
+    return weighted_bce(scores, top_labels(norms, n), counted, mean)
 
 
 def recall(
-    scores: jax.Array, labels: jax.Array, n: int, share: Share | None = None
+    scores: jax.Array, labels: jax.Array, n: int, mean: Mean = jnp.mean
 ) -> jax.Array:
     """Share of the true top n that the n best scores find, float32[]."""
     found = (top_labels(scores, n) * labels).sum(axis=-1)
-    return batch_mean(found, share) / n
+    return mean(found) / n
 
 
 def kept_norm(
-    scores: jax.Array, norms: jax.Array, n: int, share: Share | None = None
+    scores: jax.Array, norms: jax.Array, n: int, mean: Mean = jnp.mean
 ) -> jax.Array:
     """Share of all heads' norm that the n best scores keep, float32[]."""
     total = jnp.maximum(norms.sum(axis=-1), 1e-20)
     kept = (top_labels(scores, n) * norms).sum(axis=-1) / total
-    return batch_mean(kept, share)
+    return mean(kept)
 
 
 def router_scores(router: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:

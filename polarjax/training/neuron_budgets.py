@@ -15,11 +15,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from polarjax.config import ModelConfig
-from polarjax.mesh.cut import batch_spec, mesh_of, over_mesh, weight_specs
-from polarjax.model import make_decoder, whole
+from polarjax.model import Decoder, make_decoder, whole
 from polarjax.params import Params, Tree
 from polarjax.policies.budgets import NEURON_STEP
 from polarjax.policies.updates import merge_updates
@@ -144,13 +141,13 @@ def _part_states(
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """By layer from 1: attention's and MLP's inputs [part, samples, m]."""
     rows = math.gcd(len(tokens), _ROWS)
+    model = make_decoder(params.config.architecture, params.weights)
     passes = [
         _states(
             params.weights,
             tokens[i : i + rows],
             positions[i : i + rows],
-            config=params.config.architecture,
-            mesh=mesh_of(params.weights),
+            model=model,
         )
         for i in range(0, len(tokens), rows)
     ]
@@ -190,20 +187,18 @@ def _check(
         )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model",))
 def _states(
     weights: Tree,
     tokens: jax.Array,
     positions: jax.Array,
     *,
-    config: ModelConfig,
-    mesh: Mesh | None,
+    model: Decoder,
 ) -> list[tuple[jax.Array, ...]]:
     """Inputs of attention and MLP at some positions, from layer 1.
 
     Each is [rows, samples, m]; positions are int32[rows, samples].
     """
-    model = make_decoder(config, weights, mesh=mesh)
 
     def read(weights: Tree, tokens: jax.Array, positions: jax.Array):
         def observe(layer: int, u: jax.Array, o: jax.Array, z: jax.Array):
@@ -213,9 +208,9 @@ def _states(
 
         return whole(model, weights, tokens, observe=observe).observed[1:]
 
-    rows = batch_spec(mesh, len(tokens))
-    specs = weight_specs(weights, mesh), rows, rows
-    return over_mesh(read, mesh, specs, rows)(weights, tokens, positions)
+    share, rows = model.share, model.share.batch_spec(len(tokens))
+    specs = share.weight_specs(weights), rows, rows
+    return share.over(read, specs, rows)(weights, tokens, positions)
 
 
 @functools.partial(jax.jit, static_argnames=("batches", "rules", "counts"))

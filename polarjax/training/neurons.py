@@ -11,35 +11,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from polarjax.mesh.share import Share, batch_mean, gather
 from polarjax.model.linear import linear
 from polarjax.params import Tree
+from polarjax.training.losses import Mean
 
 # Added to the share of active neurons, so that a negative weighs something even where
 # next to none is active (the paper's router training).
 _SHARE_OFFSET = 0.005
 
 
-def active_neurons(
-    mlp_weights: Tree, v: jax.Array, share: Share | None = None
-) -> jax.Array:
+def active_neurons(mlp_weights: Tree, v: jax.Array) -> jax.Array:
     """Which neurons of a ReLU MLP are not zero.
 
     Args:
       mlp_weights: "up" [f, m] and "up_bias" [f] where there is one; of a gated MLP
         also "gate" [f, m] and perhaps "gate_bias" [f], which decide alone.
       v: [n, m], the MLP's input.
-      share: of one device of several, which has some of the neurons.
 
     Returns:
-      bool[n, f], of the whole model.
+      bool[n, f].
     """
     if "gate" in mlp_weights:
         rows, bias = mlp_weights["gate"], mlp_weights.get("gate_bias")
     else:
         rows, bias = mlp_weights["up"], mlp_weights.get("up_bias")
     # The model's own dtype, as the MLP itself computes it.
-    return gather(linear(v.astype(rows.dtype), rows, bias) > 0, share)
+    return linear(v.astype(rows.dtype), rows, bias) > 0
 
 
 def init_low_rank(
@@ -76,7 +73,7 @@ def neuron_scores(router: Tree, inputs: jax.Array) -> jax.Array:
 
 
 def neuron_loss(
-    router: Tree, inputs: jax.Array, active: jax.Array, share: Share | None = None
+    router: Tree, inputs: jax.Array, active: jax.Array, mean: Mean = jnp.mean
 ) -> jax.Array:
     """The paper's loss: a positive weighs 1, a negative about the share of positives.
 
@@ -87,17 +84,17 @@ def neuron_loss(
       router: as in `neuron_scores`.
       inputs: [n, m], the attention's input.
       active: bool[n, f], the labels.
-      share: of one device of several, whose tokens are a part of the batch's.
+      mean: see `polarjax.training.losses.Mean`.
 
     Returns:
       float32[], the mean over the whole batch's tokens and neurons.
     """
     labels = active.astype(jnp.float32)
-    positives = batch_mean(labels, share) + _SHARE_OFFSET
+    positives = mean(labels) + _SHARE_OFFSET
     weight = labels * (1 - positives) + positives
     scores = neuron_scores(router, inputs)
     loss = weight * optax.sigmoid_binary_cross_entropy(scores, labels)
-    return batch_mean(loss, share)
+    return mean(loss)
 
 
 def union_curve(ranking: jax.Array, union: jax.Array) -> jax.Array:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
@@ -20,14 +19,10 @@ from polarjax.mesh.cut import (
     mesh_of,
     model_shapes,
     order_updates,
-    over_mesh,
     place_routers,
-    router_specs,
-    shard,
-    weight_specs,
     whole_routers,
 )
-from polarjax.model import Gates, Observe, Share
+from polarjax.model import Decoder, Gates, Observe, make_decoder
 from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree, taught
 from polarjax.policies import of_learned
@@ -129,7 +124,6 @@ def train_updates(
     blocks: np.ndarray,
     recovery: Recovery,
     *,
-    mesh: Mesh | None = None,
     resume: Resume | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[Params, int], bool] | None = None,
@@ -141,18 +135,17 @@ def train_updates(
     is: the updates are the sparse policy's, float32, and merged as `bind` merges them.
 
     Args:
-      params: the model with routers and budgets.
+      params: the model with routers and budgets, on one device or cut over a mesh,
+        whose axis "dp" then cuts each batch. What is learned is the same.
       blocks: int32[n, t] token ids.
       recovery: settings.
-      mesh: of `polarjax.mesh.cut.make_mesh`: the model is cut over its axis "tp", each
-        batch over "dp". None for where `params` is. What is learned is the same.
       resume: where the state is kept, and found after an interruption, on whichever
         mesh.
       progress: called after each step, with the "kl" in nats and the routers' "loss".
       stop: called as stop(model so far, step from 1) after each; True ends it.
 
     Returns:
-      The model, on the mesh, with updates and routers.
+      The model, where it was, with updates and routers.
 
     Raises:
       ValueError: if it has no routers, the text is none of its tokens, or a setting is
@@ -162,17 +155,14 @@ def train_updates(
     check_model(params, recovery)
     check_blocks(blocks, config)
     recovery = with_steps(recovery, len(blocks))
-    if mesh is not None:
-        params = shard(params, mesh)
     mesh = mesh_of(params.weights)
     trained = _first_updates(params, recovery)
     # Neurons are all read meanwhile: which ones a batch shares depends on its size.
     gradients = functools.partial(
         _gradients,
         params.weights,
-        config=config.architecture,
+        model=make_decoder(config.architecture, params.weights),
         budgets=params.policy.learned.budgets,
-        mesh=mesh,
         prompts=recovery.prompts,
         routers=recovery.routers,
         remat=recovery.remat,
@@ -217,7 +207,7 @@ def _first_updates(params: Params, recovery: Recovery) -> Tree:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "budgets", "prompts", "routers", "remat", "mesh"),
+    static_argnames=("model", "budgets", "prompts", "routers", "remat"),
 )
 def _gradients(
     weights: Tree,
@@ -225,12 +215,11 @@ def _gradients(
     tokens: jax.Array,
     key: jax.Array,
     *,
-    config: ModelConfig,
+    model: Decoder,
     budgets: tuple[float, ...],
     prompts: float,
     routers: Routers,
     remat: bool,
-    mesh: Mesh | None = None,
 ) -> tuple[dict[str, jax.Array], Tree]:
     b, t = tokens.shape
     chosen, place = jax.random.split(key)
@@ -239,7 +228,7 @@ def _gradients(
     starts = jax.random.randint(place, (b,), 1, max(2, t - t // 8), jnp.int32)
     starts = jnp.where(prompted, starts, 0)
 
-    share = Share.of(config, mesh)
+    config, share = model.config, model.share
 
     def lose(weights: Tree, trained: Tree, tokens: jax.Array, starts: jax.Array):
         gates = None
@@ -247,19 +236,19 @@ def _gradients(
             gates = straight_through(trained, config, budgets)
         observe = None
         if routers == "bce" or routers == "ranking":
-            observe = router_losses(trained, config, budgets, starts, routers, share)
+            observe = router_losses(model, trained, budgets, starts, routers)
         policy = of_learned(Learned(trained, budgets))
         params = Params(weights, policy, config)
-        kl, losses = distance(params, tokens, starts, gates, observe, remat, mesh)
+        kl, losses = distance(model, params, tokens, starts, gates, observe, remat)
         # Routers alone feel their loss, and nothing but them: no weight is needed.
         total = sum(losses, start=jnp.zeros(()))
         return kl + total, {"kl": kl, "loss": total / config.layers}
 
     def loss(trained: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        ordered = order_updates(trained, config, mesh)
-        cut = weight_specs(weights, mesh), router_specs(ordered, mesh)
+        ordered = order_updates(trained, config, model.mesh)
+        cut = share.weight_specs(weights), share.router_specs(ordered)
         specs = *cut, P(DP), P(DP)
-        return over_mesh(lose, mesh, specs, P())(weights, ordered, tokens, starts)
+        return share.over(lose, specs, P())(weights, ordered, tokens, starts)
 
     grads, metrics = jax.grad(loss, has_aux=True)(trained)
     return metrics, grads
@@ -329,37 +318,38 @@ def trained_shapes(params: Params, recovery: Recovery) -> list[Tree]:
 
 
 def router_losses(
+    model: Decoder,
     trained: Tree,
-    config: ModelConfig,
     budgets: Sequence[float],
     starts: jax.Array,
     loss: HeadLoss,
-    share: Share | None = None,
 ) -> Observe:
     """The loss of the routers' own training, on the states that the sparse model has.
 
     Args:
+      model: whose states they are.
       trained: `Params.routers`, which feel it; the model does not.
-      config: what the model is.
       budgets: KV groups by layer.
       starts: int32[b], tokens of each prompt, which are not counted: no decode step has
         such states.
       loss: its name.
-      share: of one device of several.
     """
+    config, share = model.config, model.share
 
     def observe(layer: int, u: jax.Array, o: jax.Array, _: jax.Array) -> jax.Array:
         k, n = config.kv_heads, int(budgets[layer])
-        own = len(share.groups[0]) if share else k
         if n == k:
             return jnp.zeros(())
-        u, norms = jax.lax.stop_gradient((u, head_norms(o, own, share)))
+        norms = share.add_up_groups(head_norms(o, share.own.kv_heads))
+        u, norms = jax.lax.stop_gradient((u, norms))
         scores = router_scores(
             trained[f"layers_{layer}"]["heads"],
             u.astype(jnp.float32).reshape(-1, config.dim),
         )
         counted = (jnp.arange(u.shape[1]) >= starts[:, None]).reshape(-1)
-        return head_loss(loss, scores, norms.reshape(-1, k), n, counted, share)
+        return head_loss(
+            loss, scores, norms.reshape(-1, k), n, counted, share.batch_mean
+        )
 
     return observe
 

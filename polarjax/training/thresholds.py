@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from polarjax.config import ModelConfig
-from polarjax.mesh.cut import mesh_of, over_mesh, weight_specs
+from polarjax.model import Decoder, make_decoder
 from polarjax.params import Params, Tree
 from polarjax.policies.updates import merge_updates
 from polarjax.training.collect import observe_heads
@@ -38,14 +36,14 @@ def sorted_scores(params: Params, blocks: np.ndarray) -> np.ndarray:
     if not params.routers:
         raise ValueError("thresholds are of routers: the model has none")
     merged = merge_updates(params)
+    model = make_decoder(params.config.architecture, params.weights)
     found = [
         np.asarray(
             _scores(
                 merged.routers,
                 merged.weights,
                 jnp.asarray(block[None]),
-                config=params.config.architecture,
-                mesh=mesh_of(params.weights),
+                model=model,
             )
         )
         for block in blocks
@@ -85,14 +83,9 @@ def score_thresholds(
     return tuple(found)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model",))
 def _scores(
-    routers: Tree,
-    weights: Tree,
-    tokens: jax.Array,
-    *,
-    config: ModelConfig,
-    mesh: Mesh | None,
+    routers: Tree, weights: Tree, tokens: jax.Array, *, model: Decoder
 ) -> jax.Array:
     """float32[layers - 1, tokens, k]."""
 
@@ -100,10 +93,8 @@ def _scores(
         def learn(layer: int, inputs: jax.Array, _: jax.Array) -> jax.Array:
             return router_scores(heads[layer - 1], inputs)
 
-        return jnp.stack(
-            observe_heads(weights, tokens, learn, config=config, mesh=mesh)
-        )
+        return jnp.stack(observe_heads(model, weights, tokens, learn))
 
-    heads = [routers[f"layers_{i}"]["heads"] for i in range(1, config.layers)]
-    specs = P(), weight_specs(weights, mesh), P()
-    return over_mesh(measure, mesh, specs, P())(heads, weights, tokens)
+    heads = [routers[f"layers_{i}"]["heads"] for i in range(1, model.config.layers)]
+    specs = P(), model.share.weight_specs(weights), P()
+    return model.share.over(measure, specs, P())(heads, weights, tokens)

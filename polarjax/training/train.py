@@ -11,20 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from polarjax.config import ModelConfig
-from polarjax.mesh.cut import (
-    DP,
-    mesh_of,
-    over_mesh,
-    place_routers,
-    shard,
-    weight_specs,
-)
-from polarjax.mesh.share import mean_of_parts
-from polarjax.model import Prefix, Share
+from polarjax.mesh.cut import DP, mesh_of, place_routers
+from polarjax.model import Decoder, Prefix, make_decoder
 from polarjax.params import Params, Tree
 from polarjax.policies import of_learned
 from polarjax.policies.budgets import check_density, count
@@ -134,7 +125,6 @@ def train_routers(
     blocks: np.ndarray,
     training: RouterTraining,
     *,
-    mesh: Mesh | None = None,
     resume: Resume | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[Params, int], bool] | None = None,
@@ -147,11 +137,11 @@ def train_routers(
     its activations go, and one AdamW step of all layers' routers, stacked.
 
     Args:
-      params: the model; its own routers are left out of account.
+      params: the model, on one device or cut over a mesh, whose axis "dp" then cuts
+        each batch; what is learned is the same. Its own routers are left out of
+        account.
       blocks: int32[n, t] token ids.
       training: settings.
-      mesh: of `polarjax.mesh.cut.make_mesh`: the model is cut over its axis "tp", each
-        batch over "dp". None for where `params` is. What is learned is the same.
       resume: where the state is kept, and found after an interruption, on whichever
         mesh.
       progress: called after each step, with means over layers: "loss", "recall" at
@@ -159,7 +149,7 @@ def train_routers(
       stop: called as stop(model so far, step from 1) after each; True ends it.
 
     Returns:
-      The model, on the mesh, with the trained routers and uniform budgets.
+      The model, where it was, with the trained routers and uniform budgets.
 
     Raises:
       ValueError: if the density leaves nothing to choose, a setting does not fit the
@@ -171,8 +161,6 @@ def train_routers(
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
     # Nothing of other routers that the checkpoint may hold.
     params = dataclasses.replace(params, policy=Dense())
-    if mesh is not None:
-        params = shard(params, mesh)
     mesh = mesh_of(params.weights)
 
     def model(routers: Tree) -> Params:
@@ -183,10 +171,9 @@ def train_routers(
     compiled = functools.partial(
         _train_step,
         params.weights,
-        config=config.architecture,
+        model=make_decoder(config.architecture, params.weights),
         kept=n,
         training=training,
-        mesh=mesh,
     )
     routers = _first_routers(config, training)
     state = fit(
@@ -258,7 +245,7 @@ def _first_routers(config: ModelConfig, training: RouterTraining) -> Tree:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "kept", "training", "mesh"), donate_argnums=(1,)
+    jax.jit, static_argnames=("model", "kept", "training"), donate_argnums=(1,)
 )
 def _train_step(
     weights: Tree,
@@ -266,10 +253,9 @@ def _train_step(
     tokens: jax.Array,
     number: jax.Array,
     *,
-    config: ModelConfig,
+    model: Decoder,
     kept: int,
     training: RouterTraining,
-    mesh: Mesh | None,
 ) -> tuple[tuple[Tree, optax.OptState], Mapping[str, jax.Array]]:
     routers, moments = state
     b, t = tokens.shape
@@ -280,11 +266,9 @@ def _train_step(
         sparse = jax.random.uniform(chosen, (b,), jnp.float32) < training.sparse
         begun = jax.random.randint(place, (b,), 0, t, jnp.int32)
         starts = jnp.where(sparse, begun, t)
-    gradients = functools.partial(
-        _gradients, config=config, kept=kept, training=training, mesh=mesh
-    )
-    specs = weight_specs(weights, mesh), P(), P(DP), P(DP)
-    grads, metrics = over_mesh(gradients, mesh, specs, P())(
+    gradients = functools.partial(_gradients, model=model, kept=kept, training=training)
+    specs = model.share.weight_specs(weights), P(), P(DP), P(DP)
+    grads, metrics = model.share.over(gradients, specs, P())(
         weights, routers, tokens, starts
     )
     updates, moments = training.optimizer().update(grads, moments, routers)
@@ -297,33 +281,33 @@ def _gradients(
     tokens: jax.Array,
     starts: jax.Array | None,
     *,
-    config: ModelConfig,
+    model: Decoder,
     kept: int,
     training: RouterTraining,
-    mesh: Mesh | None,
 ) -> tuple[Tree, Mapping[str, jax.Array]]:
     """Of all layers' routers, stacked, and metrics; by one device, of the whole batch.
 
     Devices that share a model know the same of it, and learn the same.
     """
-    n, share = kept, Share.of(config, mesh)
+    n, config, share = kept, model.config, model.share
+    mean = share.batch_mean
 
     def learn(layer: int, inputs: jax.Array, norms: jax.Array, after: jax.Array):
         labels = top_labels(norms, n)
 
         def loss(router: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
             scores = router_scores(router["heads"], inputs)
-            total = head_loss(training.loss, scores, norms, n, share=share)
+            total = head_loss(training.loss, scores, norms, n, mean=mean)
             found = {
                 "loss": total,
-                "recall": recall(scores, labels, n, share),
-                "kept": kept_norm(scores, norms, n, share),
+                "recall": recall(scores, labels, n, mean),
+                "kept": kept_norm(scores, norms, n, mean),
             }
             if training.neuron_rank:
                 mlp = weights[f"layers_{layer}"]["mlp"]
-                active = active_neurons(mlp, after, share)
+                active = share.gather(active_neurons(mlp, after))
                 found["neuron_loss"] = neuron_loss(
-                    router["neurons"], inputs, active, share
+                    router["neurons"], inputs, active, mean
                 )
                 total = total + found["neuron_loss"]
             return total, found
@@ -334,8 +318,8 @@ def _gradients(
 
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
     learned = Learned(unstack(routers, config.layers), budgets)
-    model = Params(weights, of_learned(learned), config)
+    params = Params(weights, of_learned(learned), config)
     prefix = None if starts is None else Prefix(starts)
-    found = observe_layers(model, tokens, learn, model.policy, prefix, mesh)
+    found = observe_layers(model, params, tokens, learn, params.policy, prefix)
     grads, values = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
-    return mean_of_parts(grads, share), jax.tree.map(jnp.mean, values)
+    return share.mean_of_parts(grads), jax.tree.map(jnp.mean, values)

@@ -27,7 +27,7 @@ from polarjax.bench import (
 )
 from polarjax.bench.table import table
 from polarjax.cli import main
-from polarjax.model import weight_shapes
+from polarjax.model import Share, make_decoder, weight_shapes
 from polarjax.model.layer import Layer
 from polarjax.planning.cost import step_weight_bytes
 from polarjax.policy import Seen
@@ -231,7 +231,7 @@ def test_layers_alone_compute_what_the_layers_compute():
         parts, read = None, None
         first = dataclasses.replace(seen, lengths=cache.lengths + 1)
         for i in (1, 2):
-            layer = Layer(config, i, jnp.float32, bound.wants.scores[i])
+            layer = Layer(config, i, jnp.float32, Share(config), bound.wants.scores[i])
             x, parts, _, cache, read = layer.apply(
                 {"params": weights[f"layers_{i}"]},
                 x,
@@ -454,11 +454,15 @@ def test_layers_alone_lower_for_a_gpu(name):
 
     device = AbstractDevice("NVIDIA H100", 132, "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        weights, policy, state = jax.eval_shape(bound)
         traced = steps.layers_chunk.trace(
-            *jax.eval_shape(bound),
-            config=config,
+            weights,
+            policy,
+            state,
+            model=make_decoder(
+                config, weights, policy.wants.scores, implementation="triton"
+            ),
             steps=steps.STEPS,
-            implementation="triton",
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @__gpu$xla.gpu.triton") >= 8  # attention alone

@@ -299,8 +299,8 @@ def test_one_program_scores_what_polar_does(model, mode, monkeypatch):
     made = []
 
     class Noted(search._Budgeted):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             made.append(self)
 
     monkeypatch.setattr(search, "_Budgeted", Noted)

@@ -13,6 +13,7 @@ import polarjax
 from polarjax.cache import PagedCache
 from polarjax.engine import clock, prefill, programs
 from polarjax.engine.checks import Settings, make_sampling, stop_table
+from polarjax.model import make_decoder
 from polarjax.policies import with_learned
 from tests.models import LLAMA, random_params
 from tests.policies.reference import random_prompts
@@ -132,17 +133,17 @@ def decode_arguments(params, batch=4, capacity=32):
     asked = programs.SlotData(
         jnp.zeros(batch), make_sampling(CONFIG, settings), stop_table(settings)
     )
-    common = {"config": CONFIG.architecture, "implementation": None}
-    state, logits = programs.empty_state(CONFIG, batch, capacity, params.weights)
+    model = make_decoder(CONFIG.architecture, params.weights)
+    state, logits = programs.empty_state(model, batch, capacity, params.weights)
     prompts = {row: [1] * 9 for row in range(batch)}
     cache, logits = prefill.read_prompts(
-        params.weights, prompts, state.cache, logits, **common
+        params.weights, prompts, state.cache, logits, model=model
     )
     state = dataclasses.replace(state, cache=cache)
     every, remaining = jnp.ones(batch, bool), jnp.full(batch, 9)
     state, _ = programs.first_token(state, logits, every, remaining, asked)
     args = (weights, bound, state, every, asked)
-    return args, {"steps": 16, **common}
+    return args, {"steps": 16, "model": model.clone(score_rows=bound.wants.scores)}
 
 
 def prefill_arguments(params, batch=4, capacity=32):
@@ -151,8 +152,9 @@ def prefill_arguments(params, batch=4, capacity=32):
     logits = jnp.zeros((batch, CONFIG.vocab_size))
     tokens = np.ones((2, 16), np.int32)
     numbers = np.array([9, 3], np.int32), np.array([2, 0], np.int32)
-    common = {"config": CONFIG.architecture, "implementation": None}
-    return (params.weights, tokens, *numbers, cache, logits), {"most": 64, **common}
+    model = make_decoder(CONFIG.architecture, params.weights)
+    args = params.weights, tokens, *numbers, cache, logits
+    return args, {"most": 64, "model": model}
 
 
 def cache_copies(function, args, kwargs) -> tuple[str, int, int]:
@@ -239,8 +241,7 @@ def test_prefills_programs_are_bounded_whatever_the_calls():
             {row: [1] * n for row, n in enumerate(lengths.tolist())},
             room(slots, capacity),
             jax.ShapeDtypeStruct((slots, config.vocab_size), "f4"),
-            config=config,
-            implementation=None,
+            model=make_decoder(config, weights),
             call=call,
         )
     # Rows and widths alone: of 16 384 tokens, rows of a power of two, for batches up to

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import polarjax
 from polarjax.evaluation import Scorer, Settings, evaluate
 from polarjax.mesh import processes
-from polarjax.mesh.cut import by_writer, make_mesh
+from polarjax.mesh.cut import by_writer, make_mesh, shard
 from polarjax.policies import save_adapter
 from polarjax.training import (
     Recovery,
@@ -142,12 +142,13 @@ def learn(folder: Path, mesh: Mesh | None) -> list[list[int]]:
         Recovery(steps=3, batch=4, rank=2),
     )
     model, resume = small_model(), Resume(folder / "work", every=2)
+    model = shard(model, mesh) if mesh else model
 
     def train(stop: int) -> polarjax.Params:
-        options = {"mesh": mesh, "resume": resume}
-        return train_routers(
-            *(model, blocks, training), stop=lambda _, step: step == stop, **options
-        )
+        def at(_: polarjax.Params, step: int) -> bool:
+            return step == stop
+
+        return train_routers(model, blocks, training, resume=resume, stop=at)
 
     train(3)  # and from there to the end
     trained = train(6)

@@ -19,13 +19,12 @@ from polarjax.engine.sampling import sample
 from polarjax.mesh.cut import (
     default_mesh,
     make_mesh,
-    mesh_of,
-    over_mesh,
     shard,
     shard_groups,
     whole,
 )
-from polarjax.mesh.share import Share, place
+from polarjax.mesh.share import Share
+from polarjax.model import make_decoder
 from polarjax.policies import with_learned
 from polarjax.policies.routed import Routed
 from polarjax.policies.updates import init_updates
@@ -81,7 +80,7 @@ def spied(monkeypatch):
                 mine = [int(i + place * f) for i in indices if i < f]
                 count("neurons", layer, mine)
 
-            jax.debug.callback(log, chosen.index, place(pick.share))
+            jax.debug.callback(log, chosen.index, pick.share.place())
         return chosen
 
     monkeypatch.setattr(Routed, "groups", spy_heads)
@@ -216,10 +215,10 @@ def test_the_best_of_all_devices_is_the_best(temperature):
     sampling = make_sampling(config, settings)
     position = np.arange(rows, dtype=np.int32)
     token, logprob = sample(logits, sampling, position)
-    share = Share.of(config, mesh)
+    share = Share(config, mesh)
     where = P("dp", "tp"), P("dp"), P("dp")
-    found, found_logprob = over_mesh(
-        lambda *args: sample(*args, share), mesh, where, P("dp")
+    found, found_logprob = share.over(
+        lambda *args: sample(*args, share), where, P("dp")
     )(logits, sampling, position)
     np.testing.assert_array_equal(found, token)
     np.testing.assert_allclose(found_logprob, logprob, rtol=1e-5)
@@ -252,9 +251,9 @@ def test_the_step_says_to_other_devices_what_it_must(sparse, temperature, top_p)
     params = shard(make("opt", layers=3), make_mesh(4))
     policy = Polar(0.5, 0.4) if sparse else polarjax.Dense()
     weights, bound = policy.bind(params)
-    mesh = mesh_of(params.weights)
-    config = params.config.architecture
-    cache = places.empty_cache(config, 2, 16, jnp.float32, mesh)
+    config, rows = params.config.architecture, bound.wants.scores
+    model = make_decoder(config, params.weights, rows, implementation="xla")
+    cache = places.empty_cache(model, 2, 16)
     state = programs.State(
         cache, jnp.zeros(2, jnp.int32), jnp.ones(2, bool), jnp.ones(2, jnp.int32)
     )
@@ -269,10 +268,8 @@ def test_the_step_says_to_other_devices_what_it_must(sparse, temperature, top_p)
             programs.SlotData(
                 jnp.zeros(2), make_sampling(config, settings), stop_table(settings)
             ),
-            config=config,
+            model=model,
             steps=2,
-            implementation="xla",
-            mesh=mesh,
         )
         .compile()
         .as_text()

@@ -11,7 +11,15 @@ import pytest
 import polarjax
 from polarjax.cache import PagedCache
 from polarjax.engine import prefill
-from polarjax.model import Decoder, causal, extend, logits, weight_shapes, whole
+from polarjax.model import (
+    Decoder,
+    causal,
+    extend,
+    logits,
+    make_decoder,
+    weight_shapes,
+    whole,
+)
 from tests.models import LLAMA, MHA, OPT, OPT_AFTER, random_params
 
 TWO = {"layers": 2, "context": 108}
@@ -163,13 +171,13 @@ def test_a_long_prompt_needs_little_memory():
     config = dataclasses.replace(LLAMA, layers=2, neurons=4096, context=t)
     cache = jax.eval_shape(lambda: PagedCache.empty(config, 1, t, jnp.float32))
     numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
+    weights = weight_shapes(config)
     program = prefill.prefill.lower(
-        *(weight_shapes(config), jax.ShapeDtypeStruct((1, t), jnp.int32)),
+        *(weights, jax.ShapeDtypeStruct((1, t), jnp.int32)),
         *(numbers, numbers, cache),
         jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
-        config=config.architecture,
+        model=make_decoder(config.architecture, weights, implementation="xla"),
         most=most,
-        implementation="xla",
     ).compile()
     memory = program.memory_analysis()
     held = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))
@@ -207,17 +215,17 @@ def test_real_sizes_lower_for_cuda(rows, t, window, monkeypatch):
     monkeypatch.setattr(where, lambda: 91_000)
     config = dataclasses.replace(LLAMA_8B, windows=(window, window))
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    weights = weight_shapes(config, jnp.bfloat16)
     cache = jax.eval_shape(lambda: PagedCache.empty(config, rows, 2 * t, jnp.bfloat16))
     device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = prefill.prefill.trace(
-            *(weight_shapes(config, jnp.bfloat16), shape((rows, t))),
+            *(weights, shape((rows, t))),
             *(shape((rows,)), shape((rows,)), cache),
             jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),
-            config=config.architecture,
+            model=make_decoder(config.architecture, weights),
             most=16_384,
-            implementation=None,
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]

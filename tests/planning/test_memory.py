@@ -12,7 +12,7 @@ from polarjax.cache import PagedCache
 from polarjax.engine import places, prefill, programs
 from polarjax.engine.checks import Settings, make_sampling
 from polarjax.mesh import cut
-from polarjax.model import weight_shapes
+from polarjax.model import make_decoder, weight_shapes
 from polarjax.planning import memory
 from polarjax.planning.host_memory import HostMemory, host_memory
 from tests.models import LLAMA, random_params
@@ -99,16 +99,16 @@ def test_the_estimate_is_above_what_xla_takes(change, as_users_do):
     spec = jax.ShapeDtypeStruct
     numbers = spec((batch,), jnp.int32)
     cache = jax.eval_shape(lambda: PagedCache.empty(config, batch, width, jnp.float32))
+    weights = weight_shapes(config, jnp.float32)
     compiled = prefill.prefill.lower(
-        weight_shapes(config, jnp.float32),
+        weights,
         spec((batch, width), jnp.int32),
         numbers,
         numbers,
         cache,
         spec((batch, config.vocab_size), jnp.float32),
-        config=config,
+        model=make_decoder(config, weights),
         most=2**14,
-        implementation=None,
     ).compile()
     taken = compiled.memory_analysis().temp_size_in_bytes
     estimate = memory.prefill_bytes(
@@ -122,20 +122,19 @@ def test_the_estimate_is_above_what_xla_takes_of_each_device(device):
     if jax.default_backend() == "gpu":
         pytest.skip("needs a CPU (JAX_PLATFORMS=cpu): a GPU's libraries take more")
     config = dataclasses.replace(CONFIG, dim=256, vocab_size=4096)
-    batch, width, mesh = 2, 256, cut.make_mesh(4)
-    params = cut.shard(random_params(config), mesh)
+    batch, width = 2, 256
+    params = cut.shard(random_params(config), cut.make_mesh(4))
+    model = make_decoder(config, params.weights)
     numbers = jnp.arange(batch, dtype=jnp.int32)
     compiled = prefill.prefill.lower(
         params.weights,
         jnp.zeros((batch, width), jnp.int32),
         numbers,
         numbers,
-        places.empty_cache(config, batch, width, jnp.float32, mesh),
+        places.empty_cache(model, batch, width),
         jnp.zeros((batch, config.vocab_size)),
-        config=config,
+        model=model,
         most=2**14,
-        implementation=None,
-        mesh=mesh,
     ).compile()
     taken = compiled.memory_analysis().temp_size_in_bytes
     estimate = memory.prefill_bytes(
@@ -306,9 +305,8 @@ def test_the_estimate_of_a_cpus_step_is_above_what_xla_takes(
             jax.ShapeDtypeStruct((batch, 8), jnp.int32),
         ),
         jax.ShapeDtypeStruct((), jnp.int32),
-        config=config.architecture,
+        model=make_decoder(config.architecture, weights),
         steps=16,
-        implementation=None,
     ).compile()
     taken = compiled.memory_analysis().temp_size_in_bytes
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))

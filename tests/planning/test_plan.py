@@ -15,6 +15,7 @@ from polarjax.cli import main, plan
 from polarjax.engine import places, programs
 from polarjax.engine.sampling import Sampling
 from polarjax.mesh.cut import local_config, make_mesh, shard
+from polarjax.model import make_decoder
 from polarjax.params import Params
 from polarjax.planning import devices
 from polarjax.planning.cost import kv_row_bytes, step_weight_bytes, tree_bytes
@@ -289,7 +290,9 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     [row] = found.rows
     assert found.weight_bytes == on_first_device(params.weights)
     capacity = capacities(config, context)[1]
-    cache = places.empty_cache(config, batch, capacity, jnp.bfloat16, mesh)
+    rows = bound.wants.scores
+    model = make_decoder(config, params.weights, rows, implementation="xla")
+    cache = places.empty_cache(model, batch, capacity)
     held = on_first_device((cache.keys, cache.values))
     if isinstance(policy, polarjax.Dense):
         held += on_first_device(params.weights)
@@ -319,7 +322,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
             jnp.full((batch, 1), -1),
         ),
     )
-    settings = {"steps": 1, "config": config, "implementation": "xla", "mesh": mesh}
+    settings = {"steps": 1, "model": model}
     traced = programs.decode_chunk.trace(*args, **settings)
     assert sent_by(traced.jaxpr, mesh.shape) == row.sent_bytes > 0
 

@@ -10,7 +10,7 @@ import polarjax
 from polarjax.calibration.calibrate import Texts
 from polarjax.calibration.recover import recover
 from polarjax.evaluation import Scorer, router_recall, window_items
-from polarjax.model import Pick
+from polarjax.model import Pick, Share
 from polarjax.policies import (
     Adaptive,
     load_adapter,
@@ -59,7 +59,7 @@ def test_a_sequence_reads_the_groups_above_the_threshold():
     scores = jnp.array([[0.5, 3.0, 1.0], [0.1, 0.0, 0.2], [1.0, 2.0, 9.0]])
     budget = HeadBudget.of(3, (3, 2.5), (0.0, 1.0), flexible=False)
     assert budget.limits == (None, 3)
-    pick, no_density = Pick("xla"), jnp.zeros(3)
+    pick, no_density = Pick(Share(MHA), "xla"), jnp.zeros(3)
     found = budget.choose(1, scores, no_density, pick)
     assert found is not None
     indices, n_active = found

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.model import Pick
+from polarjax.model import Pick, Share
 from polarjax.policies import with_learned
 from polarjax.policies.budgets import HeadBudget, uniform_budgets
 from polarjax.policies.random import draw
@@ -117,7 +117,8 @@ def test_two_thirds_of_three_groups_are_two():
     # Nor are they more or less where requests ask for it.
     flexible = HeadBudget.of(3, budgets, flexible=True)
     assert flexible.limits == (None, 3, 3)
-    chosen = flexible.choose(1, jnp.zeros((2, 3)), jnp.array([2 / 3, 1 / 3]), Pick())
+    asked, pick = jnp.array([2 / 3, 1 / 3]), Pick(Share(config))
+    chosen = flexible.choose(1, jnp.zeros((2, 3)), asked, pick)
     assert chosen is not None
     np.testing.assert_array_equal(chosen.count, [2, 1])
 
@@ -125,7 +126,8 @@ def test_two_thirds_of_three_groups_are_two():
 def test_one_density_per_request_may_come_in_any_sequence(params, prompts):
     budget = HeadBudget.of(4, (4, 4, 4), flexible=True)
     asked = jnp.array([1.0, 0.5, 0.25, 0.75])
-    expected = budget.choose(1, jnp.zeros((4, 4)), asked, Pick())
+    pick = Pick(Share(CONFIG))
+    expected = budget.choose(1, jnp.zeros((4, 4)), asked, pick)
     assert expected is not None
     np.testing.assert_array_equal(expected.count, [4, 2, 1, 3])
     for many in (np.array([1.0, 0.5, 0.25, 0.75]), jnp.array([1, 0.5, 0.25, 0.75])):

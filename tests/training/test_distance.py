@@ -11,7 +11,7 @@ import pytest
 
 import polarjax
 from polarjax.cache import PagedCache
-from polarjax.model import Decoder, Prefix, extend
+from polarjax.model import Decoder, Prefix, extend, make_decoder
 from polarjax.policies import Polar, with_learned
 from polarjax.policies.updates import merge_updates
 from polarjax.training import distance as module
@@ -30,7 +30,14 @@ from tests.training.mended import (
     with_updates,
 )
 
-distance = jax.jit(lambda *args: module.distance(*args)[0])
+
+def unjitted(params, *args):
+    """The divergence alone, of a model on one device."""
+    reader = make_decoder(params.config, params.weights)
+    return module.distance(reader, params, *args)[0]
+
+
+distance = jax.jit(unjitted)
 CONFIGS = pytest.mark.parametrize("config", [GQA, BIASED], ids=["gqa", "opt"])
 
 
@@ -101,7 +108,7 @@ def test_distance_is_the_same_in_parts(monkeypatch):
     whole = distance(params, tokens, starts)
     for positions in (1, 6):  # of which 2 and 4 divide the text
         monkeypatch.setattr(module, "_POSITIONS", positions)
-        found = jax.jit(lambda *args: module.distance(*args)[0])(params, tokens, starts)
+        found = jax.jit(lambda *args: unjitted(*args))(params, tokens, starts)
         np.testing.assert_allclose(found, whole, rtol=1e-5)
 
 
@@ -173,7 +180,7 @@ def gradients(params, **changes):
         params.routers,
         jnp.asarray(text(4)),
         jax.random.key(0),
-        config=params.config,
+        model=make_decoder(params.config, params.weights),
         budgets=params.policy.learned.budgets,
         **options,
     )
@@ -218,7 +225,8 @@ def test_losses_are_those_of_the_routers_own_training(kind):
         return jax.value_and_grad(loss)(merged.routers[f"layers_{layer}"]["heads"])
 
     start = Prefix(jnp.zeros(4, jnp.int32))
-    expected = observe_layers(merged, jnp.asarray(text(4)), learn, Polar(), start)
+    reader, tokens = make_decoder(GQA, merged.weights), jnp.asarray(text(4))
+    expected = observe_layers(reader, merged, tokens, learn, Polar(), start)
     total = sum(loss for loss, _ in expected)
     np.testing.assert_allclose(found["loss"], total / 3, rtol=1e-5)
     for layer, (_, grad) in enumerate(expected, 1):
@@ -231,10 +239,13 @@ def test_a_share_of_the_sequences_has_a_prompt(monkeypatch):
         # Not the function of the same name.
         importlib.import_module("polarjax.training.recovery"),
         "distance",
-        lambda params, tokens, starts, *_: (seen.append(starts) or jnp.zeros(()), []),
+        lambda _, params, tokens, starts, *__: (
+            seen.append(starts) or jnp.zeros(()),
+            [],
+        ),
     )
-    options: dict[str, Any] = {"config": GQA, "routers": "nothing", "remat": False}
-    options["budgets"] = budgets_of(GQA)
+    options: dict[str, Any] = {"routers": "nothing", "remat": False}
+    options |= {"model": Decoder(GQA), "budgets": budgets_of(GQA)}
     for prompts in (0.0, 0.5, 1.0):
         tokens, key = jnp.zeros((400, 16)), jax.random.key(0)
         with jax.disable_jit():

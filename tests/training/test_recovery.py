@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.mesh.cut import make_mesh, whole_routers
+from polarjax.mesh.cut import make_mesh, shard, whole_routers
 from polarjax.policies import with_learned
 from polarjax.training import Recovery, Resume, train_updates
 from polarjax.training.distance import divergence
@@ -21,9 +21,9 @@ BLOCKS = text(20)
 
 @functools.cache
 def recovered(tp=None, dp=None, **changes):
-    mesh = make_mesh(tp, dp) if tp else None
-    recovery = dataclasses.replace(SHORT, **changes)
-    return train_updates(model(GQA, updates=False), BLOCKS, recovery, mesh=mesh)
+    params = model(GQA, updates=False)
+    params = shard(params, make_mesh(tp, dp)) if tp else params
+    return train_updates(params, BLOCKS, dataclasses.replace(SHORT, **changes))
 
 
 def assert_equal(one, other):

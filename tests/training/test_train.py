@@ -11,7 +11,7 @@ import polarjax
 from polarjax.cache import PagedCache
 from polarjax.evaluation import router_recall
 from polarjax.mesh.cut import make_mesh, shard, whole_routers
-from polarjax.model import Decoder, Prefix, extend
+from polarjax.model import Decoder, Prefix, extend, make_decoder
 from polarjax.model.attention import head_norms
 from polarjax.policies import load_adapter, save_adapter
 from polarjax.training import Resume, RouterTraining, train_routers
@@ -83,13 +83,12 @@ def test_collected_norms_are_what_decoding_has(config, sparse):
     policy = polarjax.Polar()
     learn = lambda layer, inputs, norms, after: norms  # noqa: E731
     prefix = Prefix(jnp.zeros(2, jnp.int32)) if sparse else None
-    collected = observe_layers(params, tokens, learn, policy, prefix)
+    model = make_decoder(config, params.weights)
+    collected = observe_layers(model, params, tokens, learn, policy, prefix)
     expected = np.array(decoded(params, tokens, policy))  # [t, layers - 1, b, k]
     ours = np.array(collected).reshape(-1, 2, 4, config.kv_heads)
     np.testing.assert_allclose(ours, expected.transpose(1, 2, 0, 3), rtol=5e-4)
-    dense = observe_heads(
-        params.weights, tokens, lambda *seen: seen[2], config=params.config
-    )
+    dense = observe_heads(model, params.weights, tokens, lambda *seen: seen[2])
     assert np.allclose(collected, dense, rtol=1e-2) == (not sparse)
 
 
@@ -128,10 +127,10 @@ TRAINING = RouterTraining(density=0.5, steps=6, batch=4, sparse=0.5, seed=1)
 @functools.cache
 def trained_small(tp=None, dp=None, config=SMALL, **changes):
     """Routers of a short training, by its settings."""
-    mesh = make_mesh(tp, dp) if tp else None
     training = dataclasses.replace(TRAINING, **changes)
     blocks, params = text(config, 20, 8), random_params(config)
-    return whole_routers(train_routers(params, blocks, training, mesh=mesh))
+    params = shard(params, make_mesh(tp, dp)) if tp else params
+    return whole_routers(train_routers(params, blocks, training))
 
 
 def test_the_seed_decides():
@@ -269,8 +268,9 @@ def test_neuron_routers_are_trained_along():
         return [*recalls, active.mean()]
 
     held = jnp.asarray(text(config, 64, seed=9))
+    model = make_decoder(config, params.weights)
     for found, chance, share in observe_layers(
-        params, held, learn, polarjax.Dense(), None
+        model, params, held, learn, polarjax.Dense(), None
     ):
         assert share < 0.3 and found > chance + 0.2
 
