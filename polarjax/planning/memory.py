@@ -264,8 +264,7 @@ def check_fraction(memory_fraction: float) -> None:
     number = isinstance(memory_fraction, int | float | np.number)
     if not number or not 0 < memory_fraction <= 1:
         raise ValueError(
-            "memory_fraction must be a number above 0 and at most 1, got "
-            f"{memory_fraction!r}"
+            f"memory_fraction must be above 0 and at most 1, got {memory_fraction!r}"
         )
 
 

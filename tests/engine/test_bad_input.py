@@ -121,7 +121,7 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
         ),
         ({"stop": "end"}, "stop strings need a tokenizer"),
         ({"implementation": "cuda"}, "implementation is 'cuda'; it must be one of"),
-        ({"memory_fraction": "x"}, "memory_fraction must be a number above 0"),
+        ({"memory_fraction": "x"}, "memory_fraction must be above 0"),
         ({"policy": Random(0.5, seed="x")}, "seed must be an integer, got 'x'"),
         *(
             ({"policy": Polar(0.5, balanced=bad)}, "balanced must be a positive integ")

