@@ -261,7 +261,7 @@ def calibrate(
         trained, made["neurons"] = _with_neuron_budgets(trained, corpus)
         say("neuron budgets", 1, 1)
     say("thresholds", 0, 1)
-    scores = sorted_scores(trained, spread(corpus.blocks, _THRESHOLD_BLOCKS))
+    scores = sorted_scores(trained, evenly(corpus.blocks, _THRESHOLD_BLOCKS))
     say("thresholds", 1, 1)
     contract = None
     if terms is not None:
@@ -274,7 +274,7 @@ def calibrate(
     return Calibration(trained, recall, quality, contract, made, work)
 
 
-def spread(blocks: np.ndarray, most: int) -> np.ndarray:
+def evenly(blocks: np.ndarray, most: int) -> np.ndarray:
     """So many blocks from all over the text: neighbours are of one source and author.
 
     Args:
@@ -293,9 +293,9 @@ def _with_neuron_budgets(
     sizes = tuple(b for b in (1, 8, 64) if 2 * b <= min(len(held), len(corpus.blocks)))
 
     most = 16 * sizes[-1]
-    learned_from = spread(corpus.blocks, most)
+    learned_from = evenly(corpus.blocks, most)
     budgets, found = neuron_budgets(
-        params, learned_from, sizes, held_out=spread(held, most)
+        params, learned_from, sizes, held_out=evenly(held, most)
     )
     total = params.config.neurons
     card = {

@@ -108,7 +108,7 @@ class Engine:
         longest = self.context if prompt_tokens is None else prompt_tokens
         self.prompt_tokens = min(positive("prompt_tokens", longest), self.context)
         self.chunk = min(positive("chunk", chunk), config.context)
-        self._most = positive("prefill_tokens", prefill_tokens)
+        self._prefill_tokens = positive("prefill_tokens", prefill_tokens)
         slots = positive("slots", slots)
         self.slots = slots + -slots % axis_size(self.mesh, DP)
         load = load or Load(self.slots, max(1, self.context // 2))
@@ -120,7 +120,7 @@ class Engine:
             params,
             self.slots,
             self.context,
-            prefill_tokens=self._most,
+            prefill_tokens=self._prefill_tokens,
             prompt_tokens=self.prompt_tokens,
             memory_fraction=memory_fraction,
         )
@@ -157,7 +157,7 @@ class Engine:
             self.slots,
             self.prompt_tokens,
             self.params.config,
-            self._most,
+            self._prefill_tokens,
             axis_size(self.mesh, DP),
         )
         start = time.perf_counter()
@@ -167,7 +167,7 @@ class Engine:
             self._state.cache,
             self._logits,
             model=self._dense,
-            most=self._most,
+            prefill_tokens=self._prefill_tokens,
         )
         self._compiled_seconds = time.perf_counter() - start
 
@@ -359,7 +359,7 @@ class Engine:
             state.cache,
             self._logits,
             model=self._dense,
-            most=self._most,
+            prefill_tokens=self._prefill_tokens,
             call=self._clock.run,
         )
         self._state, drawn = self._clock.run(

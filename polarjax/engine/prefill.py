@@ -24,7 +24,7 @@ from polarjax.settings import default_numbers
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "most"),
+    static_argnames=("model", "prefill_tokens"),
     donate_argnames=("cache", "logits"),
     # A GPU's libraries are as fast for products of so many tokens as what XLA would
     # write itself, and to try all of that takes half of the time to compile.
@@ -39,7 +39,7 @@ def prefill(
     logits: jax.Array,
     *,
     model: Decoder,
-    most: int,
+    prefill_tokens: int,
 ) -> tuple[PagedCache, jax.Array]:
     """Read some prompts of a batch, dense.
 
@@ -53,7 +53,7 @@ def prefill(
       cache: donated: it is updated in place.
       logits: float32[b, v], after each prompt's last token; donated.
       model: without score rows, as the weights.
-      most: tokens computed at once, attention apart.
+      prefill_tokens: tokens computed at once, attention apart.
 
     Returns:
       The cache and the logits, the rows filled in.
@@ -63,7 +63,13 @@ def prefill(
     def read(weights: Tree, tokens, lengths, rows, cache: PagedCache, logits):
         view = cache.of_rows(rows)
         last, view, _ = extend(
-            model, weights, tokens, lengths, view, most=most, fresh=True
+            model,
+            weights,
+            tokens,
+            lengths,
+            view,
+            prefill_tokens=prefill_tokens,
+            fresh=True,
         )
         last = share.gather_logits(last)
         logits = logits.at[rows].set(last, mode="drop", unique_indices=True)
@@ -76,7 +82,7 @@ def prefill(
 
 
 def prefill_shapes(
-    slots: int, longest: int, config: ModelConfig, most: int, dp: int = 1
+    slots: int, longest: int, config: ModelConfig, prefill_tokens: int, dp: int = 1
 ) -> list[tuple[int, int]]:
     """Rows and width of every call of `prefill` that an engine may need.
 
@@ -84,14 +90,14 @@ def prefill_shapes(
       slots: requests that there is room for.
       longest: most tokens of a prompt.
       config: what the model is.
-      most: tokens that are computed at once.
+      prefill_tokens: tokens that are computed at once.
       dp: parts of the batch.
     """
     widths, width = [], bucket(1)
     while not widths or widths[-1] < min(longest, config.context):
         widths.append(min(width, config.context))
         width *= 2
-    return [(dp * rows_of(slots // dp, each, most), each) for each in widths]
+    return [(dp * rows_of(slots // dp, each, prefill_tokens), each) for each in widths]
 
 
 def compile_shapes(
@@ -134,7 +140,7 @@ def read_prompts(
     logits: jax.Array,
     *,
     model: Decoder,
-    most: int = BLOCK_TOKENS,
+    prefill_tokens: int = BLOCK_TOKENS,
     call: Callable[..., Any] = run_plainly,
 ) -> tuple[PagedCache, jax.Array]:
     """Read prompts into rows of a cache, dense.
@@ -145,7 +151,7 @@ def read_prompts(
       cache: of the batch; donated.
       logits: float32[b, v], after each row's prompt; donated.
       model: without score rows, as the weights.
-      most: tokens that are computed at once, see `plan_blocks`.
+      prefill_tokens: tokens that are computed at once, see `plan_blocks`.
       call: runs each compiled program, as call(function, *args, **kwargs).
 
     Returns:
@@ -155,7 +161,9 @@ def read_prompts(
     each, places = slots // dp, sorted(prompts)
     lengths = [len(prompts[row]) for row in places]
     parts = [row // each for row in places]
-    for block in plan_blocks(lengths, each, model.config.context, most, dp, parts):
+    for block in plan_blocks(
+        lengths, each, model.config.context, prefill_tokens, dp, parts
+    ):
         tokens = np.zeros((dp, block.rows, block.width), np.int32)
         counts = np.ones((dp, block.rows), np.int32)
         rows = np.empty((dp, block.rows), np.int32)
@@ -176,7 +184,7 @@ def read_prompts(
             tokens.reshape(count, -1),
             counts.reshape(-1),
             model=model,
-            most=most,
+            prefill_tokens=prefill_tokens,
         )
         if device_of(weights).platform == "gpu":
             cache, logits = read(to, cache, logits)

@@ -75,7 +75,7 @@ def sample(
     )
     mass = jax.nn.logsumexp(logits, axis=-1)
     if share is not None:
-        token += share.place() * logits.shape[-1]
+        token += share.number() * logits.shape[-1]
         token, chosen, mass = _best_of_all(token, best, chosen, mass, share)
     return token, chosen - mass
 
@@ -127,7 +127,7 @@ def _scores(
     def noise(seed: jax.Array, at: jax.Array) -> jax.Array:
         key, own = jax.random.fold_in(draw_key(seed), at), scaled.shape[-1]
         # That of the whole vocabulary, so that a draw does not depend on the mesh.
-        parts, part = (share.tp, share.place()) if share else (1, 0)
+        parts, part = (share.tp, share.number()) if share else (1, 0)
         whole = jax.random.gumbel(key, (own * parts,), jnp.float32)
         return whole.reshape(-1, own)[part]
 

@@ -20,7 +20,7 @@ from polarjax.cache import PagedCache
 from polarjax.engine.generate import generate
 from polarjax.engine.places import CACHE, ROWS, place_rows
 from polarjax.evaluation.measure import Journal, Progress
-from polarjax.evaluation.programs import decode_step, prefill, spread
+from polarjax.evaluation.programs import copy_contexts, decode_step, prefill
 from polarjax.mesh.cut import field_specs
 from polarjax.mesh.processes import to_host
 from polarjax.model import Decoder, make_decoder
@@ -166,7 +166,7 @@ def _compare(
     rows = np.arange(b, dtype=np.int32)
     read = place_rows((contexts, lengths, rows, tokens.astype(np.int32)), model.mesh)
     cache = prefill(params.weights, *read[:2], model=model)
-    cache = spread(cache, read[2], capacity, model.mesh)
+    cache = copy_contexts(cache, read[2], capacity, model.mesh)
     found = {}
     for label, policy in policies.items():
         differs = write(policy) != dense

@@ -44,7 +44,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "mesh"))
-def spread(
+def copy_contexts(
     cache: PagedCache, rows: jax.Array, capacity: int, mesh: Mesh | None = None
 ) -> PagedCache:
     """Give each row a copy of its context's cache.

@@ -182,7 +182,7 @@ class Scorer:
         if batch.prefix:
             *read, rows = contexts
             cache = self._programs[first](self.params.weights, *read)
-            cache = programs.spread(cache, rows, batch.capacity, self._mesh)
+            cache = programs.copy_contexts(cache, rows, batch.capacity, self._mesh)
             arrays = jax.block_until_ready(cache), *arrays
         elif self.mode != "mask":
             arrays = self._empty(batch), *arrays

@@ -94,7 +94,7 @@ class Share:
         """Rows along "dp" where it divides them; else each part has them all."""
         return PartitionSpec() if batch % self.dp else PartitionSpec(DP)
 
-    def place(self) -> jax.Array | int:
+    def number(self) -> jax.Array | int:
         """Number of this device along "tp"."""
         return 0 if self.mesh is None else lax.axis_index(TP)
 
@@ -152,11 +152,11 @@ class Share:
         """[..., v] from the part of the vocabulary that each device has."""
         return self.gather(own) if self.cuts_vocabulary else own
 
-    def once(self, bias: jax.Array | None) -> jax.Array | None:
+    def on_first(self, bias: jax.Array | None) -> jax.Array | None:
         """A bias of what is summed over devices, on one of them alone."""
         if self.mesh is None or bias is None:
             return bias
-        return jnp.where(self.place() == 0, bias, jnp.zeros_like(bias))
+        return jnp.where(self.number() == 0, bias, jnp.zeros_like(bias))
 
     def own_groups(self, chosen: jax.Array) -> jax.Array:
         """What is said of this device's KV groups, such as whether they are chosen.
@@ -166,7 +166,7 @@ class Share:
         """
         if self.mesh is None:
             return chosen
-        return jnp.take(chosen, self._groups()[self.place()], axis=-1)
+        return jnp.take(chosen, self._groups()[self.number()], axis=-1)
 
     def add_up_groups(self, norms: jax.Array) -> jax.Array:
         """L2 norms of the model's KV groups, from those of every device's.
@@ -178,7 +178,7 @@ class Share:
             return norms
         table, shape = self._groups(), (*norms.shape[:-1], self.whole.kv_heads)
         squares = jnp.zeros(shape, norms.dtype)
-        squares = squares.at[..., table[self.place()]].add(jnp.square(norms))
+        squares = squares.at[..., table[self.number()]].add(jnp.square(norms))
         return jnp.sqrt(self.add_up(squares))
 
     def _groups(self) -> jax.Array:

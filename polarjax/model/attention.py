@@ -193,7 +193,7 @@ class Attention(nn.Module):
         return self.share.add_up_parts(parts)
 
     def _out_bias(self) -> jax.Array | None:
-        return self.share.once(self.out_bias) if self.config.out_bias else None
+        return self.share.on_first(self.out_bias) if self.config.out_bias else None
 
     def whole(
         self, seen: Seen, policy: Policy, prefix: Prefix | None, gates: Gates | None

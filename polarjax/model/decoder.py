@@ -108,7 +108,7 @@ class Embed(nn.Module):
         if not self.share.cuts_vocabulary:
             return jnp.take(self.tokens, tokens, axis=0)
         # Each device has some rows; the sum has one term that is not zero.
-        own = tokens - self.share.place() * self.config.vocab_size
+        own = tokens - self.share.number() * self.config.vocab_size
         mine = (own >= 0) & (own < self.config.vocab_size)
         x = jnp.take(self.tokens, own, axis=0, mode="clip")
         return self.share.add_up(jnp.where(mine[..., None], x, 0))
@@ -240,7 +240,7 @@ class Decoder(nn.Module):
         cache: PagedCache,
         policy: Policy | None = None,
         density: jax.Array | None = None,
-        most: int = BLOCK_TOKENS,
+        prefill_tokens: int = BLOCK_TOKENS,
         fresh: bool = False,
     ) -> Step:
         """Read new tokens of each sequence, behind those that the cache has.
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
           cache: of what comes before; donate it.
           policy: bound to the weights; None for `Dense()`.
           density: float32[b], as in `Seen`; None for the policy's own.
-          most: tokens of a chunk that are computed at once, attention apart.
+          prefill_tokens: tokens of a chunk that are computed at once, attention apart.
           fresh: whether the cache has nothing of any of the sequences, which the
             fastest kernel for prompts needs to know.
 
@@ -269,7 +269,7 @@ class Decoder(nn.Module):
         x = self.embed(tokens, places)
         for i, layer in enumerate(self.layers):
             last = i == self.config.layers - 1
-            x, cache = layer.chunk(x, counts, cache, most, last, fresh)
+            x, cache = layer.chunk(x, counts, cache, prefill_tokens, last, fresh)
         cache = cache.grown(counts.astype(jnp.int32))
         return Step(self.own_logits(x[:, 0]), cache, ())
 

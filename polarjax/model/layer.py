@@ -108,7 +108,7 @@ class Layer(nn.Module):
         x: jax.Array,
         counts: jax.Array,
         cache: PagedCache,
-        most: int,
+        prefill_tokens: int,
         last: bool,
         fresh: bool,
     ) -> tuple[jax.Array, PagedCache]:
@@ -118,7 +118,7 @@ class Layer(nn.Module):
           x: [b, t, m], the residual stream.
           counts: int32[b], tokens that are new. Blocks of padding alone are left out.
           cache: of what comes before.
-          most: tokens that are computed at once, attention apart.
+          prefill_tokens: tokens that are computed at once, attention apart.
           last: whether no layer follows: only the last tokens then go on.
           fresh: whether the cache has nothing of any of the sequences.
 
@@ -126,7 +126,7 @@ class Layer(nn.Module):
           [b, t, m], or [b, 1, m] after the last layer; and the cache.
         """
         longest = counts.max()
-        size = max(1, most // x.shape[0])
+        size = max(1, prefill_tokens // x.shape[0])
 
         def add(layer: Layer, x: jax.Array, o: jax.Array) -> tuple[jax.Array]:
             y = layer.after(layer.attention_norm, x + layer.attention.output(o))

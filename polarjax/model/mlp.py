@@ -137,7 +137,7 @@ class MLP(nn.Module):
         if c.mlp_bias:
             weights |= {
                 "up_bias": self.up_bias,
-                "down_bias": self.share.once(self.down_bias),
+                "down_bias": self.share.on_first(self.down_bias),
             }
             if c.gated_mlp:
                 weights["gate_bias"] = self.gate_bias

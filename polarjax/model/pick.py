@@ -97,7 +97,7 @@ class Pick:
             firsts = range(0, f, each)
             found = [self._best(own[i : i + each], n // parts) + i for i in firsts]
             return Rows(jnp.concatenate(found))
-        chosen = self._best(share.gather(own), n) - share.place() * f
+        chosen = self._best(share.gather(own), n) - share.number() * f
         chosen = jnp.where(chosen < 0, f, chosen)  # below 0 would count from the end
         kept = jnp.zeros(f, bool).at[chosen].set(True, mode="drop")
         index = jnp.nonzero(kept, size=min(n, f), fill_value=f)[0]

@@ -154,7 +154,7 @@ def prefill_arguments(params, batch=4, capacity=32):
     numbers = np.array([9, 3], np.int32), np.array([2, 0], np.int32)
     model = make_decoder(CONFIG.architecture, params.weights)
     args = params.weights, tokens, *numbers, cache, logits
-    return args, {"most": 64, "model": model}
+    return args, {"prefill_tokens": 64, "model": model}
 
 
 def cache_copies(function, args, kwargs) -> tuple[str, int, int]:

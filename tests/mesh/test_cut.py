@@ -80,7 +80,7 @@ def spied(monkeypatch):
                 mine = [int(i + place * f) for i in indices if i < f]
                 count("neurons", layer, mine)
 
-            jax.debug.callback(log, chosen.index, pick.share.place())
+            jax.debug.callback(log, chosen.index, pick.share.number())
         return chosen
 
     monkeypatch.setattr(Routed, "groups", spy_heads)

@@ -57,7 +57,10 @@ def read(config, lengths, width, size):
         every = whole(model, weights, tokens)
         last = logits(model, weights, every.x[np.arange(b), lengths - 1])
         cache = PagedCache.empty(config, b, config.context, jnp.float32)
-        view, options = cache.of_rows(places), {"most": b * size, "fresh": True}
+        view, options = (
+            cache.of_rows(places),
+            {"prefill_tokens": b * size, "fresh": True},
+        )
         found = extend(model, weights, tokens, lengths, view, **options)
         return (
             last,
@@ -167,7 +170,7 @@ def test_prompts_do_not_depend_on_how_they_are_cut():
 
 def test_a_long_prompt_needs_little_memory():
     # 8 heads: 32k x 32k weights of one would be 4 GiB.
-    t, most = 32_768, 4096
+    t, size = 32_768, 4096
     config = dataclasses.replace(LLAMA, layers=2, neurons=4096, context=t)
     cache = jax.eval_shape(lambda: PagedCache.empty(config, 1, t, jnp.float32))
     numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -177,7 +180,7 @@ def test_a_long_prompt_needs_little_memory():
         *(numbers, numbers, cache),
         jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
         model=make_decoder(config.architecture, weights, implementation="xla"),
-        most=most,
+        prefill_tokens=size,
     ).compile()
     memory = program.memory_analysis()
     held = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))
@@ -185,7 +188,7 @@ def test_a_long_prompt_needs_little_memory():
     # The prompt's activations, by position: residual stream, Q, K, V and what attention
     # puts out, some of them twice; of the MLP a block's alone.
     positions = config.dim + 2 * (config.heads + config.kv_heads) * config.head_dim
-    hidden = config.neurons * most
+    hidden = config.neurons * size
     assert memory.temp_size_in_bytes < 4 * (2 * positions * t + 4 * hidden)
 
 
@@ -225,7 +228,7 @@ def test_real_sizes_lower_for_cuda(rows, t, window, monkeypatch):
             *(shape((rows,)), shape((rows,)), cache),
             jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),
             model=make_decoder(config.architecture, weights),
-            most=16_384,
+            prefill_tokens=16_384,
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]

@@ -108,7 +108,7 @@ def test_the_estimate_is_above_what_xla_takes(change, as_users_do):
         cache,
         spec((batch, config.vocab_size), jnp.float32),
         model=make_decoder(config, weights),
-        most=2**14,
+        prefill_tokens=2**14,
     ).compile()
     taken = compiled.memory_analysis().temp_size_in_bytes
     estimate = memory.prefill_bytes(
@@ -134,7 +134,7 @@ def test_the_estimate_is_above_what_xla_takes_of_each_device(device):
         places.empty_cache(model, batch, width),
         jnp.zeros((batch, config.vocab_size)),
         model=model,
-        most=2**14,
+        prefill_tokens=2**14,
     ).compile()
     taken = compiled.memory_analysis().temp_size_in_bytes
     estimate = memory.prefill_bytes(
