@@ -33,7 +33,7 @@ def locate(source: str | Path) -> Path:
         "@revision"; a `Path` is never an id.
 
     Raises:
-      ConversionError: see `download`.
+      ConversionError: if what the hub has cannot be converted.
       FileNotFoundError: if a str is neither, or the repository cannot be had.
     """
     if isinstance(source, Path) or Path(source).exists():

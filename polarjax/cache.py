@@ -185,7 +185,7 @@ class PagedCache:
 
         Returns:
           [b, h, d], and the cache with the position written. Its lengths are those of
-          before: see `grown`.
+          before: `grown` counts the position, once all layers have written theirs.
 
         Raises:
           NotImplementedError: if pages are selected, for which there is no kernel yet.

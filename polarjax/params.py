@@ -202,7 +202,8 @@ def new_checkpoint(
       overwrite: replace what is there.
 
     Raises:
-      FileExistsError: see `new_folder`.
+      FileExistsError: if `path` exists and is not to be overwritten, or another process
+        is writing it.
       OSError: if the disk is too small.
     """
     with new_folder(path, overwrite) as partial, ThreadPoolExecutor(1) as pool:

@@ -351,7 +351,7 @@ class Policy:
           layer: from 0.
           matrix: "qkv", "out", "up" (and the gate) or "down".
           x: [..., inputs] of the product.
-          pick: as in `groups`.
+          pick: `polarjax.model.Pick`, which knows the selection kernels.
         """
 
     def reads(self, config: Any, load: Load) -> Reads | None:

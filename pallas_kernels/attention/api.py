@@ -85,25 +85,31 @@ def append_and_attend(
     All groups are written, whichever are read.
 
     Args:
-        q: as in `select_head_attention`, and so are all that are not listed here.
+        q: queries of the newest token, [b, h, d], bfloat16, float16 or float32.
         k_new: keys of the newest token, [b, k, d], the dtype of q.
         v_new: its values, like k_new.
-        k_cache: as there; written in place where it is donated or not used again.
-        v_cache: like k_cache.
-        lengths: as there: the newest token included, which goes to position
-            lengths - 1. For a sequence of length 0 nothing is written.
-        heads: as there.
-        n_active: as there.
-        scale: as there.
-        window: as there.
-        softcap: as there.
-        implementation: as there.
+        k_cache: cached keys, [b, k, s, d], the dtype of q; h is a multiple of k. It is
+            written in place where it is donated or not used again.
+        v_cache: cached values, like k_cache.
+        lengths: valid cache positions of each sequence in tokens, int32 [b], 0..s,
+            the newest included, which goes to position lengths - 1. For a sequence of
+            length 0 nothing is written.
+        heads: KV groups to compute for each sequence, int32 [b, n], distinct and in
+            0..k-1 within the first n_active[b]. None computes every group (dense).
+        n_active: how many leading entries of heads[b] count, int32 [b], 0..n. None
+            means all n.
+        scale: factor on the scores before the softmax; None means d ** -0.5.
+        window: newest positions attended to, in tokens; None means all.
+        softcap: bound c on the scaled scores, `c * tanh(score / c)`; None means none.
+        implementation: "xla", "triton", "triton_interpret", or None for the default
+            backend's own.
 
     Returns:
         The attention output [b, h, d], and both caches as written.
 
     Raises:
-        ValueError: if a shape or dtype is wrong, or as in `select_head_attention`.
+        ValueError: if a shape or dtype is wrong, n_active comes without heads, or
+            window or softcap is not positive.
         NotImplementedError: if the implementation cannot serve these shapes.
     """
     _check(q, k_cache, v_cache, lengths, heads, n_active)

@@ -74,24 +74,27 @@ def partial_mlp(
     padded: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "p b m"]:
-    """As `gathered_mlp`, as parts whose sum is the output, for `add_norm` to add.
+    """What `gathered_mlp` yields, in parts whose sum it is, for `add_norm` to add.
 
     Args:
-        x: as there.
-        weights: as there.
-        neurons: as there.
-        activation: as there.
+        x: inputs, [b, m], bfloat16, float16 or float32.
+        weights: "up" and "down" and optionally "gate", each [f, m] in the dtype of x,
+            and optionally their biases.
+        neurons: rows to read, int32 [n] with n >= 1, one set for the whole batch. None
+            reads all f (dense).
+        activation: "relu", "silu" or "gelu" (the exact one, by the error function).
         padded: whether numbers from f on stand among `neurons`, which are none and
             cost nothing.
-        implementation: as there, but that with None few inputs of 16 bit are served
-            by the default backend's own even where all neurons are read.
+        implementation: "xla", "triton", "triton_interpret", or None for the default
+            backend's own where neurons are selected, or inputs of 16 bit are few, and
+            "xla" else.
 
     Returns:
         float32 [p, b, m]; p is the implementation's.
 
     Raises:
-        ValueError: as there.
-        NotImplementedError: as there.
+        ValueError: if a shape, dtype, weight name or the activation is wrong.
+        NotImplementedError: if the implementation cannot serve the call.
     """
     if neurons is None:
         implementation = few_inputs(x, implementation)

@@ -46,11 +46,11 @@ def masked_mlp(x, weights, neurons, *, activation, dtype=None, padded=False, kee
 
     Args:
         x: inputs, [b, m].
-        weights: as there.
+        weights: "up" and "down" and optionally "gate", each [f, m], and their biases.
         neurons: int32 [n], or None for all.
-        activation: as there.
+        activation: "relu", "silu" or "gelu".
         dtype: of the output; None for that of x.
-        padded: as in `partial_mlp`.
+        padded: whether numbers from f on stand among `neurons`, which are none.
         keep: applied to the hidden values, float32 [b, f], before they leave; None for
             nothing.
     """

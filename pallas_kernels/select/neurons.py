@@ -75,7 +75,8 @@ def needed_neurons(
         up: the router's second matrix.
         live: which sequences count.
         n: how many neurons to keep, 1..f.
-        implementation: as in `union_neurons`.
+        implementation: "xla", "triton", "triton_interpret", or None for the default
+            backend's own.
 
     Returns:
         Neuron indices, int32 [n], ascending; of equal sums any may be kept.
@@ -107,9 +108,10 @@ def needed_totals(
     """What `needed_neurons` ranks neurons by, in XLA; those of two batches add up.
 
     Args:
-        hidden: as there.
-        up: as there.
-        live: as there.
+        hidden: [b, w], of which the last r numbers of each sequence go into the
+            router's second matrix, rounded to its dtype.
+        up: that matrix, [f, r].
+        live: bool [b], which sequences count.
 
     Returns:
         Of each neuron, the live sequences' sum; a score that is NaN counts as 0.

@@ -147,7 +147,7 @@ def summarise(
     Args:
       found: at least one event.
       steps: decode steps in which they happened.
-      places: see `op_names`.
+      places: where in the model each operation is from, by its name.
 
     Returns:
       step_us: from the first event's start to the last one's end.

@@ -38,7 +38,7 @@ def load_model(
       dtype: of everything.
       head_rank: of random head routers' quadratic form; 0 for none.
       mesh: that the model is cut over; None for one device.
-      any_model: see `polarjax.load`.
+      any_model: whether to take the adapter although it was learned on other weights.
     """
     found = parse_model(model)
     if found is None:

@@ -57,7 +57,7 @@ class _Best:
     Attributes:
       kl: on held-out text.
       step: after which it was; 0 before all.
-      routers: as in `Params`.
+      routers: nested dict of arrays by layer, such as `layers_3/heads/weight`.
     """
 
     kl: float
@@ -157,7 +157,7 @@ def recover(
         steps, without a new best one, by a ten-thousandth, after which the training
         ends. What was best is what is kept.
       mode: how perplexities are measured.
-      mesh: as in `polarjax.calibrate`.
+      mesh: of `polarjax.mesh.cut.make_mesh`; None for where `params` is.
       work: folder that keeps the training, which all processes see, until what is
         returned is saved by its `save`; None for none.
       progress: called as the work goes on.

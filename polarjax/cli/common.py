@@ -45,7 +45,8 @@ def make_policies(
     Args:
       names: such as "dense,polar".
       densities: such as "1/2,2/3"; may be empty.
-      neuron_density: see `polarjax.policies.named`.
+      neuron_density: fraction of the neurons that a batch reads; None for the
+        adapter's own.
       balanced: beside "polar", that of so many parts; see `Polar`.
 
     Raises:

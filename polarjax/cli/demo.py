@@ -39,7 +39,7 @@ def show(
       checkpoint: folder of the model.
       adapters: folders of routers, or names of those that ship.
       max_new_tokens: tokens per prompt, at least 2.
-      any_model: see `polarjax.load`.
+      any_model: whether to take adapters that were learned on other weights.
 
     Raises:
       ValueError: if there are fewer, or the model cannot be loaded.

@@ -51,7 +51,7 @@ class Engine:
 
     A request is read as soon as a row is free; its neighbours go on meanwhile from
     chunk to chunk. What it gets does not depend on them, but for rounding and for
-    neuron sparsity, see `polarjax.generate`.
+    neuron sparsity, see `polarjax.generate`. One thread at a time may call it.
 
     Args:
       params: the model, from `polarjax.load`.

@@ -75,8 +75,8 @@ def measure_damage(
       new_tokens: to add to each prompt, at least 2.
       batch: prompts continued together.
       implementation: of the kernels; None chooses by device.
-      journal: see `measure`.
-      progress: see `measure`.
+      journal: batches found there are not measured again; others are added to it.
+      progress: called after each batch.
 
     Raises:
       ValueError: if there is no prompt, or the context is too short for one.

@@ -64,7 +64,8 @@ class Scorer:
       params: the model, on one device or on the mesh that it was loaded on; of one
         over several processes all of them call this alike.
       policies: by label, not yet bound.
-      mode: see the module.
+      mode: "decode" (what `generate` does), "kernel" (its step for every token) or
+        "mask" (a masked dense model).
       batch: rows computed together; a batch that lacks rows, or does not divide by the
         mesh's "dp", is filled up with rows that are finished.
       implementation: of the kernels; None chooses by device.

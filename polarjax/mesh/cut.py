@@ -187,7 +187,7 @@ def placement(
     """How one weight is cut.
 
     Args:
-      path: as in `Params.weights`, joined by "/".
+      path: of the weight, such as "layers_3/attention/qkv".
       shape: of the weight in the model.
       config: of the model.
       mesh: with an axis "tp", Auto or Explicit.

@@ -401,7 +401,7 @@ def thinned(
     Args:
       policy: bound.
       layer: from 0.
-      matrix: as in `Policy.channels`.
+      matrix: "qkv", "out", "up" (and the gate) or "down".
       x: [..., inputs].
       pick: of the device.
     """
@@ -431,7 +431,7 @@ def summaries(
       keys: [b, t, k, d]; the last span is filled up with its last key's copies, as
         nobody asks for a span that is not whole.
       span: positions of each.
-      summary: as in `Wants`.
+      summary: how a span is summed up, keys [..., span, d] to [..., u, w].
     """
     b, t, k, d = keys.shape
     filled = jnp.pad(keys, ((0, 0), (0, -t % span), (0, 0), (0, 0)), mode="edge")

@@ -124,7 +124,7 @@ class Decoder(nn.Module):
       implementation: of the decode kernels; None chooses by device.
       mesh: that it is cut over; the methods are then of one device's weights and
         arrays, inside `Share.over`. None for one device.
-      cuts_scores: as in `Share`.
+      cuts_scores: whether a policy's rows of the QKV matrix are cut over the mesh too.
     """
 
     config: ModelConfig
@@ -319,8 +319,9 @@ def make_decoder(
         one shall share.
       weights: that it will run with, where they are: on a mesh, if they are cut over
         one. Activations are of their dtype.
-      score_rows: see `Decoder`.
-      implementation: see `Decoder`.
+      score_rows: of each layer, rows that a policy appended to its QKV matrix; () for
+        none.
+      implementation: of the kernels; None chooses by device.
     """
     dtype = weights["embed"]["tokens"].dtype
     return Decoder(config, dtype, score_rows, implementation, mesh_of(weights))

@@ -76,7 +76,7 @@ class Layer(nn.Module):
           x: [b, t, m], the residual stream.
           seen: as far as it is known before the layer.
           policy: bound.
-          prefix: as in `Attention.whole`.
+          prefix: positions that are read dense, as a prompt is; None for none.
           gates: likewise.
 
         Returns:

@@ -185,9 +185,9 @@ def _first_that_fits(
     Args:
       params: the model, in its devices' memory.
       shapes: (b, s) each, the smallest last, which an error is about.
-      prefill_tokens: see `Taken`.
-      prompt_tokens: see `Taken`.
-      memory_fraction: see `Taken`.
+      prefill_tokens: prompt tokens, padding included, that are computed at once.
+      prompt_tokens: of the longest prompt.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
     """
     check_fraction(memory_fraction)
     config = params.config

@@ -110,7 +110,7 @@ def as_stored(routers: Tree) -> Tree:
     """Routers in the dtypes that an adapter keeps: what shall be measured.
 
     Args:
-      routers: as in `Params.routers`.
+      routers: nested dict of arrays by layer, such as `layers_3/heads/weight`.
     """
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:

@@ -47,7 +47,8 @@ class Adaptive(OfAdapter):
     A request that asks for a density gets as many heads as that, whatever they score.
 
     Attributes:
-      neuron_density: as in `Polar`.
+      neuron_density: fraction of the MLP neurons that the batch reads from layer 1 on;
+        None for the adapter's own budgets, 1 for all.
       flexible: whether requests may ask for densities of their own.
       batch: requests that the adapter's neuron budgets are taken for; None for as many
         as it has budgets for at most.

@@ -67,7 +67,7 @@ class HeadBudget:
           thresholds: by layer; () for fixed budgets.
           flexible: whether requests may ask for densities of their own: then every
             layer but the first is ready to select.
-          parts: as in the class.
+          parts: equal parts of the groups, each of which spends as much of a budget.
         """
 
         def limit(layer: int, n: float) -> int | None:

@@ -32,9 +32,9 @@ class Card:
 
     Attributes:
       model_hash: of the model that it was learned on.
-      budgets: as in `polarjax.policy.Learned`, as are the next three.
+      budgets: KV groups to read in each layer.
       adaptive: whether the budgets are means over tokens.
-      neuron_budgets: by batch size.
+      neuron_budgets: MLP neurons to read in each layer, by batch size.
       thresholds: of the routers' scores.
       kv_heads: of the model.
       texts: learned from, each with name and weight.

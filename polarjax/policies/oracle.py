@@ -23,7 +23,8 @@ class Oracle(Policy):
     For measurement: it computes dense attention to know the norms. Neurons are dense.
 
     Attributes:
-      density: as in `Polar`.
+      density: fraction of the KV groups to read from layer 1 on; None for the
+        adapter's own budgets.
       learned: of an adapter, for its budgets; empty for that of the model.
       budget: KV groups that each request reads, set by `bind`.
     """

@@ -23,7 +23,8 @@ class Random(Policy):
     """Groups by chance, drawn once per layer and request.
 
     Attributes:
-      density: as in `Polar`.
+      density: fraction of the KV groups to read from layer 1 on; None for the
+        adapter's own budgets.
       seed: of the draw.
       learned: of an adapter, for its budgets; empty for that of the model.
       budget: KV groups that each request reads, set by `bind`.

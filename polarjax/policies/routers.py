@@ -53,7 +53,7 @@ def check_routers(routers: Tree, weights: Tree, config: ModelConfig) -> None:
     """Raise unless the routers fit the model.
 
     Args:
-      routers: as in `Params.routers`.
+      routers: nested dict of arrays by layer, such as `layers_3/heads/weight`.
       weights: of the model.
       config: of the model.
 

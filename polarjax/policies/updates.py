@@ -64,7 +64,7 @@ def ranks_of(routers: Tree) -> set[int | None]:
     """Ranks that the matrices' updates have; None for full ones.
 
     Args:
-      routers: as in `Params.routers`.
+      routers: nested dict of arrays by layer, such as `layers_3/heads/weight`.
     """
     ranks: set[int | None] = set()
     for parts in routers.values():

@@ -63,7 +63,7 @@ class Repository:
         """Hash of the revision.
 
         Raises:
-          FileNotFoundError: see `download`.
+          FileNotFoundError: if it is neither on the hub nor in the cache.
         """
         if isinstance(self._info, Exception):
             return self.download().name
@@ -73,7 +73,7 @@ class Repository:
         """What it holds; without a network, what the cache does.
 
         Raises:
-          FileNotFoundError: see `download`.
+          FileNotFoundError: if it is neither on the hub nor in the cache.
         """
         if isinstance(self._info, Exception):
             folder = self.download()
@@ -86,7 +86,7 @@ class Repository:
         """Whether it holds a model as polarjax writes it, not one to convert.
 
         Raises:
-          FileNotFoundError: see `download`.
+          FileNotFoundError: if it is neither on the hub nor in the cache.
         """
         return TENSORS.format("00001") in self.files()
 

@@ -72,8 +72,8 @@ def observe_heads(
     """As `observe_layers` of the dense model, for what concerns heads.
 
     Args:
-      model: as there.
-      weights: the original ones, as there.
+      model: without score rows.
+      weights: the original ones, as one device has them.
       tokens: int32[b, t].
       learn: without the MLP's inputs.
     """

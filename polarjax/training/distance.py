@@ -98,9 +98,10 @@ def distance(
       tokens: int32[b, t].
       starts: int32[b], tokens that the dense model reads as a prompt; what it leaves
         in the KV cache is what the sparse one sees. They are not counted.
-      gates: see `Decoder.whole`.
-      observe: likewise, of the sparse model.
-      remat: likewise.
+      gates: what each group's output counts; None for 1 where it is read, else 0.
+      observe: called in each layer of the sparse model, with head outputs before they
+        are masked.
+      remat: whether to compute each layer again in the backward pass.
 
     Returns:
       The divergence, and what `observe` returned, by layer.

@@ -32,7 +32,8 @@ def weighted_bce(
       scores: float32[n, k], logits.
       labels: float32[n, k], 0 or 1.
       counted: bool[n], the tokens that count; None for all.
-      mean: see `Mean`.
+      mean: of an array, of the elements where another is true; `Share.batch_mean` of
+        one device of several.
 
     Returns:
       float32[], the mean over the whole batch.
@@ -64,7 +65,8 @@ def ranking_loss(
       norms: float32[tokens, k].
       n: heads of the budget.
       counted: bool[tokens], those that count; None for all.
-      mean: see `Mean`.
+      mean: of an array, of the elements where another is true; `Share.batch_mean` of
+        one device of several.
 
     Returns:
       float32[], the mean over tokens, in shares of a token's norms.

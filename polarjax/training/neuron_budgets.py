@@ -45,11 +45,12 @@ def neuron_budgets(
       params: a ReLU model with neuron routers.
       blocks: int32[n, t] token ids; n at least twice the largest batch size.
       batches: batch sizes, ascending.
-      recall: see `UnionRecall.budgets`.
+      recall: of the true union, mean over batches, in each layer.
       held_out: as `blocks`, of other text.
-      confidence: see `UnionRecall.budgets`.
-      samples: see `measure_unions`.
-      seed: see `measure_unions`.
+      confidence: with which one more part of the text reaches it.
+      samples: positions drawn from each sequence; never its first, which no decode step
+        reads.
+      seed: of positions and batches.
 
     Returns:
       The budgets, for `polarjax.policy.Learned`, and what was measured on the

@@ -81,10 +81,11 @@ def neuron_loss(
     labels y of this batch plus 0.005 (Polar Sparsity, router training).
 
     Args:
-      router: as in `neuron_scores`.
+      router: its matrices, "down" [r, m] and "up" [f, r].
       inputs: [n, m], the attention's input.
       active: bool[n, f], the labels.
-      mean: see `polarjax.training.losses.Mean`.
+      mean: of an array, of the elements where another is true: `jnp.mean`, or of one
+        device of several `Share.batch_mean`.
 
     Returns:
       float32[], the mean over the whole batch's tokens and neurons.

@@ -141,7 +141,8 @@ def token_blocks(
     """Cut a text into blocks, reading as far as asked.
 
     Args:
-      path: as in `Source`.
+      path: a UTF-8 file, plain or gzipped; JSON lines with a field "text"; or a folder
+        that `datasets` saved.
       tokenizer: of the model; its start-of-text tokens are not added.
       length: tokens per block. What remains at the end is dropped.
       limit: most blocks to yield; None for all.
