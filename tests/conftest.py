@@ -47,7 +47,7 @@ def compiled_programs_are_let_go():
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 40_000:
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
         jax.clear_caches()
         gc.collect()
 
