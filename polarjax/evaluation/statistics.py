@@ -50,6 +50,7 @@ def mean_interval(
     n = len(values)
     if not n:
         raise ValueError("no items: there is nothing to take the mean of")
+    even = weights is None
     weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
     products = values * weights
     mean = float(products.sum() / weights.sum())
@@ -64,7 +65,8 @@ def mean_interval(
     means = []
     for start in range(0, _DRAWS, draws := max(1, _AT_ONCE // n)):
         picks = rng.integers(n, size=(min(draws, _DRAWS - start), n))
-        means.append(products[picks].sum(axis=1) / weights[picks].sum(axis=1))
+        totals = n if even else weights[picks].sum(axis=1)
+        means.append(products[picks].sum(axis=1) / totals)
     quantile = stats.t.ppf(outside / 2, n - 1) * np.sqrt(n / (n - 1))
     tail = stats.norm.cdf(quantile)
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])

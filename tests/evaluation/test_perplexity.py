@@ -114,11 +114,13 @@ def test_errors():
 
 
 @pytest.mark.parametrize(
-    ("smollm2_pair", "count"),
-    [(6, 4096), pytest.param(30, 20480, marks=pytest.mark.slow)],
+    ("smollm2_pair", "count", "width"),
+    [(6, 2048, 1024), pytest.param(30, 20480, 2048, marks=pytest.mark.slow)],
     indirect=["smollm2_pair"],
 )
-def test_smollm2_perplexity_equals_transformers(smollm2_pair, shared_data, count):
+def test_smollm2_perplexity_equals_transformers(
+    smollm2_pair, shared_data, count, width
+):
     smollm2, smollm2_torch = smollm2_pair
     torch = pytest.importorskip("torch", reason="needs it: pip install torch")
     path = shared_data / "text" / "wikitext2_raw_test.txt.gz"
@@ -127,11 +129,11 @@ def test_smollm2_perplexity_equals_transformers(smollm2_pair, shared_data, count
     tokenizer = polarjax.engine.Tokenizer.load(smollm2.config)
     tokens = np.array(tokenizer.encode(words)[:count])
     assert len(tokens) == count
-    windows = window_items(tokens, 2048)
+    windows = window_items(tokens, width)
     ours = dense(smollm2, windows, mode="mask", batch=1)
     nll = []
     with torch.no_grad():
-        for window in tokens.reshape(-1, 2048):
+        for window in tokens.reshape(-1, width):
             ids = torch.tensor(window[None])
             nll.append(smollm2_torch(ids, labels=ids).loss.item())
     expected = math.exp(np.mean(nll))
