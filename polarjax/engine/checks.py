@@ -95,6 +95,20 @@ def _listed(name: str, value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
 
 
+def _each(name: str, value: Any, batch: int) -> list[Any]:
+    """A list of one value per request, of one for all or of as many.
+
+    Raises:
+      ValueError: if there are several, but not one per request.
+    """
+    value = _listed(name, value)
+    many = isinstance(value, Sequence) and not isinstance(value, str)
+    values: list[Any] = list(value) if many else [value] * batch
+    if len(values) != batch:
+        raise ValueError(f"{name} has {len(values)} values for {batch} prompts")
+    return values
+
+
 def per_request(
     name: str, value: Any, batch: int, low: float, high: float, whole: bool = False
 ) -> list:
@@ -111,11 +125,7 @@ def per_request(
     Raises:
       ValueError: naming the setting, the value and the range.
     """
-    value = _listed(name, value)
-    many = isinstance(value, Sequence) and not isinstance(value, str)
-    values: list[Any] = list(value) if many else [value] * batch
-    if len(values) != batch:
-        raise ValueError(f"{name} has {len(values)} values for {batch} prompts")
+    values = _each(name, value, batch)
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     what = "an integer" if whole else "a number"
     for x in values:
@@ -170,7 +180,10 @@ def settings_of(
     if unknown := sorted(asked.keys() - plain.keys()):
         raise TypeError(f"no setting {unknown[0]!r}: there are {', '.join(plain)}")
     given = {**plain, **asked}
-    most = _limits(given["max_new_tokens"], batch, config)
+    name = "max_new_tokens"
+    most = [
+        min(positive(name, n), config.context) for n in _each(name, given[name], batch)
+    ]
     stops = stop_strings(given["stop"], tokenizer)
     ends = stop_tokens(given["stop_ids"], config)
     densities = check_densities(given["density"], batch)
@@ -197,17 +210,6 @@ def settings_of(
             most, densities, temperatures, ks, ps, seeds, strict=True
         )
     ]
-
-
-def _limits(most: Any, batch: int, config: ModelConfig) -> list[int]:
-    """Tokens that may be added to each prompt, from one number or one per request."""
-    name = "max_new_tokens"
-    if np.ndim(most) == 0:
-        return [min(positive(name, most), config.context)] * batch
-    each = [positive(name, n) for n in _listed(name, most)]
-    if len(each) != batch:
-        raise ValueError(f"{name} has {len(each)} values for {batch} prompts")
-    return [min(n, config.context) for n in each]
 
 
 def make_sampling(config: ModelConfig, requests: Sequence[Settings]) -> Sampling:
