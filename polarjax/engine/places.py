@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from polarjax.cache import PagedCache, put_rows
+from polarjax.cache import PagedCache, put_rows, zeros
 from polarjax.mesh.cut import DP, TP, over_mesh
 from polarjax.model import Decoder
 
@@ -45,7 +45,7 @@ def empty_cache(model: Decoder, batch: int, capacity: int) -> PagedCache:
     config = dataclasses.replace(config, heads=groups, kv_heads=groups)
     where = NamedSharding(mesh, GROUPS)
     cache = PagedCache.empty(config, batch, capacity, model.dtype, where)
-    lengths = jnp.zeros(batch, jnp.int32, device=NamedSharding(mesh, ROWS))
+    lengths = zeros((batch,), jnp.int32, NamedSharding(mesh, ROWS))
     return dataclasses.replace(cache, lengths=lengths)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from polarjax.cache import PagedCache
+from polarjax.cache import PagedCache, zeros
 from polarjax.engine.places import CACHE, ROWS, empty_cache
 from polarjax.engine.sampling import Sampling, sample
 from polarjax.mesh.cut import DP, TP, field_specs
@@ -150,14 +150,13 @@ def empty_state(
     with jax.default_device(None if mesh else device_of(weights)):
         cache = empty_cache(model, slots, context)
         where = None if mesh is None else NamedSharding(mesh, ROWS)
-        zeros = functools.partial(jnp.zeros, device=where)
         state = State(
             cache,
-            zeros(slots, jnp.int32),
-            zeros(slots, bool),
-            zeros(slots, jnp.int32),
+            token=zeros((slots,), jnp.int32, where),
+            live=zeros((slots,), bool, where),
+            remaining=zeros((slots,), jnp.int32, where),
         )
-        return state, zeros((slots, model.config.vocab_size), jnp.float32)
+        return state, zeros((slots, model.config.vocab_size), jnp.float32, where)
 
 
 def device_of(weights: Tree) -> Any:

@@ -21,8 +21,7 @@ def read_bandwidth(device: Any) -> float:
       device: a `jax.Device`. It is measured once per process, with a buffer larger
         than its caches.
     """
-    # To begin and to wait takes a GPU as long as to read 1 GB: a few passes' time goes.
-    size, many, few = (2**31, 32, 8) if device.platform == "gpu" else (2**28, 4, 0)
+    size, passes, calls = (2**31, 8, 4) if device.platform == "gpu" else (2**28, 4, 1)
     memory = device.memory_stats() or {}
     if "bytes_limit" in memory:  # never take the last of a full device
         free = memory["bytes_limit"] - memory["bytes_in_use"]
@@ -30,31 +29,35 @@ def read_bandwidth(device: Any) -> float:
     columns = 2**13
     values = jnp.ones((size // (4 * columns), columns), jnp.float32, device=device)
     # Each pass depends on the one before, else one would do for all.
-    passes = (
+    ways = (
         lambda values, last: (values * last).sum() / values.size,
         lambda values, last: (values * last).sum(axis=1).max() / columns,
         lambda values, last: (values @ jnp.full(columns, last)).max() / columns,
     )
-    return max(_rate(one, values, many, few) for one in passes)
+    return max(_rate(one, values, passes, calls) for one in ways)
 
 
-def _rate(one: Any, values: jax.Array, many: int, few: int) -> float:
-    """Bytes per second of the passes that many take beyond few."""
+def _rate(one: Any, values: jax.Array, passes: int, calls: int) -> float:
+    """Bytes per second of so many passes a call, and so many calls."""
 
-    @functools.partial(jax.jit, static_argnames="passes")
-    def read(values: jax.Array, passes: int) -> jax.Array:
+    @jax.jit
+    def read(values: jax.Array) -> jax.Array:
         def step(last, _):
             return one(values, last), None
 
         return jax.lax.scan(step, jnp.float32(1), length=passes)[0]
 
-    def seconds(passes: int) -> float:
-        read(values, passes).block_until_ready()
+    def seconds(calls: int) -> float:
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            read(values, passes).block_until_ready()
+            jax.block_until_ready([read(values) for _ in range(calls)])
             times.append(time.perf_counter() - start)
         return min(times)
 
-    return (many - few) * values.nbytes / (seconds(many) - seconds(few))
+    read(values).block_until_ready()
+    taken, done = seconds(calls), calls
+    if calls > 1:
+        # To begin and to wait takes a GPU as long as to read 1 GB: one call's goes.
+        taken, done = taken - seconds(1), calls - 1
+    return done * passes * values.nbytes / taken
