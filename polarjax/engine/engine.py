@@ -32,7 +32,7 @@ from polarjax.engine.stats import make_stats
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
 from polarjax.mesh.processes import from_main, to_host
-from polarjax.model import BLOCK_TOKENS, make_decoder
+from polarjax.model import BLOCK_TOKENS, check_weights, make_decoder
 from polarjax.params import Params
 from polarjax.planning.crossover import settle
 from polarjax.planning.memory import MEMORY_FRACTION, cache_capacity
@@ -99,6 +99,8 @@ class Engine:
             raise TypeError(f"params must be polarjax.Params, got {params!r:.60}")
         if load is not None and not isinstance(load, Load):
             raise TypeError(f"load must be a polarjax.policy.Load, got {load!r:.60}")
+        if mesh_of(params.weights) is None:
+            check_weights(params.weights, params.config)
         params = shard(params, mesh) if mesh is not None else on_devices(params)
         self.params, self.mesh = params, mesh_of(params.weights)
         config = params.config

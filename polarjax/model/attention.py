@@ -22,6 +22,7 @@ from polarjax.config import ModelConfig
 from polarjax.mesh.share import Share
 from polarjax.model.causal import causal_attention, spanned_attention
 from polarjax.model.linear import linear
+from polarjax.model.module import Module
 from polarjax.model.norms import Norm
 from polarjax.model.pick import Pick, pages_read
 from polarjax.model.positions import angles
@@ -56,7 +57,7 @@ Gates = Callable[[int, jax.Array, jax.Array], jax.Array]
 """(layer, attention's input [b, t, m], groups read bool[b, t, k]) -> [b, t, k]."""
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Multi-head, multi-query or grouped-query attention.
 
     Attributes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +20,7 @@ from polarjax.mesh.share import Share
 from polarjax.model.attention import Gates, Prefix, Read
 from polarjax.model.layer import Layer
 from polarjax.model.linear import linear
+from polarjax.model.module import Module
 from polarjax.model.norms import Norm
 from polarjax.model.positions import LEARNED_OFFSET
 from polarjax.params import Tree
@@ -66,7 +68,7 @@ class Step(NamedTuple):
     read: tuple[Read, ...]
 
 
-class Embed(nn.Module):
+class Embed(Module):
     """Token and learned position tables, with OPT's projections where it has them."""
 
     config: ModelConfig
@@ -114,7 +116,7 @@ class Embed(nn.Module):
         return self.share.add_up(jnp.where(mine[..., None], x, 0))
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """OPT, LLaMA and their kin.
 
     Attributes:
@@ -381,15 +383,19 @@ def weight_shapes(config: ModelConfig, dtype=jnp.float32) -> Tree:
         windows=config.windows[:1],
         rotary=config.rotary[:1],
     )
-
-    def init(tokens: jax.Array) -> Any:  # the key made inside: no device is touched
-        return Decoder(one, dtype).init(jax.random.key(0), tokens)
-
-    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+    shapes = jax.tree.map(lambda leaf: leaf, _traced_shapes(one, jnp.dtype(dtype)))
     layer = shapes.pop("layers_0")
     for i in range(config.layers):
         shapes[f"layers_{i}"] = jax.tree.map(lambda leaf: leaf, layer)
     return shapes
+
+
+@functools.lru_cache(maxsize=16)
+def _traced_shapes(config: ModelConfig, dtype: jnp.dtype) -> Tree:
+    def init(tokens: jax.Array) -> Any:  # the key made inside: no device is touched
+        return Decoder(config, dtype).init(jax.random.key(0), tokens)
+
+    return jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
 
 
 def check_weights(weights: Tree, config: ModelConfig) -> None:

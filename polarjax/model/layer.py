@@ -27,12 +27,13 @@ from polarjax.model.attention import (
 )
 from polarjax.model.causal import long_attention
 from polarjax.model.mlp import MLP
+from polarjax.model.module import Module
 from polarjax.model.norms import Norm
 from polarjax.model.pick import Pick
 from polarjax.policy import Policy, Rows, Seen, check_rows
 
 
-class Layer(nn.Module):
+class Layer(Module):
     """Attention, then MLP, each added to the residual stream.
 
     What they read is normalised (pre-norm), or their sums are (post-norm).

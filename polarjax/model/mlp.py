@@ -19,10 +19,11 @@ from pallas_kernels import (
 from polarjax.config import ModelConfig
 from polarjax.mesh.share import Share
 from polarjax.model.linear import linear
+from polarjax.model.module import Module
 from polarjax.policy import Rows
 
 
-class MLP(nn.Module):
+class MLP(Module):
     """Plain (OPT) or gated (LLaMA), neuron-major: row i of each matrix is neuron i."""
 
     config: ModelConfig

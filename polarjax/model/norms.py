@@ -8,9 +8,10 @@ from flax import linen as nn
 
 from pallas_kernels import Implementation, add_norm, normalize
 from polarjax.config import ModelConfig
+from polarjax.model.module import Module
 
 
-class Norm(nn.Module):
+class Norm(Module):
     """RMSNorm (LLaMA) or LayerNorm (OPT), computed in float32, returned in `dtype`.
 
     Attributes:

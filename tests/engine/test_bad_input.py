@@ -3,6 +3,8 @@
 import dataclasses
 import os
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -142,6 +144,14 @@ def test_settings_of_another_kind(params):
         polarjax.generate(params, GOOD, mesh="x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"load must be .*Load, got 3"):
         polarjax.Engine(params, load=3)  # type: ignore[arg-type]
+
+
+def test_weights_of_another_shape(params):
+    weights = jax.tree.map(lambda leaf: leaf, params.weights)
+    weights["layers_1"]["attention"]["qkv"] = jnp.zeros((3, CONFIG.dim))
+    other = dataclasses.replace(params, weights=weights)
+    with pytest.raises(ValueError, match=r"layers_1.*qkv.* is float32\[3, .* needs \["):
+        polarjax.generate(other, GOOD)
 
 
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], [1], 5, None, [None], {"a": 1}])

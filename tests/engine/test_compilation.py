@@ -263,4 +263,11 @@ def test_the_programs_kept_are_bounded_whatever_the_calls(params, monkeypatch):
         assert output.tokens == alone[:batch]
         kept = [f._cache_size() for f in (prefill.prefill, programs.decode_chunk)]
         assert max(kept) <= 3
-    assert kept[1] == 2  # three were dropped for the fourth
+    assert kept[1] == 1  # three were dropped for the fourth
+    for batch in (1, 2):
+        polarjax.generate(params, prompts[:batch], **settings)
+    assert programs.decode_chunk._cache_size() == 3
+    # None is dropped, while there is no room left, for one that is there.
+    polarjax.generate(params, prompts[:2], **settings)
+    polarjax.generate(params, prompts, **settings)
+    assert programs.decode_chunk._cache_size() == 3
