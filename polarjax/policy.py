@@ -37,7 +37,8 @@ class Groups(NamedTuple):
     """The KV groups that each sequence reads.
 
     Attributes:
-      index: int32[b, n], best first.
+      index: int32[b, n], best first: distinct numbers of groups from 0 to k - 1, which
+        no step checks.
       count: int32[b], how many of them are read, at least 1.
     """
 
@@ -373,6 +374,13 @@ def check_policy(policy: Any) -> Policy:
     """
     if isinstance(policy, type) or not isinstance(policy, Policy):
         raise TypeError(f"policy must be a policy like Dense(), got {policy!r:.80}")
+    fields = dataclasses.is_dataclass(policy)
+    if not fields or any(leaf is policy for leaf in jax.tree.leaves(policy)):
+        raise TypeError(
+            f"policy {type(policy).__name__} must be a dataclass that jax knows: put "
+            "@jax.tree_util.register_dataclass and @dataclasses.dataclass(frozen=True) "
+            "before its class"
+        )
     return policy
 
 
@@ -402,6 +410,61 @@ def check_groups(chosen: Any, policy: Policy, b: int, k: int) -> None:
         )
     _check_integers(f"{name} answered an index", chosen.index, (b, n))
     _check_integers(f"{name} answered a count", chosen.count, (b,))
+
+
+def check_pages(chosen: Any, policy: Policy, b: int, k: int) -> None:
+    """Raise unless an answer to `Policy.pages` is one, when the step is traced.
+
+    Args:
+      chosen: the answer.
+      policy: that gave it.
+      b: sequences.
+      k: KV groups.
+
+    Raises:
+      TypeError: if it is neither `Pages` nor None.
+      ValueError: if an array has another shape or dtype; it is named.
+    """
+    if chosen is None:
+        return
+    name = f"{type(policy).__name__}.pages"
+    if not isinstance(chosen, Pages):
+        raise TypeError(f"{name} answers Pages or None, not {type(chosen).__name__}")
+    shape = jnp.shape(chosen.index)
+    if len(shape) != 3 or shape[:2] not in ((b, k), (b, 1)):
+        raise ValueError(
+            f"{name} answered an index of shape {list(shape)}; it must be "
+            f"[{b}, {k}, p], or [{b}, 1, p] for all groups alike"
+        )
+    _check_integers(f"{name} answered an index", chosen.index, shape)
+    _check_integers(f"{name} answered a count", chosen.count, shape[:2])
+
+
+def check_channels(chosen: Any, policy: Policy, inputs: int) -> None:
+    """Raise unless an answer to `Policy.channels` is one, when the step is traced.
+
+    Args:
+      chosen: the answer.
+      policy: that gave it.
+      inputs: of the product.
+
+    Raises:
+      TypeError: if it is neither `Threshold` nor None.
+      ValueError: if an array has another shape; it is named.
+    """
+    if chosen is None:
+        return
+    name = f"{type(policy).__name__}.channels"
+    if not isinstance(chosen, Threshold):
+        raise TypeError(
+            f"{name} answers Threshold or None, not {type(chosen).__name__}"
+        )
+    scale = (inputs,) if chosen.scale is None else jnp.shape(chosen.scale)
+    if jnp.shape(chosen.tau) or scale != (inputs,):
+        raise ValueError(
+            f"{name} answered a tau of shape {list(jnp.shape(chosen.tau))} and a scale "
+            f"of shape {list(scale)}; they must be [] and [{inputs}]"
+        )
 
 
 def check_rows(rows: Any, policy: Policy) -> None:

@@ -15,8 +15,20 @@ from polarjax.config import ModelConfig
 from polarjax.engine.sampling import Sampling
 from polarjax.engine.templates import check_text
 from polarjax.engine.tokenizer import Tokenizer
+from polarjax.params import Params
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies.budgets import check_densities
+
+
+def check_params(params: Any) -> Params:
+    """The model, if it is one.
+
+    Raises:
+      TypeError: naming what it is instead.
+    """
+    if not isinstance(params, Params):
+        raise TypeError(f"params must be polarjax.Params, got {params!r:.60}")
+    return params
 
 
 def encode_prompts(

@@ -19,6 +19,7 @@ from pallas_kernels import Implementation, resolve
 from polarjax.engine import prefill, programs
 from polarjax.engine.checks import (
     Settings,
+    check_params,
     encode_prompts,
     make_sampling,
     settings_of,
@@ -95,10 +96,11 @@ class Engine:
         mesh: Mesh | None = None,
         implementation: Implementation | None = None,
     ) -> None:
-        if not isinstance(params, Params):
-            raise TypeError(f"params must be polarjax.Params, got {params!r:.60}")
+        params = check_params(params)
         if load is not None and not isinstance(load, Load):
             raise TypeError(f"load must be a polarjax.policy.Load, got {load!r:.60}")
+        if not isinstance(densities, bool):
+            raise TypeError(f"densities must be True or False, got {densities!r:.60}")
         if mesh_of(params.weights) is None:
             check_weights(params.weights, params.config)
         params = shard(params, mesh) if mesh is not None else on_devices(params)
@@ -114,6 +116,8 @@ class Engine:
         slots = positive("slots", slots)
         self.slots = slots + -slots % axis_size(self.mesh, DP)
         load = load or Load(self.slots, max(1, self.context // 2))
+        positive("load's batch", load.batch)
+        positive("load's context", load.context)
         self._many = self.mesh is not None and self.mesh.is_multi_process
         self.policy, self._notes = settle(params, policy, load, densities)
         self.weights, self._bound = self.policy.bind(params)
@@ -277,6 +281,8 @@ class Engine:
             raise TypeError(f"cancel takes what add returned, got {request!r}")
         if request in self._waiting:
             self._waiting.remove(request)
+        elif request.going and request not in self._rows:
+            raise ValueError("this request is another engine's, which can cancel it")
         request.cancel()
 
     @default_numbers
@@ -394,11 +400,12 @@ class Engine:
                 model=self._model,
                 steps=self.chunk,
             )
-            self._steps += self.chunk if whole else number
+            steps = self.chunk if whole else number
             for i in live:
                 self._rows[i].left -= number  # type: ignore[union-attr]
             call = self._calls if self._counting else None
-            self._begun.append(_Chunk(drawn, self._state.live, list(self._rows), call))
+            rows = list(self._rows)
+            self._begun.append(_Chunk(drawn, self._state.live, rows, call, steps))
 
     def _slot_data(self) -> programs.SlotData:
         """What each row's request asked for, on the devices."""
@@ -426,6 +433,7 @@ class Engine:
                 del self._begun[0]
                 if self._counting and chunk.call == self._calls:
                     self._counted.append(drawn)
+                    self._steps += chunk.steps
                 for i, request in enumerate(chunk.rows):
                     if request is None or not request.going:
                         continue
@@ -546,12 +554,14 @@ class _Chunk:
       live: bool[b], who goes on after it; on the devices until that is asked.
       rows: who had which row.
       call: of `generate`, in whose statistics they count; None for none.
+      steps: that it takes.
     """
 
     drawn: programs.Drawn
     live: Any
     rows: list[Request | None]
     call: int | None
+    steps: int = 0
 
 
 def _take(request: Request, drawn: programs.Drawn, row: int, ended: bool) -> bool:
@@ -565,9 +575,13 @@ def _take(request: Request, drawn: programs.Drawn, row: int, ended: bool) -> boo
 
 
 def on_devices(params: Params) -> Params:
-    """The model as it is, or where its arrays are the host's, on the default device."""
+    """The model where it is, or where its arrays are the host's, on the default device.
+
+    There it stays, whatever the default device is once programs run.
+    """
 
     def put(leaf: Any) -> jax.Array:
-        return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+        leaf = leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+        return leaf if leaf.committed else jax.device_put(leaf, leaf.sharding)
 
     return jax.tree.map(put, params)

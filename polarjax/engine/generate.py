@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels import Implementation
 from polarjax.engine import programs
-from polarjax.engine.checks import encode_prompts, settings_of
+from polarjax.engine.checks import check_params, encode_prompts, settings_of
 from polarjax.engine.engine import Engine, Stream, on_devices
 from polarjax.engine.output import Output
 from polarjax.engine.tokenizer import Tokenizer
@@ -112,6 +112,7 @@ def generate(
       ValueError: if a prompt or setting is out of range; it is named. If the batch
         does not fit into the device's memory; what would fit is named.
     """
+    params = check_params(params)
     params = shard(params, mesh) if mesh is not None else on_devices(params)
     config, tokenizer = params.config, Tokenizer.load(params.config)
     encoded = encode_prompts(prompts, tokenizer, config)
@@ -205,7 +206,7 @@ def logits(
             tokens = np.asarray(tokens)
         except ValueError:
             raise ValueError("the rows of tokens differ in length: pad them") from None
-    config = params.config
+    config = check_params(params).config
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
             f"tokens must be integers of shape [b, t], got {tokens.dtype} "

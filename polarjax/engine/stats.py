@@ -21,6 +21,9 @@ from polarjax.policy import Load, Policy, Reads
 class Stats:
     """Measured times and counted bytes of one call of `generate`.
 
+    Where requests that were added to the same engine go on meanwhile, steps, bytes,
+    densities and tokens per second are of all of them.
+
     Attributes:
       policy: name of the selection policy.
       prompt_tokens: read by prefill, padding not counted.

@@ -30,8 +30,9 @@ from polarjax.policy import (
     Groups,
     Policy,
     Seen,
-    Threshold,
+    check_channels,
     check_groups,
+    check_pages,
     groups_read,
 )
 
@@ -267,6 +268,7 @@ class Attention(Module):
 
         def choose(seen: Seen) -> jax.Array | None:
             chosen = policy.pages(self.layer, seen, pick)
+            check_pages(chosen, policy, len(seen.live), self._groups)
             return None if chosen is None else pages_read(chosen, spans)
 
         return jax.vmap(choose, (positions_of(seen),), 1)(seen)
@@ -314,7 +316,7 @@ class Attention(Module):
                 f"{type(policy).__name__} selects pages, which no kernel of decoding "
                 "reads yet: measure it in mode mask"
             )
-        no_channels(policy.channels(self.layer, "qkv", seen.u, pick), policy)
+        no_channels(policy, self.layer, "qkv", seen.u, pick)
         q, k, v, scores = self.project_one(seen.u, cache.lengths)
         seen = dataclasses.replace(seen, q=q, scores=scores)
         attend = functools.partial(
@@ -331,6 +333,7 @@ class Attention(Module):
         chosen = policy.groups(self.layer, seen, pick)
         check_groups(chosen, policy, b, self._groups)
         pages = policy.pages(self.layer, seen, pick)
+        check_pages(pages, policy, b, self._groups)
         every = groups_read(chosen, b, self._groups) & live[:, None]
         count = jnp.full(b, self._groups)
         if chosen is not None:
@@ -407,6 +410,7 @@ def thinned(
       pick: of the device.
     """
     chosen = policy.channels(layer, matrix, x, pick)
+    check_channels(chosen, policy, x.shape[-1])
     if chosen is None:
         return x
     size = jnp.abs(x.astype(jnp.float32))
@@ -414,9 +418,21 @@ def thinned(
     return jnp.where(size > chosen.tau, x, 0)
 
 
-def no_channels(channels: Threshold | None, policy: Policy) -> None:
-    """Raise if a policy selects channels, for which there is no kernel yet."""
-    if channels is not None:
+def no_channels(
+    policy: Policy, layer: int, matrix: str, x: jax.Array, pick: Pick
+) -> None:
+    """Raise if a policy selects channels, for which there is no kernel yet.
+
+    Args:
+      policy: bound.
+      layer: from 0.
+      matrix: as in `thinned`.
+      x: [b, inputs].
+      pick: of the device.
+    """
+    chosen = policy.channels(layer, matrix, x, pick)
+    check_channels(chosen, policy, x.shape[-1])
+    if chosen is not None:
         raise NotImplementedError(
             f"{type(policy).__name__} selects input channels, which no kernel of "
             "decoding reads alone yet: measure it in mode mask"

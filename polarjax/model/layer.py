@@ -195,8 +195,8 @@ class Layer(Module):
         x, z = norm.add(x, parts)
         seen = dataclasses.replace(seen, z=z)
         pick = Pick(self.share, self.implementation)
-        for matrix, inputs in (("out", o), ("up", z)):
-            no_channels(policy.channels(self.layer, matrix, inputs, pick), policy)
+        for matrix, inputs in (("out", o.reshape(len(o), -1)), ("up", z)):
+            no_channels(policy, self.layer, matrix, inputs, pick)
         if policy.wants.gate:
             seen = dataclasses.replace(seen, gate=self.mlp.open_gate(z))
         neurons = policy.neurons(self.layer, seen, pick)

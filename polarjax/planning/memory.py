@@ -262,7 +262,7 @@ def check_fraction(memory_fraction: float) -> None:
       ValueError: naming the value.
     """
     number = isinstance(memory_fraction, int | float | np.number)
-    if not number or not 0 < memory_fraction <= 1:
+    if not number or isinstance(memory_fraction, bool) or not 0 < memory_fraction <= 1:
         raise ValueError(
             f"memory_fraction must be above 0 and at most 1, got {memory_fraction!r}"
         )

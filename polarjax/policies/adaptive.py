@@ -98,6 +98,8 @@ def check_asks(asks: tuple[str, ...]) -> None:
     Raises:
       ValueError: naming the first that is none.
     """
+    if not isinstance(asks, tuple):
+        raise ValueError(f"asks must be a tuple of names, got {asks!r}")
     unknown = [name for name in asks if name not in ("groups", "neurons")]
     if unknown:
         raise ValueError(f'asks may name "groups" and "neurons", got {unknown[0]!r}')

@@ -70,10 +70,12 @@ class Polar(OfAdapter):
     def bind(self, params: Params) -> tuple[Tree, Policy]:
         """Append the router rows; see `Policy.bind`."""
         check_asks(self.asks)
-        if type(self.balanced) is not int or self.balanced < 1:
-            raise ValueError(
-                f"balanced must be a positive integer, got {self.balanced!r}"
-            )
+        for name, value in (
+            ("balanced", self.balanced),
+            ("batch", 1 if self.batch is None else self.batch),
+        ):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
         params = with_policy(params, self)
         config, learned = params.config, params.policy.learned
         tp = axis_size(mesh_of(params.weights), TP)

@@ -41,8 +41,10 @@ class Random(Policy):
 
     def bind(self, params: Params) -> tuple[Tree, Policy]:
         """Only the budgets, and recovery's updates; see `Policy.bind`."""
-        if type(self.seed) is not int:
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"seed must be an integer from 0 to 2**32 - 1, got {self.seed!r}"
+            )
         params = with_policy(params, self)
         config, learned = params.config, params.policy.learned
         k, passing = config.kv_heads, ()

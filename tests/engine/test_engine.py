@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import time
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from polarjax import Settings
 from polarjax.engine import engine as engine_module
 from polarjax.engine import prefill, programs
 from polarjax.engine.prefill import prefill_shapes
+from polarjax.policy import Load
 from tests.models import LLAMA, OPT, random_params
 from tests.policies.reference import decode, uniform
 
@@ -325,6 +327,38 @@ def test_figures_are_of_one_call(params):
             engine.generate([[9, 8, 7, 6, 5]], stream=stream, **asked)
         found = engine.generate([[1, 2, 3]], **asked).stats
         assert (found.kv_bytes, found.steps) == (expected.kv_bytes, expected.steps)
+        # Beside others, steps and bytes are of the same chunks.
+        engine.add([5], Settings(max_new_tokens=31, stop_ids=()))
+        found = engine.generate([[1, 2, 3]], **asked | {"max_new_tokens": 3}).stats
+        counted = [(chunk.visible > 0).any(axis=1).sum() for chunk in engine._counted]
+        assert found.steps == sum(counted) >= 2
+
+
+def test_compiling_is_no_time_of_decoding(params):
+    config = dataclasses.replace(CONFIG, neurons=88)  # a shape of its own
+    with polarjax.Engine(random_params(config), slots=2, context=32) as engine:
+        first = engine.generate([[1, 2, 3]] * 4, max_new_tokens=6).stats
+        begin = time.perf_counter()
+        mixed = [0.0, 0.0, 1.0, 1.0]  # the second half draws, by programs of its own
+        found = engine.generate([[1, 2, 3]] * 4, max_new_tokens=6, temperature=mixed)
+        wall = time.perf_counter() - begin
+    stats = found.stats
+    assert min(first.compile_seconds, stats.compile_seconds) > 0.1
+    assert stats.decode_seconds + stats.prefill_seconds < stats.compile_seconds
+    parts = stats.compile_seconds + stats.decode_seconds + stats.prefill_seconds
+    assert parts <= wall
+
+
+def test_an_engine_stays_where_its_model_is(params):
+    asked = {"max_new_tokens": 5, "stop_ids": ()}
+    half = {"policy": polarjax.Polar(0.5)}
+    expected = polarjax.generate(params, [[1, 2]], **half, **asked).tokens
+    here, other = jax.devices()[0], jax.devices()[-1]
+    with jax.default_device(other):
+        with polarjax.Engine(params, slots=1, context=32, **half) as engine:
+            assert engine.generate([[1, 2]], **asked).tokens == expected
+            places = [x.devices() for x in jax.tree.leaves(engine._state)]
+    assert places == [{here}] * len(places)
 
 
 def test_a_closed_engine_says_so(params):
@@ -348,6 +382,27 @@ def test_what_is_of_no_use_to_an_engine_is_named(params):
             engine.add([1], {"density": 0.5})  # pyright: ignore
         with pytest.raises(TypeError, match="cancel takes what add returned, got None"):
             engine.cancel(None)  # pyright: ignore
+        with polarjax.Engine(params, slots=1, context=32) as other:
+            request = other.add([1])
+            with pytest.raises(ValueError, match="this request is another engine's"):
+                engine.cancel(request)
+            assert request.going
+    for wrong, name in (
+        ({"densities": "no"}, "densities must be True or False"),
+        ({"load": Load(0, 1)}, "load's batch must be a positive integer"),
+        ({"load": Load(1, "a")}, "load's context must be a positive integer"),
+        ({"memory_fraction": True}, "memory_fraction must be above 0"),
+        ({"policy": polarjax.Polar(0.5, batch=0)}, "batch must be a positive integer"),
+        ({"policy": polarjax.Polar(0.5, asks="groups")}, "asks must be a tuple"),
+        ({"policy": polarjax.Random(0.5, seed=-1)}, "seed must be an integer from 0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=name):
+            polarjax.Engine(params, slots=1, context=32, **wrong)
+    for call in (polarjax.generate, polarjax.logits):
+        with pytest.raises(
+            TypeError, match=r"params must be polarjax\.Params, got None"
+        ):
+            call(None, [[1]])
 
 
 def test_the_smallest_density_reads_one_group(params):

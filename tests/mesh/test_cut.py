@@ -188,15 +188,19 @@ def test_kernels_run_on_each_device():
 
 
 @pytest.mark.parametrize(
-    ("policy", "top_p"),
-    [(polarjax.Oracle(0.5), 0.8), (polarjax.Random(0.5), 1.0), (polarjax.Dense(), 0.8)],
+    ("policy", "top_p", "shape"),
+    [
+        (polarjax.Oracle(0.5), 0.8, (8,)),
+        (polarjax.Random(0.5), 1.0, (4, 2)),
+        (polarjax.Dense(), 0.8, (8,)),
+    ],
 )
-def test_draws_and_norms_do_not_depend_on_the_mesh(policy, top_p):
+def test_draws_and_norms_do_not_depend_on_the_mesh(policy, top_p, shape):
     params = make("gqa", qk_norm=True)
     settings = {"max_new_tokens": 6, "temperature": [0.9, 0, 2.0], "top_p": top_p}
     one, many = (
         polarjax.generate(p, PROMPTS, policy=policy, seed=3, **settings)
-        for p in (params, shard(params, make_mesh(8)))
+        for p in (params, shard(params, make_mesh(*shape)))
     )
     assert one.tokens == many.tokens
     for a, b in zip(one.logprobs, many.logprobs, strict=True):

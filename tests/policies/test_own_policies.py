@@ -11,7 +11,7 @@ import polarjax
 from polarjax.evaluation.measure import measure
 from polarjax.evaluation.perplexity import window_items
 from polarjax.evaluation.scoring import Scorer
-from polarjax.policy import Groups, Load, Reads, Rows
+from polarjax.policy import Groups, Load, Pages, Reads, Rows, Threshold
 from tests.models import LLAMA, random_params
 
 
@@ -71,6 +71,12 @@ def answering(question, answer):
         def neurons(self, layer, seen, pick):
             return answer if layer and question == "neurons" else None
 
+        def pages(self, layer, seen, pick):
+            return answer if layer and question == "pages" else None
+
+        def channels(self, layer, matrix, x, pick):
+            return answer if layer and question == "channels" else None
+
     return Wrong()
 
 
@@ -86,6 +92,12 @@ ONE = np.ones(1, np.int32)
         ("groups", Groups(ONE[None], np.ones(2, np.int32)), r"a count .*int32\[1\]"),
         ("groups", Groups(np.ones((1, 9), np.int32), ONE), "with n from 1 to 4"),
         ("groups", Groups(np.ones((1, 2)), ONE), r"that is float32\[1, 2\]"),
+        ("pages", 5, "Wrong.pages answers Pages or None, not int"),
+        ("pages", Pages(ONE, ONE), r"shape \[1\]; it must be \[1, 4, p\], or \[1, 1"),
+        ("pages", Pages(ONE[None, None], ONE), r"a count .*int32\[1, 1\]"),
+        ("channels", 5, "Wrong.channels answers Threshold or None, not int"),
+        ("channels", Threshold(ONE), r"a tau of shape \[1\].*must be \[\] and \[48\]"),
+        ("channels", Threshold(1.0, ONE), r"scale of shape \[1\]; they must be \[\]"),
         ("neurons", ONE, "Wrong.neurons answers Rows or None, not ndarray"),
         ("neurons", Rows(np.ones((1, 3), np.int32)), r"must be int32\[3\]"),
     ],
@@ -120,6 +132,23 @@ def test_what_is_no_policy_is_named(wrong, params):
         polarjax.Engine(params, policy=wrong)
     with pytest.raises(TypeError, match="policy must be a policy like Dense"):
         Scorer(params, {"it": wrong})
+
+
+def test_a_policy_that_jax_does_not_know_is_named(params):
+    class Plain(polarjax.Policy):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Unknown(polarjax.Policy):
+        pass
+
+    class Inherited(polarjax.Dense):
+        pass
+
+    for policy in (Plain(), Unknown(), Inherited()):
+        name = type(policy).__name__
+        with pytest.raises(TypeError, match=f"policy {name} must be a dataclass that"):
+            polarjax.generate(params, [[1, 2]], policy=policy)
 
 
 def test_what_a_policy_shows_of_itself_is_its_settings():
