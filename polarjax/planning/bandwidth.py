@@ -21,7 +21,7 @@ def read_bandwidth(device: Any) -> float:
       device: a `jax.Device`. It is measured once per process, with a buffer larger
         than its caches.
     """
-    size, passes, calls = (2**31, 8, 4) if device.platform == "gpu" else (2**28, 4, 1)
+    size, passes, calls = (2**31, 8, 8) if device.platform == "gpu" else (2**28, 4, 1)
     memory = device.memory_stats() or {}
     if "bytes_limit" in memory:  # never take the last of a full device
         free = memory["bytes_limit"] - memory["bytes_in_use"]
