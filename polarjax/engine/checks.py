@@ -17,7 +17,8 @@ from polarjax.engine.templates import check_text
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.params import Params
 from polarjax.planning.sizes import bucket, positive
-from polarjax.policies.budgets import check_densities
+from polarjax.policies.budgets import check_densities, count
+from polarjax.policy import Load, Policy
 
 
 def check_params(params: Any) -> Params:
@@ -222,6 +223,62 @@ def settings_of(
             most, densities, temperatures, ks, ps, seeds, strict=True
         )
     ]
+
+
+def check_lengths(ids: list[int], number: int, context: int, most: int) -> None:
+    """Raise unless an engine has room for a prompt.
+
+    Args:
+      ids: token ids of the prompt.
+      number: of it, for messages.
+      context: tokens that a slot has room for.
+      most: tokens of a prompt that the engine is made for.
+
+    Raises:
+      ValueError: saying how many it has, and what would do.
+    """
+    if len(ids) >= context:
+        raise ValueError(
+            f"prompt {number} has {len(ids)} tokens, and a slot of this engine has "
+            f"room for {context} with the answer: shorten it, or make the engine with "
+            "a larger context"
+        )
+    if len(ids) > most:
+        raise ValueError(
+            f"prompt {number} has {len(ids)} tokens, and this engine is made for "
+            f"prompts of {most}: shorten it, or make the engine with more prompt_tokens"
+        )
+
+
+def check_asked(
+    density: float, taken: bool, policy: Policy, config: ModelConfig, slots: int
+) -> None:
+    """Raise unless a request may ask an engine for a density of its own.
+
+    Args:
+      density: that it asks for.
+      taken: whether the engine takes any.
+      policy: bound.
+      config: what the model is.
+      slots: requests that share the neurons.
+
+    Raises:
+      ValueError: naming the density and the policy.
+    """
+    name = type(policy).__name__
+    if not taken:
+        raise ValueError(
+            f"density {density:g}: this engine's policy, {name}, takes none of a "
+            "request's own"
+        )
+    reads = policy.reads(config, Load(slots, config.context))
+    whole = count(density, config.kv_heads) == config.kv_heads
+    if whole and reads and min(reads.neuron_density) < 1:
+        raise ValueError(
+            f"density {density:g} promises a request its exact MLP, but the requests "
+            "of this engine share a part of the neurons: make it with "
+            f"{name}(neuron_density=1)"
+        )
 
 
 def make_sampling(config: ModelConfig, requests: Sequence[Settings]) -> Sampling:

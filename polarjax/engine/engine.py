@@ -19,15 +19,18 @@ from pallas_kernels import Implementation, resolve
 from polarjax.engine import prefill, programs
 from polarjax.engine.checks import (
     Settings,
+    check_asked,
+    check_lengths,
     check_params,
     encode_prompts,
     make_sampling,
     settings_of,
     stop_table,
 )
+from polarjax.engine.chunk import Chunk, take
 from polarjax.engine.clock import Clock
 from polarjax.engine.output import Output
-from polarjax.engine.places import place_rows
+from polarjax.engine.places import on_devices, place_rows
 from polarjax.engine.request import Request
 from polarjax.engine.stats import make_stats
 from polarjax.engine.tokenizer import Tokenizer
@@ -38,7 +41,6 @@ from polarjax.params import Params
 from polarjax.planning.crossover import settle
 from polarjax.planning.memory import MEMORY_FRACTION, cache_capacity
 from polarjax.planning.sizes import positive
-from polarjax.policies.budgets import count
 from polarjax.policy import Load, Policy
 from polarjax.settings import default_numbers
 
@@ -143,7 +145,7 @@ class Engine:
         self._settings = [_IDLE] * self.slots
         self._given: Any = None
         self._waiting: list[Request] = []
-        self._begun: list[_Chunk] = []
+        self._begun: list[Chunk] = []
         self._clock, self._counted, self._steps = Clock(), [], 0
         self._compiled_seconds = 0.0
         # While `generate` runs: what came of `add` alone would grow without an end.
@@ -240,49 +242,27 @@ class Engine:
         return request
 
     def _request(self, ids: list[int], one: Settings, number: int) -> Request:
-        if len(ids) >= self.context:
-            raise ValueError(
-                f"prompt {number} has {len(ids)} tokens, and a slot of this engine has "
-                f"room for {self.context} with the answer: shorten it, or make the "
-                "engine with a larger context"
-            )
-        if len(ids) > self.prompt_tokens:
-            raise ValueError(
-                f"prompt {number} has {len(ids)} tokens, and this engine is made for "
-                f"prompts of {self.prompt_tokens}: shorten it, or make the engine with "
-                "more prompt_tokens"
-            )
+        check_lengths(ids, number, self.context, self.prompt_tokens)
         if one.density is not None:
-            self._check_density(one.density)
+            takes = self._densities and self.policy.flexible
+            check_asked(one.density, takes, self._bound, self.params.config, self.slots)
         limit = min(one.max_new_tokens, self.context - len(ids))
         return Request(
             ids, limit, self.tokenizer, one.stop, settings=one, number=number
         )
 
-    def _check_density(self, density: float) -> None:
-        config, name = self.params.config, type(self.policy).__name__
-        if not self._densities or not self.policy.flexible:
-            raise ValueError(
-                f"density {density:g}: this engine's policy, {name}, takes none of a "
-                "request's own"
-            )
-        reads = self._bound.reads(config, Load(self.slots, self.context))
-        whole = count(density, config.kv_heads) == config.kv_heads
-        if whole and reads and min(reads.neuron_density) < 1:
-            raise ValueError(
-                f"density {density:g} promises a request its exact MLP, but the "
-                "requests of this engine share a part of the neurons: make it with "
-                f"{name}(neuron_density=1)"
-            )
-
     def cancel(self, request: Request) -> None:
         """End a request of this engine: it gets no further tokens."""
         if not isinstance(request, Request):
             raise TypeError(f"cancel takes what add returned, got {request!r}")
+        known = request in self._waiting or request in self._rows
+        if request.going and not known:
+            raise ValueError("this request is another engine's, which can cancel it")
+        self._cancel(request)
+
+    def _cancel(self, request: Request) -> None:
         if request in self._waiting:
             self._waiting.remove(request)
-        elif request.going and request not in self._rows:
-            raise ValueError("this request is another engine's, which can cancel it")
         request.cancel()
 
     @default_numbers
@@ -380,7 +360,7 @@ class Engine:
         )
         rows = [taken.get(i) for i in range(self.slots)]
         live = to_host(self._state.live)
-        self._begun.append(_Chunk(drawn, live, rows, call=None))
+        self._begun.append(Chunk(drawn, live, rows, call=None))
 
     def _decode(self, live: list[int]) -> None:
         left = max(self._rows[i].left for i in live)  # type: ignore[union-attr]
@@ -405,7 +385,7 @@ class Engine:
                 self._rows[i].left -= number  # type: ignore[union-attr]
             call = self._calls if self._counting else None
             rows = list(self._rows)
-            self._begun.append(_Chunk(drawn, self._state.live, rows, call, steps))
+            self._begun.append(Chunk(drawn, self._state.live, rows, call, steps))
 
     def _slot_data(self) -> programs.SlotData:
         """What each row's request asked for, on the devices."""
@@ -437,7 +417,7 @@ class Engine:
                 for i, request in enumerate(chunk.rows):
                     if request is None or not request.going:
                         continue
-                    if not _take(request, drawn, i, ended=not live[i]):
+                    if not take(request, drawn, i, ended=not live[i]):
                         request.cancel()
                         wrong.append(request)
                     news[id(request)] = request
@@ -500,7 +480,7 @@ class Engine:
             self._finish(requests, stream)
         except BaseException:  # of weights, a stream or a user who waits no longer
             for request in requests:
-                self.cancel(request)
+                self._cancel(request)
             raise
         finally:
             self._counting = False
@@ -543,45 +523,3 @@ class Engine:
             finish_reasons=[request.finish_reason for request in requests],
             stats=stats,
         )
-
-
-@dataclasses.dataclass
-class _Chunk:
-    """What a program has begun to draw.
-
-    Attributes:
-      drawn: on the devices, each leaf with an axis of steps first.
-      live: bool[b], who goes on after it; on the devices until that is asked.
-      rows: who had which row.
-      call: of `generate`, in whose statistics they count; None for none.
-      steps: that it takes.
-    """
-
-    drawn: programs.Drawn
-    live: Any
-    rows: list[Request | None]
-    call: int | None
-    steps: int = 0
-
-
-def _take(request: Request, drawn: programs.Drawn, row: int, ended: bool) -> bool:
-    """Hand a request what a chunk drew in its row; False if that is NaN."""
-    keep = drawn.valid[:, row]
-    logprobs = drawn.logprob[keep, row]
-    if np.isnan(logprobs).any():
-        return False
-    request.add(drawn.token[keep, row].tolist(), logprobs.tolist(), ended=ended)
-    return True
-
-
-def on_devices(params: Params) -> Params:
-    """The model where it is, or where its arrays are the host's, on the default device.
-
-    There it stays, whatever the default device is once programs run.
-    """
-
-    def put(leaf: Any) -> jax.Array:
-        leaf = leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
-        return leaf if leaf.committed else jax.device_put(leaf, leaf.sharding)
-
-    return jax.tree.map(put, params)

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from pallas_kernels import Implementation
 from polarjax.engine import programs
 from polarjax.engine.checks import check_params, encode_prompts, settings_of
-from polarjax.engine.engine import Engine, Stream, on_devices
+from polarjax.engine.engine import Engine, Stream
 from polarjax.engine.output import Output
+from polarjax.engine.places import on_devices
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import mesh_of, shard
 from polarjax.mesh.processes import from_main

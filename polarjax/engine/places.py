@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from polarjax.cache import PagedCache, put_rows, zeros
 from polarjax.mesh.cut import DP, TP, over_mesh
 from polarjax.model import Decoder
+from polarjax.params import Params
 
 # How a cache on a mesh is cut: batch, and KV groups.
 GROUPS: Any = P(DP, TP)
@@ -47,6 +48,19 @@ def empty_cache(model: Decoder, batch: int, capacity: int) -> PagedCache:
     cache = PagedCache.empty(config, batch, capacity, model.dtype, where)
     lengths = zeros((batch,), jnp.int32, NamedSharding(mesh, ROWS))
     return dataclasses.replace(cache, lengths=lengths)
+
+
+def on_devices(params: Params) -> Params:
+    """The model where it is, or where its arrays are the host's, on the default device.
+
+    There it stays, whatever the default device is once programs run.
+    """
+
+    def put(leaf: Any) -> jax.Array:
+        leaf = leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+        return leaf if leaf.committed else jax.device_put(leaf, leaf.sharding)
+
+    return jax.tree.map(put, params)
 
 
 @functools.partial(jax.jit, static_argnames=("cut", "mesh"), donate_argnames=("whole",))
