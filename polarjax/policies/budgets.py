@@ -179,7 +179,7 @@ def check_densities(density: Density, batch: int) -> np.ndarray:
     """What each request asked for, float32[b]; 0 for the policy's own budgets.
 
     Args:
-      density: one number, one per request, or None; None for a request too.
+      density: one number, one per request, or None.
       batch: requests, b.
 
     Raises:
@@ -192,7 +192,7 @@ def check_densities(density: Density, batch: int) -> np.ndarray:
     many = list(density) if isinstance(density, list | tuple) else [density] * batch
     if len(many) != batch:
         raise ValueError(f"{len(many)} densities for {batch} prompts")
-    return np.array([0 if d is None else check_density(d) for d in many], np.float32)
+    return np.array([check_density(d) for d in many], np.float32)
 
 
 def uniform_budgets(config: ModelConfig, density: float) -> tuple[int, ...]:
