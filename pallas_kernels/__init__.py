@@ -9,7 +9,7 @@ matrix product of the dense model; `partial_product`, `split_heads`, `partial_ml
 `add_norm` are what a decode step makes of it.
 """
 
-from pallas_kernels._backend import Implementation, resolve, traced_gpu
+from pallas_kernels._backend import Implementation, resolve, runnable, traced_gpu
 from pallas_kernels._dot import product
 from pallas_kernels._put import put
 from pallas_kernels.attention import append_and_attend, select_head_attention
@@ -45,6 +45,7 @@ __all__ = [
     "put",
     "resolve",
     "rotate",
+    "runnable",
     "select_head_attention",
     "split_heads",
     "top_heads",

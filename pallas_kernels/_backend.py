@@ -17,6 +17,7 @@ __all__ = [
     "once",
     "pltriton",
     "resolve",
+    "runnable",
     "shared_bytes",
     "traced_gpu",
 ]
@@ -47,6 +48,23 @@ def resolve(implementation: Implementation | None) -> Implementation:
         raise ValueError(
             f"implementation is {implementation!r}; it must be one of {names}, or "
             "None for the default backend's own"
+        )
+    return implementation
+
+
+def runnable(implementation: Implementation | None) -> Implementation:
+    """As `resolve`, for who is going to run the kernels here.
+
+    Raises:
+        ValueError: if the name is not an implementation, or needs a GPU and the
+            default backend is none.
+    """
+    implementation = resolve(implementation)
+    backend = jax.default_backend()
+    if implementation == "triton" and backend != "gpu":
+        raise ValueError(
+            f"implementation 'triton' needs a GPU, and jax runs on the {backend} here: "
+            "leave it out, or take 'xla'"
         )
     return implementation
 

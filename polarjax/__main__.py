@@ -10,7 +10,11 @@ _HERE, _HOME = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(__fi
 if not sys.flags.safe_path and os.path.realpath(_HERE) != os.path.realpath(_HOME):
     sys.path[:1] = [path for path in sys.path[:1] if path not in ("", _HERE)]
 
-from polarjax.cli.main import main  # noqa: E402
+try:
+    from polarjax.cli.main import main
+except KeyboardInterrupt:  # as `main` ends from here on
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -127,6 +127,8 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def find_checkpoint(path: str | Path, dtype=None) -> Path:
     """Folder of a checkpoint: a path wins over an id of the hub; see `load`."""
+    if path == "":  # which `Path` takes for the folder that it is called in
+        raise ValueError("the checkpoint is '': name its folder, or an id of the hub")
     if isinstance(path, Path) or Path(path).exists():
         return Path(path)
     repository = Repository.parse(path, f"no checkpoint folder at {path}")

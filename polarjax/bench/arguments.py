@@ -171,8 +171,13 @@ def check_options(args: argparse.Namespace, cases: dict[str, Case]) -> None:
     Raises:
       ValueError: naming it.
     """
-    if args.repeats < 1:
-        raise ValueError(f"--repeats must be positive, got {args.repeats}")
+    from polarjax.planning.memory import check_fraction  # jax is loaded from here on
+    from polarjax.planning.sizes import at_least, positive
+
+    positive("--repeats", args.repeats)
+    at_least("--head-rank", args.head_rank, 0)
+    if args.memory_fraction is not None:
+        check_fraction(args.memory_fraction)
     if args.link_gb_s is not None and not 0 < args.link_gb_s < float("inf"):
         raise ValueError(f"--link-gb-s must be above 0, got {args.link_gb_s}")
     if args.adapter and args.head_rank:
@@ -210,7 +215,6 @@ def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
         "neuron_densities",
         "layers",
         "adapter",
-        "any_model",
     )
     if args.any_model and not args.adapter:
         raise ValueError("--any-model goes with --adapter")
@@ -222,7 +226,7 @@ def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
             "model's, leave one of them out"
         )
     if not args.models:
-        given = [name for name in lists if getattr(args, name)]
+        given = [name for name in lists if getattr(args, name) is not None]
         if given:
             flag = given[0].replace("_", "-")
             raise ValueError(f"--{flag} goes with --models: the cases bring their own")
@@ -239,9 +243,9 @@ def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
         known = parse_model(model)
         if args.adapter and known:
             raise ValueError(f"--adapter goes with a checkpoint, not with {model}")
-        if args.layers and not known:
+        if args.layers is not None and not known:
             raise ValueError(f"--layers goes with {', '.join(MODELS)}, not {model}")
-        if args.layers:
+        if args.layers is not None:
             model = f"{model}:{args.layers}"
         for batch, context in itertools.product(
             args.batches or [16], args.contexts or [2048]
@@ -289,11 +293,16 @@ def check(cases: dict[str, Case]) -> None:
       ValueError: naming the case, or the density.
     """
     from polarjax.bench.steps import STEPS  # jax is loaded from here on
+    from polarjax.loading import read_config
     from polarjax.policies.budgets import check_density
 
     for name, case in cases.items():
         for tp, dp in case.meshes:
             _check_mesh(name, case, tp, dp)
+    configs = {}
+    for model in {case.model: None for case in cases.values()}:
+        known = parse_model(model)
+        configs[model] = known[0] if known else read_config(model)
     for name, case in cases.items():
         if case.batch < 1 or case.context <= STEPS:
             raise ValueError(
@@ -303,14 +312,16 @@ def check(cases: dict[str, Case]) -> None:
             for density in (sparse.heads, sparse.neurons):
                 if density is not None:
                     check_density(density)
-        if found := parse_model(case.model):
-            if case.context > found[0].context:
-                raise ValueError(
-                    f"{name}: the context of {case.model} is {found[0].context} tokens"
-                )
-            relu = found[0].activation == "relu"
-            if not relu and any(s.neurons for s in case.sparse):
-                raise ValueError(f"{name}: {case.model} has no ReLU: leave neurons out")
+        config = configs[case.model]
+        if (
+            max([case.context, *(tokens for _, tokens in case.prefill)])
+            > config.context
+        ):
+            raise ValueError(
+                f"{name}: the context of {case.model} is {config.context} tokens"
+            )
+        if config.activation != "relu" and any(s.neurons for s in case.sparse):
+            raise ValueError(f"{name}: {case.model} has no ReLU: leave neurons out")
 
 
 def _check_mesh(name: str, case: Case, tp: int, dp: int) -> None:

@@ -212,7 +212,9 @@ def run(
         try_file(args.out)
         if args.out.exists():
             read_rows(args.out)
-    if args.memory_fraction:  # read when jax takes the device, which is below
+    if (
+        args.memory_fraction is not None
+    ):  # read when jax takes the device, which is below
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(args.memory_fraction)
     beside = opponents(cases)
     cases = with_devices(cases, args, jax.device_count())

@@ -22,13 +22,14 @@ from polarjax.calibration.quality import (
     windows,
 )
 from polarjax.calibration.search import Search, search_budgets
+from polarjax.config import ModelConfig
 from polarjax.engine import Tokenizer, start_token
 from polarjax.evaluation import Mode, Perplexity, Recall, router_recall
 from polarjax.evaluation.measure import Progress
 from polarjax.mesh.cut import mesh_of, of_processes, shard
 from polarjax.mesh.processes import agree
 from polarjax.params import Params
-from polarjax.planning.sizes import up_to_context
+from polarjax.planning.sizes import above_zero, at_least, positive, up_to_context
 from polarjax.policies.adapter import as_stored, with_learned
 from polarjax.settings import default_numbers
 from polarjax.training import (
@@ -40,10 +41,11 @@ from polarjax.training import (
     train_routers,
     write_blocks,
 )
-from polarjax.training.loop import digest, with_steps
+from polarjax.training.loop import check_run, digest, with_steps
 from polarjax.training.neuron_budgets import neuron_budgets
 from polarjax.training.outcome import Trained
 from polarjax.training.thresholds import score_thresholds, sorted_scores
+from polarjax.training.train import check_training
 
 # Of the text learned from, blocks on which thresholds are found.
 _THRESHOLD_BLOCKS = 128
@@ -68,6 +70,32 @@ class Texts:
     held_out: int = 16_384
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        positive("tokens", self.tokens)
+        positive("held_out", self.held_out)
+        at_least("seed", self.seed, 0)
+
+    def blocks(self, config: ModelConfig) -> tuple[int, int, int]:
+        """Tokens of a block, blocks to learn from, and of each source to measure on.
+
+        Raises:
+          ValueError: if a number leaves too few of them.
+        """
+        context = up_to_context("context", self.context, 512, config)
+        at_least("context", context, 2)
+        blocks, held = self.tokens // context, self.held_out // context
+        if blocks < 1:
+            raise ValueError(
+                f"tokens is {self.tokens}: there must be at least one block of "
+                f"{context} to learn from"
+            )
+        if held < 2:
+            raise ValueError(
+                f"held_out is {self.held_out}: there must be at least two blocks of "
+                f"{context} tokens to measure on"
+            )
+        return context, blocks, held
+
     def read(self, params: Params, progress: Progress | None = None) -> Corpus:
         """Blocks to learn from and to measure on.
 
@@ -77,14 +105,7 @@ class Texts:
         """
         config, say = params.config, progress or (lambda *_: None)
         tokenizer = Tokenizer.require(config, "calibration")
-        context = up_to_context("context", self.context, 512, config)
-        blocks, held = self.tokens // context, self.held_out // context
-        if context < 2 or blocks < 1 or held < 2:
-            raise ValueError(
-                f"context {context}, tokens {self.tokens}, held_out {self.held_out}: "
-                "there must be at least one block of context tokens to learn from, and "
-                "two to measure on"
-            )
+        context, blocks, held = self.blocks(config)
 
         def write(count: int) -> np.ndarray:
             return write_blocks(
@@ -200,25 +221,13 @@ def calibrate(
       ValueError: if a text is too short, or a setting is out of range.
     """
     say = progress or (lambda *_: None)
-    if terms and terms.adaptive and training.loss != "bce":
-        raise ValueError(
-            f"loss {training.loss!r} gives scores that do not compare between tokens, "
-            "as budgets that are means need: use loss 'bce', or fixed budgets (--fixed)"
-        )
+    check_training(params.config, training)
+    if target_recall is not None:
+        above_zero("target_recall", target_recall, 1)
+    _check_texts(params.config, texts, training, passes, terms)
     if mesh is not None:
         params = shard(params, mesh)
     corpus = texts.read(params, say)
-    # Before the training, not after it.
-    if terms and any(len(held) < 3 for held in corpus.held_out.values()):
-        raise ValueError(
-            "a contract needs three blocks of each text to measure on, one to search "
-            f"budgets and two to test them: raise held_out, now {texts.held_out}"
-        )
-    if training.neuron_rank and len(corpus.blocks) < 2:
-        raise ValueError(
-            f"neuron routers need two blocks at the least: raise tokens, now "
-            f"{texts.tokens}"
-        )
     training = with_steps(training, len(corpus.blocks), passes)
     made = {
         **texts.facts(corpus),
@@ -272,6 +281,33 @@ def calibrate(
     together = terms.batch if terms else 16
     quality = measure_quality(trained, corpus.held_out, mode, say, together)
     return Calibration(trained, recall, quality, contract, made, work)
+
+
+def _check_texts(
+    config: ModelConfig,
+    texts: Texts,
+    training: RouterTraining,
+    passes: float,
+    terms: Terms | None,
+) -> None:
+    """Raise unless the text will do for what is asked, before any of it is read."""
+    if terms and terms.adaptive and training.loss != "bce":
+        raise ValueError(
+            f"loss {training.loss!r} gives scores that do not compare between tokens, "
+            "as budgets that are means need: use loss 'bce', or fixed budgets (--fixed)"
+        )
+    _, blocks, held = texts.blocks(config)
+    if terms and held < 3:
+        raise ValueError(
+            "a contract needs three blocks of each text to measure on, one to search "
+            f"budgets and two to test them: raise held_out, now {texts.held_out}"
+        )
+    if training.neuron_rank and blocks < 2:
+        raise ValueError(
+            f"neuron routers need two blocks at the least: raise tokens, now "
+            f"{texts.tokens}"
+        )
+    check_run(training, blocks, passes)
 
 
 def evenly(blocks: np.ndarray, most: int) -> np.ndarray:

@@ -43,6 +43,7 @@ from polarjax.evaluation.measure import Journal, Progress
 from polarjax.evaluation.perplexity import Perplexity, perplexity
 from polarjax.evaluation.statistics import Interval, mean_interval
 from polarjax.params import Params
+from polarjax.planning.sizes import positive
 from polarjax.policies import named, with_learned
 from polarjax.policy import Dense, Policy
 
@@ -79,11 +80,8 @@ class Terms:
             raise ValueError(
                 f"confidence must be between 0 and 1, got {self.confidence}"
             )
-        if self.batch < 1 or self.context < 1:
-            raise ValueError(
-                f"batch and context must be at least 1, got {self.batch}, "
-                f"{self.context}"
-            )
+        positive("the promise's batch (--decode-batch)", self.batch)
+        positive("the promise's context (--decode-context)", self.context)
 
 
 @dataclasses.dataclass(frozen=True)

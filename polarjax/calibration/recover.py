@@ -35,12 +35,13 @@ from polarjax.mesh.cut import (
 )
 from polarjax.mesh.processes import agree
 from polarjax.params import Params, Tree
+from polarjax.planning.sizes import positive
 from polarjax.policies.adapter import as_stored, with_learned
 from polarjax.settings import default_numbers
 from polarjax.storage.writing import write_file
 from polarjax.training import Recovery, Resume, train_updates
 from polarjax.training.distance import divergence
-from polarjax.training.loop import BEST_FILE, damaged, digest, with_steps
+from polarjax.training.loop import BEST_FILE, check_run, damaged, digest, with_steps
 from polarjax.training.outcome import Trained
 from polarjax.training.recovery import check_model, parameters
 
@@ -168,7 +169,10 @@ def recover(
         out of range.
     """
     say = progress or (lambda *_: None)
-    check_model(params, recovery)  # before any text is read or written
+    # Before any text is read or written.
+    check_model(params, recovery)
+    positive("patience", patience)
+    check_run(recovery, texts.blocks(params.config)[1], passes)
     if mesh is not None:
         params = shard(params, mesh)
     corpus = texts.read(params, say)

@@ -93,8 +93,6 @@ def run_calibrate(args: argparse.Namespace) -> None:
     processes.start_from(args)
     # Before the work, not after.
     check_destination(args.out, args.overwrite, CARD_FILE)
-    mesh = choose_mesh(args, args.batch)
-    params, console = load(args.checkpoint, mesh=mesh), make_console()
     training = RouterTraining(
         args.density,
         batch=args.batch,
@@ -105,8 +103,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
         learning_rate=args.learning_rate,
         seed=args.seed,
     )
-    _try_places(args, mesh, router_shapes(params.config, training))
-    terms = None
+    terms, texts = None, _texts(args)
     if args.max_drop is not None:
         terms = Terms(
             args.max_drop,
@@ -116,10 +113,13 @@ def run_calibrate(args: argparse.Namespace) -> None:
             args.decode_context,
             not args.fixed,
         )
+    mesh = choose_mesh(args, args.batch)
+    params, console = load(args.checkpoint, mesh=mesh), make_console()
+    _try_places(args, mesh, router_shapes(params.config, training))
     with counting_bar(console) as bar:
         found = calibrate(
             params,
-            _texts(args),
+            texts,
             training,
             passes=args.passes,
             terms=terms,
@@ -145,13 +145,7 @@ def run_recover(args: argparse.Namespace) -> None:
     """Run `polarjax recover`, of the arguments that its parser describes."""
     processes.start_from(args)
     check_destination(args.out, args.overwrite, CARD_FILE)
-    mesh = choose_mesh(args, args.batch)
-    params = load(
-        args.checkpoint, adapter=args.adapter, mesh=mesh, any_model=args.any_model
-    )
-    console = make_console()
-    if args.density is not None:
-        params = with_density(params, args.density)
+    texts = _texts(args)
     recovery = Recovery(
         batch=args.batch,
         rank=args.rank,
@@ -162,12 +156,19 @@ def run_recover(args: argparse.Namespace) -> None:
         remat=args.remat,
         seed=args.seed,
     )
+    mesh = choose_mesh(args, args.batch)
+    params = load(
+        args.checkpoint, adapter=args.adapter, mesh=mesh, any_model=args.any_model
+    )
+    console = make_console()
+    if args.density is not None:
+        params = with_density(params, args.density)
     check_model(params, recovery)
     _try_places(args, mesh, trained_shapes(params, recovery))
     with counting_bar(console) as bar:
         found = recover(
             params,
-            _texts(args),
+            texts,
             recovery,
             passes=args.passes,
             patience=args.patience,

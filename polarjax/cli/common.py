@@ -22,7 +22,7 @@ def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | No
       args: that a parser with `add_mesh_arguments` made, and with a checkpoint.
       batch: of a training, see `default_mesh`.
     """
-    if args.tp or args.dp:
+    if args.tp is not None or args.dp is not None:
         mesh = make_mesh(args.tp, args.dp)
         check_mesh(mesh, read_config(args.checkpoint))
     elif jax.default_backend() == "gpu" and jax.device_count() > 1:
@@ -30,7 +30,8 @@ def choose_mesh(args: argparse.Namespace, batch: int | None = None) -> Mesh | No
     else:
         return None
     sizes = " and ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(f"over {mesh.size} devices: {sizes}", file=sys.stderr)
+    devices = "device" if mesh.size == 1 else "devices"
+    print(f"over {mesh.size} {devices}: {sizes}", file=sys.stderr)
     return mesh
 
 

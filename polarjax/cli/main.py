@@ -7,10 +7,12 @@ works with when it runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from polarjax.storage.siblings import check_ours
 from polarjax.terminal import calibrate, evaluate, generate, plan
@@ -22,7 +24,10 @@ _ABOUT = (
     "Hugging Face hub: org/name, org/name@revision or org/name/file.gguf (pip install "
     "huggingface_hub); such a model is converted on its first use."
 )
-_BROKEN_PIPE = 128 + 13  # as a shell says of a process that SIGPIPE ended
+# As a shell says of a process that a signal ended.
+_BROKEN_PIPE, _INTERRUPTED = 128 + 13, 128 + 2
+
+Work = Callable[[argparse.Namespace], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Command:
       text: what it does; the first sentence stands in the list of commands.
       example: of a call.
       fill: adds its arguments to a parser.
-      run: does the work; returns the exit status, None for 0.
+      load: imports what does the work, and returns it: a function of the arguments
+        that returns the exit status, None for 0.
       check: raises ValueError where an option changes nothing.
     """
 
@@ -42,7 +48,7 @@ class Command:
     text: str
     example: str
     fill: Fill
-    run: Callable[[argparse.Namespace], int | None]
+    load: Callable[[], Work]
     check: Callable[[argparse.Namespace], None] = lambda args: None
 
 
@@ -53,19 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments, None for those of the process.
 
     Returns:
-      Exit code: 0, or 1 after an error that was printed as one line.
+      Exit code: 0, or 1 after an error that was printed as one line. An interrupt ends
+      the process, if the arguments are its own.
     """
+    args, own = argparse.Namespace(), argv is None
     argv = sys.argv[1:] if argv is None else argv
-    parser = _parser()
-    if not argv:
-        parser.print_help(sys.stderr)
-        return 2
-    args = argparse.Namespace()
     try:
+        parser = _parser()
+        if not argv:
+            parser.print_help(sys.stderr)
+            return 2
         args = parser.parse_args(argv)
         args.given = argv
         args.command.check(args)
-        return _run(args)
+        status = _run(args, own)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError):  # `polarjax ... | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -75,23 +82,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        if own:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
         work = getattr(args, "work", None)
-        kept = f": the same command goes on from {work}" if work else ""
+        there = work and os.path.exists(work)
+        kept = f": the same command goes on from {work}" if there else ""
         print(f"interrupted{kept}", file=sys.stderr)
-        return 130
+        status = _INTERRUPTED
+    if own and status == _INTERRUPTED:
+        _end(status)
+    return status
 
 
-def _run(args: argparse.Namespace) -> int:
+def _end(status: int) -> None:
+    """Leave without Python's farewell: XLA's threads may be compiling still."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a pipe that is closed
+            stream.flush()
+    os._exit(status)
+
+
+@contextlib.contextmanager
+def _ending_at_once(own: bool) -> Iterator[None]:
+    """Let an interrupt end the process where nothing has been done yet.
+
+    An exception would be lost there, or told as another: extensions that are being
+    loaded call Python, and swallow what it raises.
+
+    Args:
+      own: whether the process is ours to end.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not own or before is not signal.default_int_handler:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(_INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run(args: argparse.Namespace, own: bool) -> int:
     check_ours("pallas_kernels")
-    from polarjax.cli.compile_cache import use_compile_cache
-    from polarjax.mesh import processes
-    from polarjax.terminal.output import print_whatever_the_encoding
+    with _ending_at_once(own):
+        from polarjax.cli.compile_cache import use_compile_cache
+        from polarjax.mesh import processes
+        from polarjax.terminal.output import print_whatever_the_encoding
 
+        work = args.command.load()
     print_whatever_the_encoding()
     if not args.no_compile_cache:
         use_compile_cache()
     with processes.together():
-        status = args.command.run(args) or 0
+        status = work(args) or 0
         sys.stdout.flush()
     return status
 
@@ -119,52 +168,55 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _generate(args: argparse.Namespace) -> None:
+def _generate() -> Work:
     from polarjax.cli import generate
 
-    generate.run_generate(args)
+    return generate.run_generate
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _demo() -> Work:
     from polarjax.cli import demo
 
-    demo.show(args.checkpoint, args.adapter, args.max_new_tokens, args.any_model)
+    def show(args: argparse.Namespace) -> None:
+        demo.show(args.checkpoint, args.adapter, args.max_new_tokens, args.any_model)
+
+    return show
 
 
-def _calibrate(args: argparse.Namespace) -> None:
+def _calibrate() -> Work:
     from polarjax.cli import calibrate
 
-    calibrate.run_calibrate(args)
+    return calibrate.run_calibrate
 
 
-def _recover(args: argparse.Namespace) -> None:
+def _recover() -> Work:
     from polarjax.cli import calibrate
 
-    calibrate.run_recover(args)
+    return calibrate.run_recover
 
 
-def _eval(args: argparse.Namespace) -> None:
+def _eval() -> Work:
     from polarjax.cli import evaluate
 
-    evaluate.run_eval(args)
+    return evaluate.run_eval
 
 
-def _lm_eval(args: argparse.Namespace) -> None:
+def _lm_eval() -> Work:
     from polarjax.cli import evaluate
 
-    evaluate.run_lm_eval(args)
+    return evaluate.run_lm_eval
 
 
-def _report(args: argparse.Namespace) -> None:
+def _report() -> Work:
     from polarjax.cli import evaluate
 
-    evaluate.run_report(args)
+    return evaluate.run_report
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan() -> Work:
     from polarjax.cli import plan
 
-    plan.run_plan(args)
+    return plan.run_plan
 
 
 def _fill_convert(parser: argparse.ArgumentParser) -> None:
@@ -180,10 +232,10 @@ def _check_convert(args: argparse.Namespace) -> None:
     arguments.check(args.parser, args)
 
 
-def _convert(args: argparse.Namespace) -> int:
+def _convert() -> Work:
     from polarjax.cli import convert
 
-    return convert.run(args)
+    return convert.run
 
 
 def _fill_bench(parser: argparse.ArgumentParser) -> None:
@@ -193,10 +245,13 @@ def _fill_bench(parser: argparse.ArgumentParser) -> None:
     arguments.add_command(parser.add_argument)
 
 
-def _bench(args: argparse.Namespace) -> None:
+def _bench() -> Work:
     from polarjax.bench import decode
 
-    decode.run(args, ["polarjax", *args.given])
+    def run(args: argparse.Namespace) -> None:
+        decode.run(args, ["polarjax", *args.given])
+
+    return run
 
 
 COMMANDS = (

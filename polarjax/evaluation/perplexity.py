@@ -14,6 +14,7 @@ from polarjax.evaluation.measure import measure
 from polarjax.evaluation.scoring import Scorer
 from polarjax.evaluation.statistics import Interval, mean_interval, within
 from polarjax.params import Params
+from polarjax.planning.sizes import at_least
 from polarjax.policy import Policy
 
 
@@ -67,6 +68,7 @@ def window_items(
     Raises:
       ValueError: if there is not one window, or nothing of it is scored.
     """
+    at_least("window", window, 2)
     _check("prefix", prefix, 1, window - 1)
     if len(tokens) < window:
         raise ValueError(f"{len(tokens)} tokens are less than one window of {window}")
@@ -92,6 +94,7 @@ def strided_items(
     Raises:
       ValueError: if a number is out of range, or there is nothing to score.
     """
+    at_least("window", window, 2)
     _check("stride", stride, 1, window - 1)
     _check("prefix", prefix, 1, window - 1)
     if len(tokens) <= prefix:

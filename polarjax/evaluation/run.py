@@ -118,6 +118,11 @@ def evaluate(
       FileNotFoundError: if there is no such task or text.
       ValueError: if a setting, a row or the model is not right; it is named.
     """
+    path = None if out is None else Path(out)
+    if path is not None and path.suffix != ".json" and path.is_file():
+        raise FileExistsError(
+            f"{path} is a file, but no .json: pass the JSON file to write, or a folder"
+        )
     work = _Work(params, settings)
     setup, made = work.facts(adapter), environment()
     facts = {"made": made, "setup": setup, "digests": work.digests(), **work.inputs}
@@ -129,7 +134,6 @@ def evaluate(
     if many:
         agree(digest, "model, text, task or setting")
 
-    path = None if out is None else Path(out)
     if path is not None and (path.suffix != ".json" or path.is_dir()):
         name = f"{setup['checkpoint'] or 'model'}-{setup['mode']}-{digest[:8]}.json"
         path /= name

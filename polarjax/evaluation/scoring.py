@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, runnable
 from polarjax.cache import PagedCache
 from polarjax.engine.places import (
     cache_places,
@@ -71,7 +71,8 @@ class Scorer:
       implementation: of the kernels; None chooses by device.
 
     Raises:
-      ValueError: if the mode is unknown, or a policy does not fit the model.
+      ValueError: if the mode is unknown, the kernels do not run here, or a policy does
+        not fit the model.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Scorer:
         if mode not in get_args(Mode):
             names = ", ".join(get_args(Mode))
             raise ValueError(f"no mode {mode!r}: there are {names}")
+        runnable(implementation)
         self.params = params
         self.mode: Mode = mode
         self.batch = positive("batch", batch)

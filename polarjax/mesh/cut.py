@@ -52,18 +52,25 @@ def make_mesh(tp: int | None = None, dp: int | None = None) -> Mesh:
     """
     devices = jax.devices()
     for name, count in ((TP, tp), (DP, dp)):
-        if count is not None and not 1 <= count <= len(devices):
-            raise ValueError(f"{name} is {count}, but there are {len(devices)} devices")
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+        if count is not None and count > len(devices):
+            raise ValueError(f"{name} is {count}, but there {_counted(len(devices))}")
     dp = dp or 1
     if tp is None and len(devices) % dp:
         raise ValueError(f"dp {dp} does not divide the {len(devices)} devices")
     tp = tp or len(devices) // dp
     if dp * tp > len(devices):
         raise ValueError(
-            f"dp {dp} x tp {tp} needs {dp * tp} devices, but there are {len(devices)}"
+            f"dp {dp} x tp {tp} needs {dp * tp} devices, but there "
+            + _counted(len(devices))
         )
     types = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((dp, tp), (DP, TP), types, devices=devices[: dp * tp])
+
+
+def _counted(devices: int) -> str:
+    return "is 1 device" if devices == 1 else f"are {devices} devices"
 
 
 def default_mesh(config: ModelConfig, batch: int | None = None) -> Mesh:

@@ -35,7 +35,7 @@ from polarjax.planning.per_device import (
     of_device,
     step_sent_bytes,
 )
-from polarjax.planning.sizes import bucket, positive
+from polarjax.planning.sizes import at_least, bucket, positive
 from polarjax.policies.adapter import as_stored, of_learned
 from polarjax.policies.budgets import check_density, check_parts, count, in_parts
 from polarjax.policies.routers import router_shapes
@@ -190,6 +190,9 @@ def plan(
             "leave neuron_density out"
         )
     check_fraction(memory_fraction)
+    head_rank = at_least("head_rank", head_rank, 0)
+    if neuron_density < 1:
+        neuron_rank = positive("neuron_rank", neuron_rank)
     tp, dp = positive("tp", tp), positive("dp", dp)
     check_tp(tp, config)
     if neuron_density < 1 and min(densities) == 1:

@@ -1,7 +1,8 @@
-"""Whole numbers that size a call: counts as users set them, and powers of two."""
+"""Numbers that users set, checked; and whole ones that size a call."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,57 @@ def positive(name: str, value: Any) -> int:
     Raises:
       ValueError: if it is not a positive integer.
     """
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < 1:
+    if not _whole(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
+
+
+def at_least(name: str, value: Any, low: int) -> int:
+    """A whole number with a smallest value.
+
+    Raises:
+      ValueError: if it is not an integer, or less.
+    """
+    if not _whole(value) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+    return int(value)
+
+
+def above_zero(name: str, value: Any, most: float = math.inf) -> float:
+    """A setting that is a part of something, or a multiple.
+
+    Args:
+      name: of the setting.
+      value: as it was set.
+      most: that it may be.
+
+    Raises:
+      ValueError: if it is no finite number above 0, or more.
+    """
+    if not _finite(value) or not 0 < value <= most:
+        limit = "" if most == math.inf else f" and at most {most:g}"
+        raise ValueError(f"{name} must be a number above 0{limit}, got {value!r}")
+    return float(value)
+
+
+def not_negative(name: str, value: Any) -> float:
+    """A setting that may be 0, to do without.
+
+    Raises:
+      ValueError: if it is no finite number from 0 on.
+    """
+    if not _finite(value) or value < 0:
+        raise ValueError(f"{name} must be a number from 0 on, got {value!r}")
+    return float(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    number = isinstance(value, float | np.floating) or _whole(value)
+    return number and math.isfinite(value)
 
 
 def up_to_context(

@@ -74,7 +74,7 @@ def check_generate(args: argparse.Namespace) -> None:
         refuse(args, "density", "with --policy adaptive, which goes by thresholds")
     if args.temperature == 0:
         refuse(args, "top-k top-p seed", "at --temperature 0, which draws nothing")
-    if args.balanced and (args.policy not in (None, "polar") or not args.tp):
+    if args.balanced and (args.policy not in (None, "polar") or args.tp is None):
         raise ValueError("--balanced is of the policy polar, and goes with --tp")
 
 

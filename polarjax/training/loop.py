@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polarjax.config import ModelConfig
 from polarjax.mesh.cut import by_writer, put
+from polarjax.planning.sizes import above_zero, not_negative, positive
 from polarjax.storage.folder import MARK_FILE, has_mark, mark
 from polarjax.storage.writing import leftovers, write_file
 
@@ -293,9 +294,43 @@ def clear(folder: Path) -> None:
 
 
 def check_steps(steps: int | None, batch: int) -> None:
-    """Raise unless both are at least 1, or the steps None."""
-    if (steps is not None and steps < 1) or batch < 1:
-        raise ValueError(f"steps and batch must be at least 1, got {steps}, {batch}")
+    """Raise unless both are positive integers, or the steps None."""
+    if steps is not None:
+        positive("steps", steps)
+    positive("batch", batch)
+
+
+def check_rates(settings: Any) -> None:
+    """Raise unless all learning rates of a training are finite and not negative."""
+    for name in _rates(settings):
+        not_negative(name, getattr(settings, name))
+
+
+def check_run(settings: Any, blocks: int, passes: float) -> None:
+    """Raise unless a training can do what is asked of it, before any text is read.
+
+    Args:
+      settings: of the training.
+      blocks: of text that there will be.
+      passes: over them.
+
+    Raises:
+      ValueError: if a learning rate is 0 or the passes are, with which nothing is
+        learned, or the batch is larger than the text.
+    """
+    above_zero("passes", passes)
+    for name in _rates(settings):
+        above_zero(name, getattr(settings, name))
+    if settings.batch > blocks:
+        raise ValueError(
+            f"batch is {settings.batch}, but the text to learn from has {blocks} "
+            f"block{'s' * (blocks != 1)}: lower it, or raise tokens"
+        )
+
+
+def _rates(settings: Any) -> list[str]:
+    names = [field.name for field in dataclasses.fields(settings)]
+    return [name for name in names if name.endswith("learning_rate")]
 
 
 def check_blocks(blocks: np.ndarray, config: ModelConfig) -> None:

@@ -25,6 +25,7 @@ from polarjax.mesh.cut import (
 from polarjax.model import Decoder, Gates, Observe, make_decoder
 from polarjax.model.attention import head_norms
 from polarjax.params import Params, Tree, taught
+from polarjax.planning.sizes import at_least
 from polarjax.policies import of_learned
 from polarjax.policies.updates import init_updates, ranks_of
 from polarjax.policy import Learned
@@ -34,6 +35,7 @@ from polarjax.training.loop import (
     Progress,
     Resume,
     check_blocks,
+    check_rates,
     check_steps,
     fit,
     warmup_cosine,
@@ -83,6 +85,8 @@ class Recovery:
         if self.routers not in get_args(Routers):
             names = ", ".join(get_args(Routers))
             raise ValueError(f"routers cannot learn {self.routers!r}: it is {names}")
+        at_least("seed", self.seed, 0)
+        check_rates(self)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam, gradients clipped to norm 1.

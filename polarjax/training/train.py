@@ -17,8 +17,10 @@ from polarjax.config import ModelConfig
 from polarjax.mesh.cut import DP, mesh_of, place_routers
 from polarjax.model import Decoder, Prefix, make_decoder
 from polarjax.params import Params, Tree
+from polarjax.planning.sizes import at_least, not_negative
 from polarjax.policies import of_learned
 from polarjax.policies.budgets import check_density, count
+from polarjax.policies.routers import check_routers
 from polarjax.policy import Dense, Learned
 from polarjax.settings import default_numbers, draw_key
 from polarjax.training.collect import observe_layers, top_labels
@@ -26,6 +28,7 @@ from polarjax.training.loop import (
     Progress,
     Resume,
     check_blocks,
+    check_rates,
     check_steps,
     fit,
     warmup_cosine,
@@ -89,11 +92,12 @@ class RouterTraining:
         if self.loss not in get_args(HeadLoss):
             names = " and ".join(get_args(HeadLoss))
             raise ValueError(f"no loss {self.loss!r}: there are {names}")
-        if not 0 <= self.sparse <= 1 or min(self.head_rank, self.neuron_rank) < 0:
-            raise ValueError(
-                "sparse must be from 0 to 1, head_rank and neuron_rank at least 0, "
-                f"got {self.sparse}, {self.head_rank} and {self.neuron_rank}"
-            )
+        if not 0 <= self.sparse <= 1:
+            raise ValueError(f"sparse must be from 0 to 1, got {self.sparse}")
+        for name in ("head_rank", "neuron_rank", "seed"):
+            at_least(name, getattr(self, name), 0)
+        check_rates(self)
+        not_negative("weight_decay", self.weight_decay)
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW, as the paper; with a learning rate for each kind of router."""
@@ -155,7 +159,7 @@ def train_routers(
       ValueError: if the density leaves nothing to choose, a setting does not fit the
         model, or the text is none of its tokens.
     """
-    config, n = params.config, _check_training(params.config, training)
+    config, n = params.config, check_training(params.config, training)
     check_blocks(blocks, config)
     training = with_steps(training, len(blocks))
     budgets = (config.kv_heads, *(n,) * (config.layers - 1))
@@ -191,8 +195,16 @@ def train_routers(
     return model(state[0])
 
 
-def _check_training(config: ModelConfig, training: RouterTraining) -> int:
-    """KV groups that the routers learn to choose; raises if there is no choice."""
+def check_training(config: ModelConfig, training: RouterTraining) -> int:
+    """KV groups that the routers learn to choose.
+
+    Args:
+      config: of the model.
+      training: settings.
+
+    Raises:
+      ValueError: if there is no choice, or the model takes no such routers.
+    """
     n = count(training.density, config.kv_heads)
     if config.layers < 2 or (n == config.kv_heads and not training.neuron_rank):
         raise ValueError(
@@ -203,6 +215,7 @@ def _check_training(config: ModelConfig, training: RouterTraining) -> int:
         raise ValueError(
             f"neuron routers are for ReLU MLPs, the model's is {config.activation}"
         )
+    check_routers(router_shapes(config, training), {}, config)
     return n
 
 

@@ -335,13 +335,35 @@ def test_lists_become_cases():
         (["--models", "folder", "--layers", "2"], "not folder"),
         (["--models", "opt-30b", "--contexts", "16"], "above 16"),
         (["--models", "opt-30b", "--densities", "1.5"], "above 0 and at most 1"),
-        (["--toy", "--repeats", "0"], "--repeats must be positive"),
+        (["--toy", "--repeats", "0"], "--repeats must be a positive integer, got 0"),
+        (["--toy", "--head-rank", "-1"], "--head-rank must be an integer of at least"),
+        (["--toy", "--memory-fraction", "0"], "memory_fraction must be above 0"),
+        (["--toy", "--prefill", "2x999"], "the context of toy-llama is 512 tokens"),
+        (["--models", "opt-30b", "--layers", "0"], "n from 1 to 47"),
+        (["--layers", "0"], "--layers goes with --models"),
+        (["--models", "folder", "--layers", "0"], "not folder"),
     ],
 )
 def test_what_does_not_fit_is_one_line(argv, message, capsys):
     assert main.main(["bench", *argv]) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--contexts 64000", "the context of {0} is 128 tokens"),
+        ("--contexts 64 --prefill 2x999", "the context of {0} is 128 tokens"),
+        ("--contexts 64 --neuron-densities 1/2", "{0} has no ReLU: leave neurons out"),
+    ],
+)
+def test_what_does_not_fit_a_checkpoint_is_one_line(options, message, tmp_path, capsys):
+    folder = tmp_path / "model"
+    polarjax.save(random_params(LLAMA), folder)
+    assert main.main(["bench", "--models", str(folder), *options.split()]) == 1
+    error = capsys.readouterr().err
+    assert message.format(folder) in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

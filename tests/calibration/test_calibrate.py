@@ -176,9 +176,12 @@ def test_budgets_of_the_checkpoint_are_not_of_the_new_routers(params):
 def test_errors(params):
     for wrong, match in (
         ({"tokens": 23}, "at least one block"),
-        ({"context": 1}, "at least one block"),
+        ({"context": 1}, "context must be an integer of at least 2, got 1"),
+        ({"tokens": 0}, "tokens must be a positive integer, got 0"),
+        ({"held_out": -1}, "held_out must be a positive integer, got -1"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"context": 513}, "context is 513, beyond the model's context of"),
-        ({"held_out": 47}, "two to measure on"),
+        ({"held_out": 47}, "at least two blocks of 24 tokens to measure on"),
         ({"sources": []}, "no text to read"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -191,10 +194,35 @@ def test_errors(params):
         ({"max_drop": 0.0}, "max_drop must be positive, got 0"),
         ({"max_drop": np.nan}, "max_drop must be positive, got nan"),
         ({"max_drop": 0.01, "confidence": 1.0}, "between 0 and 1, got 1"),
-        ({"max_drop": 0.01, "batch": 0}, "batch and context must be at least 1"),
+        ({"max_drop": 0.01, "batch": 0}, r"batch \(--decode-batch\) must be a pos"),
+        ({"max_drop": 0.01, "context": 0}, r"context \(--decode-context\) must be a"),
     ):
         with pytest.raises(ValueError, match=match):
             Terms(**terms)
     few = dataclasses.replace(TEXTS, held_out=48)
     with pytest.raises(ValueError, match="needs three blocks of each text"):
         calibrate(params, few, TRAINING, terms=TERMS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"passes": 0}, "passes must be a number above 0, got 0"),
+        ({}, {"passes": np.nan}, "passes must be a number above 0, got nan"),
+        ({}, {"target_recall": 2}, "target_recall must be .* and at most 1, got 2"),
+        ({}, {"target_recall": 0.0}, "target_recall must be a number above 0"),
+        ({"learning_rate": 0.0}, {}, "learning_rate must be a number above 0, got 0.0"),
+        ({"batch": 65}, {}, "batch is 65, but the text to learn from has 64 blocks"),
+        ({"head_rank": 1025}, {}, "has rank 1025: it must be between 1 and 1024"),
+        ({"neuron_rank": 8}, {}, "neuron routers are for ReLU MLPs"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_text_is_read(
+    params, monkeypatch, changes, options, message
+):
+    def never(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(Texts, "read", never)
+    with pytest.raises(ValueError, match=message):
+        calibrate(params, TEXTS, dataclasses.replace(TRAINING, **changes), **options)

@@ -68,7 +68,7 @@ def test_what_was_best_is_kept(looks):
     assert card["parameters"] > 0 and "routers_sha256" not in card
 
 
-@pytest.mark.parametrize("rate", [0.0, 3.0])
+@pytest.mark.parametrize("rate", [1e-12, 3.0])
 def test_a_recovery_that_does_not_help_ends_early_and_changes_nothing(params, rate):
     told = []
     settings = dataclasses.replace(
@@ -170,3 +170,24 @@ def test_another_models_training_is_refused(params, tmp_path):
     for other in (renamed, with_learned(params, routers=turned)):
         with pytest.raises(ValueError, match="a training of other settings or texts"):
             mend(other, work=work)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"passes": -1}, "passes must be a number above 0, got -1"),
+        ({}, {"patience": 0}, "patience must be a positive integer, got 0"),
+        ({"learning_rate": 0.0}, {}, "learning_rate must be a number above 0"),
+        ({"router_learning_rate": 0.0}, {}, "router_learning_rate must be a number"),
+        ({"batch": 16}, {}, "batch is 16, but the text to learn from has 8 blocks"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_text_is_read(
+    params, monkeypatch, changes, options, message
+):
+    def never(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(Texts, "read", never)
+    with pytest.raises(ValueError, match=message):
+        mend(params, dataclasses.replace(SETTINGS, **changes), **options)

@@ -1,6 +1,7 @@
 """What the commands are called with: help, options without effect, the folder."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -310,11 +311,41 @@ def test_a_dry_run_times_no_real_model(options, capsys):
     assert "--toy is of its own cases" in capsys.readouterr().err
 
 
-def test_who_interrupts_is_told_what_goes_on(monkeypatch, tmp_path, capsys):
-    def interrupt(_):
-        raise KeyboardInterrupt
+def interrupt(*_):
+    raise KeyboardInterrupt
 
+
+def test_who_interrupts_is_told_what_goes_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(main, "_run", interrupt)
-    words = f"calibrate x --text y --out {tmp_path / 'z'} --work {tmp_path / 'w'}"
+    work = tmp_path / "w"
+    words = f"calibrate x --text y --out {tmp_path / 'z'} --work {work}"
     assert main.main(words.split()) == 130
-    assert f"the same command goes on from {tmp_path / 'w'}" in capsys.readouterr().err
+    assert capsys.readouterr().err == "interrupted\n"  # nothing is there yet
+    work.mkdir()
+    assert main.main(words.split()) == 130
+    said = f"interrupted: the same command goes on from {work}\n"
+    assert capsys.readouterr().err == said
+
+
+def test_an_interrupt_ends_the_process(monkeypatch, capfd):
+    """Without Python's farewell, and where modules are loaded at once."""
+
+    def end(status):
+        raise SystemExit(status)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "argv", ["polarjax", "report", "x"])
+    try:
+        with pytest.raises(SystemExit) as stop, main._ending_at_once(True):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.value.code == 130 and capfd.readouterr().err == "interrupted\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt), main._ending_at_once(False):
+            signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(main, "_run", interrupt)
+        with pytest.raises(SystemExit) as stop:
+            main.main()
+        assert stop.value.code == 130
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -271,14 +271,21 @@ def test_an_adapter_that_is_much_worse_is_not_advertised(
 
 
 @pytest.mark.slow
-def test_a_promise_that_cannot_be_kept_leaves_the_model_dense(checkpoint, tmp_path):
+def test_a_promise_that_cannot_be_kept_leaves_the_model_dense(
+    checkpoint, tmp_path, monkeypatch
+):
     """Routers that learned nothing, on text that the dense model knows best."""
+    train = calibrate.train_routers
+
+    def idle(params, blocks, training, **options):
+        training = dataclasses.replace(training, learning_rate=0.0)
+        return train(params, blocks, training, **options)
+
+    monkeypatch.setattr(calibrate, "train_routers", idle)
     out = tmp_path / "refused"
     options = "--tokens 64 --context 64 --held-out 1536 --density 1/2 --mode mask"
     command = ["calibrate", checkpoint, "--text", "self", *options.split()]
-    shown = shown_by(
-        *command, "--learning-rate", 0, "--max-drop", "0.01%", "--out", out
-    )
+    shown = shown_by(*command, "--max-drop", "0.01%", "--out", out)
     assert "only dense passes a drop of 0.01% at 95% confidence on self" in shown
     card = card_of(out)
     assert card["budgets"] == [4, 4, 4, 4] and card["contract"]["kept"] is False
@@ -338,7 +345,27 @@ def test_recover(checkpoint, text, adapter, tmp_path):
         ),
         (
             "calibrate {checkpoint} {short} --batch 0",
-            "batch must be at le",
+            "batch must be a positive integer, got 0",
+        ),
+        (
+            "calibrate {checkpoint} {short} --batch 5",
+            "batch is 5, but the text to learn from has 4 blocks: lower it",
+        ),
+        (
+            "calibrate {checkpoint} {short} --learning-rate nan",
+            "learning_rate must be a number from 0 on, got nan",
+        ),
+        (
+            "calibrate {checkpoint} {short} --passes 0",
+            "passes must be a number above 0, got 0.0",
+        ),
+        (
+            "calibrate {checkpoint} {short} --max-drop 1% --decode-batch 0",
+            "(--decode-batch) must be a positive integer, got 0",
+        ),
+        (
+            "recover {checkpoint} {short} --adapter {adapter} --batch 2 --patience 0",
+            "patience must be a positive integer, got 0",
         ),
         ("calibrate {checkpoint} {short} --dp 4096", "dp is 4096, but there are"),
         (

@@ -212,12 +212,20 @@ def test_eval_over_devices(checkpoint, adapter, tmp_path, monkeypatch, capsys):
         ("generate {checkpoint} x --density 1/2", "no router for layer 1"),
         ("generate {checkpoint} x --policy polar", "no density given"),
         ("generate {checkpoint} x --memory-fraction 2", "memory_fraction must be"),
+        ("generate {checkpoint} x --tp 0", "tp must be at least 1, got 0"),
+        ("generate {checkpoint} x --dp 0", "dp must be at least 1, got 0"),
+        ("eval {checkpoint} --text {text} --tp 0", "tp must be at least 1, got 0"),
+        (
+            "recover {checkpoint} --text {text} --adapter x --tp 0 --out {tmp}/a",
+            "got 0",
+        ),
         ("demo {checkpoint} --adapter x --max-new-tokens 1", "needs 2 new tokens"),
         ("eval {checkpoint} --text {text} --policies best", "no policy 'best'"),
         ("eval {checkpoint} --policies dense", "pass tasks (--tasks) or a --text"),
         ("eval {checkpoint} --policies dense --tasks nowhere", "no task file at"),
         ("eval {checkpoint} --text {text} --tokens 99", "99 tokens are less than one"),
         ("eval {checkpoint} --text {text} --densities x", "'x' is no number such as"),
+        ("eval {checkpoint} --text {text} --out {text}", "is a file, but no .json"),
         ("eval {checkpoint} --text {text} --densities 1,1 --policies oracle", "twice"),
         (
             "eval {checkpoint} --text {text} --policies oracle --balanced 2",
@@ -238,6 +246,13 @@ def test_errors_are_one_line(checkpoint, text, tmp_path, capsys, arguments, mess
     assert error.startswith("error: ") and message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["generate {0} x", "eval {0} --text y"])
+def test_no_name_is_no_folder(command, capsys):
+    words = [word.replace("{0}", "") for word in command.split()]
+    assert main.main(words) == 1
+    assert "the checkpoint is '': name its folder" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):

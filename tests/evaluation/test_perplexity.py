@@ -103,6 +103,9 @@ def test_errors():
     for prefix in (0, 16):
         with pytest.raises(ValueError, match="prefix must be from 1 to 15"):
             window_items(tokens, 16, prefix)
+    for cut in (window_items, lambda *given: strided_items(*given, 1)):
+        with pytest.raises(ValueError, match="window must be an integer of at"):
+            cut(tokens, 1)
     with pytest.raises(ValueError, match="stride must be from 1 to 15, got 16"):
         strided_items(tokens, 16, 16)
     with pytest.raises(ValueError, match="8 tokens, after 8, leave none to score"):

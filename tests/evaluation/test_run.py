@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -448,6 +449,10 @@ def test_settings_that_make_no_sense(params, settings, files, tmp_path):
         (dataclasses.replace(settings, kinds=("best",)), "no perplexity 'best'"),
         (dataclasses.replace(settings, prefix=0), "prefix must be a positive integer"),
         (dataclasses.replace(settings, limit=-1), "limit must be a positive integer"),
+        (
+            dataclasses.replace(settings, window=1),
+            "window must be .* at least 2, got 1",
+        ),
         (dataclasses.replace(settings, new_tokens=1), "at least 2 new tokens"),
         (dataclasses.replace(settings, new_tokens=200), "beyond the model's context"),
         (dataclasses.replace(settings, policies={"Dense": polarjax.Oracle(0.5)}), "la"),
@@ -458,3 +463,20 @@ def test_settings_that_make_no_sense(params, settings, files, tmp_path):
         with pytest.raises(ValueError, match=message):
             evaluate(params, wrong, out=tmp_path / "never.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_kernels_that_do_not_run_here_are_told_at_once(
+    params, settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    wrong = dataclasses.replace(settings, implementation="triton")
+    with pytest.raises(ValueError, match="'triton' needs a GPU, and jax runs on the c"):
+        evaluate(params, wrong, out=tmp_path / "never.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_json_is_told_at_once(params, settings, tmp_path):
+    mine = tmp_path / "notes.txt"
+    mine.write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"notes.txt is a file, but no .json: pa"):
+        evaluate(params, dataclasses.replace(settings, tasks=["nowhere"]), out=mine)

@@ -431,6 +431,7 @@ def test_contexts_go_as_far_as_the_model():
         ({"densities": [0.0]}, "density must be a number above 0"),
         ({"neuron_density": 0.5}, "needs a ReLU MLP"),
         ({"memory_fraction": 1.5}, "memory_fraction must be above 0"),
+        ({"head_rank": -1}, "head_rank must be an integer of at least 0, got -1"),
         ({"tp": 0}, "tp must be a positive integer"),
         ({"dp": 1.5}, "dp must be a positive integer"),
         ({"tp": 3}, r"tp 3 does not divide the model's 8 query heads: .* 1, 2, 4 or 8"),
@@ -444,6 +445,11 @@ def test_contexts_go_as_far_as_the_model():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         polarjax.plan(LLAMA, **{"device": "h100", **settings})
+
+
+def test_neurons_that_are_chosen_need_routers():
+    with pytest.raises(ValueError, match="neuron_rank must be a positive integer, got"):
+        polarjax.plan(OPT, "h100", neuron_density=0.5, neuron_rank=0)
 
 
 @pytest.fixture

@@ -316,9 +316,10 @@ def test_devices_share_a_batch():
 
 
 def test_errors():
-    for options in ({"steps": 0}, {"batch": 0}, {"steps": -1}):
-        with pytest.raises(ValueError, match="steps and batch must be at least 1"):
-            train(**options)
+    for name, value in (("steps", 0), ("batch", 0), ("steps", -1), ("batch", 1.5)):
+        message = f"{name} must be a positive integer, got {value}"
+        with pytest.raises(ValueError, match=message):
+            train(**{name: value})
     with pytest.raises(ValueError, match="there is no text to train on"):
         fit(toy, start(), BLOCKS[:0], steps=1, batch=1)
 

@@ -168,7 +168,10 @@ def test_errors():
     refused("rank of the updates must be at least 1, got 0", rank=0)
     refused("prompts must be from 0 to 1, got 1.5", prompts=1.5)
     refused("routers cannot learn 'all': it is bce, ranking, slopes", routers="all")
-    refused("steps and batch must be at least 1, got 0, 16", steps=0)
+    refused("steps must be a positive integer, got 0", steps=0)
+    refused("seed must be an integer of at least 0, got -1", seed=-1)
+    for name in ("learning_rate", "router_learning_rate"):
+        refused(f"{name} must be a number from 0 on, got nan", **{name: np.nan})
     refused("there is no text to train on", blocks=BLOCKS[:0])
     refused("the model's token ids go from 0 to 60", blocks=BLOCKS + 60)
     with pytest.raises(ValueError, match="no text to measure the divergence on"):

@@ -294,11 +294,17 @@ def test_errors():
     refused(r"blocks must be .n, t., got shape \(8,\)", blocks[0])
     for density in (0, -1, 1.5, float("nan"), "half"):
         refused("density must be a number above 0", density=density)
-    refused("steps and batch must be at least 1, got 0, 1", steps=0)
-    refused("steps and batch must be at least 1, got 3, 0", steps=3, batch=0)
+    refused("steps must be a positive integer, got 0", steps=0)
+    refused("batch must be a positive integer, got 0", steps=3, batch=0)
     refused("no loss 'hinge': there are bce and ranking", loss="hinge")
-    negative = {"sparse": -0.1}, {"neuron_rank": -1}, {"head_rank": -1}
-    for setting in ({"sparse": 1.1}, *negative):
-        refused("sparse must be from 0 to 1, head_rank and neuron_rank", **setting)
+    refused("sparse must be from 0 to 1, got -0.1", sparse=-0.1)
+    refused("sparse must be from 0 to 1, got 1.1", sparse=1.1)
+    for name in ("head_rank", "neuron_rank", "seed"):
+        refused(f"{name} must be an integer of at least 0, got -1", **{name: -1})
+    refused("heads has rank 9999: it must be between 1 and 1024", head_rank=9999)
+    rates = "learning_rate", "quadratic_learning_rate", "neuron_learning_rate"
+    for name in (*rates, "weight_decay"):
+        for wrong in (float("nan"), float("inf"), -1e-3):
+            refused(f"{name} must be a number from 0 on", **{name: wrong})
     with pytest.raises(ValueError, match="no routers"):
         router_recall(params, [blocks])

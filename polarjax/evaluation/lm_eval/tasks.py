@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, runnable
 from polarjax.evaluation.batches import Mode
 from polarjax.evaluation.measure import Progress
 from polarjax.evaluation.results import DENSE
@@ -135,6 +135,7 @@ def run_lm_eval(
         raise ValueError(f"the label {DENSE!r} is the dense model's: choose another")
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"there is no folder {include_path} to include tasks from")
+    runnable(implementation)  # before data is downloaded
     manager = TaskManager(include_path=include_path)
     names = _find(manager, tasks)
     model = PolarLM(
