@@ -313,10 +313,8 @@ def check(cases: dict[str, Case]) -> None:
                 if density is not None:
                     check_density(density)
         config = configs[case.model]
-        if (
-            max([case.context, *(tokens for _, tokens in case.prefill)])
-            > config.context
-        ):
+        longest = max([case.context, *(tokens for _, tokens in case.prefill)])
+        if longest > config.context:
             raise ValueError(
                 f"{name}: the context of {case.model} is {config.context} tokens"
             )

@@ -212,9 +212,8 @@ def run(
         try_file(args.out)
         if args.out.exists():
             read_rows(args.out)
-    if (
-        args.memory_fraction is not None
-    ):  # read when jax takes the device, which is below
+    if args.memory_fraction is not None:
+        # Read when jax takes the device, which is below.
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(args.memory_fraction)
     beside = opponents(cases)
     cases = with_devices(cases, args, jax.device_count())

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pallas_kernels import Implementation, resolve
+from pallas_kernels import Implementation, runnable
 from polarjax.engine import prefill, programs
 from polarjax.engine.checks import (
     Settings,
@@ -103,6 +103,7 @@ class Engine:
             raise TypeError(f"load must be a polarjax.policy.Load, got {load!r:.60}")
         if not isinstance(densities, bool):
             raise TypeError(f"densities must be True or False, got {densities!r:.60}")
+        runnable(implementation)
         if mesh_of(params.weights) is None:
             check_weights(params.weights, params.config)
         params = shard(params, mesh) if mesh is not None else on_devices(params)
@@ -133,7 +134,6 @@ class Engine:
             memory_fraction=memory_fraction,
         )
         capacity = from_main(capacity) if self._many else capacity
-        resolve(implementation)
         self._dense = make_decoder(
             config.architecture, params.weights, implementation=implementation
         )

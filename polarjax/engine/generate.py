@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, runnable
 from polarjax.engine import programs
 from polarjax.engine.checks import check_params, encode_prompts, settings_of
 from polarjax.engine.engine import Engine, Stream
@@ -230,6 +230,7 @@ def logits(
         whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == (b,)
         if not whole or lengths.min() < 1 or lengths.max() > t:
             raise ValueError(f"lengths must be {b} integers from 1 to {t}: {lengths}")
+    runnable(implementation)
     model = make_decoder(
         config.architecture, params.weights, implementation=implementation
     )

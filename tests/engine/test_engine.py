@@ -377,6 +377,10 @@ def test_what_is_of_no_use_to_an_engine_is_named(params):
         polarjax.Engine(None)  # pyright: ignore
     with pytest.raises(ValueError, match="implementation is 'cuda'"):
         polarjax.Engine(params, implementation="cuda")  # pyright: ignore
+    if jax.default_backend() != "gpu":
+        for call in (polarjax.generate, polarjax.logits):
+            with pytest.raises(ValueError, match="implementation 'triton' needs a GPU"):
+                call(params, [[1]], implementation="triton")
     with polarjax.Engine(params, slots=1, context=32) as engine:
         with pytest.raises(TypeError, match=r"settings must be polarjax\.Settings"):
             engine.add([1], {"density": 0.5})  # pyright: ignore
