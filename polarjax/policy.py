@@ -399,9 +399,7 @@ def check_groups(chosen: Any, policy: Policy, b: int, k: int) -> None:
     """
     if chosen is None:
         return
-    name = f"{type(policy).__name__}.groups"
-    if not isinstance(chosen, Groups):
-        raise TypeError(f"{name} answers Groups or None, not {type(chosen).__name__}")
+    name = _check_kind(chosen, Groups, policy, "groups")
     n = jnp.shape(chosen.index)[1] if jnp.ndim(chosen.index) == 2 else 0
     if not 1 <= n <= k:
         raise ValueError(
@@ -427,9 +425,7 @@ def check_pages(chosen: Any, policy: Policy, b: int, k: int) -> None:
     """
     if chosen is None:
         return
-    name = f"{type(policy).__name__}.pages"
-    if not isinstance(chosen, Pages):
-        raise TypeError(f"{name} answers Pages or None, not {type(chosen).__name__}")
+    name = _check_kind(chosen, Pages, policy, "pages")
     shape = jnp.shape(chosen.index)
     if len(shape) != 3 or shape[:2] not in ((b, k), (b, 1)):
         raise ValueError(
@@ -454,11 +450,7 @@ def check_channels(chosen: Any, policy: Policy, inputs: int) -> None:
     """
     if chosen is None:
         return
-    name = f"{type(policy).__name__}.channels"
-    if not isinstance(chosen, Threshold):
-        raise TypeError(
-            f"{name} answers Threshold or None, not {type(chosen).__name__}"
-        )
+    name = _check_kind(chosen, Threshold, policy, "channels")
     scale = (inputs,) if chosen.scale is None else jnp.shape(chosen.scale)
     if jnp.shape(chosen.tau) or scale != (inputs,):
         raise ValueError(
@@ -480,10 +472,18 @@ def check_rows(rows: Any, policy: Policy) -> None:
     """
     if rows is None:
         return
-    name = f"{type(policy).__name__}.neurons"
-    if not isinstance(rows, Rows):
-        raise TypeError(f"{name} answers Rows or None, not {type(rows).__name__}")
+    name = _check_kind(rows, Rows, policy, "neurons")
     _check_integers(f"{name} answered an index", rows.index, (jnp.size(rows.index),))
+
+
+def _check_kind(answer: Any, kind: type, policy: Policy, question: str) -> str:
+    """The name of a policy's method, whose answer is of the kind."""
+    name = f"{type(policy).__name__}.{question}"
+    if not isinstance(answer, kind):
+        raise TypeError(
+            f"{name} answers {kind.__name__} or None, not {type(answer).__name__}"
+        )
+    return name
 
 
 def _check_integers(what: str, array: Any, shape: tuple[int, ...]) -> None:
