@@ -289,6 +289,11 @@ def check_model(params: Params, recovery: Recovery) -> None:
         raise ValueError(
             "the budgets keep every KV group: there is nothing to recover from"
         )
+    if recovery.rank is not None and recovery.rank > config.dim:
+        raise ValueError(
+            f"rank is {recovery.rank}: it may be from 1 to {config.dim}, the model's "
+            "width, or full"
+        )
     ranks = ranks_of(params.routers)
     if ranks - {recovery.rank}:
         theirs, mine = (

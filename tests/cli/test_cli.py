@@ -1,5 +1,6 @@
 """The console script, on a random model whose tokens are bytes."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import jax
 import pytest
 
 import polarjax
-from polarjax.cli import calibrate, demo, evaluate, generate, main
+from polarjax.cli import calibrate, common, demo, evaluate, generate, main
 from polarjax.policies import save_adapter, with_density, with_learned
 from tests.models import LLAMA, random_params, write_checkpoint
 
@@ -253,6 +254,16 @@ def test_no_name_is_no_folder(command, capsys):
     words = [word.replace("{0}", "") for word in command.split()]
     assert main.main(words) == 1
     assert "the checkpoint is '': name its folder" in capsys.readouterr().err
+
+
+def test_one_device_is_told_as_one(checkpoint, monkeypatch, capsys):
+    args = argparse.Namespace(checkpoint=checkpoint, tp=1, dp=None)
+    common.choose_mesh(args)
+    assert capsys.readouterr().err == "over 1 device: dp 1 and tp 1\n"
+    monkeypatch.setattr(jax, "devices", lambda: [None])
+    args.tp = 3
+    with pytest.raises(ValueError, match="tp is 3, but there is 1 device$"):
+        common.choose_mesh(args)
 
 
 def test_help_teaches(capsys):

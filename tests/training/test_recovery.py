@@ -166,6 +166,7 @@ def test_errors():
     refused("recovery needs routers: train them first", bare)
     refused("recovery needs routers", with_learned(params, budgets=()))
     refused("rank of the updates must be at least 1, got 0", rank=0)
+    refused("rank is 1000: it may be from 1 to", rank=1000)
     refused("prompts must be from 0 to 1, got 1.5", prompts=1.5)
     refused("routers cannot learn 'all': it is bce, ranking, slopes", routers="all")
     refused("steps must be a positive integer, got 0", steps=0)
