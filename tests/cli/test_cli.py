@@ -262,7 +262,7 @@ def test_one_device_is_told_as_one(checkpoint, monkeypatch, capsys):
     assert capsys.readouterr().err == "over 1 device: dp 1 and tp 1\n"
     monkeypatch.setattr(jax, "devices", lambda: [None])
     args.tp = 3
-    with pytest.raises(ValueError, match="tp is 3, but there is 1 device$"):
+    with pytest.raises(ValueError, match=r"tp is 3, but there is 1 device$"):
         common.choose_mesh(args)
 
 
