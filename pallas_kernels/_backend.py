@@ -55,6 +55,9 @@ def resolve(implementation: Implementation | None) -> Implementation:
 def runnable(implementation: Implementation | None) -> Implementation:
     """As `resolve`, for who is going to run the kernels here.
 
+    Args:
+        implementation: a name, or None for the default backend's own.
+
     Raises:
         ValueError: if the name is not an implementation, or needs a GPU and the
             default backend is none.
