@@ -5,7 +5,7 @@ PYTHON ?= python3
 EXTRAS ?=
 # Compiling tiny programs, which most of the time goes into, takes one core. On a GPU
 # workers would take its memory from each other.
-PYTEST_ARGS ?= $(if $(findstring cuda,$(EXTRAS)),,-n 2 --dist loadfile)
+PYTEST_ARGS ?= $(if $(findstring cuda,$(EXTRAS)),,-n 2 --dist loadfile --no-loadscope-reorder)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = @echo "installing into $(VENV), about a minute" && $(BIN)/python -m pip install -q

@@ -86,6 +86,37 @@ def selection_is_worth_it(monkeypatch):
         monkeypatch.setattr("polarjax.planning.crossover.shipped", lambda kind: ())
 
 
+# Half a minute or more each, the longest first: what begins last should end soon, or one
+# worker waits for the other.
+_LONG = (
+    "mesh/test_cut.py",
+    "training/test_train.py",
+    "evaluation/test_shipped_adapter.py",
+    "mesh/test_processes.py",
+    "training/test_recovery.py",
+    "evaluation/test_scoring.py",
+    "evaluation/test_tasks.py",
+    "calibration/test_calibrate.py",
+    "cli/test_calibrate.py",
+    "engine/test_engine.py",
+    "cli/test_cli.py",
+    "engine/test_batches.py",
+    "evaluation/test_mesh.py",
+    "convert/test_smollm2.py",
+    "engine/test_smollm2.py",
+    "bench/test_meshes.py",
+    "bench/test_bench.py",
+    "calibration/test_recover.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files come first, the others as they are found."""
+    here = Path(__file__).parent
+    places = {here / name: i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def pytest_collection_finish():
     """Tracing makes many objects: to look for garbage took a tenth of the time."""
     gc.freeze()
