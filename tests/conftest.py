@@ -86,8 +86,8 @@ def selection_is_worth_it(monkeypatch):
         monkeypatch.setattr("polarjax.planning.crossover.shipped", lambda kind: ())
 
 
-# Half a minute or more each, the longest first: what begins last should end soon, or one
-# worker waits for the other.
+# Half a minute or more each, the longest first: what begins last should end soon, or
+# one worker waits for the other.
 _LONG = (
     "mesh/test_cut.py",
     "training/test_train.py",
