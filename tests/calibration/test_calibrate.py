@@ -217,12 +217,9 @@ def test_errors(params):
         ({"neuron_rank": 8}, {}, "neuron routers are for ReLU MLPs"),
     ],
 )
+@pytest.mark.usefixtures("no_text_is_read")
 def test_what_cannot_be_done_is_said_before_any_text_is_read(
-    params, monkeypatch, changes, options, message
+    params, changes, options, message
 ):
-    def never(*_, **__):
-        raise AssertionError("the work began")
-
-    monkeypatch.setattr(Texts, "read", never)
     with pytest.raises(ValueError, match=message):
         calibrate(params, TEXTS, dataclasses.replace(TRAINING, **changes), **options)

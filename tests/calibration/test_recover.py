@@ -182,12 +182,9 @@ def test_another_models_training_is_refused(params, tmp_path):
         ({"batch": 16}, {}, "batch is 16, but the text to learn from has 8 blocks"),
     ],
 )
+@pytest.mark.usefixtures("no_text_is_read")
 def test_what_cannot_be_done_is_said_before_any_text_is_read(
-    params, monkeypatch, changes, options, message
+    params, changes, options, message
 ):
-    def never(*_, **__):
-        raise AssertionError("the work began")
-
-    monkeypatch.setattr(Texts, "read", never)
     with pytest.raises(ValueError, match=message):
         mend(params, dataclasses.replace(SETTINGS, **changes), **options)
