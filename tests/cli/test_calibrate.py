@@ -367,7 +367,7 @@ def test_recover(checkpoint, text, adapter, tmp_path):
             "recover {checkpoint} {short} --adapter {adapter} --batch 2 --patience 0",
             "patience must be a positive integer, got 0",
         ),
-        ("calibrate {checkpoint} {short} --dp 4096", "dp is 4096, but there are"),
+        ("calibrate {checkpoint} {short} --dp 4096", "dp is 4096, but there "),
         (
             "recover {checkpoint} {short} --adapter nowhere",
             "no adapter at",

@@ -66,7 +66,8 @@ def launch(tmp_path):
                     text=True,
                 )
             )
-        outputs = [process.communicate(timeout=60) for process in running]
+        # Two minutes: beside other work they take one.
+        outputs = [process.communicate(timeout=120) for process in running]
         return [
             (process.returncode, *output)
             for process, output in zip(running, outputs, strict=True)
@@ -74,7 +75,9 @@ def launch(tmp_path):
 
     yield run
     for process in running:
+        # To its end: pipes left open are warnings, in whichever test comes next.
         process.kill()
+        process.communicate()
 
 
 def test_two_processes_share_devices_prompts_and_arrays(launch, tmp_path):
