@@ -27,6 +27,27 @@ class Case:
     expected: np.ndarray
     options: dict
 
+    def paged(self, page=16, spare=3):
+        """The same caches in shuffled pages, among others and behind trash of NaN.
+
+        Returns:
+            The case, whose options name the table.
+        """
+        b, k, s, d = self.k_cache.shape
+        rng = np.random.default_rng(page + s)
+        m = -(-s // page)
+        table = 1 + rng.permutation(b * m + spare)[: b * m].reshape(b, m)
+        pools = []
+        for cache in (self.k_cache, self.v_cache):
+            pool = np.full((1 + b * m + spare, k, page, d), np.nan, cache.dtype)
+            rest = ((0, 0), (0, 0), (0, m * page - s), (0, 0))
+            whole = np.pad(np.asarray(cache), rest, constant_values=np.nan)
+            pool[table] = whole.reshape(b, k, m, page, d).swapaxes(1, 2)
+            pools.append(jnp.asarray(pool))
+        options = {**self.options, "table": jnp.asarray(table, jnp.int32)}
+        keys, values = pools
+        return dataclasses.replace(self, k_cache=keys, v_cache=values, options=options)
+
     @property
     def args(self):
         return (
@@ -136,24 +157,32 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("page", [None, 16, 48])
 @pytest.mark.parametrize("name", CASES)
-def test_matches_float64(name, implementation):
+def test_matches_float64(name, page, implementation):
     case = make_case(**CASES[name])
+    case = case if page is None else case.paged(page)
     case.check(run(case.args, implementation, **case.options))
 
 
-# A program for each group, then shares: of many groups, of parts of groups, of one
-# tile, of none.
-@pytest.mark.parametrize("programs", [0, 1, 5, 40])
+# Shares of many groups, of parts of groups, of one tile, of none; pieces of a tile, of
+# several, of a whole group.
+@pytest.mark.parametrize(("programs", "piece"), [(1, 2), (5, 1), (5, 4), (40, 8)])
 @pytest.mark.parametrize(("n", "window"), [(None, None), (2, 25)])
-def test_shares(programs, n, window, interpret):
+@pytest.mark.parametrize("page", [None, 32])
+def test_shares(programs, piece, n, window, page, interpret):
     options = {} if window is None else {"window": window}
     case = make_case(
         b=5, s=90, n=n, lengths=(90, 3, 0, 33, 64), n_active=(2, 1, 2, 0, 2), **options
     )
-    config = configs.Config(block=16, programs=programs, num_warps=4, num_stages=2)
+    case = case if page is None else case.paged(page)
+    config = configs.Config(16, piece, programs, num_warps=4, num_stages=2)
     attend = functools.partial(
-        triton.attend, scale=64**-0.5, interpret=interpret, config=config, **options
+        triton.attend,
+        scale=64**-0.5,
+        interpret=interpret,
+        config=config,
+        **case.options,
     )
     case.check(jax.jit(attend)(*case.args)[0])
     # The same with the last position still to be written.
@@ -165,10 +194,15 @@ def test_shares(programs, n, window, interpret):
 
 def take_newest(case):
     """Each sequence's newest keys and values, and the caches with garbage instead."""
-    rows, last = np.arange(case.q.shape[0]), np.asarray(case.lengths) - 1
+    last = np.asarray(case.lengths) - 1
+    rows, row = np.arange(len(last)), np.maximum(last, 0)
+    if "table" in case.options:
+        page = case.k_cache.shape[2]
+        rows = np.asarray(case.options["table"])[rows, row // page]
+        row = row % page
     caches = case.k_cache, case.v_cache
-    new = tuple(cache[rows, :, np.maximum(last, 0)] for cache in caches)
-    at = rows[last >= 0], slice(None), last[last >= 0]
+    new = tuple(cache[rows, :, row] for cache in caches)
+    at = rows[last >= 0], slice(None), row[last >= 0]
     return new, tuple(cache.at[at].set(np.nan) for cache in caches)
 
 
@@ -179,15 +213,118 @@ def check_appended(case, written):
         np.testing.assert_array_equal(cache, expected)  # NaN equals NaN here
 
 
+@pytest.mark.parametrize("page", [None, 32])
 @pytest.mark.parametrize("name", ["gqa", "mha-dense-d96", "window", "softcap", "long"])
-def test_append_and_attend(name, implementation):
+def test_append_and_attend(name, page, implementation):
     case = make_case(**CASES[name])
+    case = case if page is None else case.paged(page)
     new, caches = take_newest(case)
     checked = jaxtyped(typechecker=beartype)(append_and_attend)
     attend = functools.partial(checked, implementation=implementation, **case.options)
     out, *written = jax.jit(attend)(case.q, *new, *caches, *case.args[3:])
     case.check(out)
     check_appended(case, written)
+
+
+# Lists of entries of a table for each group, or one for all; the last is empty.
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("piece", [1, 8])
+def test_lists_of_pages(shared, appends, piece, implementation):
+    b, k, s, page = 4, 3, 230, 32
+    lengths = (230, 70, 33, 224)
+    case = make_case(b=b, s=s, lengths=lengths, n=2, n_active=(2, 1, 2, 2))
+    rng = np.random.default_rng(piece)
+    m = -(-s // page)
+    lists = np.full((b, 1 if shared else k, 5), 7)
+    counts = rng.integers(1, 4, lists.shape[:2])
+    counts[3, 0] = 0
+    lists[:] = rng.choice([-3, 10**6, 0], lists.shape)  # behind the counts, anything
+    selected = np.asarray(case.heads)
+    for i, j in np.ndindex(*lists.shape[:2]):
+        lists[i, j, : counts[i, j]] = rng.permutation(m)[: counts[i, j]]
+    case.expected[:] = 0
+    q, keys, values = (
+        np.asarray(x, np.float64) for x in (case.q, case.k_cache, case.v_cache)
+    )
+    for i in range(b):
+        for group in selected[i, : case.n_active[i]]:
+            row = 0 if shared else group
+            entries = lists[i, row, : counts[i, row]]
+            at = {x for e in entries for x in range(e * page, (e + 1) * page)}
+            if appends and len(entries):
+                at.add(lengths[i] - 1)
+            at = sorted(x for x in at if x < lengths[i])
+            if at:
+                case.expected[i, 2 * group : 2 * group + 2] = exact(
+                    q[i, 2 * group : 2 * group + 2],
+                    keys[i, group],
+                    values[i, group],
+                    at,
+                )
+    case = case.paged(page)
+    lists, counts = (jnp.asarray(x, jnp.int32) for x in (lists, counts))
+    options = {**case.options, "pages": lists, "n_pages": counts}
+    if implementation != "xla":
+        config = configs.Config(16, piece, 7, num_warps=4, num_stages=2)
+        options = {
+            **case.options,
+            "pages": (lists, counts),
+            "scale": 64**-0.5,
+            "interpret": implementation == "triton_interpret",
+            "config": config,
+        }
+        new, caches = take_newest(case) if appends else (None, case.args[1:3])
+        out, *_ = triton.attend(case.q, *caches, *case.args[3:], new, **options)
+    elif appends:
+        new, caches = take_newest(case)
+        out, *_ = append_and_attend(
+            case.q,
+            *new,
+            *caches,
+            *case.args[3:],
+            implementation=implementation,
+            **options,
+        )
+    else:
+        out = run(case.args, implementation, **options)
+    case.check(out)
+
+
+def exact(q, keys, values, at):
+    """Attention of some queries [g, d] to some positions, in float64."""
+    scores = q @ keys[at].T / np.sqrt(q.shape[1])
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return weights @ values[at] / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n", [None, 2])
+def test_a_result_is_the_same_bits_among_any_mates(n, dtype, implementation):
+    case = make_case(
+        b=6,
+        s=700,
+        n=n,
+        n_active=(2,),
+        dtype=dtype,
+        lengths=(700, 3, 650, 70, 520, 0),
+    ).paged(64)
+    want = np.asarray(run(case.args, implementation, **case.options))
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        order = rng.permutation(6)
+        lengths = np.asarray(case.lengths)[order]
+        lengths[3:] = rng.integers(0, 701, 3)  # other mates
+        others = [case.heads, case.n_active, case.options["table"]]
+        heads, n_active, table = (x if x is None else x[order] for x in others)
+        if n_active is not None:
+            n_active = n_active.at[3:].set(rng.integers(0, 3))
+        found = run(
+            (case.q[order], *case.args[1:3], jnp.asarray(lengths), heads, n_active),
+            implementation,
+            **{**case.options, "table": table},
+        )
+        np.testing.assert_array_equal(np.asarray(found)[:3], want[order[:3]])
 
 
 def test_append_refuses_other_shapes_and_dtypes():
@@ -312,6 +449,42 @@ WRONG = {
 }
 
 
+# The same of pages.
+WRONG_PAGES = {
+    r"table has shape \(2, 1\); it must be \[3, m\]": dict(
+        table=np.zeros((2, 1), "i4")
+    ),
+    r"table is int16\[3, 1\]; it must be int32": dict(table=np.zeros((3, 1), "i2")),
+    r"pages is given without n_pages": dict(pages=np.zeros((3, 1, 1), "i4")),
+    r"n_pages is given without pages": dict(n_pages=np.zeros((3, 1), "i4")),
+    r"pages is given without a table": dict(
+        pages=np.zeros((3, 1, 1), "i4"), n_pages=np.zeros((3, 1), "i4"), table=None
+    ),
+    r"pages has shape \(3, 2, 1\); it must be \[3, 3, p\]": dict(
+        pages=np.zeros((3, 2, 1), "i4"), n_pages=np.zeros((3, 2), "i4")
+    ),
+    r"n_pages is int32\[3, 3\]; it must be int32\[3, 1\]": dict(
+        pages=np.zeros((3, 1, 1), "i4"), n_pages=np.zeros((3, 3), "i4")
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_PAGES)
+def test_wrong_pages(message):
+    case = make_case()
+    table = jnp.zeros((3, 1), jnp.int32)
+    options = {"table": table, **WRONG_PAGES[message]}
+    with pytest.raises(ValueError, match=message):
+        select_head_attention(*case.args, **options)
+
+
+def test_pages_that_the_kernel_cannot_serve():
+    case = make_case().paged(20)
+    with pytest.raises(NotImplementedError, match="multiple of 16 positions, not 20"):
+        select_head_attention(*case.args, implementation="triton", **case.options)
+    case.check(select_head_attention(*case.args, implementation="xla", **case.options))
+
+
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments(message):
     case = make_case()
@@ -378,10 +551,37 @@ def test_lowers_for_cuda(model, dtype, lower_for_cuda, monkeypatch):
         config = configs.heuristic(
             b=b, n=count, g=h // k, s=s, d=d, itemsize=jnp.dtype(dtype).itemsize
         )
-        assert text.count("@__gpu$xla.gpu.triton") == (2 if config.programs else 1)
+        tiles = -(-s // config.block)
+        kernels = 2 if tiles > config.piece else 1
+        assert text.count("@__gpu$xla.gpu.triton") == kernels
         # The caches go to the kernel as they are: no copy in another order.
         assert "stablehlo.transpose" not in text
         assert "stablehlo.gather" not in text
+
+
+@pytest.mark.parametrize("lists", [None, "shared", "own"])
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "opt-2.7b", "smollm2-135m"])
+def test_pages_lower_for_cuda(model, lists, lower_for_cuda):
+    b, h, k, s, d, n = MODELS[model]
+    spec, index = (
+        jax.ShapeDtypeStruct,
+        functools.partial(jax.ShapeDtypeStruct, dtype="i4"),
+    )
+    pool, new = (spec(x, "bfloat16") for x in ((1000, k, 64, d), (b, k, d)))
+    arrays = [spec((b, h, d), "bfloat16"), new, new, pool, pool, index((b,))]
+    arrays += [index((b, n)), index((b,)), index((b, s // 64))]
+    if lists is not None:
+        rows = 1 if lists == "shared" else k
+        arrays += [index((b, rows, 16)), index((b, rows))]
+
+    def attend(*args):
+        options = dict(zip(("table", "pages", "n_pages"), args[8:], strict=False))
+        return append_and_attend(*args[:8], implementation="triton", **options)
+
+    text = lower_for_cuda(attend, *arrays)
+    assert text.count("@__gpu$xla.gpu.triton") == 2
+    assert "stablehlo.transpose" not in text
+    assert "stablehlo.gather" not in text
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -391,7 +591,8 @@ def test_heuristic_fits_the_hardware(itemsize, d, s):
     for b, n, g in ((1, 1, 1), (1, 8, 4), (16, 5, 8), (64, 72, 1), (4, 1, 128)):
         config = configs.heuristic(b=b, n=n, g=g, s=s, d=d, itemsize=itemsize)
         assert config.block >= 16 and config.block.bit_count() == 1
-        assert 0 <= config.programs <= b * n * -(-s // config.block)
+        assert config.piece.bit_count() == 1
+        assert 1 <= config.programs <= b * n * -(-s // config.block)
         padded = 1 << (d - 1).bit_length()
         tiles = 2 * config.block * padded * itemsize * config.num_stages
         assert tiles <= 96 * 1024
