@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._backend import Implementation, resolve
-from pallas_kernels.attention import reference, triton
+from pallas_kernels.attention import paged, reference, triton
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -30,9 +30,10 @@ def select_head_attention(
 
     Query head `i` belongs to KV group `i // g` with `g = h // k`; a selected group
     computes all its `g` query heads. The softmax is in float32. What the caches
-    hold at and beyond a sequence's length never reaches the output. Nor do its
-    batch-mates: with arrays of the same shapes a sequence's output is the same bits
-    whatever the others are, and whichever pages it has.
+    hold at and beyond a sequence's length never reaches the output.
+
+    With a table nor do its batch-mates: with arrays of the same shapes a sequence's
+    output is the same bits whatever the others are, and whichever pages it has.
 
     Source: Select Head/Group Attention, Polar Sparsity section 4 (arXiv 2505.14884);
     pages as in PagedAttention (arXiv 2309.06180).
@@ -76,8 +77,8 @@ def select_head_attention(
     """
     _check(q, k_cache, v_cache, lengths, heads, n_active, paged=table is not None)
     where = _check_pages(q, k_cache, table, pages, n_pages)
-    args = (q, k_cache, v_cache, lengths, heads, n_active, None, *where)
-    return _attend(args, scale, window, softcap, implementation)[0]
+    args = (q, k_cache, v_cache, lengths, heads, n_active, None)
+    return _attend(args, where, scale, window, softcap, implementation)[0]
 
 
 def append_and_attend(
@@ -152,11 +153,11 @@ def append_and_attend(
                 f"{name} is {array.dtype}{list(array.shape)}; it must be "
                 f"{q.dtype}{list(shape)}"
             )
-    args = (q, k_cache, v_cache, lengths, heads, n_active, (k_new, v_new), *where)
-    return _attend(args, scale, window, softcap, implementation)
+    args = (q, k_cache, v_cache, lengths, heads, n_active, (k_new, v_new))
+    return _attend(args, where, scale, window, softcap, implementation)
 
 
-def _attend(args, scale, window, softcap, implementation):
+def _attend(args, where, scale, window, softcap, implementation):
     for name, option in (("window", window), ("softcap", softcap)):
         if option is not None and not option > 0:
             raise ValueError(f"{name} is {option}; it must be positive, or None")
@@ -165,9 +166,11 @@ def _attend(args, scale, window, softcap, implementation):
     options = {"scale": scale, "window": window, "softcap": softcap}
     with jax.named_scope("select_head_attention"):
         if implementation == "xla":
-            return reference.attend(*args, **options)
+            return reference.attend(*args, *where, **options)
         interpret = implementation == "triton_interpret"
-        return triton.attend(*args, **options, interpret=interpret)
+        if where == (None, None):
+            return triton.attend(*args, **options, interpret=interpret)
+        return paged.attend(*args, *where, **options, interpret=interpret)
 
 
 def _check(q, k_cache, v_cache, lengths, heads, n_active, paged: bool) -> None:

@@ -1,0 +1,551 @@
+"""Attention over selected KV groups as a Pallas kernel for Triton.
+
+A selected group of one sequence is computed for all its `g` query heads at once, so
+that its keys and values are read once: decoding is bound by those bytes. Its cache is
+read in tiles of `block` positions, each of which lies in one page. A fixed number of
+programs shares all tiles of all selected groups evenly (see `pieces`), in pieces that
+depend on the group's own list of tiles alone, so that the whole GPU is busy until the
+end and a result is the same bits whatever else is in the batch. A group of several
+pieces has partial results, which a second, small kernel adds up (FlashDecoding).
+
+Triton wants arrays of power-of-two size and dots of at least 16 rows: head dims and
+groups are padded with masked loads, never in memory.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels._backend import once, pltriton
+from pallas_kernels._dot import dot
+from pallas_kernels.attention.configs import PagedConfig, paged_heuristic
+from pallas_kernels.attention.fold import fold_pieces
+from pallas_kernels.attention.pieces import Work
+
+_MAX_GROUP = 128
+_MAX_HEAD_DIM = 256
+_LOG2_E = math.log2(math.e)
+
+
+@once("scale", "window", "softcap", "interpret", "config")
+def attend(
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    heads,
+    n_active,
+    new=None,
+    table=None,
+    pages=None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    interpret: bool = False,
+    config: PagedConfig | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `select_head_attention` and, for new, `append_and_attend`.
+
+    Args:
+        q: as there.
+        k_cache: likewise.
+        v_cache: likewise.
+        lengths: likewise.
+        heads: likewise.
+        n_active: likewise.
+        new: keys and values to append, [b, k, d] each; None for none.
+        table: as there.
+        pages: lists of pages and their lengths, both or None.
+        scale: as there.
+        window: likewise.
+        softcap: likewise.
+        interpret: whether to interpret the kernels.
+        config: None for the table's or the heuristic's.
+
+    Returns:
+        The output, and the caches: as they came, or with the new keys and values.
+    """
+    b, h, d = q.shape
+    k, page = k_cache.shape[1:3]
+    g = h // k
+    if g > _MAX_GROUP or d > _MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"the Triton attention kernel serves up to {_MAX_GROUP} query heads per "
+            f"KV group and a head dim up to {_MAX_HEAD_DIM}, not {g} and {d}; "
+            "implementation='xla' serves any"
+        )
+    if table is not None and page % 16:
+        raise NotImplementedError(
+            f"the Triton attention kernel serves pages of a multiple of 16 positions, "
+            f"not {page}; implementation='xla' serves any"
+        )
+    n = k if heads is None else heads.shape[1]
+    s = page if table is None else page * table.shape[1]
+    if config is None:
+        facts = {"b": b, "n": n, "g": g, "s": s, "d": d, "itemsize": q.dtype.itemsize}
+        config = paged_heuristic(**facts, page=None if table is None else page)
+    lists, counts = (None, None) if pages is None else pages
+    work = Work(
+        s=s,
+        n=n,
+        block=config.block,
+        piece=config.piece,
+        programs=config.programs,
+        entries=None if lists is None else lists.shape[2],
+        parts=1 if table is None else page // config.block,
+        window=window,
+    )
+    static = _Static(work, b, k, g, d, scale, softcap)
+    inputs = _Inputs(
+        lengths, heads, n_active, table, lists, counts, q, new, k_cache, v_cache
+    )
+    several = None
+    if work.most_pieces > 1:
+        shape = (b, n, work.most_pieces, g)
+        several = (
+            jax.ShapeDtypeStruct((*shape, d), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct((b, n, 2), jnp.int32),
+        )
+    caches, aliases = None, {}
+    if new is not None:  # written in place
+        caches = tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in inputs[-2:])
+        place = len(jax.tree.leaves(inputs)) - 2
+        aliases = {place: 0, place + 1: 1}
+    written, pieces, out = pl.pallas_call(
+        functools.partial(_attend_share, static=static),
+        grid=(config.programs,),
+        out_shape=(caches, several, jax.ShapeDtypeStruct(q.shape, q.dtype)),
+        input_output_aliases=aliases,
+        interpret=interpret,
+        compiler_params=pltriton.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+    )(inputs)
+    if pieces is not None:
+        options = {"num_stages": config.num_stages, "interpret": interpret}
+        out = fold_pieces(*pieces, out, **options)
+    return out, *(written or (k_cache, v_cache))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What a kernel is compiled for: the work, the glossary's dimensions, options."""
+
+    work: Work
+    b: int
+    k: int
+    g: int
+    d: int
+    scale: float
+    softcap: float | None
+
+
+class _Inputs(NamedTuple):
+    """What a call reads: arrays outside of the kernels, refs inside."""
+
+    lengths: jax.Array  # [b]
+    heads: jax.Array | None  # [b, n]; None is every group
+    n_active: jax.Array | None  # [b]; None is n
+    table: jax.Array | None  # [b, m]; None where each sequence has one page, its own
+    lists: jax.Array | None  # [b, k or 1, p]; None is every page
+    counts: jax.Array | None  # [b, k or 1]
+    q: jax.Array  # [b, h, d]
+    new: tuple[jax.Array, jax.Array] | None  # keys and values to append, [b, k, d]
+    k_cache: jax.Array  # [pages, k, page, d]
+    v_cache: jax.Array  # [pages, k, page, d]
+
+    def active(self, sequence, static):
+        """How many groups are selected for a sequence, or for each of an array."""
+        if self.n_active is None:
+            return jnp.full_like(sequence, static.work.n)
+        return static.work.groups(self.n_active[sequence])
+
+    def group(self, sequence, slot, static, mask=None):
+        """The group in a slot of a sequence's selection, or in each of an array."""
+        if self.heads is None:
+            return slot
+        at = self.heads.at[sequence, slot]
+        group = pltriton.load(at, mask=mask, other=None if mask is None else 0)
+        # The clip keeps a wrong index from reading outside of the cache.
+        return jnp.clip(group, 0, static.k - 1)
+
+    def row(self, group):
+        """Which list a group reads."""
+        assert self.counts is not None
+        return group if self.counts.shape[1] > 1 else jnp.zeros_like(group)
+
+
+class _Line:
+    """The line of all tiles, which every program works out from the lengths.
+
+    It consists of runs of equal lists: the groups of a sequence, or where each group
+    has a list of its own, one group.
+    """
+
+    def __init__(self, inputs, static):
+        self.static, work = static, static.work
+        own = inputs.counts is not None and inputs.counts.shape[1] > 1
+        self.each = work.n if own else 1  # runs of a sequence
+        runs = static.b * self.each
+        self.index = jnp.arange(pl.next_power_of_2(runs), dtype=jnp.int32)
+        there = self.index < runs
+        sequence = lax.div(self.index, self.each)
+
+        def load(ref, *at):
+            return pltriton.load(ref.at[at], mask=there, other=0)
+
+        lengths = load(inputs.lengths, sequence)
+        groups = jnp.where(there, work.n, 0)
+        if inputs.n_active is not None:
+            groups = work.groups(load(inputs.n_active, sequence))
+        if inputs.counts is None:
+            _, self.tiles = work.tiles(lengths)
+        else:
+            slot = lax.rem(self.index, self.each)
+            group = inputs.group(sequence, slot, static, there) if own else slot
+            self.tiles = work.listed(lengths, load(inputs.counts, sequence, group))
+        if own:
+            groups = (slot < groups).astype(jnp.int32)
+        self.ends = jnp.cumsum(self.tiles * groups)
+        self.total = jnp.sum(self.tiles * groups)
+
+    def find(self, tile):
+        """The selected group that a tile is of; any that exists, beyond the last tile.
+
+        Returns:
+            Its sequence, its slot in the sequence's selection, and where in the line
+            its tiles start and stop.
+        """
+        work = self.static.work
+        before = self.ends <= tile
+        run = jnp.sum(before.astype(jnp.int32))
+        start = jnp.max(jnp.where(before, self.ends, 0))
+        tiles = jnp.sum(jnp.where(self.index == run, self.tiles, 0))
+        slot = lax.div(tile - start, jnp.maximum(tiles, 1))
+        start += slot * tiles
+        run = jnp.minimum(run, self.static.b * self.each - 1)
+        slot = jnp.minimum(slot, work.n - 1)
+        if self.each > 1:
+            slot = lax.rem(run, self.each)
+        return lax.div(run, self.each), slot, start, start + tiles
+
+    def piece_at(self, start, stop, tile):
+        """Where the first piece of a list begins that does so at a tile or behind.
+
+        Args:
+            start: of the list in the line.
+            stop: behind its last tile.
+            tile: within them.
+        """
+        size = self.static.work.piece_tiles(stop - start)
+        ahead = lax.div(tile - start + (size - 1), size) * size
+        return jnp.minimum(start + ahead, stop)
+
+
+def _attend_share(
+    inputs: _Inputs,
+    cache_refs,  # None, or the caches, to append to
+    piece_refs,  # None, or what fold_pieces takes
+    out_ref,  # [b, h, d]
+    *,
+    static: _Static,
+):
+    """Attend over the pieces that begin in one program's share of all tiles."""
+    program, work = pl.program_id(0), static.work
+    line = _Line(inputs, static)
+    begin, count = work.share(line.total, program)
+    end = begin + count
+
+    def look_up(tile):
+        sequence, slot, *tiles = line.find(tile)
+        return *tiles, _load_group(inputs, sequence, slot, static)
+
+    def attend_group(carry):
+        tile, first, behind, loaded = carry
+        # What begins in this share is computed to its end.
+        stop = line.piece_at(first, behind, jnp.minimum(end, behind))
+        # The next one's indices and queries are on their way meanwhile.
+        following = look_up(stop)
+        span = tile - first, stop - first, behind - first
+        acc, log = _attend_tiles(inputs, piece_refs, loaded, *span, static)
+        whole = behind - first <= work.piece_tiles(behind - first)
+
+        @pl.when(whole)
+        def _():
+            _store_group(out_ref, loaded, acc, static)
+
+        if piece_refs is not None:
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                _store_piece(piece_refs, loaded, span[1] - 1, span[2], acc, log, static)
+
+        return stop, *following
+
+    _, _, first, behind = line.find(begin)
+    tile = line.piece_at(first, jnp.maximum(behind, begin), begin)
+    lax.while_loop(lambda carry: carry[0] < end, attend_group, (tile, *look_up(tile)))
+
+    def finish(i, _):
+        sequence = program + i * work.programs
+        tiles = _finish_groups(inputs, out_ref, sequence, static)
+        if piece_refs is not None:
+            _count_pieces(inputs, piece_refs[2], sequence, tiles, static)
+        _append(inputs, cache_refs, sequence, static)
+
+    lax.fori_loop(0, pl.cdiv(static.b - program, work.programs), finish, None)
+
+
+class _Group(NamedTuple):
+    """What a program needs to know of a group before it can read its cache."""
+
+    sequence: jax.Array
+    slot: jax.Array
+    group: jax.Array
+    length: jax.Array
+    q: jax.Array  # [rows, cols]; rows are the group's query heads
+    new: tuple[jax.Array, ...] | None  # key and value to append, [cols]
+
+
+def _load_group(inputs, sequence, slot, static) -> _Group:
+    group = inputs.group(sequence, slot, static)
+    rows, cols, mask = _head_tile(static.g, static.d)
+    at = inputs.q.at[sequence, (group * static.g + rows)[:, None], cols[None, :]]
+    q = pltriton.load(at, mask=mask, other=0)
+    new = None
+    if inputs.new is not None:
+        new = tuple(
+            pltriton.load(ref.at[sequence, group, cols], mask=cols < static.d, other=0)
+            for ref in inputs.new
+        )
+    return _Group(sequence, slot, group, inputs.lengths[sequence], q, new)
+
+
+def _attend_tiles(inputs, piece_refs, loaded, start, stop, tiles, static):
+    """Attention of one group over some pieces of its list.
+
+    All but the last are stored where `fold_pieces` finds them.
+
+    Args:
+        inputs: of the kernel.
+        piece_refs: likewise.
+        loaded: of the group.
+        start: number of the first tile in the list, where a piece begins.
+        stop: behind the last one.
+        tiles: of the whole list.
+        static: of the kernel.
+
+    Returns:
+        The output of the last piece alone, [rows, cols] float32, and the log2 of its
+        sum of weights, [rows].
+    """
+    work = static.work
+    _, _, group, length, q, new = loaded
+    oldest, cached = work.positions(length)
+    if new is not None:  # It is not read from the cache: nobody knows if it is there.
+        cached -= 1
+    rows, cols, _ = _head_tile(static.g, static.d)
+    steps = jnp.arange(work.block, dtype=jnp.int32)
+    size = work.piece_tiles(tiles)
+
+    def step(index, carry):
+        top, total, acc, (tile, page) = carry  # [rows], [rows], [rows, cols], scalars
+        # Where the next one lies is on its way before it is needed.
+        following = _find_tile(inputs, loaded, index + 1, static)
+        positions = tile * work.block + steps
+        seen = positions < cached
+        if inputs.lists is not None:
+            seen &= positions >= 0
+        if work.window is not None:
+            seen &= positions >= oldest
+        # Masked loads yield 0 for what is not seen, where the cache may hold NaN.
+        mask = seen[:, None]
+        if static.d < cols.shape[0]:
+            mask &= (cols < static.d)[None, :]
+        begin = tile if inputs.table is None else lax.rem(tile, work.parts)
+        at = (page, group, (begin * work.block + steps)[:, None], cols[None, :])
+        keys = pltriton.load(inputs.k_cache.at[at], mask=mask, other=0)
+        values = pltriton.load(inputs.v_cache.at[at], mask=mask, other=0)
+        scores = _scale_scores(dot(q, keys, 1), static)
+        scores = jnp.where(seen[None, :], scores, -jnp.inf)
+        weights, carry = _weigh(scores, jnp.max(scores, axis=1), top, total, acc)
+        top, total, acc = carry
+        total = total + jnp.sum(weights, axis=1)
+        acc = acc + dot(weights.astype(values.dtype), values, 0)
+        if piece_refs is not None:
+            ends = (lax.rem(index + 1, size) == 0) & (index + 1 < stop)
+
+            @pl.when(ends)
+            def _():
+                piece = _normalized(top, total, acc)
+                _store_piece(piece_refs, loaded, index, tiles, *piece, static)
+
+            top = jnp.where(ends, -jnp.inf, top)
+            total = jnp.where(ends, 0.0, total)
+            acc = jnp.where(ends, 0.0, acc)
+        return top, total, acc, following
+
+    top = jnp.full(rows.shape, -jnp.inf, jnp.float32)
+    total = jnp.zeros(rows.shape, jnp.float32)
+    acc = jnp.zeros((rows.shape[0], cols.shape[0]), jnp.float32)
+    first = _find_tile(inputs, loaded, start, static)
+    carry = lax.fori_loop(start, stop, step, (top, total, acc, first))
+    top, total, acc, _ = carry
+    if new is not None:
+        key, value = (array.astype(jnp.float32)[None, :] for array in new)
+        scores = _scale_scores(jnp.sum(q.astype(jnp.float32) * key, axis=1), static)
+        scores = jnp.where(stop == tiles, scores, -jnp.inf)
+        weights, carry = _weigh(scores[:, None], scores, top, total, acc)
+        top, total, acc = carry
+        total, acc = total + jnp.sum(weights, axis=1), acc + weights * value
+    return _normalized(top, total, acc)
+
+
+def _find_tile(inputs, loaded, index, static):
+    """A tile of a group's list: its number in the sequence, and the page it is in."""
+    work = static.work
+    if inputs.lists is None:
+        tile = work.tiles(loaded.length)[0] + index
+    else:
+        row = inputs.row(loaded.group)
+        last = inputs.lists.shape[2] - 1
+        entry = jnp.minimum(lax.div(index, work.parts), last)
+        entry = inputs.lists[loaded.sequence, row, entry]
+        tile = entry * work.parts + lax.rem(index, work.parts)
+    if inputs.table is None:
+        return tile, loaded.sequence
+    # Behind the list there is nothing, and a list may say anything.
+    entry = jnp.clip(lax.div(tile, work.parts), 0, inputs.table.shape[1] - 1)
+    page = inputs.table[loaded.sequence, entry]
+    return tile, jnp.clip(page, 0, inputs.k_cache.shape[0] - 1)
+
+
+def _weigh(scores, highest, top, total, acc):
+    """The online softmax: weights of scores [rows, n], and what was before, rescaled.
+
+    Args:
+        scores: in units of log2, -inf for what is not seen.
+        highest: of each row.
+        top: the highest so far, [rows].
+        total: of the weights so far, [rows].
+        acc: weighted sums so far, [rows, cols].
+
+    Returns:
+        Weights [rows, n], and (top, total, acc) without them.
+    """
+    new_top = jnp.maximum(top, highest)
+    # Where nothing has been seen yet: 0, not NaN.
+    base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+    weights = jnp.exp2(scores - base[:, None])
+    rescale = jnp.exp2(top - base)
+    return weights, (new_top, total * rescale, acc * rescale[:, None])
+
+
+def _normalized(top, total, acc):
+    """The output of a piece, 0 where nothing is seen, and log2 of its weights' sum."""
+    some = jnp.where(total == 0.0, 1.0, total)
+    return acc / some[:, None], top + jnp.log2(total)
+
+
+def _scale_scores(scores, static):
+    """Products of queries and keys to scores in units of log2: exp2 is in hardware."""
+    if static.softcap is None:
+        return scores * (static.scale * _LOG2_E)
+    capped = jnp.tanh(scores * (static.scale / static.softcap))
+    return capped * (static.softcap * _LOG2_E)
+
+
+def _finish_groups(inputs, out_ref, sequence, static):
+    """Zero the outputs of the groups of a sequence that nothing else writes.
+
+    Returns:
+        Tiles of each of its selected groups, [slots], 0 beyond those that count.
+    """
+    work = static.work
+    rows, cols, mask = _head_tile(static.k * static.g, static.d)
+    slots = jnp.arange(pl.next_power_of_2(work.n), dtype=jnp.int32)
+    counts = slots < inputs.active(sequence, static)
+    groups = inputs.group(sequence, slots, static, counts)
+    length = inputs.lengths[sequence]
+    if inputs.counts is None:
+        tiles = jnp.broadcast_to(work.tiles(length)[1], slots.shape)
+    else:
+        row = inputs.row(groups)
+        at = inputs.counts.at[sequence, row]
+        tiles = work.listed(length, pltriton.load(at, mask=counts, other=0))
+    tiles = jnp.where(counts, tiles, 0)
+    same = (rows // static.g)[:, None] == groups[None, :]
+    same &= (tiles > 0)[None, :]
+    written = jnp.max(same.astype(jnp.int32), axis=1) > 0
+    at = out_ref.at[sequence, rows[:, None], cols[None, :]]
+    zeros = jnp.zeros(mask.shape, out_ref.dtype)
+    pltriton.store(at, zeros, mask=mask & jnp.logical_not(written)[:, None])
+    return tiles
+
+
+def _count_pieces(inputs, counts_ref, sequence, tiles, static):
+    """Say what is left to add up of a sequence."""
+    work = static.work
+    slots = jnp.arange(pl.next_power_of_2(work.n), dtype=jnp.int32)
+    there = slots < work.n
+    groups = inputs.group(sequence, slots, static, there)
+    pieces = work.pieces(tiles)
+    pieces = jnp.where(pieces > 1, pieces, 0)
+    pltriton.store(counts_ref.at[sequence, slots, 0], pieces, mask=there)
+    pltriton.store(counts_ref.at[sequence, slots, 1], groups, mask=there)
+
+
+def _append(inputs, cache_refs, sequence, static):
+    """Write a sequence's new keys and values, of all groups, into the caches."""
+    if inputs.new is None:
+        return
+    work = static.work
+    _, end = work.positions(inputs.lengths[sequence])
+    position = end - 1
+    groups, cols, mask = _head_tile(static.k, static.d)
+    mask &= position >= 0
+    page, row = sequence, position
+    if inputs.table is not None:
+        size = work.block * work.parts
+        entry = jnp.maximum(lax.div(position, size), 0)
+        page = jnp.clip(inputs.table[sequence, entry], 0, inputs.k_cache.shape[0] - 1)
+        row = lax.rem(position, size)
+    for new_ref, cache_ref in zip(inputs.new, cache_refs, strict=True):
+        at = new_ref.at[sequence, groups[:, None], cols[None, :]]
+        new = pltriton.load(at, mask=mask, other=0)
+        at = cache_ref.at[page, groups[:, None], row, cols[None, :]]
+        pltriton.store(at, new, mask=mask)
+
+
+def _store_piece(piece_refs, loaded, index, tiles, acc, log, static):
+    """Store what the piece with a tile of a list comes to, see `fold_pieces`."""
+    partials_ref, logs_ref, _ = piece_refs
+    piece = lax.div(index, static.work.piece_tiles(tiles))
+    rows, cols, mask = _head_tile(static.g, static.d)
+    at = loaded.sequence, loaded.slot, piece, rows
+    pltriton.store(logs_ref.at[at], log, mask=rows < static.g)
+    at = (*at[:3], rows[:, None], cols[None, :])
+    pltriton.store(partials_ref.at[at], acc, mask=mask)
+
+
+def _store_group(out_ref, loaded, acc, static):
+    """Store the outputs of a group's query heads."""
+    rows, cols, mask = _head_tile(static.g, static.d)
+    heads = (loaded.group * static.g + rows)[:, None]
+    at = out_ref.at[loaded.sequence, heads, cols[None, :]]
+    pltriton.store(at, acc.astype(out_ref.dtype), mask=mask)
+
+
+def _head_tile(count, d):
+    """The indices of a tile of heads, [rows] and [cols], and which of it exist."""
+    rows = jnp.arange(max(pl.next_power_of_2(count), 16), dtype=jnp.int32)
+    cols = jnp.arange(pl.next_power_of_2(d), dtype=jnp.int32)
+    return rows, cols, (rows < count)[:, None] & (cols < d)[None, :]
