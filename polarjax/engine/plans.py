@@ -121,6 +121,11 @@ class Plan:
     reads: tuple[Piece, ...] = ()
     decodes: tuple[int, ...] = ()
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to send to the device."""
+        return not (self.frees or self.tables or self.reads or self.decodes)
+
 
 @dataclasses.dataclass(slots=True)
 class Draft:

@@ -5,10 +5,13 @@ plan plus a constant, and the plan at which it needs its next page, or has asked
 its tokens, is known when it starts or grows: it is noted under that plan's number, and
 `Part.grow` looks at those that are due, not at all.
 
-A page that is needed and not there makes somebody give way: whoever has been asked for
-all its tokens and only waits to be told so; else, of those with the largest priority
-number, who has computed least; and never one alone. Who ranks first thus always goes
-on, so all come to their end.
+A page that is needed and not there makes somebody give way: who has asked for all its
+tokens and only waits to hear of its end; else, of those with the largest priority
+number, who has computed least; and never one alone. The other end of that order always
+goes on, so all come to their end.
+
+Between two plans a table has just the pages that hold something. It gets the next one
+in the plan whose step writes the first position there.
 """
 
 from __future__ import annotations
@@ -75,9 +78,6 @@ class Part:
     def admit(self, sequence: Sequence, draft: Draft) -> bool:
         """Give a sequence a slot, which must be free, and pages, if there is room.
 
-        A new one's first piece is read, as far as this plan may: before the next one is
-        looked at, which so can share its pages.
-
         Returns:
           Whether there was room: for all of its prompt, and some to grow for those who
           run.
@@ -112,7 +112,6 @@ class Part:
             pool.count(prompt.length, sequence.done)
         draft.begins.append(Begin(sequence.id, slot, sequence.done))
         insort(self._readers, (sequence.priority, sequence.order, sequence))
-        self.read(draft)
         return True
 
     def _watermark(self) -> int:
@@ -164,30 +163,29 @@ class Part:
         """Give pages to those who need one for this plan's step.
 
         Returns:
-          Those who had to give way, to be put back into the queue.
+          Those who had to give way for it, to be put back into the queue.
         """
         growing: list[Sequence] = []
         for sequence in self._due.pop(self.number, ()):
             if sequence.due != self.number:
-                continue  # it has left, or comes up a second time
-            sequence.due = -1
+                continue  # it has left meanwhile
             if sequence.positions(self.number) == sequence.end:
                 self._stop_decoding(sequence, State.DRAWN)
             else:
                 growing.append(sequence)
-        gave_way = []
+        preempted = []
         while self.pool.available < len(growing):
             victim = self._victim()
             if victim.state is not State.DRAWN:
-                gave_way.append(victim)
-            self._give_way(victim, draft)
+                preempted.append(victim)
+            self._preempt(victim, draft)
             growing = [each for each in growing if each.state is State.DECODING]
         for sequence in growing:
             [page] = self.pool.take(1)
             draft.tables.append((sequence.slot, len(sequence.table), page))
             sequence.table.append(page)
             self._note(sequence)
-        return gave_way
+        return preempted
 
     def _victim(self) -> Sequence:
         def rank(sequence: Sequence) -> tuple[bool, int, int, int]:
@@ -198,15 +196,14 @@ class Part:
         assert len(self.live) > 1, "one alone has all pages"
         return max(self.live.values(), key=rank)
 
-    def _give_way(self, victim: Sequence, draft: Draft) -> None:
+    def _preempt(self, victim: Sequence, draft: Draft) -> None:
         slot, table, state = victim.slot, victim.table, victim.state
         self.vacate(victim, draft)
         if state is State.READING:  # dense, and so read again as it was
-            victim.state, victim.done = State.WAITING, 0
+            victim.state = State.WAITING
         elif state is State.DECODING:
             victim.state = State.SWAPPED
-            kept = tuple(table[: self.pool.pages_for(victim.done)])
-            draft.swaps_out.append(SwapOut(victim.id, slot, kept, victim.done))
+            draft.swaps_out.append(SwapOut(victim.id, slot, tuple(table), victim.done))
 
     def vacate(self, sequence: Sequence, draft: Draft) -> None:
         """Take slot and pages from a sequence, for others from this plan on.

@@ -204,11 +204,11 @@ class Scheduler:
           now: the time that deadlines are compared to; it must not go back.
         """
         expired, draft = self._expire(now), self._draft
-        gave_way = [each for part in self._parts for each in part.grow(draft)]
-        for sequence in gave_way:
+        preempted = [each for part in self._parts for each in part.grow(draft)]
+        for sequence in preempted:
             self._waiting.put_back(sequence)
-        self.preemptions += len(gave_way)
-        if not gave_way:  # they would come back at once
+        self.preemptions += len(preempted)
+        if not preempted:  # or they would come back at once
             self._admit(draft)
         for part in self._parts:
             while part.reader and part.may_read:
@@ -238,7 +238,8 @@ class Scheduler:
                 return
             part = max(rooms, key=lambda part: part.pool.available)
             reader = part.reader
-            # Who is being read goes on first, unless the new one matters more.
+            # Who is being read goes on first, so that an equal prompt finds its pages;
+            # unless the new one matters more.
             if not resumed and reader and reader.priority <= sequence.priority:
                 part.read(draft)
             elif part.admit(sequence, draft):

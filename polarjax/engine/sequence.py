@@ -75,7 +75,6 @@ class Sequence:
 
     def used(self, number: int) -> int:
         """Of its cost, what the plans before the one of this number take."""
-        if self.state is State.DRAWN:
-            return self.cost
-        drawn = self.state in (State.DECODING, State.SWAPPED)  # the newest, not written
+        # The newest of those drawn is not written.
+        drawn = self.state not in (State.WAITING, State.READING)
         return self.positions(number) + drawn

@@ -27,7 +27,7 @@ from polarjax.engine.sequence import Sequence
 class _Client:
     """One client within one priority."""
 
-    served: int  # tokens charged
+    served: int = 0  # tokens charged
     waiting: OrderedDict[int, Sequence] = dataclasses.field(default_factory=OrderedDict)
     going: int = 0  # sequences taken that have not left
 
@@ -57,7 +57,7 @@ class _Level:
     def add(self, sequence: Sequence) -> None:
         client = self.clients.get(sequence.client)
         if client is None:
-            client = self.clients[sequence.client] = _Client(self._floor)
+            client = self.clients[sequence.client] = _Client()
         if not client.waiting:
             self._waiting += 1
             client.served = max(client.served, self._floor)

@@ -358,8 +358,8 @@ def test_pages_in_the_cache_need_no_copy_back():
 
 
 def test_who_only_waits_to_be_told_gives_way_first_and_is_not_swapped():
-    one = run(slots=2, pages=14, late=30)
-    one.add("done", range(16), 2)
+    one = run(slots=2, pages=18, late=30)
+    one.add("done", range(32), 2)
     one.add("grows", range(100, 116), 20)
     for _ in range(25):
         one.step()
@@ -425,13 +425,12 @@ def test_clients_get_equal_tokens_whatever_their_sizes():
 
 def test_who_was_away_has_saved_nothing_up():
     one = run(slots=1, prefill_tokens=100)
-    for i in range(50):
+    for i in range(100):
         one.add(("a", i), [i], 2, client="a")
     for _ in range(60):
         one.step()
     for i in range(20):
         one.add(("b", i), [i], 2, client="b")
-        one.add(("a", 50 + i), [i], 2, client="a")
     start = len(one.begun())
     for _ in range(40):
         one.step()
@@ -619,7 +618,7 @@ class Load:
                 prompt,
                 int(self.rng.integers(1, self.new)),
                 client=self.count % self.clients,
-                deadline=1e9,
+                deadline=1e9 * (1 + self.rng.random()),
             )
             self.count += 1
             self.open += 1
@@ -677,11 +676,55 @@ def reachable_bytes(start):
     "plans", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
 )
 def test_a_long_life_takes_no_more_memory(plans):
-    load = Load(8, waiting=4, new=40)
+    load = Load(8, waiting=4, clients=10**9, new=40)
     load.run(5_000)
     early = reachable_bytes(load.scheduler)
     load.seconds.clear()
     for _ in range(plans):
         load.step()
     assert load.count > plans / 10
-    assert reachable_bytes(load.scheduler) < 1.2 * early
+    assert reachable_bytes(load.scheduler) < 1.5 * early  # some 12 sequences are here
+
+
+def test_who_comes_and_goes_while_all_is_full_leaves_nothing_behind():
+    scheduler = Scheduler(1, 20, page=PAGE)
+    scheduler.add("runs", [1], 60)
+    scheduler.add("waits", [1], 60, client="first")
+    scheduler.plan()
+
+    def visit(times):
+        for i in range(times):
+            more = {"client": ("other", i % 7), "deadline": 9.0 - i, "priority": i // 9}
+            scheduler.add("visitor", [1], 2, **more)
+            scheduler.cancel("visitor")
+        scheduler.plan(-1e9)
+        return reachable_bytes(scheduler)
+
+    assert visit(5_000) < 1.2 * visit(100)
+
+
+def test_who_found_no_room_is_not_looked_up_until_pages_come_back(monkeypatch):
+    one, looked = run(slots=4, pages=20), []
+    [pool] = one.scheduler.pools
+    match = pool.match
+    monkeypatch.setattr(pool, "match", lambda *a: looked.append(a) or match(*a))
+    one.add("a", range(20), 24)
+    one.add("b", range(40, 100), 9)
+    for _ in range(15):
+        one.step()
+    assert len(looked) == 2
+    one.finish()
+    assert len(looked) == 3
+
+
+def test_a_prompt_that_comes_back_from_the_host_is_known_again():
+    one = run(slots=3, pages=20, prefill_tokens=100)
+    one.add("a", range(12), 60)
+    one.add("b", range(100, 112), 40)
+    while not any(plan.swaps_in for plan in one.plans):
+        one.step()
+    assert one.plans[-1].swaps_in[0].copies[0][0] == 1  # its head alone was still known
+    one.add("c", range(100, 112), 2)
+    one.finish()
+    assert one.step().empty and not one.plans[0].empty
+    assert [b.cached for p in one.plans for b in p.begins] == [0, 0, 8]
