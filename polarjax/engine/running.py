@@ -10,8 +10,9 @@ tokens and only waits to hear of its end; else, of those with the largest priori
 number, who has computed least; and never one alone. The other end of that order always
 goes on, so all come to their end.
 
-Between two plans a table has just the pages that hold something. It gets the next one
-in the plan whose step writes the first position there.
+Who is admitted gets the pages of a whole prompt, and of the position after it. Between
+two plans the table of one that decodes has just the pages that hold something; the next
+one comes in the plan whose step writes the first position there.
 """
 
 from __future__ import annotations
@@ -243,5 +244,5 @@ class Part:
         for slot in self._decoding:
             sequence = self.live[slot]
             assert id(sequence) in noted, f"{sequence.id!r} will not grow"
-            held = len(sequence.table) * self.pool.page
-            assert held >= sequence.positions(self.number), "a step without its page"
+            needed = self.pool.pages_for(sequence.positions(self.number))
+            assert len(sequence.table) == needed, f"{sequence.id!r} has other pages"
