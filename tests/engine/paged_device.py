@@ -27,11 +27,11 @@ class Device:
 
     Args:
       scheduler: whose plans they are.
-      page: positions of each.
     """
 
-    def __init__(self, scheduler, page):
-        self.scheduler, self.page = scheduler, page
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        page = self.page = scheduler.pools[0].page
         self.memory = [
             [[None] * page for _ in range(pool.pages)] for pool in scheduler.pools
         ]

@@ -19,9 +19,9 @@ PAGE = 4
 class Run:
     """A scheduler, its device, and a host that hears of endings some plans late."""
 
-    def __init__(self, scheduler, page=PAGE, late=0):
+    def __init__(self, scheduler, late=0):
         self.scheduler, self.late = scheduler, late
-        self.device = Device(scheduler, page)
+        self.device = Device(scheduler)
         self.plans, self.given_up = [], set()
         self._coming = collections.deque([()] * late)
 
@@ -66,15 +66,15 @@ def run(slots=4, pages=40, late=0, **more):
     return Run(Scheduler(slots, pages, page=PAGE, **more), late=late)
 
 
-def random_run(seed, **settings):
+def random_run(seed, parts=1):
     """Sequences of all kinds come and go; returns the run, all of it over."""
     rng = np.random.default_rng(seed)
-    parts = settings.pop("parts", 1)
-    pages = int(rng.integers(12, 40))
+    page = int(rng.choice([1, 3, 4, 7]))
+    pages = int(rng.integers(12, 40)) * 4 // page
     scheduler = Scheduler(
         parts * int(rng.integers(2, 7)),
         pages,
-        page=PAGE,
+        page=page,
         prefill_tokens=int(rng.integers(3, 30)),
         pieces=int(rng.integers(1, 5)),
         parts=parts,
@@ -82,7 +82,7 @@ def random_run(seed, **settings):
     one = Run(scheduler, late=int(rng.integers(0, 3)))
     stems = [rng.integers(0, 9, 24).tolist() for _ in range(3)]
     ids, now = [], 0.0
-    while len(ids) < settings.get("count", 60) or len(scheduler):
+    while len(ids) < 60 or len(scheduler):
         for _ in range(rng.poisson(0.7) if len(ids) < 60 else 0):
             id = len(ids)
             stem = stems[rng.integers(3)][: rng.integers(0, 25)]
@@ -104,7 +104,7 @@ def random_run(seed, **settings):
                 prefix=bool(rng.random() < 0.9),
             )
             ids.append(id)
-        if ids and rng.random() < settings.get("cancels", 0.1):
+        if ids and rng.random() < 0.1:
             one.cancel(ids[rng.integers(len(ids))])
         now += 1.0
         one.step(now)
