@@ -5,7 +5,12 @@ salt and all tokens up to it, so that sequences with one beginning may share it;
 drawn token's, the sequence. A cell is written once between two takings of its page.
 """
 
+import collections
 import itertools
+
+from polarjax.engine.scheduler import Scheduler
+
+PAGE = 4
 
 
 def beginnings(prompt, salt):
@@ -171,3 +176,53 @@ class Device:
     def forget(self, sequence):
         """The host has given a sequence up."""
         self.host.pop(sequence, None)
+
+
+class Run:
+    """A scheduler, its device, and a host that hears of endings some plans late."""
+
+    def __init__(self, scheduler, late=0):
+        self.scheduler, self.late = scheduler, late
+        self.device = Device(scheduler)
+        self.plans, self.given_up = [], set()
+        self._coming = collections.deque([()] * late)
+
+    def add(self, id, prompt, new, stops_after=None, **more):
+        self.device.add(id, prompt, more.get("salt", b""), new, stops_after)
+        self.scheduler.add(id, prompt, new, **more)
+
+    def cancel(self, id):
+        self.scheduler.cancel(id)
+        self.device.forget(id)
+        self.given_up.add(id)
+
+    def step(self, now=0.0):
+        plan = self.scheduler.plan(now)
+        self.scheduler.check()
+        for id in plan.expired:
+            self.device.forget(id)
+            self.given_up.add(id)
+        self._coming.append(self.device.run(plan))
+        for id in self._coming.popleft():
+            self.scheduler.ended(id)
+            self.device.forget(id)
+        self.plans.append(plan)
+        return plan
+
+    def finish(self, most=10_000):
+        for _ in range(most):
+            if not len(self.scheduler):
+                break
+            self.step()
+        assert not len(self.scheduler), "somebody never ends"
+        self.step()
+        for pool in self.scheduler.pools:
+            assert pool.available == pool.pages - 1
+        assert not self.device.host and not self.device.slots
+
+    def begun(self):
+        return [begin.sequence for plan in self.plans for begin in plan.begins]
+
+
+def run(slots=4, pages=40, late=0, **more):
+    return Run(Scheduler(slots, pages, page=PAGE, **more), late=late)
