@@ -1,8 +1,8 @@
 """The reference of `attend_chunk` in plain XLA; also what serves on a CPU.
 
-A loop over items of up to 64 rows of a piece, and in it one over tiles of about 256
-positions, up to the item's last: time and memory do not depend on how long the table
-is. All shapes within are fixed, so that a row's bits do not depend on the packing.
+A loop over items of up to 64 rows of a piece, and in it one over pages, up to that of
+the item's last position: time and memory do not depend on how long the table is. All
+shapes within are fixed, so that a row's bits do not depend on the packing.
 """
 
 from typing import Any
@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._backend import once
+from pallas_kernels._backend import once, traced_gpu
 from pallas_kernels._put import put
 from pallas_kernels.attention.items import Items
 
 _ROWS = 64
-_TILE = 256
 
 
 @once("scale", "window", "softcap")
@@ -40,8 +39,6 @@ def attend(
     m = table.shape[1]
     g = h // k
     items = Items(n=n, r=slots.shape[0], rows=_ROWS)
-    columns = jnp.arange(min(max(_TILE // page, 1), m), dtype=jnp.int32)
-    tile = columns.shape[0] * page
     steps = jnp.arange(_ROWS, dtype=jnp.int32)
 
     def attend_item(item, out):
@@ -54,17 +51,14 @@ def attend(
         oldest = jnp.zeros_like(positions)
         if window is not None:
             oldest = jnp.maximum(positions - (window - 1), 0)
-        pages = table.at[slots[piece]].get(mode="clip")
+        slot = jnp.clip(slots[piece], 0, table.shape[0] - 1)
         queries = q.at[rows].get(mode="clip").reshape(_ROWS, k, g, d)
 
         def step(index, carry):
             top, total, acc = carry  # [k, g, rows], [k, g, rows], [k, g, rows, d]
-            at = pages.at[index * columns.shape[0] + columns].get(mode="clip")
-            keys, values = (
-                x[jnp.clip(at, 0, p - 1)].swapaxes(0, 1).reshape(k, tile, d)
-                for x in (k_pages, v_pages)
-            )
-            places = index * tile + jnp.arange(tile, dtype=jnp.int32)
+            number = jnp.clip(table[slot, index], 0, p - 1)
+            keys, values = (_page(pages, number) for pages in (k_pages, v_pages))
+            places = index * page + jnp.arange(page, dtype=jnp.int32)
             seen = (places <= positions[:, None]) & (places >= oldest[:, None])
             # The values are masked as well: a weight of 0 does not silence NaN.
             known = (places >= oldest[0]) & (places < end)
@@ -87,7 +81,7 @@ def attend(
             jnp.zeros((k, g, _ROWS), jnp.float32),
             jnp.zeros((k, g, _ROWS, d), jnp.float32),
         )
-        bounds = lax.div(oldest[0], tile), lax.div(end + (tile - 1), tile)
+        bounds = lax.div(oldest[0], page), lax.div(end + (page - 1), page)
         _, total, acc = lax.fori_loop(*bounds, step, carry)
         # Rows of no piece may have seen nothing.
         part = acc / jnp.where(total == 0.0, 1.0, total)[..., None]
@@ -96,6 +90,17 @@ def attend(
 
     total = jnp.sum(items.counts(counts))
     return lax.fori_loop(0, total, attend_item, jnp.zeros_like(q))
+
+
+def _page(pages: jax.Array, number: jax.Array) -> jax.Array:
+    """One page of a pool, copying no other."""
+    if pages.dtype.itemsize != 2 or traced_gpu() is not None:
+        return pages[number]
+    # XLA on a CPU slices no 16-bit floats, but makes a float32 copy of the whole: they
+    # are read as bits. Without the barrier it copies those, in front of the loop.
+    bits, number = lax.optimization_barrier((pages, number))
+    bits = lax.bitcast_convert_type(bits, jnp.uint16)[number]
+    return lax.bitcast_convert_type(bits, pages.dtype)
 
 
 def _dot(subscripts, x, y) -> jax.Array:

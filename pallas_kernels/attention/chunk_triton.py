@@ -200,10 +200,10 @@ def _attend_tiles(inputs: _Inputs, item: _Item, static: _Static) -> jax.Array:
     block_q, block_k = static.config.block_q, static.config.block_k
     d = inputs.q.shape[2]
     cols = jnp.arange(ceil_power_of_two(d), dtype=jnp.int32)
-    # Scores are multiplied by it last, after the mask, as part of one fused
-    # multiply-add with the top: in units of log2, as exp2 is in hardware.
+    # To scores in units of log2, as exp2 is in hardware. They are multiplied last, in
+    # one fused multiply-add with the difference from the top.
     factor = (static.softcap or static.scale) * _LOG2_E
-    oldest = item.positions * 0
+    oldest = jnp.zeros_like(item.positions)
     if static.window is not None:
         oldest = jnp.maximum(item.positions - (static.window - 1), 0)
 
@@ -225,18 +225,20 @@ def _attend_tiles(inputs: _Inputs, item: _Item, static: _Static) -> jax.Array:
         scores = dot(item.q, keys, 1)
         if static.softcap is not None:
             scores = jnp.tanh(scores * (static.scale / static.softcap))
+        seen = None
         if masked:
             seen = positions[None, :] <= item.positions[:, None]
             if static.window is not None:
                 seen &= positions[None, :] >= oldest[:, None]
-            scores = jnp.where(seen, scores, -jnp.inf)
-        top_here = jnp.max(scores, axis=1) * factor
-        new_top = jnp.maximum(top, top_here)
-        level = new_top
+        new_top = jnp.max(_hide(scores, seen, -jnp.inf), axis=1) * factor
+        new_top = level = jnp.maximum(top, new_top)
         if static.window is not None:
             # Of a row that has seen nothing yet it is -inf; -inf - -inf is NaN.
             level = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+        # What is not seen is hidden after the difference, not before, so that both
+        # loops have the same product before it, to fuse or not.
         weights = jnp.exp2(scores * factor - level[:, None])
+        weights = _hide(weights, seen, 0.0)
         rescale = jnp.exp2(top - level)
         total = total * rescale + jnp.sum(weights, axis=1)
         acc = acc * rescale[:, None] + dot(weights.astype(values.dtype), values, 0)
@@ -261,6 +263,11 @@ def _attend_tiles(inputs: _Inputs, item: _Item, static: _Static) -> jax.Array:
         start, end, functools.partial(step, masked=True), carry
     )
     return acc / total[:, None]
+
+
+def _hide(x: jax.Array, seen: jax.Array | None, value: float) -> jax.Array:
+    """The value in place of what is not seen; seen of None is all."""
+    return x if seen is None else jnp.where(seen, x, value)
 
 
 def _places(inputs, item, index, positions, block_k, cols):

@@ -402,6 +402,17 @@ def test_lowers_for_cuda(model, dtype, window, lower_for_cuda, monkeypatch):
             assert f"stablehlo.{copy}" not in text
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_no_copy_of_the_pool(dtype):
+    spec = jax.ShapeDtypeStruct
+    pages = spec((4000, 3, 64, 64), dtype)  # 98 MB
+    args = spec((64, 9, 64), dtype), pages, pages, spec((8, 64), "int32")
+    attend = jax.jit(functools.partial(attend_chunk, implementation="xla"))
+    compiled = attend.lower(*args, *[spec((8,), "int32")] * 4).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None and analysis.temp_size_in_bytes < 4e6
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("d", [8, 64, 80, 128, 256])
 @pytest.mark.parametrize("g", [1, 3, 4, 8, 128])
