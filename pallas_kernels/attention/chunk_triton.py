@@ -1,10 +1,10 @@
 """Attention of packed pieces of prompts over paged keys as a Pallas kernel for Triton.
 
-A program has one item, up to `block_q` rows of one piece, and one KV group: the group's
-`g` query heads of each of its rows stand under each other, so that its keys are read
-once for all of them. It walks the tiles of `block_k` positions of its sequence from
-position 0, or from the first tile that holds anything in its window, to the item's last
-position, with an online softmax (FlashAttention).
+A program has one item, some rows of one piece, and one KV group: the group's `g` query
+heads of each row stand under each other, up to `block_q` in all, so that its keys are
+read once for all of them. It walks the tiles of `block_k` positions of its sequence
+from position 0, or from the first tile that holds anything in its window, to the item's
+last position, with an online softmax (FlashAttention).
 
 A row's bits do not depend on the item that it is in. Tiles have fixed borders; one that
 a row does not see leaves its sums as they are, as it multiplies them by exp2(0) and
@@ -63,7 +63,7 @@ _TILE_BYTES = 16 * 1024
 
 def heuristic(*, g: int, d: int, itemsize: int) -> Config:
     """A config that always works, from the shapes and the bytes per element."""
-    padded = ceil_power_of_two(d)
+    padded = _columns(d)
     # float32 is multiplied without matrix units, from registers.
     most = _ACCUMULATOR // padded // (1 if itemsize == 2 else 4)
     block_q = max(min(most, 128), ceil_power_of_two(g), 16)
@@ -173,7 +173,7 @@ def _attend_item(inputs: _Inputs, _, out_ref, *, static: _Static):
         first = inputs.firsts[piece] + skipped
         # The query heads of one row of q stand together.
         lines = jnp.arange(static.config.block_q, dtype=jnp.int32)
-        cols = jnp.arange(ceil_power_of_two(d), dtype=jnp.int32)
+        cols = jnp.arange(_columns(d), dtype=jnp.int32)
         steps, heads = lax.div(lines, g), group * g + lax.rem(lines, g)
         rows = inputs.starts[piece] + skipped + steps
         valid = (steps < jnp.minimum(left, items.rows)) & (rows >= 0) & (rows < items.n)
@@ -199,7 +199,7 @@ def _attend_tiles(inputs: _Inputs, item: _Item, static: _Static) -> jax.Array:
     """The attention of an item's rows, [rows, cols] float32."""
     block_q, block_k = static.config.block_q, static.config.block_k
     d = inputs.q.shape[2]
-    cols = jnp.arange(ceil_power_of_two(d), dtype=jnp.int32)
+    cols = jnp.arange(_columns(d), dtype=jnp.int32)
     # To scores in units of log2, as exp2 is in hardware. They are multiplied last, in
     # one fused multiply-add with the difference from the top.
     factor = (static.softcap or static.scale) * _LOG2_E
@@ -263,6 +263,11 @@ def _attend_tiles(inputs: _Inputs, item: _Item, static: _Static) -> jax.Array:
         start, end, functools.partial(step, masked=True), carry
     )
     return acc / total[:, None]
+
+
+def _columns(d: int) -> int:
+    """The head dim as dots want it."""
+    return max(ceil_power_of_two(d), 16)
 
 
 def _hide(x: jax.Array, seen: jax.Array | None, value: float) -> jax.Array:
