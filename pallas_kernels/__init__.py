@@ -6,13 +6,18 @@
 `union_neurons` turn router scores into those selections, `needed_neurons` a router's
 hidden state. Nothing here knows of models: arrays in, arrays out. `product` is the
 matrix product of the dense model; `partial_product`, `split_heads`, `partial_mlp` and
-`add_norm` are what a decode step makes of it.
+`add_norm` are what a decode step makes of it. `attend_chunk` is the attention of
+prompts that are read in pieces, over pages.
 """
 
 from pallas_kernels._backend import Implementation, resolve, runnable, traced_gpu
 from pallas_kernels._dot import product
 from pallas_kernels._put import put
-from pallas_kernels.attention import append_and_attend, select_head_attention
+from pallas_kernels.attention import (
+    append_and_attend,
+    attend_chunk,
+    select_head_attention,
+)
 from pallas_kernels.mlp import (
     activate,
     gathered_mlp,
@@ -34,6 +39,7 @@ __all__ = [
     "activate",
     "add_norm",
     "append_and_attend",
+    "attend_chunk",
     "gathered_mlp",
     "masked_mlp",
     "needed_neurons",
