@@ -26,6 +26,7 @@ from polarjax.engine.checks import (
     make_sampling,
     settings_of,
     stop_table,
+    variant_of,
 )
 from polarjax.engine.chunk import Chunk, take
 from polarjax.engine.clock import Clock
@@ -393,9 +394,10 @@ class Engine:
             config = self.params.config
             density = np.array([s.density or 0 for s in self._settings], np.float32)
             sampling = make_sampling(config, self._settings)
+            variant, kind = variant_of(self._settings), type(self._bound)
             ends: Any = stop_table(self._settings)
             given: Any = density
-            data = programs.SlotData(given, sampling, ends, type(self._bound))
+            data = programs.SlotData(given, sampling, ends, variant, kind)
             self._given = jax.tree.map(self._placed, data)
         return self._given
 
