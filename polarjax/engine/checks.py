@@ -217,6 +217,22 @@ def check_lengths(ids: list[int], number: int, context: int, most: int) -> None:
         )
 
 
+def check_served(one: Settings) -> None:
+    """Raise where a request asks for what an engine does not do.
+
+    Args:
+      one: its settings.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    plain = Settings()
+    for name in ("n", "logprobs", "prompt_logprobs", "echo"):
+        value, only = getattr(one, name), getattr(plain, name)
+        if value != only:
+            raise ValueError(f"{name} must be {only}: no engine does {value!r} yet")
+
+
 def check_asked(
     density: float, taken: bool, policy: Policy, config: ModelConfig, slots: int
 ) -> None:

@@ -41,7 +41,7 @@ def filtered(
     """
     if scores.shape[-1] > 2**20:
         raise ValueError(f"filters know 2**20 tokens at most, not {scores.shape[-1]}")
-    order = _ordered(scores)
+    order = ordered(scores)
     likely = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     kept = likely >= min_p[:, None]
 
@@ -64,7 +64,7 @@ def filtered(
     return jnp.where(kept, scores, -jnp.inf)
 
 
-def _ordered(scores: jax.Array) -> jax.Array:
+def ordered(scores: jax.Array) -> jax.Array:
     """Integers in the order of some float32, uint32; both zeros are equal."""
     bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
     sign = jnp.uint32(1 << 31)

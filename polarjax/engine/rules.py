@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from polarjax.config import ModelConfig
+from polarjax.engine.rounding import rounded
 from polarjax.engine.settings import MOST_BIASES, Settings
 
 
@@ -56,6 +58,17 @@ class History:
 
     tokens: jax.Array
     prompt: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, context: int) -> Any:
+        """Of requests that have read nothing, as arrays of the host.
+
+        Args:
+          batch: requests, b.
+          context: tokens that there is room for.
+        """
+        tokens, prompt = np.zeros((batch, context), np.int32), np.zeros(batch, np.int32)
+        return cls(tokens, prompt)  # type: ignore[arg-type]
 
     def add(self, token: jax.Array, position: jax.Array, live: jax.Array) -> History:
         """With one more token of each live request.
@@ -114,7 +127,8 @@ def ruled(
 
     factor = jnp.where(seen, rules.repetition[:, None], 1.0)
     scores = jnp.where(scores > 0, scores / factor, scores * factor)
-    scores -= rules.frequency[:, None] * counts
+    scores = rounded(scores, position)
+    scores -= rounded(rules.frequency[:, None] * counts, position)
     scores -= jnp.where(counts > 0, rules.presence[:, None], 0.0)
     return jnp.where(rules.on[:, None], scores, logits)
 
@@ -143,19 +157,20 @@ def make_rules(
             packed = np.packbits(chosen, bitorder="little")
             allowed[i] = packed.view("<u4")
 
-    def numbers(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(one, name) for one in requests], dtype)
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.device_put(array)  # which compiles nothing
 
-    return jax.device_put(
-        Rules(
-            on=np.array([one.has_rules for one in requests], bool),
-            bias_ids=bias_ids,
-            bias=bias,
-            allowed=allowed,
-            min_tokens=numbers("min_tokens", np.int32),
-            ends=ends,
-            repetition=numbers("repetition_penalty", np.float32),
-            presence=numbers("presence_penalty", np.float32),
-            frequency=numbers("frequency_penalty", np.float32),
-        )
+    def numbers(name: str, dtype: type) -> jax.Array:
+        return put(np.array([getattr(one, name) for one in requests], dtype))
+
+    return Rules(
+        on=numbers("has_rules", bool),
+        bias_ids=put(bias_ids),
+        bias=put(bias),
+        allowed=put(allowed),
+        min_tokens=numbers("min_tokens", np.int32),
+        ends=put(ends),
+        repetition=numbers("repetition_penalty", np.float32),
+        presence=numbers("presence_penalty", np.float32),
+        frequency=numbers("frequency_penalty", np.float32),
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from polarjax.engine.filters import filtered
+from polarjax.engine.rounding import rounded
 from polarjax.engine.rules import History, Rules, ruled
 from polarjax.mesh.share import Share
 from polarjax.settings import draw_key
@@ -110,11 +111,13 @@ def draw(
         scores = ruled(logits, sampling.rules, history, position)
     if variant is not Variant.GREEDY:
         warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-        drawn = scores / jnp.maximum(warm, _COLDEST)[:, None]
+        # As XLA divides a row by one number, but always.
+        factor = 1 / jnp.maximum(warm, _COLDEST)
+        drawn = rounded(scores * factor[:, None], position)
         if filters:
             drawn = filtered(drawn, sampling.top_k, sampling.top_p, sampling.min_p)
         # The noise belongs to the token: a filter that removes nothing changes no draw.
-        drawn += _noise(sampling, position, logits.shape[-1], share)
+        drawn += noise(sampling, position, logits.shape[-1], share)
         scores = jnp.where(sampling.temperature[:, None] > 0, drawn, scores)
     token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     best, chosen = (
@@ -150,12 +153,22 @@ def _best_of_all(
     return token, chosen, jax.nn.logsumexp(mass, axis=-1)
 
 
-def _noise(
+def noise(
     sampling: Sampling, position: jax.Array, own: int, share: Share | None
 ) -> jax.Array:
-    """What draws by chance when it is added to log-probabilities, float32[b, own]."""
+    """What log-probabilities need added so that the best is one drawn by chance.
 
-    def noise(seed: jax.Array, sample: jax.Array, at: jax.Array) -> jax.Array:
+    Args:
+      sampling: of each request.
+      position: int32[b], tokens before the drawn one.
+      own: tokens that the logits are of.
+      share: of one device of several whose logits are of its part of the vocabulary.
+
+    Returns:
+      float32[b, own], by the Gumbel distribution.
+    """
+
+    def one(seed: jax.Array, sample: jax.Array, at: jax.Array) -> jax.Array:
         first = draw_key(seed)
         later = jax.random.fold_in(first, sample + jnp.uint32(_SAMPLES))
         key = jax.random.fold_in(jnp.where(sample > 0, later, first), at)
@@ -164,4 +177,4 @@ def _noise(
         whole = jax.random.gumbel(key, (own * parts,), jnp.float32)
         return whole.reshape(-1, own)[part]
 
-    return jax.vmap(noise)(sampling.seed, sampling.sample, position)
+    return jax.vmap(one)(sampling.seed, sampling.sample, position)
