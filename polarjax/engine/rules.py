@@ -21,7 +21,6 @@ class Rules:
     """How the scores of each request are changed before anything is drawn.
 
     Attributes:
-      on: bool[b], whether a request asks for any of it; the scores of others stay.
       bias_ids: int32[b, 300], tokens whose logits get something added; -1 for none.
       bias: float32[b, 300], what they get.
       allowed: uint32[b, ceil(v / 32)], one bit for each token, the lowest first: 1
@@ -34,7 +33,6 @@ class Rules:
       frequency: float32[b], as much once more for each time they occur there.
     """
 
-    on: jax.Array
     bias_ids: jax.Array
     bias: jax.Array
     allowed: jax.Array
@@ -99,7 +97,7 @@ def ruled(
 
     Returns:
       float32[b, v], -inf for what must not be drawn; bit for bit the logits where a
-      request asks for nothing.
+      request asks for nothing: all is exact of factors of 1 and of nothing to add.
     """
     b, v = logits.shape
     rows = jnp.arange(b)[:, None]
@@ -129,8 +127,7 @@ def ruled(
     scores = jnp.where(scores > 0, scores / factor, scores * factor)
     scores = rounded(scores, position)
     scores -= rounded(rules.frequency[:, None] * counts, position)
-    scores -= jnp.where(counts > 0, rules.presence[:, None], 0.0)
-    return jnp.where(rules.on[:, None], scores, logits)
+    return scores - jnp.where(counts > 0, rules.presence[:, None], 0.0)
 
 
 def make_rules(
@@ -164,7 +161,6 @@ def make_rules(
         return put(np.array([getattr(one, name) for one in requests], dtype))
 
     return Rules(
-        on=numbers("has_rules", bool),
         bias_ids=put(bias_ids),
         bias=put(bias),
         allowed=put(allowed),

@@ -35,6 +35,9 @@ KINDS = {
 }
 ORDER = list(KINDS)
 
+# Bits depend on what a compiler makes of a program.
+pytestmark = pytest.mark.usefixtures("as_users_do")
+
 jitted = jax.jit(draw, static_argnames="variant")
 
 

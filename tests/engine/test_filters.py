@@ -9,6 +9,9 @@ from polarjax.engine.filters import filtered
 
 ROWS = 64
 
+# Bits depend on what a compiler makes of a program.
+pytestmark = pytest.mark.usefixtures("as_users_do")
+
 jitted = jax.jit(filtered)
 
 
@@ -93,13 +96,16 @@ def test_the_rarest_are_kept_at_a_mass_of_1():
 
 
 def test_the_mass_of_many_rare_tokens_counts():
-    # Each has a millionth of the best one's part, and together they have a half.
+    # Each has a part of the best one's that is no whole number of units, and together
+    # they have most of the mass.
     v = 2**20
-    scores = np.full((2, v), -np.log(v - 1), np.float32)
+    scores = np.full((2, v), np.log(2.7 / (v - 1)), np.float32)
     scores[:, 0] = 0
     top_p, rest = np.array([0.75, 0.9], np.float32), np.zeros(2, np.float32)
     found = np.isfinite(jitted(scores, np.full(2, v, np.int32), top_p, rest)).sum(1)
-    np.testing.assert_allclose(found / v, [0.5, 0.8], rtol=1e-5)
+    np.testing.assert_allclose(
+        found / v, [(0.75 * 3.7 - 1) / 2.7, (0.9 * 3.7 - 1) / 2.7], rtol=1e-5
+    )
     with pytest.raises(ValueError, match=r"2\*\*20 tokens at most, not 1048577"):
         filtered(jnp.zeros((1, v + 1)), *(jnp.ones(1, jnp.int32) for _ in range(3)))
 

@@ -1,4 +1,4 @@
-"""Biases, bans and penalties: against `transformers`, alone and through an engine."""
+"""Biases, bans and penalties: by hand, and by `transformers`."""
 
 import dataclasses
 
@@ -6,24 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-import polarjax
 from polarjax.engine.checks import settings_of, stop_table
 from polarjax.engine.filters import filtered
 from polarjax.engine.rules import History, make_rules, ruled
-from tests.models import LLAMA, random_params
-from tests.policies.reference import random_prompts
+from tests.engine.rules_by_hand import CONFIG, EVERYTHING, by_hand
 
-V, CONTEXT = 75, 24
-CONFIG = dataclasses.replace(LLAMA, layers=2, vocab_size=V, context=64, eos_ids=(3,))
-EVERYTHING = {
-    "logit_bias": {0: 1.5, 7: -100, 74: 2.25, 11: 100},
-    "allowed_token_ids": [*range(0, 40), 70, 74],
-    "min_tokens": 12,
-    "repetition_penalty": 1.7,
-    "presence_penalty": 0.75,
-    "frequency_penalty": -0.4,
-}
-NOTHING = {name: getattr(polarjax.Settings(), name) for name in EVERYTHING}
+CONTEXT = 24
+
+# Bits depend on what a compiler makes of a program.
+pytestmark = pytest.mark.usefixtures("as_users_do")
 
 jitted = jax.jit(ruled)
 
@@ -33,7 +24,7 @@ def rules_of(asked, config=CONFIG):
     return make_rules(config, settings, stop_table(settings))
 
 
-def batch(rows, seed=0, v=V):
+def batch(rows, seed=0, v=CONFIG.vocab_size):
     """Logits, and histories of few different tokens: prompt, output, and garbage."""
     rng = np.random.default_rng(seed)
     logits = (rng.normal(size=(rows, v)) * 3).astype(np.float32)
@@ -43,27 +34,6 @@ def batch(rows, seed=0, v=V):
     tokens = rng.integers(0, 9, (rows, CONTEXT)).astype(np.int32)
     tokens[np.arange(CONTEXT) >= position[:, None]] = 20
     return logits, History(tokens, prompt), position
-
-
-def by_hand(logits, asked, tokens, prompt):
-    """What one row's logits become, step by step."""
-    one = {**NOTHING, "stop_ids": CONFIG.eos_ids, **asked}
-    scores, written = logits.copy(), list(tokens[prompt:])
-    for token, bias in (one["logit_bias"] or {}).items():
-        scores[token] += np.float32(bias)
-    if one["allowed_token_ids"] is not None:
-        scores[np.setdiff1d(np.arange(len(scores)), one["allowed_token_ids"])] = -np.inf
-    if len(written) < one["min_tokens"]:
-        scores[list(one["stop_ids"])] = -np.inf
-    factor = np.float32(one["repetition_penalty"])
-    for token in set(tokens):
-        x = scores[token]
-        scores[token] = x / factor if x > 0 else x * factor
-    for token in set(written):
-        times = np.float32(written.count(token))
-        scores[token] -= np.float32(one["frequency_penalty"]) * times
-        scores[token] -= np.float32(one["presence_penalty"])
-    return scores
 
 
 @pytest.mark.parametrize("name", [*EVERYTHING, "all"])
@@ -185,81 +155,3 @@ def test_a_history_grows_by_what_the_live_draw():
     live, token = np.array([True, False, True]), np.array([7, 8, 9], np.int32)
     after = history.add(token, np.array([1, 1, 4], np.int32), live)
     assert np.asarray(after.tokens).tolist() == [[0, 7, 0, 0], [0] * 4, [0] * 4]
-
-
-# Through an engine.
-
-LENGTHS = (3, 9, 1, 6, 4, 2)
-ASKED = [
-    {},
-    {"repetition_penalty": 3.0},
-    {"presence_penalty": 2.0, "frequency_penalty": 2.0},
-    {"logit_bias": {8: 100.0, 9: 99.5}, "frequency_penalty": 0.25},
-    {"allowed_token_ids": [3, 4, 5], "min_tokens": 4},
-    EVERYTHING,
-]
-
-
-@pytest.fixture(scope="module")
-def params():
-    return random_params(CONFIG, 1)
-
-
-def continued(params, prompt, asked, new):
-    """The greedy tokens of one prompt, one by one from the model's logits."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + new:
-        room = np.zeros((1, 32), int)
-        room[0, : len(tokens)] = tokens
-        logits = np.asarray(polarjax.logits(params, room)[0, len(tokens) - 1])
-        token = int(by_hand(logits, asked, tokens, len(prompt)).argmax())
-        if token in CONFIG.eos_ids:
-            break
-        tokens.append(token)
-    return tokens[len(prompt) :]
-
-
-def test_requests_with_rules_take_and_leave_rows(params):
-    prompts = random_prompts(CONFIG, LENGTHS, 1)
-    expected = [
-        continued(params, prompt, asked, 12 + i)
-        for i, (prompt, asked) in enumerate(zip(prompts, ASKED, strict=True))
-    ]
-    plain = polarjax.generate(params, prompts, max_new_tokens=12).tokens
-    assert sum(a[:12] != b for a, b in zip(expected, plain, strict=True)) >= 4
-    # Two rows for all: each begins while another goes on, in a row that others had.
-    with polarjax.Engine(params, slots=2, chunk=3) as engine:
-        requests = [
-            engine.add(prompt, polarjax.Settings(max_new_tokens=12 + i, **asked))
-            for i, (prompt, asked) in enumerate(zip(prompts, ASKED, strict=True))
-        ]
-        while not engine.idle:
-            engine.step()
-    assert [one.tokens for one in requests] == expected
-    names = dict(NOTHING, **EVERYTHING)
-    each = {n: [one.get(n, NOTHING[n]) for one in ASKED] for n in names}
-    together = polarjax.generate(
-        params, prompts, max_new_tokens=[12 + i for i in range(6)], **each
-    )
-    assert together.tokens == expected
-    assert len(expected[4]) >= 4 and set(expected[4]) <= {4, 5}
-
-
-def test_log_probabilities_are_the_models_own(params):
-    [prompt] = random_prompts(CONFIG, (5,), 2)
-    out = polarjax.generate(params, [prompt], max_new_tokens=12, **EVERYTHING)
-    ids = np.array([prompt + out.tokens[0]])
-    logprobs = np.asarray(jax.nn.log_softmax(polarjax.logits(params, ids)))[0]
-    own = logprobs[np.arange(4, 4 + len(out.tokens[0])), out.tokens[0]]
-    np.testing.assert_allclose(out.logprobs[0], own, atol=1e-4)
-
-
-def test_the_models_own_ends_may_be_ignored(params):
-    [prompt] = random_prompts(CONFIG, (5,), 2)
-    ends = {"logit_bias": {3: 100}, "max_new_tokens": 6}
-    assert polarjax.generate(params, [prompt], **ends).tokens == [[]]
-    assert polarjax.generate(params, [prompt], ignore_eos=True, **ends).tokens == [
-        [3] * 6
-    ]
-    given = polarjax.generate(params, [prompt], ignore_eos=True, stop_ids=[3], **ends)
-    assert given.tokens == [[]] and given.finish_reasons == ["stop"]
