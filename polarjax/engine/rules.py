@@ -126,7 +126,8 @@ def ruled(
     factor = jnp.where(seen, rules.repetition[:, None], 1.0)
     scores = jnp.where(scores > 0, scores / factor, scores * factor)
     scores = rounded(scores, position)
-    scores -= rounded(rules.frequency[:, None] * counts, position)
+    times = counts.astype(jnp.float32)
+    scores -= rounded(rules.frequency[:, None] * times, position)
     return scores - jnp.where(counts > 0, rules.presence[:, None], 0.0)
 
 
