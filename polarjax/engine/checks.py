@@ -127,7 +127,9 @@ def settings_of(
     v, found = config.vocab_size, {}
 
     def numbers(name: str, low: float, high: float, **kind: bool) -> None:
-        found[name] = per_request(name, given[name], batch, low, high, **kind)
+        values = per_request(name, given[name], batch, low, high, **kind)
+        plain_type = int if kind.get("whole") else float
+        found[name] = [x if x is None else plain_type(x) for x in values]
 
     name = "max_new_tokens"
     found[name] = [
@@ -141,7 +143,7 @@ def settings_of(
     numbers("min_p", 0.0, 1.0)
     numbers("seed", 0, 2**32 - 1, whole=True)
     if np.ndim(given["seed"]) == 0:
-        found["seed"] = [(int(s) + i) % 2**32 for i, s in enumerate(found["seed"])]
+        found["seed"] = [(s + i) % 2**32 for i, s in enumerate(found["seed"])]
     # Beyond these the scores may be infinite, and no longer say which is the best.
     numbers("repetition_penalty", 0.01, 100.0)
     numbers("presence_penalty", -2.0, 2.0)
@@ -182,12 +184,13 @@ def _of_one_mind(one: Settings, vocabulary: int) -> Settings:
             f"min_tokens must be at most max_new_tokens, {one.max_new_tokens}, got "
             f"{one.min_tokens}"
         )
-    allowed = one.allowed_token_ids
-    allowed = set(range(vocabulary) if allowed is None else allowed)
-    if one.min_tokens and allowed <= set(one.stop_ids or ()):
+    if not one.min_tokens:
+        return one
+    ends, allowed = set(one.stop_ids or ()), one.allowed_token_ids
+    if len(ends) == vocabulary or (allowed is not None and ends.issuperset(allowed)):
         raise ValueError(
-            f"min_tokens {one.min_tokens} leaves nothing to draw: allowed_token_ids "
-            "are all among the stop_ids"
+            f"min_tokens {one.min_tokens} leaves nothing to draw: all "
+            "allowed_token_ids are among the stop_ids"
         )
     return one
 

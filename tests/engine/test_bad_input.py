@@ -164,7 +164,7 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
         ),
         (
             {"min_tokens": 1, "stop_ids": [5, 6], "allowed_token_ids": [6]},
-            "min_tokens 1 leaves nothing to draw: allowed_token_ids .* stop_ids",
+            "min_tokens 1 leaves nothing to draw: all allowed_token_ids .* stop_ids",
         ),
         ({"min_tokens": 1, "stop_ids": range(257)}, "min_tokens 1 leaves nothing"),
         *(
@@ -233,6 +233,7 @@ def test_settings_of_one_request_or_of_each():
         "ignore_eos": True,
         "min_p": np.float32(0.5),
         "n": 3,
+        "top_k": np.array([4, 5]),
         "max_new_tokens": 9,
         "min_tokens": [0, 9],
     }
@@ -246,6 +247,7 @@ def test_settings_of_one_request_or_of_each():
         False,
     )
     assert (one.min_p, other.n, other.min_tokens, one.stop_ids) == (0.5, 3, 9, ())
+    assert type(one.min_p) is float and type(other.top_k) is int
     # One dict and one list are one value, and checked settings stay as they are.
     for several in (
         {"logit_bias": {1: 2}, "allowed_token_ids": [4, 5]},
