@@ -10,8 +10,8 @@ import pytest
 
 import polarjax
 from polarjax.engine import stats
-from polarjax.engine.checks import Settings, make_sampling
-from polarjax.engine.sampling import sample
+from polarjax.engine.checks import Settings, make_sampling, variant_of
+from polarjax.engine.sampling import draw as draw_tokens
 from polarjax.evaluation import Continuation, Scorer
 from polarjax.policies.random import draw as draw_ranking
 from polarjax.settings import draw_key
@@ -102,8 +102,9 @@ def test_a_seed_draws_what_it_always_drew(setting):
         rows = jnp.broadcast_to(logits, (batch, 12))
         position = jnp.full(batch, 5, jnp.int32)
         # JAX keeps what it traced under another implementation of keys.
-        traced_anew = jax.jit(lambda *given: sample(*given))
-        return traced_anew(rows, sampling, position)[0].tolist()
+        variant = variant_of(requests)
+        traced_anew = jax.jit(lambda *given: draw_tokens(*given, variant=variant))
+        return traced_anew(rows, None, sampling, position)[0].tolist()
 
     with SETTINGS[setting]() if setting else contextlib.nullcontext():
         # Recorded before keys and dtypes were fixed, under JAX's defaults.

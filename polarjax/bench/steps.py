@@ -25,7 +25,7 @@ from polarjax.bench.meshes import Devices, drawn_apart, of_one
 from polarjax.bench.shapes import Sparsity
 from polarjax.cache import PagedCache
 from polarjax.engine import places, prefill, programs
-from polarjax.engine.checks import Settings, make_sampling, stop_table
+from polarjax.engine.checks import Settings, make_sampling, stop_table, variant_of
 from polarjax.engine.programs import Drawn, State
 from polarjax.engine.stats import kv_rows, seen_tokens
 from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
@@ -187,6 +187,7 @@ def make_chunk(
             jnp.zeros(batch),
             make_sampling(params.config, requests),
             jnp.asarray(stop_table(requests)),
+            variant_of(requests),
         ),
     )
     return Chunk(programs.decode_chunk, (weights, policy), after, options)
@@ -344,6 +345,7 @@ def make_prefill(
         jnp.zeros(prompts),
         make_sampling(config, requests),
         jnp.asarray(stop_table(requests)),
+        variant_of(requests),
     )
     every, remaining = jnp.ones(prompts, bool), jnp.full(prompts, 10**8, jnp.int32)
 

@@ -9,12 +9,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from polarjax.config import ModelConfig
-from polarjax.engine.sampling import Sampling
+from polarjax.engine.rules import make_rules
+from polarjax.engine.sampling import Sampling, Variant
+from polarjax.engine.settings import (
+    MOST_ALTERNATIVES,
+    MOST_BIASES,
+    MOST_SAMPLES,
+    Settings,
+)
 from polarjax.engine.templates import check_text
 from polarjax.engine.tokenizer import Tokenizer
+from polarjax.engine.values import (
+    biases,
+    each,
+    flags,
+    listed,
+    per_request,
+    token_sets,
+)
 from polarjax.params import Params
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies.budgets import check_densities, count
@@ -82,7 +96,7 @@ def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
                 "lists of token ids"
             )
         return tokenizer.encode(prompt, name=f"prompt {i}")
-    ids = _listed(f"prompt {i}", prompt)
+    ids = listed(f"prompt {i}", prompt)
     if isinstance(ids, list | tuple):
         whole = [isinstance(x, int | np.integer) for x in ids]
         if all(whole) and not any(isinstance(x, bool) for x in ids):
@@ -90,89 +104,6 @@ def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
     raise TypeError(
         f"prompt {i} must be a str or a list of token ids, got {reprlib.repr(prompt)}"
     )
-
-
-def _listed(name: str, value: Any) -> Any:
-    """What an array holds, as Python has it; anything else as it is.
-
-    Raises:
-      TypeError: if the array is being traced.
-    """
-    if isinstance(value, list | tuple):
-        return [_listed(name, x) if isinstance(x, jax.Array) else x for x in value]
-    if isinstance(value, Tracer):
-        raise TypeError(
-            f"{name} is being traced: generate looks at its values, so it cannot be "
-            "called inside jax.jit"
-        )
-    return value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
-
-
-def _each(name: str, value: Any, batch: int) -> list[Any]:
-    """A list of one value per request, of one for all or of as many.
-
-    Raises:
-      ValueError: if there are several, but not one per request.
-    """
-    value = _listed(name, value)
-    many = isinstance(value, Sequence) and not isinstance(value, str)
-    values: list[Any] = list(value) if many else [value] * batch
-    if len(values) != batch:
-        raise ValueError(f"{name} has {len(values)} values for {batch} prompts")
-    return values
-
-
-def per_request(
-    name: str, value: Any, batch: int, low: float, high: float, whole: bool = False
-) -> list:
-    """A setting for each request, from one number or one per request.
-
-    Args:
-      name: for messages.
-      value: a number or a sequence of b numbers.
-      batch: b.
-      low: smallest value allowed.
-      high: largest.
-      whole: whether only integers will do.
-
-    Raises:
-      ValueError: naming the setting, the value and the range.
-    """
-    values = _each(name, value, batch)
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    what = "an integer" if whole else "a number"
-    for x in values:
-        right = isinstance(x, kinds) and not isinstance(x, bool)
-        if not right or not low <= x <= high:
-            raise ValueError(
-                f"{name} must be {what} from {low} to {high}, got {reprlib.repr(x)}"
-            )
-    return values
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How one request is continued; see `polarjax.generate`.
-
-    Attributes:
-      max_new_tokens: most tokens to add.
-      density: fraction of the KV groups to read; None for the policy's own budgets.
-      temperature: 0 for greedy.
-      top_k: most probable tokens to draw from; 0 for all.
-      top_p: probability mass to draw from.
-      seed: of the draws.
-      stop: strings that end the text.
-      stop_ids: token ids that end it; None for the model's own.
-    """
-
-    max_new_tokens: int = 64
-    density: float | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] | None = None
 
 
 def settings_of(
@@ -193,36 +124,75 @@ def settings_of(
     if unknown := sorted(asked.keys() - plain.keys()):
         raise TypeError(f"no setting {unknown[0]!r}: there are {', '.join(plain)}")
     given = {**plain, **asked}
+    v, found = config.vocab_size, {}
+
+    def numbers(name: str, low: float, high: float, **kind: bool) -> None:
+        values = per_request(name, given[name], batch, low, high, **kind)
+        plain_type = int if kind.get("whole") else float
+        found[name] = [x if x is None else plain_type(x) for x in values]
+
     name = "max_new_tokens"
-    most = [
-        min(positive(name, n), config.context) for n in _each(name, given[name], batch)
+    found[name] = [
+        min(positive(name, n), config.context) for n in each(name, given[name], batch)
     ]
-    stops = stop_strings(given["stop"], tokenizer)
-    ends = stop_tokens(given["stop_ids"], config)
-    densities = check_densities(given["density"], batch)
-    temperatures = per_request("temperature", given["temperature"], batch, 0.0, 1e6)
-    ks = per_request("top_k", given["top_k"], batch, 0, 2**31 - 1, whole=True)
-    ps = per_request("top_p", given["top_p"], batch, 0.0, 1.0)
-    if min(ps) <= 0:
-        raise ValueError(f"top_p must be above 0, got {min(ps)}")
-    seeds = per_request("seed", given["seed"], batch, 0, 2**32 - 1, whole=True)
+    numbers("temperature", 0.0, 1e6)
+    numbers("top_k", 0, 2**31 - 1, whole=True)
+    numbers("top_p", 0.0, 1.0)
+    if min(found["top_p"]) <= 0:
+        raise ValueError(f"top_p must be above 0, got {min(found['top_p'])}")
+    numbers("min_p", 0.0, 1.0)
+    numbers("seed", 0, 2**32 - 1, whole=True)
     if np.ndim(given["seed"]) == 0:
-        seeds = [(int(s) + i) % 2**32 for i, s in enumerate(seeds)]
-    return [
-        Settings(
-            max_new_tokens=limit,
-            density=float(density) or None,
-            temperature=float(temperature),
-            top_k=int(k),
-            top_p=float(p),
-            seed=int(seed),
-            stop=stops,
-            stop_ids=ends,
-        )
-        for limit, density, temperature, k, p, seed in zip(
-            most, densities, temperatures, ks, ps, seeds, strict=True
-        )
+        found["seed"] = [(s + i) % 2**32 for i, s in enumerate(found["seed"])]
+    # Beyond these the scores may be infinite, and no longer say which is the best.
+    numbers("repetition_penalty", 0.01, 100.0)
+    numbers("presence_penalty", -2.0, 2.0)
+    numbers("frequency_penalty", -2.0, 2.0)
+    numbers("min_tokens", 0, 2**31 - 1, whole=True)
+    numbers("n", 1, MOST_SAMPLES, whole=True)
+    numbers("sample", 0, 2**30, whole=True)
+    for name in ("logprobs", "prompt_logprobs"):
+        numbers(name, 0, MOST_ALTERNATIVES, whole=True, optional=True)
+    for name in ("ignore_eos", "echo"):
+        found[name] = flags(name, given[name], batch)
+    name = "logit_bias"
+    found[name] = biases(name, given[name], batch, v, MOST_BIASES)
+    name = "allowed_token_ids"
+    found[name] = token_sets(name, given[name], batch, v)
+    found["density"] = [
+        float(density) or None for density in check_densities(given["density"], batch)
     ]
+    found["stop"] = [stop_strings(given["stop"], tokenizer)] * batch
+    ends = stop_tokens(given["stop_ids"], config)
+    own = given["stop_ids"] is None
+    found["stop_ids"] = [
+        () if own and not_ours else ends for not_ours in found["ignore_eos"]
+    ]
+    rows = zip(*found.values(), strict=True)
+    settings = [Settings(**dict(zip(found, row, strict=True))) for row in rows]
+    return [_of_one_mind(one, v) for one in settings]
+
+
+def _of_one_mind(one: Settings, vocabulary: int) -> Settings:
+    """Settings that do not contradict each other.
+
+    Raises:
+      ValueError: naming two that do.
+    """
+    if one.min_tokens > one.max_new_tokens:
+        raise ValueError(
+            f"min_tokens must be at most max_new_tokens, {one.max_new_tokens}, got "
+            f"{one.min_tokens}"
+        )
+    if not one.min_tokens:
+        return one
+    ends, allowed = set(one.stop_ids or ()), one.allowed_token_ids
+    if len(ends) == vocabulary or (allowed is not None and ends.issuperset(allowed)):
+        raise ValueError(
+            f"min_tokens {one.min_tokens} leaves nothing to draw: all "
+            "allowed_token_ids are among the stop_ids"
+        )
+    return one
 
 
 def check_lengths(ids: list[int], number: int, context: int, most: int) -> None:
@@ -248,6 +218,22 @@ def check_lengths(ids: list[int], number: int, context: int, most: int) -> None:
             f"prompt {number} has {len(ids)} tokens, and this engine is made for "
             f"prompts of {most}: shorten it, or make the engine with more prompt_tokens"
         )
+
+
+def check_served(one: Settings) -> None:
+    """Raise where a request asks for what an engine does not do.
+
+    Args:
+      one: its settings.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    plain = Settings()
+    for name in ("n", "logprobs", "prompt_logprobs", "echo"):
+        value, only = getattr(one, name), getattr(plain, name)
+        if value != only:
+            raise ValueError(f"{name} must be {only}: no engine does {value!r} yet")
 
 
 def check_asked(
@@ -289,21 +275,34 @@ def make_sampling(config: ModelConfig, requests: Sequence[Settings]) -> Sampling
       requests: settings of each, checked.
     """
     v = config.vocab_size
-    ks = [min(one.top_k or v, v) for one in requests]
-    ps = [one.top_p for one in requests]
-    greedy = all(one.temperature == 0 for one in requests)
 
     def put(numbers: list, dtype: Any) -> jax.Array:
         return jax.device_put(np.array(numbers, dtype))  # which compiles nothing
 
+    ruled = any(one.has_rules for one in requests)
     return Sampling(
         put([one.temperature for one in requests], np.float32),
-        put(ks, np.int32),
-        put(ps, np.float32),
+        put([min(one.top_k or v, v) for one in requests], np.int32),
+        put([one.top_p for one in requests], np.float32),
+        put([one.min_p for one in requests], np.float32),
         put([one.seed for one in requests], np.uint32),
-        greedy=greedy,
-        filtered=not greedy and (min(ks) < v or min(ps) < 1),
+        put([one.sample for one in requests], np.uint32),
+        make_rules(config, requests, stop_table(requests)) if ruled else None,
     )
+
+
+def variant_of(requests: Sequence[Settings]) -> Variant:
+    """The least that draws for all of some requests.
+
+    Args:
+      requests: settings of each, checked.
+    """
+    if any(one.has_rules for one in requests):
+        return Variant.FULL
+    if any(one.has_filters for one in requests):
+        return Variant.FILTERED
+    drawn = any(one.temperature > 0 for one in requests)
+    return Variant.SAMPLED if drawn else Variant.GREEDY
 
 
 def stop_strings(stop: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
@@ -332,7 +331,7 @@ def stop_tokens(stop_ids: Any, config: ModelConfig) -> tuple[int, ...]:
     if stop_ids is None:
         return config.eos_ids
     v = config.vocab_size
-    stop_ids = _listed("stop_ids", stop_ids)
+    stop_ids = listed("stop_ids", stop_ids)
     several = isinstance(stop_ids, Sequence | set | frozenset)
     if not several or isinstance(stop_ids, str):
         raise ValueError(f"stop_ids must be a list of token ids, got {stop_ids!r}")

@@ -22,16 +22,19 @@ from polarjax.engine.checks import (
     check_asked,
     check_lengths,
     check_params,
+    check_served,
     encode_prompts,
     make_sampling,
     settings_of,
     stop_table,
+    variant_of,
 )
 from polarjax.engine.chunk import Chunk, take
 from polarjax.engine.clock import Clock
 from polarjax.engine.output import Output
-from polarjax.engine.places import on_devices, place_rows
+from polarjax.engine.places import insert, on_devices, place_rows
 from polarjax.engine.request import Request
+from polarjax.engine.rules import History
 from polarjax.engine.stats import make_stats
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
@@ -242,6 +245,7 @@ class Engine:
         return request
 
     def _request(self, ids: list[int], one: Settings, number: int) -> Request:
+        check_served(one)
         check_lengths(ids, number, self.context, self.prompt_tokens)
         if one.density is not None:
             takes = self._densities and self.policy.flexible
@@ -340,6 +344,7 @@ class Engine:
             remaining[row], admitted[row] = request.limit, True
             request.left = request.limit - 1
         self._given = None
+        self._note_prompts(taken)
         state = self._state
         cache, self._logits = prefill.read_prompts(
             self.params.weights,
@@ -361,6 +366,24 @@ class Engine:
         rows = [taken.get(i) for i in range(self.slots)]
         live = to_host(self._state.live)
         self._begun.append(Chunk(drawn, live, rows, call=None))
+
+    def _note_prompts(self, taken: dict[int, Request]) -> None:
+        """Put prompts into the history, which there is once a request has rules."""
+        room, parts = self._state.cache.capacity, axis_size(self.mesh, DP)
+        each = self.slots // parts
+        for row, request in taken.items():
+            if not request.settings.has_rules:
+                continue
+            history = self._state.history
+            if history is None:
+                history = self._placed(History.empty(self.slots, room))
+            # One at a time, as a part of the batch has one: a single program.
+            new, to = History.empty(parts, room), np.full(parts, each, np.int32)
+            part, to[row // each] = row // each, row % each
+            new.tokens[part, : len(request.prompt)] = request.prompt
+            new.prompt[part] = len(request.prompt)
+            history = self._clock.run(insert, history, new, to, mesh=self.mesh)
+            self._state = dataclasses.replace(self._state, history=history)
 
     def _decode(self, live: list[int]) -> None:
         left = max(self._rows[i].left for i in live)  # type: ignore[union-attr]
@@ -393,9 +416,10 @@ class Engine:
             config = self.params.config
             density = np.array([s.density or 0 for s in self._settings], np.float32)
             sampling = make_sampling(config, self._settings)
+            variant, kind = variant_of(self._settings), type(self._bound)
             ends: Any = stop_table(self._settings)
             given: Any = density
-            data = programs.SlotData(given, sampling, ends, type(self._bound))
+            data = programs.SlotData(given, sampling, ends, variant, kind)
             self._given = jax.tree.map(self._placed, data)
         return self._given
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,9 @@ from polarjax.policies.budgets import count
 from polarjax.policy import Dense, Load, Policy, check_policy
 from polarjax.settings import default_numbers
 
+Biases = Mapping[int, float] | None
+TokenIds = Sequence[int] | None
+
 
 @default_numbers
 def generate(
@@ -45,6 +48,14 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
+    min_p: float | Sequence[float] = 0.0,
+    repetition_penalty: float | Sequence[float] = 1.0,
+    presence_penalty: float | Sequence[float] = 0.0,
+    frequency_penalty: float | Sequence[float] = 0.0,
+    logit_bias: Biases | Sequence[Biases] = None,
+    allowed_token_ids: TokenIds | Sequence[TokenIds] = None,
+    min_tokens: int | Sequence[int] = 0,
+    ignore_eos: bool | Sequence[bool] = False,
     stream: Stream | None = None,
     chunk: int = 16,
     prefill_tokens: int = BLOCK_TOKENS,
@@ -87,6 +98,23 @@ def generate(
       stop: strings that end a text; they are cut off. A special token's own text, such
         as "<|im_end|>", does so too, although texts do not show special tokens.
       stop_ids: token ids that end a text; None means the model's own.
+      min_p: how probable a token must be, as a part of what the best is, in [0, 1], or
+        one per request. In which order all these apply, `polarjax.Settings` says.
+      repetition_penalty: what logits of tokens of prompt and output are divided by
+        where they are positive, and multiplied by where not, from 0.01 to 100, or one
+        per request.
+      presence_penalty: what is taken from the logits of tokens of the output, from -2
+        to 2, or one per request.
+      frequency_penalty: as much for each time that they occur there, from -2 to 2, or
+        one per request.
+      logit_bias: dict from token ids, 300 at most, to what is added to their logits,
+        from -100 to 100; or a list of one per request.
+      allowed_token_ids: list of the only tokens that may be drawn, None for all; or a
+        list of one per request.
+      min_tokens: tokens before which none of the stop ids is drawn, at most
+        `max_new_tokens`, or one per request.
+      ignore_eos: whether the model's own end tokens are as any others, or one per
+        request; `stop_ids` that are given end a text all the same.
       stream: called as stream(request, text, tokens) with what is new, between chunks.
       chunk: most decode steps between two looks of the host: stop strings, streaming
         and stop tokens of all requests take effect at its multiples. After the last
@@ -131,6 +159,14 @@ def generate(
         "seed": seed,
         "stop": stop,
         "stop_ids": stop_ids,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": logit_bias,
+        "allowed_token_ids": allowed_token_ids,
+        "min_tokens": min_tokens,
+        "ignore_eos": ignore_eos,
     }
     asked = settings_of(config, tokenizer, batch, settings)
     pairs = zip(lengths, asked, strict=True)

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from polarjax.cache import PagedCache, zeros
 from polarjax.engine.places import CACHE, ROWS, empty_cache
-from polarjax.engine.sampling import Sampling, sample
+from polarjax.engine.rules import History
+from polarjax.engine.sampling import Sampling, Variant, draw
 from polarjax.mesh.cut import DP, TP, field_specs
 from polarjax.model import Decoder, Read, Share, extend, whole
 from polarjax.model import logits as logits_of
@@ -30,12 +31,14 @@ class State:
       token: int32[b], drawn and not yet read.
       live: bool[b], whether the request goes on.
       remaining: int32[b], tokens it may still draw.
+      history: what each request has read and written; None where no rule needs it.
     """
 
     cache: PagedCache
     token: jax.Array
     live: jax.Array
     remaining: jax.Array
+    history: History | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +50,7 @@ class SlotData:
       density: float32[b], as in `polarjax.policy.Seen`.
       sampling: how each request draws.
       stop_ids: int32[b, e], tokens that end each request.
+      variant: of `polarjax.engine.checks.variant_of`.
       kind: class of the policy that they are for. jax 0.10 takes the trees of two
         dataclasses with equal fields for the same, and the program of one policy for
         the other's.
@@ -55,6 +59,7 @@ class SlotData:
     density: jax.Array
     sampling: Sampling
     stop_ids: jax.Array
+    variant: Variant = dataclasses.field(metadata={"static": True})
     kind: type | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -83,20 +88,23 @@ class Drawn:
 
 def _advance(
     logits: jax.Array,
-    cache: PagedCache,
-    live: jax.Array,
-    remaining: jax.Array,
+    state: State,
     slots: SlotData,
     share: Share | None = None,
 ) -> tuple[State, jax.Array, jax.Array]:
-    token, logprob = sample(logits, slots.sampling, cache.lengths, share)
+    live, position, history = state.live, state.cache.lengths, state.history
+    token, logprob = draw(
+        logits, None, slots.sampling, position, history, share, variant=slots.variant
+    )
     stops = (token[:, None] == slots.stop_ids).any(axis=1)
     # The best of NaN logits is token 0: no stop token, but an error for the host.
     stops &= ~jnp.isnan(logprob)
     valid = live & ~stops
-    remaining = remaining - valid.astype(jnp.int32)
-    state = State(cache, token, valid & (remaining > 0), remaining)
-    return state, logprob, valid
+    remaining = state.remaining - valid.astype(jnp.int32)
+    if history is not None:
+        history = history.add(token, position, live)
+    after = State(state.cache, token, valid & (remaining > 0), remaining, history)
+    return after, logprob, valid
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -119,7 +127,8 @@ def first_token(
     Returns:
       The new state, and what was drawn, with a leading axis of one step.
     """
-    new, logprob, valid = _advance(logits, state.cache, admitted, remaining, slots)
+    begun = dataclasses.replace(state, live=admitted, remaining=remaining)
+    new, logprob, valid = _advance(logits, begun, slots)
 
     def mine(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(admitted, new, old)
@@ -131,6 +140,7 @@ def first_token(
         mine(new.token, state.token),
         mine(new.live, state.live),
         mine(new.remaining, state.remaining),
+        new.history,
     )
     return after, jax.tree.map(lambda x: x[None], drawn)
 
@@ -213,9 +223,8 @@ def decode_chunk(
             )
             reads = jnp.stack([one.groups for one in read])
             visible = jnp.where(live, cache.lengths, 0)
-            after, logprob, valid = _advance(
-                logits, cache, live, state.remaining, slots, cut
-            )
+            read_on = dataclasses.replace(state, cache=cache)
+            after, logprob, valid = _advance(logits, read_on, slots, cut)
             own = None if share.alone else _own_reads(read)
             return after, Drawn(after.token, logprob, valid, reads, visible, own)
 
@@ -232,7 +241,8 @@ def decode_chunk(
     args = weights, policy, state, go_on, slots, count
     later: Any = P(None, DP)
     reads: Any = P(None, None, DP)
-    kept = State(CACHE, ROWS, ROWS, ROWS)
+    history = None if state.history is None else ROWS
+    kept = State(CACHE, ROWS, ROWS, ROWS, history)
     own: Any = P(None, None, DP, TP)
     drawn = Drawn(later, later, later, reads, later, own)
     given = kept, ROWS, ROWS, P()

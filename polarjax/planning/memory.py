@@ -125,7 +125,7 @@ def cpu_step_bytes(
 
 
 def sampling_bytes(config: ModelConfig, batch: int) -> int:
-    """Bytes of a step's logits, float32, sorted and with what they are sorted by."""
+    """Bytes of a step's logits, float32, and of as much thrice to draw from them."""
     return 4 * 4 * batch * config.vocab_size
 
 

@@ -11,6 +11,7 @@ import pytest
 import polarjax
 from polarjax import Polar, Random
 from polarjax.engine import Tokenizer
+from polarjax.engine.checks import settings_of
 from tests.models import LLAMA, random_params, write_checkpoint
 
 CONFIG = dataclasses.replace(LLAMA, layers=2, vocab_size=257, context=32)
@@ -112,6 +113,65 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
             for bad in (-1, 2**32, 10**400, 1.5, None, "1", True, [1, -1])
         ),
         *(
+            ({"min_p": bad}, "min_p must be a number from 0.0 to 1.0, got")
+            for bad in (-0.1, 1.1, float("nan"), None, "1", True, [0.5, 2])
+        ),
+        *(
+            (
+                {"repetition_penalty": bad},
+                "repetition_penalty must be a number from 0.01 to 100.0, got",
+            )
+            for bad in (0, -1.0, 101, float("inf"), float("nan"), None, [1, 0])
+        ),
+        *(
+            ({name: bad}, f"{name} must be a number from -2.0 to 2.0, got")
+            for name in ("presence_penalty", "frequency_penalty")
+            for bad in (-2.1, 2.1, float("nan"), None, "1", True, [1, 3])
+        ),
+        *(
+            ({"logit_bias": bad}, f"logit_bias must be None or a dict .* got {shown}")
+            for bad, shown in ((5, "5"), ("5", "'5'"), ([{1: 1}, 7], "7"))
+        ),
+        *(
+            ({"logit_bias": {bad: 1.0}}, "logit_bias must name token ids from 0 to 256")
+            for bad in (-1, 257, 1.0, "1", True, None)
+        ),
+        *(
+            (
+                {"logit_bias": [None, {5: bad}]},
+                "logit_bias of token 5 must be a number from -100 to 100, got",
+            )
+            for bad in (-101, 100.1, float("nan"), float("inf"), None, "1", True)
+        ),
+        ({"logit_bias": [{}, {}, {}]}, "logit_bias has 3 values for 2 prompts"),
+        ({"logit_bias": dict.fromkeys(range(301), 0)}, "300 tokens at most, got 301"),
+        *(
+            ({"allowed_token_ids": bad}, "allowed_token_ids must be None or a list of")
+            for bad in ([], 5, "5", [[1], []], {1: 2}, np.zeros(0, int), set())
+        ),
+        *(
+            ({"allowed_token_ids": bad}, "allowed_token_ids must name .* to 256, got")
+            for bad in ([257], [-1], [1.5], [True], ["1"], [[1], [257]], {1, 300})
+        ),
+        ({"allowed_token_ids": [[1]] * 3}, "allowed_token_ids has 3 values for 2"),
+        *(
+            ({"min_tokens": bad}, "min_tokens must be an integer from 0")
+            for bad in (-1, 1.5, None, True, "1", [1, -1])
+        ),
+        (
+            {"min_tokens": 9, "max_new_tokens": [9, 8]},
+            "min_tokens must be at most max_new_tokens, 8, got 9",
+        ),
+        (
+            {"min_tokens": 1, "stop_ids": [5, 6], "allowed_token_ids": [6]},
+            "min_tokens 1 leaves nothing to draw: all allowed_token_ids .* stop_ids",
+        ),
+        ({"min_tokens": 1, "stop_ids": range(257)}, "min_tokens 1 leaves nothing"),
+        *(
+            ({"ignore_eos": bad}, "ignore_eos must be True or False, got")
+            for bad in (1, None, "yes", [True, 0])
+        ),
+        *(
             ({name: [1, 1, 1]}, f"{name} has 3 values for 2 prompts")
             for name in ("temperature", "top_p", "top_k", "seed", "max_new_tokens")
         ),
@@ -138,6 +198,76 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
 def test_settings(params, settings, message):
     with pytest.raises(ValueError, match=message):
         polarjax.generate(params, GOOD, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(
+            ({"n": bad}, "n must be an integer from 1 to 128, got")
+            for bad in (0, 129, 1.5, None, True, [1, 0])
+        ),
+        *(
+            ({"sample": bad}, "sample must be an integer from 0 to 1073741824, got")
+            for bad in (-1, 2**31, 1.5, None)
+        ),
+        *(
+            ({name: bad}, f"{name} must be None or an integer from 0 to 20, got")
+            for name in ("logprobs", "prompt_logprobs")
+            for bad in (-1, 21, 1.5, True, "5", [None, 30])
+        ),
+        *(({"echo": bad}, "echo must be True or False, got") for bad in (1, None)),
+    ],
+)
+def test_settings_that_no_engine_follows_yet(settings, message):
+    with pytest.raises(ValueError, match=message):
+        settings_of(CONFIG, None, 2, settings)
+
+
+def test_settings_of_one_request_or_of_each():
+    asked = {
+        "logit_bias": [{1: 2}, None],
+        "allowed_token_ids": [None, np.array([5, 4, 5])],
+        "logprobs": [3, None],
+        "echo": [True, False],
+        "ignore_eos": True,
+        "min_p": np.float32(0.5),
+        "n": 3,
+        "top_k": np.array([4, 5]),
+        "max_new_tokens": 9,
+        "min_tokens": [0, 9],
+    }
+    one, other = settings_of(CONFIG, None, 2, asked)
+    assert (one.logit_bias, other.logit_bias) == ({1: 2.0}, None)
+    assert (one.allowed_token_ids, other.allowed_token_ids) == (None, (4, 5))
+    assert (one.logprobs, other.logprobs, one.echo, other.echo) == (
+        3,
+        None,
+        True,
+        False,
+    )
+    assert (one.min_p, other.n, other.min_tokens, one.stop_ids) == (0.5, 3, 9, ())
+    assert type(one.min_p) is float and type(other.top_k) is int
+    # One dict and one list are one value, and checked settings stay as they are.
+    for several in (
+        {"logit_bias": {1: 2}, "allowed_token_ids": [4, 5]},
+        {"allowed_token_ids": {4, 5}, "stop_ids": [9], "ignore_eos": True},
+    ):
+        one, other = settings_of(CONFIG, None, 2, {**several, "seed": [1, 1]})
+        assert one == other
+        assert settings_of(CONFIG, None, 1, dataclasses.asdict(one)) == [one]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"n": 2}, {"echo": True}, {"logprobs": 0}, {"prompt_logprobs": 5}]
+)
+def test_what_no_engine_does_is_refused(params, settings):
+    [name] = settings
+    with polarjax.Engine(params, slots=1) as engine:
+        with pytest.raises(ValueError, match=rf"^{name} must be .*: no engine does"):
+            engine.add([1], polarjax.Settings(**settings))
+        with pytest.raises(ValueError, match=rf"^{name} must be .*: no engine does"):
+            engine.generate(GOOD, **settings)
 
 
 def test_settings_of_another_kind(params):

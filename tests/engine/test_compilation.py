@@ -12,7 +12,7 @@ import pytest
 import polarjax
 from polarjax.cache import PagedCache
 from polarjax.engine import clock, prefill, programs
-from polarjax.engine.checks import Settings, make_sampling, stop_table
+from polarjax.engine.checks import Settings, make_sampling, stop_table, variant_of
 from polarjax.model import make_decoder
 from polarjax.policies import with_learned
 from tests.models import LLAMA, random_params
@@ -45,13 +45,13 @@ def params():
 def traced(monkeypatch):
     """How often programs are compiled, and those that sample are traced."""
     counts: collections.Counter = collections.Counter()
-    sample = programs.sample
+    draw = programs.draw
 
-    def counting(*args):
+    def counting(*args, **kwargs):
         counts["traces"] += 1
-        return sample(*args)
+        return draw(*args, **kwargs)
 
-    monkeypatch.setattr(programs, "sample", counting)
+    monkeypatch.setattr(programs, "draw", counting)
     before = dict(compiled)
 
     def taken() -> tuple[int, int, int]:
@@ -131,7 +131,10 @@ def decode_arguments(params, batch=4, capacity=32):
     weights, bound = polarjax.Polar(0.5).bind(params)
     settings = [Settings(stop_ids=())] * batch
     asked = programs.SlotData(
-        jnp.zeros(batch), make_sampling(CONFIG, settings), stop_table(settings)
+        jnp.zeros(batch),
+        make_sampling(CONFIG, settings),
+        stop_table(settings),
+        variant_of(settings),
     )
     model = make_decoder(CONFIG.architecture, params.weights)
     state, logits = programs.empty_state(model, batch, capacity, params.weights)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.engine.checks import make_sampling, settings_of
-from polarjax.engine.sampling import sample
+from polarjax.engine.checks import make_sampling, settings_of, variant_of
+from polarjax.engine.sampling import draw as draw_tokens
 from tests.models import LLAMA, random_params
 from tests.policies.reference import random_prompts
 
@@ -19,7 +19,7 @@ DRAWS = 4096
 LENGTHS = (3, 11, 1, 7)
 NEW = 18
 
-jitted_sample = jax.jit(sample)
+jitted_draw = jax.jit(draw_tokens, static_argnames="variant")
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,11 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, position=5, seed=0):
     """The tokens of many requests of equal logits, one seed each."""
     config = dataclasses.replace(CONFIG, vocab_size=VOCABULARY)
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    sampling = make_sampling(config, settings_of(config, None, DRAWS, asked))
+    settings = settings_of(config, None, DRAWS, asked)
+    sampling, variant = make_sampling(config, settings), variant_of(settings)
     rows = jnp.broadcast_to(logits, (DRAWS, VOCABULARY))
     positions = jnp.broadcast_to(jnp.asarray(position, jnp.int32), (DRAWS,))
-    token, logprob = jitted_sample(rows, sampling, positions)
+    token, logprob = jitted_draw(rows, None, sampling, positions, variant=variant)
     return np.asarray(token), np.asarray(logprob)
 
 
@@ -201,9 +202,11 @@ def draw_with(monkeypatch, logits, noise, top_p):
     batch = len(top_p)
     config = dataclasses.replace(CONFIG, vocab_size=len(logits))
     asked = {"temperature": 1.0, "top_p": top_p}
-    sampling = make_sampling(config, settings_of(config, None, batch, asked))
+    settings = settings_of(config, None, batch, asked)
+    sampling, variant = make_sampling(config, settings), variant_of(settings)
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (batch, len(logits)))
-    token, _ = sample(rows, sampling, jnp.zeros(batch, jnp.int32))
+    position = jnp.zeros(batch, jnp.int32)
+    token, _ = draw_tokens(rows, None, sampling, position, variant=variant)
     return token.tolist()
 
 

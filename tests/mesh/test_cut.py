@@ -14,8 +14,13 @@ from safetensors import safe_open
 import polarjax
 from polarjax import Polar
 from polarjax.engine import places, programs
-from polarjax.engine.checks import make_sampling, settings_of, stop_table
-from polarjax.engine.sampling import sample
+from polarjax.engine.checks import (
+    make_sampling,
+    settings_of,
+    stop_table,
+    variant_of,
+)
+from polarjax.engine.sampling import draw
 from polarjax.mesh.cut import (
     default_mesh,
     make_mesh,
@@ -218,11 +223,16 @@ def test_the_best_of_all_devices_is_the_best(temperature):
     settings = settings_of(config, None, rows, {"temperature": temperature})
     sampling = make_sampling(config, settings)
     position = np.arange(rows, dtype=np.int32)
-    token, logprob = sample(logits, sampling, position)
+    variant = variant_of(settings)
+    token, logprob = draw(logits, None, sampling, position, variant=variant)
     share = Share(config, mesh)
     where = P("dp", "tp"), P("dp"), P("dp")
     found, found_logprob = share.over(
-        lambda *args: sample(*args, share), where, P("dp")
+        lambda logits, sampling, position: draw(
+            logits, None, sampling, position, share=share, variant=variant
+        ),
+        where,
+        P("dp"),
     )(logits, sampling, position)
     np.testing.assert_array_equal(found, token)
     np.testing.assert_allclose(found_logprob, logprob, rtol=1e-5)
@@ -270,7 +280,10 @@ def test_the_step_says_to_other_devices_what_it_must(sparse, temperature, top_p)
             state,
             jnp.ones(2, bool),
             programs.SlotData(
-                jnp.zeros(2), make_sampling(config, settings), stop_table(settings)
+                jnp.zeros(2),
+                make_sampling(config, settings),
+                stop_table(settings),
+                variant_of(settings),
             ),
             model=model,
             steps=2,

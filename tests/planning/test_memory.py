@@ -11,6 +11,7 @@ import polarjax
 from polarjax.cache import PagedCache
 from polarjax.engine import places, prefill, programs
 from polarjax.engine.checks import Settings, make_sampling
+from polarjax.engine.sampling import Variant
 from polarjax.mesh import cut
 from polarjax.model import make_decoder, weight_shapes
 from polarjax.planning import memory
@@ -303,6 +304,7 @@ def test_the_estimate_of_a_cpus_step_is_above_what_xla_takes(
             jax.ShapeDtypeStruct((batch,), jnp.float32),
             make_sampling(config, [Settings()] * batch),
             jax.ShapeDtypeStruct((batch, 8), jnp.int32),
+            Variant.GREEDY,
         ),
         jax.ShapeDtypeStruct((), jnp.int32),
         model=make_decoder(config.architecture, weights),

@@ -13,7 +13,7 @@ from polarjax.bench.shapes import MODELS
 from polarjax.cache import PagedCache
 from polarjax.cli import main, plan
 from polarjax.engine import places, programs
-from polarjax.engine.sampling import Sampling
+from polarjax.engine.sampling import Sampling, Variant
 from polarjax.mesh.cut import local_config, make_mesh, shard
 from polarjax.model import make_decoder
 from polarjax.params import Params
@@ -318,8 +318,9 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
         live,
         programs.SlotData(
             jnp.zeros(batch),
-            Sampling(numbers, numbers, numbers, numbers, greedy=True, filtered=False),
+            Sampling(numbers, numbers, numbers, numbers, numbers, numbers),
             jnp.full((batch, 1), -1),
+            Variant.GREEDY,
         ),
     )
     settings = {"steps": 1, "model": model}
