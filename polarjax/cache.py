@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import (
     Implementation,
     append_and_attend,
+    attend_chunk,
     put,
     select_head_attention,
 )
@@ -27,32 +28,82 @@ _QUERIES = 128
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Parts of prompts, whose tokens stand behind one another in one array of n.
+
+    Attributes:
+      slots: int32[r], whose prompt each is of.
+      starts: int32[r], the place of its first token in the array.
+      counts: int32[r], its tokens; 0 where there is no piece.
+      firsts: int32[r], the position of its first token in the sequence.
+    """
+
+    slots: jax.Array
+    starts: jax.Array
+    counts: jax.Array
+    firsts: jax.Array
+
+    @property
+    def ends(self) -> jax.Array:
+        """int32[r], the place of each piece's last token; 0 where there is none."""
+        return jnp.maximum(self.starts + self.counts - 1, 0)
+
+    def places(self, n: int) -> tuple[jax.Array, jax.Array]:
+        """The slot and the position of each token of an array.
+
+        Args:
+          n: tokens of the array.
+
+        Returns:
+          int32[n], -1 for those of no piece; int32[n], 0 for those.
+        """
+        place = jnp.arange(n, dtype=jnp.int32)[:, None]
+        inside = (place >= self.starts) & (place < self.starts + self.counts)
+        there, piece = inside.any(axis=1), jnp.argmax(inside, axis=1)
+        position = place[:, 0] - self.starts[piece] + self.firsts[piece]
+        return (
+            jnp.where(there, self.slots[piece], -1),
+            jnp.where(there, position, 0),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PagedCache:
     """Keys and values of every layer, and how far each sequence has come.
 
-    A sequence's positions of one KV group lie behind one another, one page a sequence:
-    a selected group is one contiguous stream. Positions at and beyond a sequence's
-    length hold garbage that nothing reads. Nobody else knows this layout but the
-    attention kernels.
+    Position x of a sequence lies in the page that its row of the table has for
+    x // page, in row x % page there; a page belongs to as many sequences as name it.
+    Without a table each sequence has one page, all its own. A selected group of a page
+    is one contiguous stream. Positions at and beyond a sequence's length hold garbage
+    that nothing reads. Nobody else knows this layout but the attention kernels.
 
     Attributes:
-      keys: per layer, [rows, k, s, d], each a buffer of its own.
-      values: per layer, [rows, k, s, d].
+      keys: per layer, [pages, k, page, d], each a buffer of its own.
+      values: per layer, [pages, k, page, d].
       lengths: int32[b], positions that each sequence has.
-      rows: int32[b], the row of each sequence, distinct; numbers beyond the rows that
-        there are stand for none: what is written for them is dropped. None for row i
-        of sequence i.
+      rows: int32[b], of a cache without a table, the page of each sequence, distinct;
+        numbers beyond the pages that there are stand for none: what is written for
+        them is dropped. None for page i of sequence i.
+      table: int32[b, m], pages of each sequence in order, 0 for none: page 0 is trash.
+        None for one page a sequence.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     lengths: jax.Array
     rows: jax.Array | None = None
+    table: jax.Array | None = None
+
+    @property
+    def page(self) -> int:
+        """Positions of a page."""
+        return self.keys[-1].shape[2]
 
     @property
     def capacity(self) -> int:
-        """Positions that there is room for, s."""
-        return self.keys[-1].shape[2]
+        """Positions that a sequence has room for, s."""
+        return self.page if self.table is None else self.page * self.table.shape[1]
 
     @property
     def layers(self) -> int:
@@ -85,16 +136,49 @@ class PagedCache:
         )
 
     @classmethod
-    def cut(cls, rows: PartitionSpec, groups: PartitionSpec) -> Any:
+    def pool(
+        cls,
+        config: ModelConfig,
+        slots: int,
+        context: int,
+        pages: int,
+        page: int,
+        dtype: Any,
+        sharding: jax.sharding.Sharding | None = None,
+    ) -> PagedCache:
+        """A cache of pages that nobody has yet.
+
+        Args:
+          config: what the model is.
+          slots: sequences, b.
+          context: positions that each may have.
+          pages: that there are, the trash page among them.
+          page: positions of each.
+          dtype: of keys and values.
+          sharding: of each layer's arrays; None for the default device.
+        """
+        shape = (pages, config.kv_heads, page, config.head_dim)
+        return cls(
+            keys=tuple(zeros(shape, dtype, sharding) for _ in range(config.layers)),
+            values=tuple(zeros(shape, dtype, sharding) for _ in range(config.layers)),
+            lengths=zeros((slots,), jnp.int32),
+            table=zeros((slots, -(-context // page)), jnp.int32),
+        )
+
+    @classmethod
+    def cut(
+        cls, rows: PartitionSpec, groups: PartitionSpec, paged: bool = False
+    ) -> Any:
         """How a cache lies on a mesh, a prefix of its tree.
 
         Args:
           rows: of arrays by sequence.
           groups: of keys and values.
+          paged: whether it has a table.
         """
         each: Any = groups
         lengths: Any = rows
-        return cls(each, each, lengths)
+        return cls(each, each, lengths, table=lengths if paged else None)
 
     def of_rows(self, rows: jax.Array, lengths: jax.Array | None = None) -> PagedCache:
         """The same memory, seen by the sequences of some rows.
@@ -199,6 +283,7 @@ class PagedCache:
         keys, values = self.keys[layer], self.values[layer]
         visible = jnp.where(live, self.lengths + 1, 0)
         options: Any = {"window": window, "implementation": implementation}
+        options["table"] = self.table
         if k is None or v is None:
             o = select_head_attention(q, keys, values, visible, index, count, **options)
             return o, self
@@ -275,6 +360,55 @@ class PagedCache:
 
         o = lax.map(read, (queries, places))
         return o.swapaxes(0, 1).reshape(b, -1, h, d)[:, :t], cache
+
+    def attend_pieces(
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pieces: Pieces,
+        window: int | None = None,
+        implementation: Implementation | None = None,
+    ) -> tuple[jax.Array, PagedCache]:
+        """Attention of parts of prompts, each behind what is there of its sequence.
+
+        Args:
+          layer: from 0.
+          q: [n, h, d].
+          k: [n, k, d].
+          v: [n, k, d].
+          pieces: whose they are; the sequences must have pages for them.
+          window: newest positions attended to, itself included; None for all.
+          implementation: of the kernel; None chooses by device.
+
+        Returns:
+          [n, h, d], and the cache with the positions written. Its lengths are those of
+          before.
+        """
+        assert self.table is not None, "pieces are read into pages"
+        slot, position = pieces.places(len(q))
+        page = self.table[slot, position // self.page]
+        page = jnp.where(slot < 0, len(self.keys[layer]), page)  # nowhere
+        at = page, slice(None), position % self.page
+
+        def store(whole: jax.Array, part: jax.Array) -> jax.Array:
+            return put(whole, at, part.astype(whole.dtype))
+
+        keys, values = store(self.keys[layer], k), store(self.values[layer], v)
+        o = attend_chunk(
+            q,
+            keys,
+            values,
+            self.table,
+            pieces.slots,
+            pieces.starts,
+            pieces.counts,
+            pieces.firsts,
+            window=window,
+            implementation=implementation,
+        )
+        return o, self._with_layer(layer, keys, values)
 
     def _with_layer(self, i: int, keys: jax.Array, values: jax.Array) -> PagedCache:
         return dataclasses.replace(

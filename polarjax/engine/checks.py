@@ -34,6 +34,9 @@ from polarjax.planning.sizes import bucket, positive
 from polarjax.policies.budgets import check_densities, count
 from polarjax.policy import Load, Policy
 
+# Tokens that may end one request of an engine over pages.
+MOST_STOPS = 64
+
 
 def check_params(params: Any) -> Params:
     """The model, if it is one.
@@ -236,6 +239,21 @@ def check_served(one: Settings) -> None:
             raise ValueError(f"{name} must be {only}: no engine does {value!r} yet")
 
 
+def check_stops(settings: Settings) -> None:
+    """Raise if more tokens end a request than there is room for.
+
+    Args:
+      settings: of the request.
+
+    Raises:
+      ValueError: saying how many there are, and may be.
+    """
+    if len(settings.stop_ids or ()) > MOST_STOPS:
+        raise ValueError(
+            f"stop_ids are {len(settings.stop_ids or ())}, at most {MOST_STOPS} will do"
+        )
+
+
 def check_asked(
     density: float, taken: bool, policy: Policy, config: ModelConfig, slots: int
 ) -> None:
@@ -274,20 +292,35 @@ def make_sampling(config: ModelConfig, requests: Sequence[Settings]) -> Sampling
       config: what the model is.
       requests: settings of each, checked.
     """
+    made = sampling_of(config, requests, stop_table(requests))
+    if not any(one.has_rules for one in requests):
+        made = dataclasses.replace(made, rules=None)
+    return jax.device_put(made)  # which compiles nothing
+
+
+def sampling_of(
+    config: ModelConfig, requests: Sequence[Settings], ends: np.ndarray
+) -> Sampling:
+    """How requests draw, as arrays of the host; with rules, whether they have any.
+
+    Args:
+      config: what the model is.
+      requests: settings of each, checked.
+      ends: int32[b, e], tokens that end each, filled up with -1.
+    """
     v = config.vocab_size
 
-    def put(numbers: list, dtype: Any) -> jax.Array:
-        return jax.device_put(np.array(numbers, dtype))  # which compiles nothing
+    def numbers(values: list, dtype: Any) -> Any:
+        return np.array(values, dtype)
 
-    ruled = any(one.has_rules for one in requests)
     return Sampling(
-        put([one.temperature for one in requests], np.float32),
-        put([min(one.top_k or v, v) for one in requests], np.int32),
-        put([one.top_p for one in requests], np.float32),
-        put([one.min_p for one in requests], np.float32),
-        put([one.seed for one in requests], np.uint32),
-        put([one.sample for one in requests], np.uint32),
-        make_rules(config, requests, stop_table(requests)) if ruled else None,
+        numbers([one.temperature for one in requests], np.float32),
+        numbers([min(one.top_k or v, v) for one in requests], np.int32),
+        numbers([one.top_p for one in requests], np.float32),
+        numbers([one.min_p for one in requests], np.float32),
+        numbers([one.seed for one in requests], np.uint32),
+        numbers([one.sample for one in requests], np.uint32),
+        make_rules(config, requests, ends),
     )
 
 
@@ -340,15 +373,20 @@ def stop_tokens(stop_ids: Any, config: ModelConfig) -> tuple[int, ...]:
     return tuple(int(x) for x in found)
 
 
-def stop_table(requests: Sequence[Settings]) -> np.ndarray:
+def stop_table(requests: Sequence[Settings], width: int | None = None) -> np.ndarray:
     """The token ids that end each request.
 
+    Args:
+      requests: settings of each, checked.
+      width: ids that there is room for; None for as many as there are, up to 8, to 16,
+        and so on.
+
     Returns:
-      int32[b, e], filled up with -1, which no token is: one program serves any number
-      up to 8, the next up to 16, and so on.
+      int32[b, e], filled up with -1, which no token is.
     """
     ends = [one.stop_ids or () for one in requests]
-    table = np.full((len(ends), bucket(max(map(len, ends)), 8)), -1, np.int32)
+    width = width or bucket(max(map(len, ends)), 8)
+    table = np.full((len(ends), width), -1, np.int32)
     for row, ids in zip(table, ends, strict=True):
         row[: len(ids)] = ids
     return table

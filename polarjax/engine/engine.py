@@ -35,7 +35,7 @@ from polarjax.engine.output import Output
 from polarjax.engine.places import insert, on_devices, place_rows
 from polarjax.engine.request import Request
 from polarjax.engine.rules import History
-from polarjax.engine.stats import make_stats
+from polarjax.engine.stats import Tally, make_stats
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
 from polarjax.mesh.processes import from_main, to_host
@@ -149,7 +149,7 @@ class Engine:
         self._given: Any = None
         self._waiting: list[Request] = []
         self._begun: list[Chunk] = []
-        self._clock, self._counted, self._steps = Clock(), [], 0
+        self._clock, self._tally = Clock(), Tally(config)
         self._compiled_seconds = 0.0
         # While `generate` runs: what came of `add` alone would grow without an end.
         self._counting = False
@@ -199,7 +199,7 @@ class Engine:
         self._ended = why
         for request in [*self._waiting, *(one for one in self._rows if one)]:
             request.cancel()
-        self._waiting, self._begun, self._counted = [], [], []
+        self._waiting, self._begun = [], []
         self._rows = [None] * self.slots
         self._given = None
         del self._state, self._logits, self._bound, self.weights
@@ -241,8 +241,12 @@ class Engine:
         request = self._request(ids, one, 0)
         request.number = self._added
         self._added += 1
-        self._waiting.append(request)
+        self._admit(request)
         return request
+
+    def _admit(self, request: Request) -> None:
+        """It waits from now on."""
+        self._waiting.append(request)
 
     def _request(self, ids: list[int], one: Settings, number: int) -> Request:
         check_served(one)
@@ -259,10 +263,13 @@ class Engine:
         """End a request of this engine: it gets no further tokens."""
         if not isinstance(request, Request):
             raise TypeError(f"cancel takes what add returned, got {request!r}")
-        known = request in self._waiting or request in self._rows
-        if request.going and not known:
+        if request.going and not self._has(request):
             raise ValueError("this request is another engine's, which can cancel it")
         self._cancel(request)
+
+    def _has(self, request: Request) -> bool:
+        """Whether it waits or goes on here."""
+        return request in self._waiting or request in self._rows
 
     def _cancel(self, request: Request) -> None:
         if request in self._waiting:
@@ -436,8 +443,7 @@ class Engine:
             with self._all_or_nothing():
                 del self._begun[0]
                 if self._counting and chunk.call == self._calls:
-                    self._counted.append(drawn)
-                    self._steps += chunk.steps
+                    self._tally.add(drawn, chunk.steps)
                 for i, request in enumerate(chunk.rows):
                     if request is None or not request.going:
                         continue
@@ -493,12 +499,13 @@ class Engine:
         if self._many:
             encoded = from_main(encoded)
         asked = settings_of(config, self.tokenizer, len(encoded), settings)
-        self._clock, self._counted, self._steps = Clock(), [], 0
+        self._clock, self._tally = Clock(), Tally(config)
         self._clock.seconds["compile"] += self._compiled_seconds
         self._compiled_seconds = 0.0
         pairs = enumerate(zip(encoded, asked, strict=True))
         requests = [self._request(ids, one, i) for i, (ids, one) in pairs]
-        self._waiting += requests
+        for request in requests:
+            self._admit(request)
         self._counting, self._calls = True, self._calls + 1
         try:
             self._finish(requests, stream)
@@ -531,8 +538,7 @@ class Engine:
             self.params,
             self.weights,
             self._bound,
-            self._counted,
-            self._steps,
+            self._tally,
             self._clock.seconds,
             name=type(self.policy).__name__,
             prompt_tokens=sum(len(request.prompt) for request in requests),

@@ -22,6 +22,7 @@ from polarjax.params import Params
 GROUPS: Any = P(DP, TP)
 ROWS: Any = P(DP)
 CACHE: Any = PagedCache.cut(ROWS, GROUPS)
+PAGES: Any = PagedCache.cut(ROWS, GROUPS, paged=True)
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:

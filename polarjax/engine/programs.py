@@ -225,7 +225,7 @@ def decode_chunk(
             visible = jnp.where(live, cache.lengths, 0)
             read_on = dataclasses.replace(state, cache=cache)
             after, logprob, valid = _advance(logits, read_on, slots, cut)
-            own = None if share.alone else _own_reads(read)
+            own = None if share.alone else own_reads(read)
             return after, Drawn(after.token, logprob, valid, reads, visible, own)
 
         def take(i: jax.Array, carry: tuple[State, Drawn]) -> tuple[State, Drawn]:
@@ -276,7 +276,7 @@ def _room(model: Decoder, steps: int, batch: int) -> Drawn:
     )
 
 
-def _own_reads(read: tuple[Read, ...]) -> jax.Array:
+def own_reads(read: tuple[Read, ...]) -> jax.Array:
     """What each layer's attention read on this device, int32[layers, 1, 1]."""
     return jnp.stack([one.here for one in read])[:, None, None]
 

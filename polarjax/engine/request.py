@@ -24,10 +24,12 @@ class Request:
       tokens: new token ids.
       logprobs: of each.
       going: whether more may come.
-      finish_reason: "stop", "length" or "cancelled", once it has ended.
+      finish_reason: "stop", "length", "cancelled" or "error", once it has ended.
       settings: how it is continued, `polarjax.engine.checks.Settings`.
       left: tokens that the device may still be asked for.
       number: of its prompt among those that came with it, for messages.
+      id: of it in its engine.
+      cached: tokens of the prompt that were in the cache.
     """
 
     prompt: list[int]
@@ -41,6 +43,8 @@ class Request:
     settings: Any = None
     left: int = 0
     number: int = 0
+    id: int = -1
+    cached: int = 0
     _written: _Written | None = None
     _streamed_text: int = 0
     _streamed_tokens: int = 0
@@ -77,6 +81,11 @@ class Request:
         """End it with what it has."""
         if self.going:
             self.going, self.finish_reason = False, "cancelled"
+
+    def fail(self) -> None:
+        """End it, as what the model yields for it means nothing."""
+        if self.going:
+            self.going, self.finish_reason = False, "error"
 
     def news(self) -> tuple[str, list[int]]:
         """Text and tokens since the last call, as far as they can no longer change."""

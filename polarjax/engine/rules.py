@@ -134,7 +134,7 @@ def ruled(
 def make_rules(
     config: ModelConfig, requests: Sequence[Settings], ends: np.ndarray
 ) -> Rules:
-    """The rules of some requests; nothing is compiled for them.
+    """The rules of some requests, as arrays of the host.
 
     Args:
       config: what the model is.
@@ -155,18 +155,14 @@ def make_rules(
             packed = np.packbits(chosen, bitorder="little")
             allowed[i] = packed.view("<u4")
 
-    def put(array: np.ndarray) -> jax.Array:
-        return jax.device_put(array)  # which compiles nothing
+    def numbers(name: str, dtype: type) -> Any:
+        return np.array([getattr(one, name) for one in requests], dtype)
 
-    def numbers(name: str, dtype: type) -> jax.Array:
-        return put(np.array([getattr(one, name) for one in requests], dtype))
-
+    given: Any = bias_ids, bias, allowed
     return Rules(
-        bias_ids=put(bias_ids),
-        bias=put(bias),
-        allowed=put(allowed),
+        *given,
         min_tokens=numbers("min_tokens", np.int32),
-        ends=put(ends),
+        ends=ends,  # type: ignore[arg-type]
         repetition=numbers("repetition_penalty", np.float32),
         presence=numbers("presence_penalty", np.float32),
         frequency=numbers("frequency_penalty", np.float32),

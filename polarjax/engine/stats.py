@@ -98,10 +98,24 @@ def seen_tokens(drawn: Drawn, config: ModelConfig) -> np.ndarray:
 
 def imbalance(chunks: Sequence[Drawn]) -> float:
     """See `Stats`, of what chunks of steps brought."""
-    own = [np.asarray(drawn.own, np.int64) for drawn in chunks if drawn.own is not None]
-    busiest = sum(each.max(axis=3).sum() for each in own)  # of [steps, layers, dp, tp]
-    mean = sum(each.mean(axis=3).sum() for each in own)
+    both = [busiest_reads(drawn) for drawn in chunks]
+    busiest, mean = (sum(each) for each in zip(*both, strict=True))
     return float(busiest / mean) if mean else 1.0
+
+
+def busiest_reads(drawn: Drawn) -> tuple[float, float]:
+    """KV groups that the busiest of the devices that share the model read, and a mean.
+
+    Args:
+      drawn: what a chunk of decode steps brought.
+
+    Returns:
+      Over steps, layers and parts of the batch: the sums; 0 on one device.
+    """
+    if drawn.own is None:
+        return 0.0, 0.0
+    own = np.asarray(drawn.own, np.int64)  # [steps, layers, dp, tp]
+    return float(own.max(axis=3).sum()), float(own.mean(axis=3).sum())
 
 
 def kv_rows(drawn: Drawn, config: ModelConfig) -> tuple[int, int]:
@@ -120,12 +134,66 @@ def kv_rows(drawn: Drawn, config: ModelConfig) -> tuple[int, int]:
     return int(read), int(config.kv_heads * seen.sum())
 
 
+class Tally:
+    """What decode steps read, added up.
+
+    Args:
+      config: of the model.
+
+    Attributes:
+      steps: taken.
+      slots: of the batch.
+      decoded: tokens drawn that count.
+      kv_read: keys (and as many values) that had to be read.
+      kv_whole: what they would have been with every group.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._reads = np.zeros(config.layers, np.int64)
+        self._live = 0
+        self._busiest = self._mean = 0.0
+        self.steps = self.slots = self.decoded = self.kv_read = self.kv_whole = 0
+
+    def add(self, drawn: Drawn, steps: int) -> None:
+        """Count what some steps brought.
+
+        Args:
+          drawn: of the steps, on the host.
+          steps: that were taken.
+        """
+        visible = np.asarray(drawn.visible)
+        self.steps += steps
+        self.slots = visible.shape[1]
+        self._reads += np.asarray(drawn.reads, np.int64).sum(axis=(0, 2))
+        self._live += int((visible > 0).sum())
+        read, whole = kv_rows(drawn, self._config)
+        self.kv_read += read
+        self.kv_whole += whole
+        self.decoded += int(np.asarray(drawn.valid).sum())
+        busiest, mean = busiest_reads(drawn)
+        self._busiest += busiest
+        self._mean += mean
+
+    @property
+    def density(self) -> tuple[float, ...]:
+        """By layer, KV groups read / all, of live requests; () before any step."""
+        if not self._live:
+            return ()
+        whole = self._live * self._config.kv_heads
+        return tuple((self._reads / whole).tolist())
+
+    @property
+    def imbalance(self) -> float:
+        """See `Stats`."""
+        return float(self._busiest / self._mean) if self._mean else 1.0
+
+
 def make_stats(
     params: Params,
     weights: Tree,
     policy: Policy,
-    chunks: Sequence[Drawn],
-    steps: int,
+    tally: Tally,
     seconds: Mapping[str, float],
     *,
     name: str,
@@ -139,8 +207,7 @@ def make_stats(
       params: the model.
       weights: bound to the policy.
       policy: bound.
-      chunks: what each chunk of steps drew.
-      steps: that were taken in all of them.
+      tally: of the decode steps.
       seconds: spent on "compile", "prefill" and "decode".
       name: of the policy.
       prompt_tokens: of all requests.
@@ -148,18 +215,8 @@ def make_stats(
       notes: to begin with.
     """
     config = params.config
-    reads = np.zeros(config.layers, np.int64)
-    live_steps, kv_read, kv_whole, decoded = 0, 0.0, 0.0, 0
-    for drawn in chunks:
-        by_layer = np.asarray(drawn.reads, np.int64)  # [steps, layers, b]
-        reads += by_layer.sum(axis=(0, 2))
-        live_steps += int((np.asarray(drawn.visible) > 0).sum())
-        read, whole = kv_rows(drawn, config)
-        kv_read += read
-        kv_whole += whole
-        decoded += int(np.asarray(drawn.valid).sum())
     row_bytes = kv_row_bytes(config, params.dtype)
-    slots = chunks[0].visible.shape[1] if chunks else 1
+    slots, steps, kv_read = max(tally.slots, 1), tally.steps, tally.kv_read
     planned = policy.reads(config, Load(slots, config.context))
     weight_bytes = step_weight_bytes(weights, config, policy, planned)
     devices = weights["embed"]["tokens"].devices()
@@ -168,7 +225,7 @@ def make_stats(
     mesh = mesh_of(params.weights)
     weight_bytes *= axis_size(mesh, DP)
     neuron_density = (planned or Reads.everything(config)).neuron_density
-    uneven = imbalance(chunks)
+    uneven = tally.imbalance
     said = (*notes, *_notes(name, policy, neuron_density, mesh, uneven))
     return Stats(
         policy=name,
@@ -178,13 +235,11 @@ def make_stats(
         compile_seconds=seconds["compile"],
         prefill_seconds=seconds["prefill"],
         decode_seconds=seconds["decode"],
-        tokens_per_second=decoded / seconds["decode"] if decoded else 0.0,
-        density=tuple((reads / (live_steps * config.kv_heads)).tolist())
-        if live_steps
-        else (),
+        tokens_per_second=tally.decoded / seconds["decode"] if tally.decoded else 0.0,
+        density=tally.density,
         neuron_density=neuron_density,
         kv_bytes=kv_read * row_bytes,
-        kv_bytes_dense=kv_whole * row_bytes,
+        kv_bytes_dense=tally.kv_whole * row_bytes,
         weight_bytes=weight_bytes,
         bandwidth=bandwidth,
         floor_seconds=(steps * weight_bytes + kv_read * row_bytes) / bandwidth,

@@ -12,6 +12,7 @@ from polarjax.model.decoder import (
     extend,
     logits,
     make_decoder,
+    read,
     weight_shapes,
     whole,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "extend",
     "logits",
     "make_decoder",
+    "read",
     "weight_shapes",
     "whole",
 ]

@@ -17,7 +17,7 @@ from pallas_kernels import (
     rotate,
     split_heads,
 )
-from polarjax.cache import PagedCache
+from polarjax.cache import PagedCache, Pieces
 from polarjax.config import ModelConfig
 from polarjax.mesh.share import Share
 from polarjax.model.causal import causal_attention, spanned_attention
@@ -295,6 +295,31 @@ class Attention(Module):
         q, k, v, _ = self.project(u, places)
         window = self.config.window(self.layer)
         return cache.attend_chunk(self.layer, q, k, v, counts, window)
+
+    def read(
+        self, u: jax.Array, place: jax.Array, pieces: Pieces, cache: PagedCache
+    ) -> tuple[jax.Array, PagedCache]:
+        """Attention of parts of prompts, dense.
+
+        Args:
+          u: [n, m], the layer's input as attention reads it.
+          place: int32[n], positions.
+          pieces: whose they are.
+          cache: of what comes before.
+
+        Returns:
+          Head outputs [n, h, d], and the cache with keys and values written.
+        """
+        q, k, v, _ = self.project(u[None], place[None])
+        return cache.attend_pieces(
+            self.layer,
+            q[0],
+            k[0],
+            v[0],
+            pieces,
+            self.config.window(self.layer),
+            self.implementation,
+        )
 
     def step(
         self, seen: Seen, cache: PagedCache, policy: Policy

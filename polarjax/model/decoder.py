@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from pallas_kernels import Implementation
-from polarjax.cache import PagedCache
+from polarjax.cache import PagedCache, Pieces
 from polarjax.config import ModelConfig
 from polarjax.mesh.cut import mesh_of
 from polarjax.mesh.share import Share
@@ -275,6 +275,31 @@ class Decoder(Module):
         cache = cache.grown(counts.astype(jnp.int32))
         return Step(self.own_logits(x[:, 0]), cache, ())
 
+    def read(
+        self, tokens: jax.Array, pieces: Pieces, cache: PagedCache
+    ) -> tuple[jax.Array, PagedCache]:
+        """Read parts of prompts, dense, each behind what the cache has of its sequence.
+
+        Args:
+          tokens: int32[n], those of all parts.
+          pieces: whose they are.
+          cache: of pages; donate it.
+
+        Returns:
+          Logits after the last token of each piece, float32[r, v], of a share its
+          `own_logits`; and the cache with the tokens, in whose lengths they count.
+        """
+        _, place = pieces.places(len(tokens))
+        x = self.embed(tokens, place)
+        for i, layer in enumerate(self.layers):
+            last = i == self.config.layers - 1
+            x, cache = layer.read(x, place, pieces, cache, last)
+        # Those of no piece stay as they are.
+        to = jnp.where(pieces.counts > 0, pieces.slots, len(cache.lengths))
+        after = pieces.firsts + pieces.counts
+        lengths = cache.lengths.at[to].set(after, mode="drop")
+        return self.own_logits(x), dataclasses.replace(cache, lengths=lengths)
+
     def _step(
         self,
         token: jax.Array,
@@ -356,6 +381,14 @@ def extend(
         variables, tokens, counts, cache, method=Decoder.extend, **options
     )
     return cast(Step, found)
+
+
+def read(
+    model: Decoder, weights: Tree, tokens: jax.Array, pieces: Pieces, cache: PagedCache
+) -> tuple[jax.Array, PagedCache]:
+    """`Decoder.read` of a model with the weights that users hold; see `whole`."""
+    found = model.apply({"params": weights}, tokens, pieces, cache, method=Decoder.read)
+    return cast(tuple[jax.Array, PagedCache], found)
 
 
 def logits(model: Decoder, weights: Tree, x: jax.Array) -> jax.Array:

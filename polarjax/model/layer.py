@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pallas_kernels import Implementation
-from polarjax.cache import PagedCache
+from polarjax.cache import PagedCache, Pieces
 from polarjax.config import ModelConfig
 from polarjax.mesh.share import Share
 from polarjax.model.attention import (
@@ -159,6 +159,34 @@ class Layer(Module):
         q, k, v = _in_blocks(self, project, (x, positions), longest, size)
         o = long_attention(q, k, v, self.config.window(self.layer))
         return o, cache.write(self.layer, k, v)
+
+    def read(
+        self,
+        x: jax.Array,
+        place: jax.Array,
+        pieces: Pieces,
+        cache: PagedCache,
+        last: bool,
+    ) -> tuple[jax.Array, PagedCache]:
+        """Parts of prompts, dense.
+
+        Args:
+          x: [n, m], the residual stream.
+          place: int32[n], positions.
+          pieces: whose they are.
+          cache: of what comes before.
+          last: whether no layer follows: only each piece's last token then goes on.
+
+        Returns:
+          [n, m], or [r, m] after the last layer; and the cache.
+        """
+        u = self.before(self.attention_norm, x)
+        o, cache = self.attention.read(u, place, pieces, cache)
+        if last:
+            x, o = x[pieces.ends], o[pieces.ends]
+        y = self.after(self.attention_norm, x + self.attention.output(o))
+        z = self.before(self.mlp_norm, y)
+        return self.after(self.mlp_norm, y + self.mlp(z)), cache
 
     def step(
         self,

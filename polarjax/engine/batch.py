@@ -1,0 +1,413 @@
+"""The running batch of an engine: does on the devices what a plan says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import Implementation
+from polarjax.cache import Pieces
+from polarjax.engine import steps
+from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
+from polarjax.engine.places import GROUPS
+from polarjax.engine.plans import Piece, SwapIn, SwapOut
+from polarjax.engine.programs import device_of
+from polarjax.engine.request import Request
+from polarjax.engine.rules import History
+from polarjax.engine.sampling import Variant
+from polarjax.engine.slots import (
+    Edit,
+    Row,
+    edit,
+    empty_slots,
+    no_rows,
+    put_pages,
+    take_pages,
+    take_row,
+)
+from polarjax.mesh.cut import DP
+from polarjax.mesh.processes import to_host
+from polarjax.model import make_decoder
+from polarjax.params import Params
+from polarjax.policy import Policy, Tree
+from polarjax.settings import default_numbers
+
+# Slots, entries of page tables and pages that one program edits, in each part of the
+# batch: more take another call.
+_ROWS, _ENTRIES, _PAGES = 8, 512, 8
+
+
+@dataclasses.dataclass
+class Flight:
+    """What a program has begun to draw.
+
+    Attributes:
+      token: int32[1, n], on the devices until they are asked for, as all.
+      logprob: float32[1, n].
+      valid: bool[1, n], whether the token belongs to the output.
+      live: bool[n], who goes on after it.
+      requests: whose each is; None for nobody's.
+      counts: what a decode step read, `Drawn.reads`, `visible` and `own`; None for
+        first tokens.
+      call: of `generate`, in whose statistics it counts; None for none.
+    """
+
+    token: Any
+    logprob: Any
+    valid: Any
+    live: Any
+    requests: list[Request | None]
+    counts: Any = None
+    call: int | None = None
+
+    def __post_init__(self) -> None:
+        """They begin to come home as soon as they are there."""
+        for leaf in jax.tree.leaves((self.token, self.logprob, self.valid, self.live)):
+            leaf.copy_to_host_async()
+
+    def home(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, log-probabilities, which count, and who goes on; may take a while."""
+        found = to_host((self.token, self.logprob, self.valid, self.live))
+        token, logprob, valid, live = found
+        return token[0], logprob[0], valid[0], live
+
+
+@dataclasses.dataclass
+class Kept:
+    """What the host has of a request that gave way.
+
+    Attributes:
+      request: whose it is.
+      pages: arrays of each call of `take_pages`, on the devices or the host.
+      row: its token, whether it is live, and what remains, likewise.
+      part: of the batch, that it was in.
+      slot: that it had, among all.
+    """
+
+    request: Request
+    pages: list[Any]
+    row: Any
+    part: int
+    slot: int
+
+
+class Batch:
+    """Slots on the devices, and the programs that take them on.
+
+    Args:
+      params: the model.
+      weights: bound to the policy.
+      policy: bound.
+      slots: of all parts of the batch, b.
+      context: positions that a request may have.
+      pages: of each part's cache, the trash page among them.
+      page: positions of each.
+      tokens: of prompts, that one program reads in each part.
+      pieces: of prompts, likewise.
+      variants: of drawing that requests may need.
+      implementation: of the kernels; None chooses by device.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        weights: Tree,
+        policy: Policy,
+        *,
+        slots: int,
+        context: int,
+        pages: int,
+        page: int,
+        tokens: int,
+        pieces: int,
+        variants: Sequence[Variant] = tuple(Variant),
+        implementation: Implementation | None = None,
+    ) -> None:
+        config = params.config
+        self.config, self.context = config, context
+        self._original, self._weights, self._policy = params.weights, weights, policy
+        self._dense = make_decoder(
+            config.architecture, params.weights, implementation=implementation
+        )
+        self._model = self._dense.clone(score_rows=policy.wants.scores)
+        self.mesh, self.parts = self._dense.mesh, self._dense.share.dp
+        self.each, self._tokens, self._pieces = slots // self.parts, tokens, pieces
+        self._device = None if self.mesh else device_of(params.weights)
+        self.slots = empty_slots(
+            self._dense, slots, context, pages, page, params.weights
+        )
+        self._variants = variants
+        self._compile(variants)
+
+    def _variant(self, requests: Sequence[Request]) -> Variant:
+        """The least that is compiled and draws for all of some requests."""
+        order = list(Variant)
+        least = order.index(variant_of([one.settings for one in requests]))
+        return min(
+            (v for v in self._variants if order.index(v) >= least), key=order.index
+        )
+
+    def _compile(self, variants: Sequence[Variant]) -> None:
+        """Run each program once on nothing, so that none is compiled later."""
+        *reading, _ = self._reading((), {})
+        change = self._placed(self._no_edit())
+        dense, decoding = {"model": self._dense}, {"model": self._model}
+        if next(iter(self.slots.token.devices())).platform == "gpu":
+            # Each takes seconds, and several can be compiled at a time.
+            slow = [
+                (edit, (self.slots, change), dense),
+                (steps.read_pieces, (self._original, *reading[:2], self.slots), dense),
+                (steps.decode, (self._weights, self._policy, self.slots), decoding),
+            ]
+            slow += [
+                (steps.draw_tokens, (self.slots,), {**dense, "variant": variant})
+                for variant in variants
+            ]
+            with ThreadPoolExecutor(len(slow)) as pool:
+                list(pool.map(_compile_one, slow))
+        self.slots = edit(self.slots, change, **dense)
+        self.slots, *after = steps.read_pieces(
+            self._original, *reading[:2], self.slots, **dense
+        )
+        self.slots, _ = steps.decode(
+            self._weights, self._policy, self.slots, **decoding
+        )
+        for variant in variants:
+            static = {**dense, "variant": variant}
+            self.slots, _ = steps.begin(*after, *reading[1:], self.slots, **static)
+            self.slots, _ = steps.draw_tokens(self.slots, **static)
+        take_row(self.slots)
+        nowhere = self._placed(np.zeros(self.parts * _PAGES, np.int32))
+        self.slots = put_pages(
+            self.slots, take_pages(self.slots, nowhere, **dense), nowhere, **dense
+        )
+
+    def _placed(self, tree: Any) -> Any:
+        """Arrays of the host, each part's share on its devices."""
+        if self.mesh is None:
+            return jax.device_put(tree, self._device)
+        return jax.device_put(tree, NamedSharding(self.mesh, P(DP)))
+
+    def _part(self, slot: int) -> tuple[int, int]:
+        """The part of the batch that a slot is in, and its number there."""
+        return divmod(slot, self.each)
+
+    def _no_edit(self) -> Edit:
+        return Edit(
+            frees=np.zeros(self.parts * self.each, bool),
+            slots=np.full(self.parts * _ROWS, self.each, np.int32),
+            rows=no_rows(self.config, self.parts * _ROWS, self.context),
+            entries=np.full((self.parts * _ENTRIES, 3), self.each, np.int32),
+        )
+
+    def change(
+        self,
+        frees: Sequence[int],
+        rows: Sequence[tuple[int, Row]],
+        tables: Sequence[tuple[int, int, int]],
+    ) -> None:
+        """Edit slots; by several programs, where one has no room for all.
+
+        Args:
+          frees: slots that are dead from here on.
+          rows: what others begin with, each without an axis of slots.
+          tables: entries of page tables: slot, index in its row, page.
+        """
+        by_part = [([], []) for _ in range(self.parts)]
+        for slot, row in rows:
+            part, own = self._part(slot)
+            by_part[part][0].append((own, row))
+        for slot, index, page in tables:
+            part, own = self._part(slot)
+            by_part[part][1].append((own, index, page))
+        first = True
+        while first or any(any(lists) for lists in by_part):
+            edits = self._no_edit()
+            if first:
+                edits.frees[list(frees)] = True
+            first = False
+            for part, (begins, entries) in enumerate(by_part):
+                for i, (own, row) in enumerate(begins[:_ROWS], part * _ROWS):
+                    edits.slots[i] = own
+
+                    def fill(whole: np.ndarray, one: Any, i: int = i) -> None:
+                        whole[i] = one
+
+                    jax.tree.map(fill, edits.rows, row)
+                some = entries[:_ENTRIES]
+                if some:
+                    at = part * _ENTRIES
+                    edits.entries[at : at + len(some)] = some
+                del begins[:_ROWS], entries[:_ENTRIES]
+            self.slots = edit(self.slots, self._placed(edits), model=self._dense)
+
+    def row(
+        self,
+        request: Request,
+        positions: int = 0,
+        token: int = 0,
+        live: bool = False,
+        remaining: int | None = None,
+    ) -> Row:
+        """What a request's slot begins with, or goes on with.
+
+        Args:
+          request: whose it is.
+          positions: that the cache has of it.
+          token: drawn, and not yet read.
+          live: whether it takes decode steps at once.
+          remaining: tokens it may still draw; None for all.
+        """
+        settings = [request.settings]
+        stops = stop_table(settings, MOST_STOPS)
+        sampling = sampling_of(self.config, settings, stops)
+        tokens = np.zeros(self.context, np.int32)
+        known = [*request.prompt, *request.tokens]
+        tokens[: len(known)] = known
+        given: Any = dict(
+            length=positions,
+            token=token,
+            live=live,
+            remaining=request.limit if remaining is None else remaining,
+            density=request.settings.density or 0,
+            sampling=jax.tree.map(lambda x: x[0], sampling),
+            stop_ids=stops[0],
+            history=History(tokens, np.int32(len(request.prompt))),  # type: ignore
+        )
+        return Row(**given)
+
+    def _reading(
+        self, reads: Sequence[Piece], requests: Mapping[int, Request]
+    ) -> tuple[jax.Array, Pieces, jax.Array, list[Request | None]]:
+        """The arguments for pieces, and whose first token is drawn after each."""
+        n, r = self._tokens, self._pieces
+        tokens = np.zeros(self.parts * n, np.int32)
+        slots, starts, counts, firsts = np.zeros((4, self.parts * r), np.int32)
+        lasts, owners = np.zeros(self.parts * r, bool), [None] * (self.parts * r)
+        used = [(0, 0)] * self.parts
+        for piece in reads:
+            part, own = self._part(piece.slot)
+            i, start = used[part]
+            used[part] = i + 1, start + piece.count
+            at, request = part * r + i, requests[piece.slot]
+            slots[at], starts[at] = own, start
+            counts[at], firsts[at] = piece.count, piece.first
+            lasts[at] = piece.last
+            new = request.prompt[piece.first : piece.first + piece.count]
+            tokens[part * n + start : part * n + start + piece.count] = new
+            if piece.last:
+                owners[at] = request
+        pieces: Any = Pieces(slots, starts, counts, firsts)  # type: ignore[arg-type]
+        return *self._placed((tokens, pieces, lasts)), owners
+
+    def read(self, reads: Sequence[Piece], requests: Mapping[int, Request]) -> Flight:
+        """Read pieces of prompts, and draw the first token of those that end.
+
+        Args:
+          reads: of a plan.
+          requests: whose each slot is.
+        """
+        *reading, owners = self._reading(reads, requests)
+        dense = {"model": self._dense}
+        self.slots, *after = steps.read_pieces(
+            self._original, *reading[:2], self.slots, **dense
+        )
+        variant = self._variant([one for one in owners if one])
+        self.slots, (drawn, live) = steps.begin(
+            *after, *reading[1:], self.slots, **dense, variant=variant
+        )
+        return Flight(*drawn, live, owners)
+
+    def decode(self, slots: Sequence[int], requests: Mapping[int, Request]) -> Flight:
+        """One decode step.
+
+        Args:
+          slots: that take it.
+          requests: whose each slot is.
+        """
+        self.slots, counts = steps.decode(
+            self._weights, self._policy, self.slots, model=self._model
+        )
+        owners: list[Request | None] = [None] * (self.parts * self.each)
+        for slot in slots:
+            owners[slot] = requests[slot]
+        variant = self._variant([requests[slot] for slot in slots])
+        self.slots, (drawn, live) = steps.draw_tokens(
+            self.slots, model=self._dense, variant=variant
+        )
+        return Flight(*drawn, live, owners, counts)
+
+    def keep(self, gone: SwapOut, request: Request) -> Kept:
+        """Take what a request has to the host, before its slot is freed.
+
+        Args:
+          gone: of a plan.
+          request: who gives way.
+        """
+        part, _ = self._part(gone.slot)
+        pages = []
+        for at in range(0, len(gone.pages), _PAGES):
+            some = gone.pages[at : at + _PAGES]
+            numbers = np.zeros((self.parts, _PAGES), np.int32)
+            numbers[part, : len(some)] = some
+            pages.append(
+                take_pages(self.slots, self._placed(numbers.ravel()), model=self._dense)
+            )
+        row = take_row(self.slots)
+        for leaf in jax.tree.leaves((pages, row)):
+            leaf.copy_to_host_async()
+        return Kept(request, pages, row, part, gone.slot)
+
+    def restore(self, back: SwapIn, kept: Kept) -> tuple[int, bool, int]:
+        """Put pages of a request back; its slot is still to be filled.
+
+        Args:
+          back: of a plan.
+          kept: what the host has.
+
+        Returns:
+          Its token, whether it is live, and what remains.
+        """
+        part, _ = self._part(back.slot)
+        pages, (token, live, remaining) = to_host((kept.pages, kept.row))
+        kept.pages = pages
+        for at in range(0, len(back.copies), _PAGES):
+            some = back.copies[at : at + _PAGES]
+            numbers = np.zeros((self.parts, _PAGES), np.int32)
+            numbers[part, : len(some)] = [page for _, page in some]
+            froms = [divmod(index, _PAGES) for index, _ in some]
+
+            def gather(*calls: np.ndarray) -> np.ndarray:
+                shape = self.parts, _PAGES, *calls[0].shape[1:]
+                found = np.zeros(shape, calls[0].dtype)
+                for i, (call, index) in enumerate(froms):  # noqa: B023
+                    found[part, i] = calls[call][kept.part * _PAGES + index]
+                return found.reshape(-1, *shape[2:])
+
+            data = jax.tree.map(gather, *pages)
+            self.slots = put_pages(
+                self.slots,
+                self._placed_pages(data),
+                self._placed(numbers.ravel()),
+                model=self._dense,
+            )
+        slot = kept.slot
+        return int(token[slot]), bool(live[slot]), int(remaining[slot])
+
+    def _placed_pages(self, tree: Any) -> Any:
+        if self.mesh is None:
+            return jax.device_put(tree, self._device)
+        return jax.device_put(tree, NamedSharding(self.mesh, GROUPS))
+
+
+@default_numbers
+def _compile_one(job: tuple[Any, tuple, dict[str, Any]]) -> None:
+    function, args, static = job
+    function.lower(*args, **static).compile()  # kept: the call finds it

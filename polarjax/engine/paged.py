@@ -1,0 +1,283 @@
+"""`PagedEngine`: continuous batching over pages, the same answer under any load.
+
+What becomes `polarjax.Engine` once it has been measured on a GPU, and until then is
+measured beside it. In each step a plan of the scheduler is sent to the devices: at most
+one program that reads pieces of prompts, then one decode step of all slots. The host
+looks at what a step has drawn while the next is under way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from pallas_kernels import Implementation, runnable
+from polarjax.engine import programs
+from polarjax.engine.batch import Batch, Flight, Kept
+from polarjax.engine.checks import Settings, check_params, check_stops
+from polarjax.engine.clock import Clock
+from polarjax.engine.engine import Engine
+from polarjax.engine.places import on_devices
+from polarjax.engine.plans import Plan
+from polarjax.engine.programs import Drawn
+from polarjax.engine.request import Request
+from polarjax.engine.sampling import Variant
+from polarjax.engine.scheduler import Scheduler
+from polarjax.engine.stats import Tally
+from polarjax.engine.tokenizer import Tokenizer
+from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
+from polarjax.mesh.processes import to_host
+from polarjax.model import check_weights
+from polarjax.params import Params
+from polarjax.planning.crossover import settle
+from polarjax.planning.sizes import at_least, positive
+from polarjax.policy import Load, Policy
+from polarjax.settings import default_numbers
+
+# Tokens of prompts that one program reads: a GPU needs many to be busy, and where there
+# are fewer a CPU computes the rest in vain.
+_PREFILL_TOKENS = {"gpu": 2048, "cpu": 128}
+
+
+class PagedEngine(Engine):
+    """A model that continues requests, whose cache is a pool of pages.
+
+    The tokens and log-probabilities of a request are a function of the weights and the
+    request, to the last bit: not of its batch-mates, its slot, when it came, how its
+    prompt was cut into pieces, what of it was in the cache already, nor whether it had
+    to give way. Neuron sparsity, which is a union over the batch, is the exception.
+
+    Args:
+      params: the model, from `polarjax.load`.
+      policy: a selection policy; None for the adapter's, without the axes that are
+        predicted to cost more than they save, or `Dense()` without an adapter.
+      slots: requests that are continued at once, b.
+      context: most tokens of a request, prompt and answer together; None for the
+        model's.
+      pages: of the cache of each part of the batch, the trash page among them; None
+        for as many as all slots can fill. Where there are fewer, requests wait, or give
+        way to others and come back.
+      page: positions of each.
+      prefill_tokens: prompt tokens that one program reads, of each part of the batch;
+        None for what the device is good at.
+      ahead: decode steps that are sent to the device before the host looks at what one
+        has brought.
+      prefix_cache: whether prompts share the pages of what they begin with.
+      load: what is expected of it: requests, and their mean context; for the choice of
+        axes. None for all slots at half their context.
+      densities: whether requests may ask for densities of their own.
+      mesh: of `polarjax.mesh.cut.make_mesh`; None for where `params` is.
+      implementation: of the kernels; None chooses by device.
+      variants: of drawing that are compiled: requests may need no others.
+
+    Raises:
+      ValueError: if a setting is out of range, or the policy does not fit the model.
+    """
+
+    @default_numbers
+    def __init__(
+        self,
+        params: Params,
+        *,
+        policy: Policy | None = None,
+        slots: int = 64,
+        context: int | None = None,
+        pages: int | None = None,
+        page: int = 64,
+        prefill_tokens: int | None = None,
+        ahead: int = 1,
+        prefix_cache: bool = True,
+        load: Load | None = None,
+        densities: bool = True,
+        mesh: Mesh | None = None,
+        implementation: Implementation | None = None,
+        variants: Sequence[Variant] = tuple(Variant),
+    ) -> None:
+        params = check_params(params)
+        runnable(implementation)
+        if mesh_of(params.weights) is None:
+            check_weights(params.weights, params.config)
+        params = shard(params, mesh) if mesh is not None else on_devices(params)
+        self.params, self.mesh = params, mesh_of(params.weights)
+        config, parts = params.config, axis_size(self.mesh, DP)
+        self.tokenizer = Tokenizer.load(config)
+        context = config.context if context is None else positive("context", context)
+        self.context = self.prompt_tokens = min(context, config.context)
+        slots = positive("slots", slots)
+        self.slots = slots + -slots % parts
+        each = self.slots // parts
+        load = load or Load(self.slots, max(1, self.context // 2))
+        self._many = self.mesh is not None and self.mesh.is_multi_process
+        self.policy, self._notes = settle(params, policy, load, densities)
+        self.weights, self._bound = self.policy.bind(params)
+        self._densities, self._prefix_cache = densities, prefix_cache
+        self._ahead = at_least("ahead", ahead, 0)
+        platform = programs.device_of(params.weights).platform
+        tokens = _PREFILL_TOKENS.get(platform, 128)
+        if prefill_tokens is not None:
+            tokens = positive("prefill_tokens", prefill_tokens)
+        pieces, page = min(each, max(tokens // 32, 8)), positive("page", page)
+        if pages is None:
+            pages = each * -(-self.context // page) + 1
+        self._scheduler = Scheduler(
+            self.slots,
+            pages,
+            page=page,
+            prefill_tokens=tokens,
+            pieces=pieces,
+            parts=parts,
+        )
+        start = time.perf_counter()
+        self._batch = Batch(
+            params,
+            self.weights,
+            self._bound,
+            slots=self.slots,
+            context=self.context,
+            pages=pages,
+            page=page,
+            tokens=tokens,
+            pieces=pieces,
+            variants=variants,
+            implementation=implementation,
+        )
+        self._compiled_seconds = time.perf_counter() - start
+        self._requests: dict[
+            Hashable, Request
+        ] = {}  # by id, until they end
+        self._owners: dict[int, Request] = {}  # by slot
+        self._kept: dict[Hashable, Kept] = {}  # of those that gave way
+        self._flights: deque[Flight] = deque()
+        self._clock, self._tally = Clock(), Tally(config)
+        self._counting = False
+        self._calls = self._added = self._ids = 0
+        self._ended, self._half_way = "", False
+
+    def _end(self, why: str) -> None:
+        if self._ended:
+            return
+        self._ended = why
+        for request in self._requests.values():
+            request.cancel()
+        self._requests, self._owners, self._kept = {}, {}, {}
+        self._flights.clear()
+        del self._batch, self._bound, self.weights
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or goes on."""
+        return not self._requests and not self._flights
+
+    def _request(self, ids: list[int], one: Settings, number: int) -> Request:
+        check_stops(one)
+        return super()._request(ids, one, number)
+
+    def _admit(self, request: Request) -> None:
+        request.id, self._ids = self._ids, self._ids + 1
+        self._scheduler.add(
+            request.id, request.prompt, request.limit, prefix=self._prefix_cache
+        )
+        self._requests[request.id] = request
+
+    def _has(self, request: Request) -> bool:
+        return self._requests.get(request.id) is request
+
+    def _cancel(self, request: Request) -> None:
+        request.cancel()
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        """It has ended: nothing more is computed for it."""
+        if self._has(request):
+            del self._requests[request.id]
+            self._kept.pop(request.id, None)
+            self._scheduler.ended(request.id)
+
+    def _step(self) -> list[Request]:
+        self._half_way = False
+        news: list[Request] = []
+        with self._all_or_nothing():
+            plan = self._scheduler.plan()
+            if plan.swaps_in:  # whose newest tokens may be on their way
+                news += self._take_home(len(self._flights))
+            self._send(plan)
+        ahead = self._ahead if plan.reads or plan.decodes else 0
+        # What has been sent is under way while the host looks at what came before.
+        news += self._take_home(self._due(ahead))
+        if damaged := [one.number for one in news if one.finish_reason == "error"]:
+            raise ValueError(
+                f"the model yields NaN for prompt {damaged[0]}: its weights are damaged"
+            )
+        return list({one.id: one for one in news}.values())
+
+    def _send(self, plan: Plan) -> None:
+        """Have the devices do what a plan says."""
+        for gone in plan.swaps_out:
+            owner = self._owners[gone.slot]
+            self._kept[gone.sequence] = self._batch.keep(gone, owner)
+        for slot in plan.frees:
+            self._owners.pop(slot, None)
+        rows = []
+        for back in plan.swaps_in:
+            kept = self._kept.pop(back.sequence)
+            request = self._owners[back.slot] = kept.request
+            token, live, remaining = self._batch.restore(back, kept)
+            going = live and request.going
+            row = self._batch.row(request, back.positions, token, going, remaining)
+            rows.append((back.slot, row))
+        for one in plan.begins:
+            request = self._owners[one.slot] = self._requests[one.sequence]
+            request.cached = one.cached
+            rows.append((one.slot, self._batch.row(request, one.cached)))
+        if plan.frees or rows or plan.tables:
+            self._batch.change(plan.frees, rows, plan.tables)
+        if plan.reads:
+            self._fly(self._batch.read(plan.reads, self._owners))
+        if plan.decodes:
+            self._fly(self._batch.decode(plan.decodes, self._owners))
+
+    def _fly(self, flight: Flight) -> None:
+        flight.call = self._calls if self._counting else None
+        self._flights.append(flight)
+
+    def _due(self, ahead: int) -> int:
+        """How many flights the host waits for, so that so many steps stay under way."""
+        if not ahead:
+            return len(self._flights)
+        steps = [i for i, one in enumerate(self._flights) if one.counts is not None]
+        return steps[-ahead] if len(steps) > ahead else 0
+
+    def _take_home(self, number: int) -> list[Request]:
+        """Hand on what the first flights have brought.
+
+        Returns:
+          The requests that got tokens or ended, some perhaps more than once.
+        """
+        news: list[Request] = []
+        for _ in range(number):
+            flight = self._flights[0]
+            token, logprob, valid, live = flight.home()  # which may take a while
+            counts = to_host(flight.counts)
+            self._clock.lap("prefill" if counts is None else "decode")
+            with self._all_or_nothing():
+                self._flights.popleft()
+                if counts is not None and flight.call == self._calls:
+                    drawn = Drawn(token[None], logprob[None], valid[None], *counts)
+                    self._tally.add(drawn, 1)
+                for i, request in enumerate(flight.requests):
+                    if request is None or not request.going:
+                        continue
+                    news.append(request)
+                    new = [int(token[i])] if valid[i] else []
+                    logprobs = [float(logprob[i])] if valid[i] else []
+                    if np.isnan(logprobs).any():
+                        request.fail()
+                    else:
+                        request.add(new, logprobs, ended=not live[i])
+                    if not request.going:
+                        self._forget(request)
+        return news

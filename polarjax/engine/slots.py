@@ -1,0 +1,278 @@
+"""The running batch on the devices: what each slot has, and how the host edits it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from pallas_kernels import put
+from polarjax.cache import PagedCache, zeros
+from polarjax.config import ModelConfig
+from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table
+from polarjax.engine.places import GROUPS, PAGES, ROWS
+from polarjax.engine.programs import device_of
+from polarjax.engine.rules import History
+from polarjax.engine.sampling import Sampling
+from polarjax.engine.settings import Settings
+from polarjax.model import Decoder
+from polarjax.params import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """All that a batch is between two programs, each of which takes it and gives it on.
+
+    Its arrays are donated: they stay where they are, so that what was captured of a
+    program need not be captured anew.
+
+    Attributes:
+      cache: everything before `token`.
+      token: int32[b], drawn and not yet read.
+      live: bool[b], whether the request takes decode steps.
+      remaining: int32[b], tokens it may still draw.
+      density: float32[b], as in `polarjax.policy.Seen`.
+      sampling: how each request draws, with rules.
+      stop_ids: int32[b, e], tokens that end each request; -1 for none.
+      history: what each request has read and written.
+      logits: float32[b, v], of the newest decode step.
+      mass: float32[b], their log-sum-exp.
+    """
+
+    cache: PagedCache
+    token: jax.Array
+    live: jax.Array
+    remaining: jax.Array
+    density: jax.Array
+    sampling: Sampling
+    stop_ids: jax.Array
+    history: History
+    logits: jax.Array
+    mass: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a slot begins with, or goes on with; arrays have an axis of slots first.
+
+    Attributes:
+      length: int32, positions in the cache.
+      token: int32, drawn and not yet read.
+      live: bool, whether it takes decode steps at once.
+      remaining: int32, tokens it may still draw.
+      density: float32.
+      sampling: how it draws.
+      stop_ids: int32[e].
+      history: what it has read and written.
+    """
+
+    length: Any
+    token: Any
+    live: Any
+    remaining: Any
+    density: Any
+    sampling: Sampling
+    stop_ids: Any
+    history: History
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """What the host changes before a program; of a mesh each part has its own share.
+
+    They take effect in this order.
+
+    Attributes:
+      frees: bool[b], slots that are dead from here on.
+      slots: int32[n], which of the part's slots the rows are for; numbers from its b on
+        for none.
+      rows: of n slots.
+      entries: int32[e, 3], of page tables: slot, index in its row, page; slots from
+        the part's b on for none.
+    """
+
+    frees: Any
+    slots: Any
+    rows: Row
+    entries: Any
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+def edit(slots: Slots, change: Edit, *, model: Decoder) -> Slots:
+    """The slots with what the host has changed.
+
+    Args:
+      slots: donated.
+      change: what it has.
+      model: that the batch is of.
+    """
+
+    def apply(slots: Slots, change: Edit) -> Slots:
+        rows = change.rows
+
+        def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+            return whole.at[change.slots].set(part, mode="drop")
+
+        cache, dead = slots.cache, change.frees
+        slot, index, page = change.entries.T
+        assert cache.table is not None
+        cache = dataclasses.replace(
+            cache,
+            lengths=put(jnp.where(dead, 0, cache.lengths), rows.length),
+            table=cache.table.at[slot, index].set(page, mode="drop"),
+        )
+        return dataclasses.replace(
+            slots,
+            cache=cache,
+            token=put(slots.token, rows.token),
+            live=put(slots.live & ~dead, rows.live),
+            remaining=put(slots.remaining, rows.remaining),
+            density=put(slots.density, rows.density),
+            sampling=jax.tree.map(put, slots.sampling, rows.sampling),
+            stop_ids=put(slots.stop_ids, rows.stop_ids),
+            history=jax.tree.map(put, slots.history, rows.history),
+        )
+
+    kept, given = cut_slots(model), cut_edit()
+    return model.share.over(apply, (kept, given), kept)(slots, change)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def take_pages(slots: Slots, pages: jax.Array, *, model: Decoder) -> list[Any]:
+    """What some pages hold: by layer keys and values, [n, k, page, d].
+
+    Args:
+      slots: of the batch.
+      pages: int32[n], their numbers; of a mesh each part's share.
+      model: that the batch is of.
+    """
+
+    def take(slots: Slots, pages: jax.Array) -> list[Any]:
+        return jax.tree.map(lambda whole: whole[pages], slots.cache.apart())
+
+    specs = cut_slots(model), ROWS
+    return model.share.over(take, specs, GROUPS)(slots, pages)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+def put_pages(
+    slots: Slots, data: list[Any], pages: jax.Array, *, model: Decoder
+) -> Slots:
+    """Fill some pages with what `take_pages` took.
+
+    Args:
+      slots: donated.
+      data: by layer keys and values, [n, k, page, d].
+      pages: int32[n], where they go; 0, the trash page, for nowhere.
+      model: that the batch is of.
+    """
+
+    def fill(slots: Slots, data: list[Any], pages: jax.Array) -> Slots:
+        def put_in(whole: jax.Array, part: jax.Array) -> jax.Array:
+            return put(whole, (pages,), part)
+
+        cache = slots.cache
+        layers = jax.tree.map(put_in, cache.apart(), data)
+        filled = PagedCache.of_layers(layers, cache.lengths)
+        cache = dataclasses.replace(filled, table=cache.table)
+        return dataclasses.replace(slots, cache=cache)
+
+    kept = cut_slots(model)
+    return model.share.over(fill, (kept, GROUPS, ROWS), kept)(slots, data, pages)
+
+
+@jax.jit
+def take_row(slots: Slots) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Copies of token, live and remaining, which the next program takes away."""
+    return jax.tree.map(jnp.copy, (slots.token, slots.live, slots.remaining))
+
+
+def cut_slots(model: Decoder) -> Any:
+    """How the slots lie on a model's mesh, a prefix of their tree."""
+    rows: Any = ROWS
+    logits: Any = GROUPS if model.share.cuts_vocabulary else ROWS
+    return Slots(PAGES, rows, rows, rows, rows, rows, rows, rows, logits, rows)
+
+
+def cut_edit() -> Any:
+    """How an edit lies on a mesh, a prefix of its tree."""
+    rows: Any = ROWS
+    return Edit(rows, rows, rows, rows)
+
+
+def no_rows(config: ModelConfig, count: int, context: int) -> Row:
+    """Rows of nothing, as arrays of the host.
+
+    Args:
+      config: what the model is.
+      count: of rows, n.
+      context: tokens that there is room for in each history.
+    """
+    numbers: Any = np.zeros(count, np.int32)
+    idle = [Settings(stop_ids=())] * count
+    stops = stop_table(idle, MOST_STOPS)
+    return Row(
+        length=numbers,
+        token=numbers.copy(),
+        live=np.zeros(count, bool),
+        remaining=numbers.copy(),
+        density=np.zeros(count, np.float32),
+        sampling=sampling_of(config, idle, stops),
+        stop_ids=stops,
+        history=History.empty(count, context),
+    )
+
+
+def empty_slots(
+    model: Decoder, count: int, context: int, pages: int, page: int, weights: Tree
+) -> Slots:
+    """A batch of no requests.
+
+    Args:
+      model: that will run.
+      count: slots, b, of all parts of the batch.
+      context: positions that a request may have.
+      pages: of the cache of each part, the trash page among them.
+      page: positions of each.
+      weights: the original ones, where the batch shall be.
+    """
+    mesh, share = model.mesh, model.share
+    config, parts = model.config, share.dp
+    if mesh is not None:
+        groups = share.tp * share.own.kv_heads
+        config = dataclasses.replace(config, heads=groups, kv_heads=groups)
+
+    def place(spec: Any) -> Any:
+        return None if mesh is None else NamedSharding(mesh, spec)
+
+    with jax.default_device(None if mesh else device_of(weights)):
+        cache = PagedCache.pool(
+            config, count, context, parts * pages, page, model.dtype, place(GROUPS)
+        )
+        rows = no_rows(model.config, count, context)
+        # In turn, not at once: beside a cache that fills the device there is no room.
+        put = functools.partial(jax.device_put, device=place(ROWS))
+        logits = GROUPS if share.cuts_vocabulary else ROWS
+        shape = (count, model.config.vocab_size)
+        return Slots(
+            cache=dataclasses.replace(
+                cache, lengths=put(rows.length), table=put(np.asarray(cache.table))
+            ),
+            token=put(rows.token),
+            live=put(rows.live),
+            remaining=put(rows.remaining),
+            density=put(rows.density),
+            sampling=jax.tree.map(put, rows.sampling),
+            stop_ids=put(rows.stop_ids),
+            history=jax.tree.map(put, rows.history),
+            logits=zeros(shape, jnp.float32, place(logits)),
+            mass=zeros((count,), jnp.float32, place(ROWS)),
+        )

@@ -1,0 +1,206 @@
+"""The engine over pages: the same answer under any load, and nothing lost."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax
+from polarjax.engine.paged import PagedEngine
+from polarjax.mesh.cut import make_mesh
+from tests.models import LLAMA, MHA, OPT, random_params
+
+CONTEXT, PAGE = 128, 16
+# What all engines of this file have, so that they share their programs: four slots, and
+# pages for less than two of them.
+SHAPE = {"slots": 4, "context": CONTEXT, "page": PAGE, "pages": 14}
+RECORDED = Path(__file__).with_name("recorded_tokens.json")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(dataclasses.replace(LLAMA, context=CONTEXT), routers=True)
+
+
+def make_engine(params, **options):
+    return PagedEngine(params, **{**SHAPE, "prefill_tokens": 32, **options})
+
+
+@pytest.fixture(scope="module")
+def alone(params):
+    """What a request gets of an engine that has no other."""
+    engine, known = make_engine(params, prefix_cache=False), {}
+
+    def ask(prompt, settings):
+        key = tuple(prompt), settings
+        if key not in known:
+            request = engine.add(prompt, settings)
+            while request.going:
+                engine.step()
+            known[key] = result(request)
+        return known[key]
+
+    return ask
+
+
+def result(request):
+    return request.tokens, request.logprobs, request.finish_reason
+
+
+@pytest.fixture
+def compiled():
+    """Programs that are compiled from here on."""
+    names = []
+
+    def note(name, _, **kwargs):
+        if name == "/jax/core/compile/backend_compile_duration":
+            names.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def spoil(cache, pages):
+    keys, values = (
+        tuple(x.at[pages].set(jnp.nan) for x in parts)
+        for parts in (cache.keys, cache.values)
+    )
+    return dataclasses.replace(cache, keys=keys, values=values)
+
+
+def poison(engine):
+    """NaN in the trash page, and in all that nobody has and nothing is known of."""
+    batch, pages = engine._batch, np.zeros(SHAPE["pages"], np.int32)
+    free = engine._scheduler.pools[0]._free
+    pages[: len(free)] = free
+    cache = spoil(batch.slots.cache, pages)
+    batch.slots = dataclasses.replace(batch.slots, cache=cache)
+
+
+def random_request(rng, shared):
+    """A prompt, which may begin as others do, and settings of any kind."""
+    known = shared[: int(rng.integers(0, 40))] if rng.random() < 0.6 else []
+    prompt = [*known, *rng.integers(1, 300, int(rng.integers(1, 40))).tolist()]
+    most = CONTEXT - len(prompt)
+    settings = {"max_new_tokens": int(rng.integers(1, most))}
+    if rng.random() < 0.6:
+        settings["density"] = float(rng.choice([0.25, 0.5, 1.0]))
+    kind = int(rng.integers(0, 5))
+    if kind in (1, 2):
+        settings |= {"temperature": 0.9, "seed": int(rng.integers(0, 99))}
+    if kind == 2:
+        settings |= {"top_k": 5, "top_p": 0.9}
+    if kind == 3:
+        settings |= {"repetition_penalty": 1.2, "min_tokens": 1}
+    if rng.random() < 0.2:
+        settings["stop_ids"] = tuple(rng.integers(0, 300, 20).tolist())
+    return prompt, polarjax.Settings(**settings)
+
+
+def play(engine, seed, alone):
+    """A trace of arrivals, steps and cancels; how many requests it had."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(1, 300, 40).tolist()
+    left, asked = int(rng.integers(4, 10)), []
+    spoils = seed % 3 == 0
+    while left or any(request.going for *_, request in asked):
+        while left and rng.random() < 0.4:
+            prompt, settings = random_request(rng, shared)
+            for j in range(int(rng.choice([1, 1, 1, 3]))):  # samples share pages
+                one = dataclasses.replace(settings, sample=j)
+                asked.append((prompt, one, engine.add(prompt, one)))
+            left -= 1
+        engine.step()
+        engine._scheduler.check()
+        if spoils:
+            poison(engine)
+        if asked and rng.random() < 0.03:
+            engine.cancel(asked[int(rng.integers(len(asked)))][2])
+    while not engine.idle:
+        engine.step()
+    for prompt, settings, request in asked:
+        tokens, logprobs, reason = alone(prompt, settings)
+        if request.finish_reason == "cancelled":
+            n = len(request.tokens)
+            assert (request.tokens, request.logprobs) == (tokens[:n], logprobs[:n])
+        else:
+            assert result(request) == (tokens, logprobs, reason), (seed, settings)
+    return len(asked)
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(60), pytest.param(range(60, 300), marks=pytest.mark.slow)]
+)
+def test_a_request_is_the_request_alone_in_any_load(params, alone, compiled, seeds):
+    engines = [make_engine(params, ahead=ahead) for ahead in range(3)]
+    alone([1], polarjax.Settings(max_new_tokens=2))
+    [poison(engine) for engine in engines]
+    compiled.clear()
+    asked = sum(play(engines[seed % 3], seed, alone) for seed in seeds)
+    assert not compiled
+    pools = [engine._scheduler.pools[0] for engine in engines]
+    assert sum(engine._scheduler.preemptions for engine in engines) > 0.2 * asked
+    assert sum(pool.hits for pool in pools) > 0.1 * sum(pool.queries for pool in pools)
+    for engine in engines:
+        assert len(engine._scheduler) == 0 and not engine._kept
+
+
+def test_tokens_are_those_that_were_recorded():
+    for case in json.loads(RECORDED.read_text()):
+        base = {"llama": LLAMA, "opt": OPT, "mha": MHA}[case["model"]]
+        model = random_params(dataclasses.replace(base, context=128), routers=True)
+        options = dict(case["options"])
+        if options.pop("dense", False):
+            options["policy"] = polarjax.Dense()
+        policy = options.pop("policy", None)
+        with PagedEngine(model, policy=policy, slots=4, page=16) as engine:
+            out = engine.generate(case["prompts"], **options)
+        assert out.tokens == case["tokens"]
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2), (2, 2)])
+def test_devices_share_a_batch(params, alone, tp, dp):
+    engine = make_engine(params, mesh=make_mesh(tp, dp), pages=20, ahead=2)
+    rng = np.random.default_rng(tp + dp)
+    asked = [random_request(rng, [5] * 40) for _ in range(10)]
+    requests = [engine.add(*one) for one in asked]
+    while not engine.idle:
+        engine.step()
+        engine._scheduler.check()
+    for (prompt, settings), request in zip(asked, requests, strict=True):
+        tokens, logprobs, reason = alone(prompt, settings)
+        assert (request.tokens, request.finish_reason) == (tokens, reason)
+        np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-4)
+
+
+def test_a_request_of_nan_fails_alone(params):
+    broken = jax.tree.map(lambda x: x, params.weights)
+    tokens = broken["embed"]["tokens"]
+    broken["embed"]["tokens"] = tokens.at[7].set(jnp.nan)
+    engine = make_engine(dataclasses.replace(params, weights=broken))
+    good, bad = (engine.add([3, 4, 5]), engine.add([3, 7, 5]))
+    with pytest.raises(ValueError, match="NaN for prompt 1"):
+        while not engine.idle:
+            engine.step()
+    while not engine.idle:
+        engine.step()
+    assert bad.finish_reason == "error" and bad.tokens == []
+    assert good.finish_reason == "length" and len(good.tokens) == 64
+
+
+def test_what_could_never_run_is_refused(params):
+    engine = make_engine(params, pages=4)
+    with pytest.raises(
+        ValueError, match="needs 5 pages of 16 positions, and there are"
+    ):
+        engine.add([1] * 40, polarjax.Settings(max_new_tokens=40))
+    with pytest.raises(ValueError, match="stop_ids are 65, at most 64"):
+        engine.add([1], polarjax.Settings(stop_ids=tuple(range(65))))
+    assert engine.idle
