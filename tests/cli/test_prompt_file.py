@@ -347,6 +347,25 @@ def test_a_window_goes_through_in_order(checkpoint, tmp_path):
     assert told[-1].prompts == 60
 
 
+def test_a_request_of_nan_is_a_line_of_its_own(checkpoint, tmp_path):
+    path = write(tmp_path / "in.jsonl", [{"prompt": [i]} for i in (1, 14, 2)])
+    params = polarjax.load(checkpoint)
+    weights = dict(params.weights)
+    tokens = weights["embed"]["tokens"].at[14].set(float("nan"))
+    head = {"head": weights["embed"]["tokens"]}  # where it would be for every token
+    weights["embed"] = {**weights["embed"], **head, "tokens": tokens}
+    config = dataclasses.replace(params.config, tied_embeddings=False)
+    broken = dataclasses.replace(params, weights=weights, config=config)
+    results: list[str] = []
+    with polarjax.Engine(broken, slots=2, context=32) as engine:
+        reader = Reader(config, engine.tokenizer, Settings(max_new_tokens=3))
+        continue_lines(engine, read_lines(path), reader, results.extend)
+    one, wrong, two = map(json.loads, results)
+    error = "the model yields NaN for prompt 1: its weights are damaged"
+    assert wrong == {"index": 1, "error": error}
+    assert len(one["tokens"]) == len(two["tokens"]) == 3
+
+
 def test_one_process_at_a_time_writes(command, tmp_path, capsys, monkeypatch):
     go_on, found = prompt_file._go_on, []
 

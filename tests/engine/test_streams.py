@@ -4,8 +4,11 @@ import asyncio
 import dataclasses
 import gc
 import itertools
+import re
+import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import polarjax
 from polarjax import Settings
 from tests.models import LLAMA, random_params, write_checkpoint
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = dataclasses.replace(
     LLAMA, layers=1, vocab_size=257, context=64, tied_embeddings=False
 )
@@ -327,3 +331,25 @@ def test_readers_whose_loop_is_closed_are_cancelled(engine, expected):
         while kept[0]._reader.request.going:
             time.sleep(0.01)
     assert kept[0]._reader.request.finish_reason == "cancelled"
+
+
+def test_the_streams_of_the_docs_run(params, capsys):
+    page = REPOSITORY / "docs" / "generation.md"
+    if not page.exists():
+        pytest.skip("needs the docs: run it in a clone of the repository")
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    plain, awaiting = (block for block in blocks if "piece.text" in block)
+    with polarjax.Engine(params, slots=2) as engine:
+        exec(
+            compile(plain, str(page), "exec"), {"polarjax": polarjax, "engine": engine}
+        )
+        said = capsys.readouterr().out
+        assert (
+            said == engine.generate(["Once upon a time"], max_new_tokens=200).texts[0]
+        )
+        names = {"polarjax": polarjax, "asyncio": asyncio, "engine": engine}
+        code = f"async def main():\n{textwrap.indent(awaiting, '    ')}"
+        exec(compile(code, str(page), "exec"), names)
+        asyncio.run(names["main"]())
+    assert len(capsys.readouterr().out) > 10
