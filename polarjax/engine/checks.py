@@ -247,7 +247,7 @@ def settings_of(
     Raises:
       ValueError: naming the setting, the value and the range.
     """
-    plain = dataclasses.asdict(Settings())
+    plain = vars(Settings())
     if unknown := sorted(asked.keys() - plain.keys()):
         raise TypeError(f"no setting {unknown[0]!r}: there are {', '.join(plain)}")
     given = {**plain, **asked}

@@ -260,8 +260,7 @@ class Engine:
         if not isinstance(settings, Settings):
             raise TypeError(f"settings must be polarjax.Settings, got {settings!r}")
         ids = encode_prompt(number or 0, prompt, self.tokenizer, config)
-        asked = dataclasses.asdict(settings)
-        [one] = settings_of(config, self.tokenizer, 1, asked)
+        [one] = settings_of(config, self.tokenizer, 1, vars(settings))
         request = self._request(ids, one, number or 0)
         request.number = self._added if number is None else number
         self._added += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from polarjax.storage.facts import difference
 from polarjax.storage.files import read_json
 from polarjax.storage.folder import is_open_at, locked
 from polarjax.storage.writing import name_path, try_file, write_file
@@ -84,14 +85,11 @@ class LineFile:
             if overwrite:
                 return False
             raise FileExistsError(self._foreign(self._facts_file)) from None
-        mine, theirs = _flat(self._facts), _flat(found)
-        different = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+        different = difference(self._facts, found)
         if different and not overwrite:
-            key = different[0]
             raise FileExistsError(
-                f"{self.partial} is of other work ({key} is {theirs.get(key)!r} there, "
-                f"{mine.get(key)!r} here): finish that, choose another name, or "
-                "--overwrite it"
+                f"{self.partial} is of other work ({different}): finish that, choose "
+                "another name, or --overwrite it"
             )
         return not different
 
@@ -180,13 +178,3 @@ def check_new(path: str | Path, overwrite: bool) -> None:
             f"{path} exists, and is finished: choose another name, or --overwrite it"
         )
     try_file(path)
-
-
-def _flat(facts: Any, name: str = "") -> dict[str, Any]:
-    """Nested facts by path, so that a message can name the one that differs."""
-    if not isinstance(facts, dict):
-        return {name: facts}
-    flat = {}
-    for key, value in facts.items():
-        flat |= _flat(value, f"{name}.{key}" if name else key)
-    return flat

@@ -163,6 +163,24 @@ def test_a_request_that_ended_itself_takes_no_row(engine):
     assert engine.step() == [] and engine.idle
 
 
+def test_a_request_that_ends_while_another_is_streamed_counts_once():
+    requests = [Request([1], 2, number=i) for i in range(2)]
+    told, streamed = [], []
+
+    def step():
+        for one in requests:
+            if one.going:
+                one.add([5], [0.0], ended=len(one.tokens) == 1)
+
+    def stream(number, text, tokens):
+        streamed.append((number, tokens))
+        step()  # both end
+
+    finish(requests, step, stream, lambda *now: told.append(now), keep=False)
+    assert streamed == [(0, [5]), (1, [5, 5]), (0, [5])]
+    assert told[0] == (0, 2, 0) and told[-1] == (2, 2, 4)
+
+
 def seconds(count):
     """Of the host's own work for so many requests, the model left out."""
     requests = [Request([1], 1, number=i) for i in range(count)]
