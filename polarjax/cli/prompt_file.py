@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from polarjax import __version__
@@ -23,7 +24,9 @@ from polarjax.params import Params
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies import named
 from polarjax.policy import Load, Policy
+from polarjax.storage.files import check_file
 from polarjax.storage.line_file import LineFile, check_new
+from polarjax.terminal.output import bytes_bar, make_console
 
 
 def continue_file(args: argparse.Namespace) -> None:
@@ -45,7 +48,7 @@ def continue_file(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(config)
     reader = Reader(config, tokenizer, _defaults(args), args.chat)
     settings_of(config, tokenizer, 1, _asked(reader.defaults))
-    found = survey(args.input, reader, context)
+    found = _survey(args.input, reader, context)
     adapter = find_adapter(args.adapter) if args.adapter else None
     mesh, other = choose_mesh(args), args.any_model
     params = load(args.checkpoint, adapter=adapter, mesh=mesh, any_model=other)
@@ -74,6 +77,16 @@ def continue_file(args: argparse.Namespace) -> None:
             args.work = str(file.partial)  # that is named when it is interrupted
             _go_on(args, engine, reader, file, found)
             file.finish()
+
+
+def _survey(path: str, reader: Reader, context: int) -> Survey:
+    """Read the input once: texts become tokens, which may take a while."""
+    size = check_file(Path(path))
+    with bytes_bar("reading", make_console(stderr=True), shown=True) as bar:
+        task = bar.add_task("prompts", total=size)
+        return survey(
+            path, reader, context, lambda read: bar.update(task, completed=read)
+        )
 
 
 def _go_on(

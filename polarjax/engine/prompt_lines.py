@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Line:
       prompt: a text, or token ids; None if there are messages.
       messages: a conversation, or None.
       settings: that the line names, by the fields of `Settings`; not yet checked.
+      end: bytes of the file up to the line's end.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Line:
     prompt: str | list[int] | None
     messages: list[Any] | None
     settings: dict[str, Any]
+    end: int
 
     @property
     def label(self) -> dict[str, Any]:
@@ -67,11 +69,11 @@ def read_lines(path: str | Path) -> Iterator[Line]:
             except ValueError as reason:
                 raise FileError(f"{name} is not UTF-8 text: {reason}") from None
             if text.strip():
-                yield _parse(index, name, parse_json(text, name))
+                yield _parse(index, name, parse_json(text, name), file.tell())
                 index += 1
 
 
-def _parse(index: int, name: str, record: dict[str, Any]) -> Line:
+def _parse(index: int, name: str, record: dict[str, Any], end: int) -> Line:
     known = ("id", *_PROMPTS, *_SETTINGS)
     if unknown := [key for key in record if key not in known]:
         raise FileError(f"{name} has no field {unknown[0]!r}: {', '.join(known)}")
@@ -89,7 +91,7 @@ def _parse(index: int, name: str, record: dict[str, Any]) -> Line:
     for key, value in settings.items():
         if isinstance(value, list | dict) and key not in _LISTS:
             raise FileError(f"{name}: {key} must be a number")
-    return Line(index, name, own, prompt, messages, settings)
+    return Line(index, name, own, prompt, messages, settings, end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,12 @@ class Survey:
     densities: bool
 
 
-def survey(path: str | Path, reader: Reader, context: int) -> Survey:
+def survey(
+    path: str | Path,
+    reader: Reader,
+    context: int,
+    tell: Callable[[int], None] = lambda read: None,
+) -> Survey:
     """Read a file once, from end to end, before the work.
 
     A prompt that the engine will refuse is no reason to stop, but a line that is no
@@ -182,6 +189,7 @@ def survey(path: str | Path, reader: Reader, context: int) -> Survey:
       path: of the file.
       reader: of its lines.
       context: most tokens of a request.
+      tell: of the bytes that have been read, after each line.
 
     Raises:
       FileError: if it is no regular file, has no prompt, or a line is no request; that
@@ -194,6 +202,7 @@ def survey(path: str | Path, reader: Reader, context: int) -> Survey:
     middles, good, densities = 0.0, 0, False
     for line in read_lines(path):
         count += 1
+        tell(line.end)
         reader.check_chat(line)
         try:
             length = len(reader.encode(line))

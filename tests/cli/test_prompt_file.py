@@ -1,6 +1,7 @@
 """`polarjax generate --input --output`: a file of prompts, stopped and gone on with."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -127,6 +128,22 @@ def test_a_file_gives_what_the_library_says(command, expected, tmp_path, capsys)
     )
     assert main.main([*command, "--overwrite"]) == 0
     check(read(tmp_path / "out.jsonl"), expected)
+
+
+def test_the_bars_are_for_terminals(command, tmp_path, monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    for screen in (Screen(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", screen)
+        assert main.main([*command, "--overwrite"]) == 0
+        said = screen.getvalue()
+        shown = isinstance(screen, Screen)
+        assert ("8/8" in said and "reading" in said) == shown
+        assert said.count("tokens/s; written to") == 1
 
 
 def stop_at(monkeypatch, number, error=KeyboardInterrupt):

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import gc
 import itertools
+import random
 import re
 import textwrap
 import threading
@@ -146,6 +147,11 @@ def run(engine, work, limit=60):
         assert engine._ended
 
 
+def slow_down(engine, seconds):
+    step = engine.step
+    engine.step = lambda: time.sleep(seconds) or step()
+
+
 async def read(served, prompt, settings=LONG):
     return [piece async for piece in served.stream(prompt, settings)]
 
@@ -223,7 +229,7 @@ def test_who_leaves_cancels_the_request_within_a_step(engine, way, monkeypatch):
     step, add = engine.step, engine.add
 
     def slow_step():
-        steps.append(time.sleep(0.03))  # so that none ends before it is left
+        steps.append(time.sleep(0.05))  # so that none ends before it is left
         return step()
 
     def noted(*given):
@@ -278,6 +284,7 @@ def test_what_is_refused_is_told_to_who_asked(params):
         assert len(full) + sum(isinstance(x, list) for x in found) == 6
         return await read(served, "one")
 
+    slow_down(engine, 0.02)  # so that some come while others wait
     assert len(together(run(engine, work)).tokens) == 40
 
 
@@ -294,8 +301,7 @@ def test_closing_ends_all_readers(engine):
         with pytest.raises(RuntimeError, match="this engine is closed"):
             await served.add("one")
 
-    step = engine.step
-    engine.step = lambda: time.sleep(0.02) or step()
+    slow_down(engine, 0.1)  # so that none ends by itself
     run(engine, work)
 
 
@@ -331,6 +337,32 @@ def test_readers_whose_loop_is_closed_are_cancelled(engine, expected):
         while kept[0]._reader.request.going:
             time.sleep(0.01)
     assert kept[0]._reader.request.finish_reason == "cancelled"
+
+
+def test_many_readers_that_come_and_go_leave_nothing(engine, expected):
+    """In any state of their requests, some before they were taken."""
+    rng = random.Random(1)
+
+    async def one(served, i):
+        await asyncio.sleep(rng.random() / 4)
+        if i % 4 == 0:
+            return together(await read(served, PROMPTS[i % 3], LONG)).tokens
+        limit = Settings(max_new_tokens=rng.randrange(1, 40), stop_ids=())
+        try:
+            await asyncio.wait_for(
+                read(served, PROMPTS[i % 3], limit), rng.random() / 8
+            )
+        except TimeoutError:
+            return None
+
+    async def work(served):
+        found = await asyncio.gather(*(one(served, i) for i in range(120)))
+        while not engine.idle or served._readers or served._inbox:
+            await asyncio.sleep(0.01)
+        return found
+
+    for i, tokens in enumerate(run(engine, work)):
+        assert i % 4 or tokens == expected.tokens[i % 3]
 
 
 def test_the_streams_of_the_docs_run(params, capsys):
