@@ -7,11 +7,13 @@ check_ours("pallas_kernels")
 from polarjax.calibration.calibrate import calibrate  # noqa: E402
 from polarjax.calibration.recover import recover  # noqa: E402
 from polarjax.config import ModelConfig, Rope  # noqa: E402
+from polarjax.engine.async_engine import AsyncEngine  # noqa: E402
 from polarjax.engine.checks import Settings  # noqa: E402
 from polarjax.engine.engine import Engine  # noqa: E402
+from polarjax.engine.errors import QueueFull, RequestFailed  # noqa: E402
 from polarjax.engine.generate import generate, logits  # noqa: E402
 from polarjax.engine.output import Output  # noqa: E402
-from polarjax.engine.request import Request  # noqa: E402
+from polarjax.engine.request import Piece, Request  # noqa: E402
 from polarjax.engine.stats import Stats  # noqa: E402
 from polarjax.loading import load  # noqa: E402
 from polarjax.params import Params, save  # noqa: E402
@@ -21,17 +23,21 @@ from polarjax.policy import Dense, Policy  # noqa: E402
 
 __all__ = [
     "Adaptive",
+    "AsyncEngine",
     "Dense",
     "Engine",
     "ModelConfig",
     "Oracle",
     "Output",
     "Params",
+    "Piece",
     "Plan",
     "Polar",
     "Policy",
+    "QueueFull",
     "Random",
     "Request",
+    "RequestFailed",
     "Rope",
     "Settings",
     "Stats",

@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 from polarjax.cli.common import choose_mesh
+from polarjax.cli.prompt_file import continue_file
 from polarjax.engine import Tokenizer
 from polarjax.engine.generate import generate
 from polarjax.engine.templates import check_text
@@ -25,6 +26,9 @@ def run_generate(args: argparse.Namespace) -> None:
     Raises:
       ValueError: as `load` and `generate`.
     """
+    if args.input is not None:
+        continue_file(args)
+        return
     processes.start_from(args)
     params = load(
         args.checkpoint,

@@ -49,6 +49,17 @@ def check_params(params: Any) -> Params:
     return params
 
 
+def check_errors(errors: Any) -> Any:
+    """What is to be done with requests that fail, if it is something.
+
+    Raises:
+      ValueError: if not.
+    """
+    if errors not in ("raise", "keep"):
+        raise ValueError(f"errors must be 'raise' or 'keep', got {errors!r:.60}")
+    return errors
+
+
 def encode_prompts(
     prompts: Any, tokenizer: Tokenizer | None, config: ModelConfig
 ) -> list[list[int]]:
@@ -64,6 +75,35 @@ def encode_prompts(
       ValueError: if one is empty, too long, no Unicode text or has an id that the model
         lacks.
     """
+    listed = enumerate(_several(prompts))
+    return [encode_prompt(i, p, tokenizer, config) for i, p in listed]
+
+
+def encode_or_say_why(
+    prompts: Any, tokenizer: Tokenizer | None, config: ModelConfig
+) -> tuple[list[list[int]], list[str | None]]:
+    """As `encode_prompts`, but that a wrong prompt is no reason to refuse the others.
+
+    Returns:
+      Token ids, none of a wrong prompt; and what is wrong with each, None if nothing.
+
+    Raises:
+      TypeError: if prompts is no list.
+    """
+    encoded: list[list[int]] = []
+    errors: list[str | None] = []
+    for i, prompt in enumerate(_several(prompts)):
+        ids, why = [], None
+        try:
+            ids = encode_prompt(i, prompt, tokenizer, config)
+        except (TypeError, ValueError) as error:
+            why = str(error)
+        encoded.append(ids)
+        errors.append(why)
+    return encoded, errors
+
+
+def _several(prompts: Any) -> list[Any] | tuple[Any, ...]:
     if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2:
         prompts = list(prompts)  # of one length
     if not isinstance(prompts, list | tuple):
@@ -73,22 +113,40 @@ def encode_prompts(
         )
     if not prompts:
         raise ValueError("prompts is empty: pass at least one")
-    encoded = [_encode(i, p, tokenizer) for i, p in enumerate(prompts)]
-    for i, ids in enumerate(encoded):
-        if not ids:
-            raise ValueError(f"prompt {i} is empty: it must have at least one token")
-        if len(ids) >= config.context:
-            raise ValueError(
-                f"prompt {i} has {len(ids)} tokens; the model's context is "
-                f"{config.context}, so a prompt may have {config.context - 1} at most"
-            )
-        wrong = [x for x in ids if not 0 <= x < config.vocab_size]
-        if wrong:
-            raise ValueError(
-                f"prompt {i} has token id {wrong[0]}; ids go from 0 to "
-                f"{config.vocab_size - 1}"
-            )
-    return encoded
+    return prompts
+
+
+def encode_prompt(
+    number: int, prompt: Any, tokenizer: Tokenizer | None, config: ModelConfig
+) -> list[int]:
+    """Token ids of one prompt.
+
+    Args:
+      number: of it, for messages.
+      prompt: a str, or a list or array of token ids.
+      tokenizer: of the checkpoint, or None.
+      config: of the model.
+
+    Raises:
+      TypeError: if it is neither.
+      ValueError: if it is empty, too long, no Unicode text or has an id that the model
+        lacks.
+    """
+    ids = _encode(number, prompt, tokenizer)
+    if not ids:
+        raise ValueError(f"prompt {number} is empty: it must have at least one token")
+    if len(ids) >= config.context:
+        raise ValueError(
+            f"prompt {number} has {len(ids)} tokens; the model's context is "
+            f"{config.context}, so a prompt may have {config.context - 1} at most"
+        )
+    wrong = [x for x in ids if not 0 <= x < config.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"prompt {number} has token id {wrong[0]}; ids go from 0 to "
+            f"{config.vocab_size - 1}"
+        )
+    return ids
 
 
 def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
@@ -123,7 +181,7 @@ def settings_of(
     Raises:
       ValueError: naming the setting, the value and the range.
     """
-    plain = dataclasses.asdict(Settings())
+    plain = vars(Settings())
     if unknown := sorted(asked.keys() - plain.keys()):
         raise TypeError(f"no setting {unknown[0]!r}: there are {', '.join(plain)}")
     given = {**plain, **asked}

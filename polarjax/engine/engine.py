@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,9 +21,12 @@ from polarjax.engine import prefill, programs
 from polarjax.engine.checks import (
     Settings,
     check_asked,
+    check_errors,
     check_lengths,
     check_params,
     check_served,
+    encode_or_say_why,
+    encode_prompt,
     encode_prompts,
     make_sampling,
     settings_of,
@@ -31,11 +35,15 @@ from polarjax.engine.checks import (
 )
 from polarjax.engine.chunk import Chunk, take
 from polarjax.engine.clock import Clock
+from polarjax.engine.errors import QueueFull, RequestFailed, yields_nan
+from polarjax.engine.follow import finish
 from polarjax.engine.output import Output
 from polarjax.engine.places import insert, on_devices, place_rows
+from polarjax.engine.progress import Progress, following
 from polarjax.engine.request import Request
 from polarjax.engine.rules import History
 from polarjax.engine.stats import Tally, make_stats
+from polarjax.engine.streams import TokenStream
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
 from polarjax.mesh.processes import from_main, to_host
@@ -48,6 +56,7 @@ from polarjax.policy import Load, Policy
 from polarjax.settings import default_numbers
 
 Stream = Callable[[int, str, list[int]], None]
+Errors = Literal["raise", "keep"]
 
 _IDLE = Settings(max_new_tokens=1)
 
@@ -76,6 +85,8 @@ class Engine:
       load: what is expected of it: requests, and their mean context; for the choice of
         axes. None for all slots at half their context.
       densities: whether requests may ask for densities of their own.
+      max_waiting: most requests of `add` and `stream` that wait for a row; one more is
+        an error.
       mesh: of `polarjax.mesh.cut.make_mesh`; None for where `params` is.
       implementation: of the kernels; None chooses by device.
 
@@ -98,6 +109,7 @@ class Engine:
         memory_fraction: float = MEMORY_FRACTION,
         load: Load | None = None,
         densities: bool = True,
+        max_waiting: int = 65_536,
         mesh: Mesh | None = None,
         implementation: Implementation | None = None,
     ) -> None:
@@ -147,7 +159,9 @@ class Engine:
         self._rows: list[Request | None] = [None] * self.slots
         self._settings = [_IDLE] * self.slots
         self._given: Any = None
-        self._waiting: list[Request] = []
+        # In order, and any of them is found and taken out at once.
+        self._waiting: OrderedDict[Request, None] = OrderedDict()
+        self.max_waiting = positive("max_waiting", max_waiting)
         self._begun: list[Chunk] = []
         self._clock, self._tally = Clock(), Tally(config)
         self._compiled_seconds = 0.0
@@ -198,8 +212,8 @@ class Engine:
             return
         self._ended = why
         for request in [*self._waiting, *(one for one in self._rows if one)]:
-            request.cancel()
-        self._waiting, self._begun = [], []
+            request.cancel(why)
+        self._waiting, self._begun = OrderedDict(), []
         self._rows = [None] * self.slots
         self._given = None
         del self._state, self._logits, self._bound, self.weights
@@ -209,19 +223,30 @@ class Engine:
             raise RuntimeError(self._ended)
 
     @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self._waiting)
+
+    @property
     def idle(self) -> bool:
         """Whether no request waits or goes on."""
         return not self._waiting and not self._begun and not any(self._rows)
 
     @default_numbers
     def add(
-        self, prompt: str | Sequence[int], settings: Settings | None = None
+        self,
+        prompt: str | Sequence[int],
+        settings: Settings | None = None,
+        *,
+        number: int | None = None,
     ) -> Request:
         """Take a request, which begins at one of the next calls of `step`.
 
         Args:
           prompt: a text, or token ids.
           settings: how it is continued.
+          number: that messages give the prompt; None for 0 while it is checked, and
+            then how many were added before it.
 
         Returns:
           What fills as `step` is called.
@@ -229,24 +254,30 @@ class Engine:
         Raises:
           TypeError: if the prompt is neither.
           ValueError: if it or a setting is out of range; it is named.
+          QueueFull: if `max_waiting` requests wait already.
           RuntimeError: if the engine is closed.
         """
         self._check_open()
+        if self.waiting >= self.max_waiting:
+            raise QueueFull(
+                f"{self.waiting} requests wait for this engine, the most that it "
+                "lets wait: add this one when some have ended, or make the engine with "
+                "a larger max_waiting"
+            )
         config, settings = self.params.config, settings or Settings()
         if not isinstance(settings, Settings):
             raise TypeError(f"settings must be polarjax.Settings, got {settings!r}")
-        [ids] = encode_prompts([prompt], self.tokenizer, config)
-        asked = dataclasses.asdict(settings)
-        [one] = settings_of(config, self.tokenizer, 1, asked)
-        request = self._request(ids, one, 0)
-        request.number = self._added
+        ids = encode_prompt(number or 0, prompt, self.tokenizer, config)
+        [one] = settings_of(config, self.tokenizer, 1, vars(settings))
+        request = self._request(ids, one, number or 0)
+        request.number = self._added if number is None else number
         self._added += 1
         self._admit(request)
         return request
 
     def _admit(self, request: Request) -> None:
         """It waits from now on."""
-        self._waiting.append(request)
+        self._waiting[request] = None
 
     def _request(self, ids: list[int], one: Settings, number: int) -> Request:
         check_served(one)
@@ -258,6 +289,30 @@ class Engine:
         return Request(
             ids, limit, self.tokenizer, one.stop, settings=one, number=number
         )
+
+    def stream(
+        self, prompt: str | Sequence[int], settings: Settings | None = None
+    ) -> TokenStream:
+        """Take a request, and give what it gets piece by piece.
+
+        Several at a time share the steps, whoever asks for his next piece. One that is
+        closed, or that nobody holds any more, is cancelled.
+
+        Args:
+          prompt: a text, or token ids.
+          settings: how it is continued.
+
+        Returns:
+          An iterator of `polarjax.Piece`, and a context manager. It calls `step` where
+          nothing new is there.
+
+        Raises:
+          TypeError: if the prompt is neither.
+          ValueError: if it or a setting is out of range; it is named.
+          QueueFull: if `max_waiting` requests wait already.
+          RuntimeError: if the engine is closed.
+        """
+        return TokenStream(self.add(prompt, settings), self.step)
 
     def cancel(self, request: Request) -> None:
         """End a request of this engine: it gets no further tokens."""
@@ -272,8 +327,7 @@ class Engine:
         return request in self._waiting or request in self._rows
 
     def _cancel(self, request: Request) -> None:
-        if request in self._waiting:
-            self._waiting.remove(request)
+        self._waiting.pop(request, None)
         request.cancel()
 
     @default_numbers
@@ -288,8 +342,8 @@ class Engine:
           The requests that got tokens or ended.
 
         Raises:
-          ValueError: if the model yields NaN for a request, which has been cancelled
-            then; the others go on.
+          RequestFailed: if the model yields NaN for requests, which have ended then;
+            the others go on. It is a ValueError.
           RuntimeError: if the engine is closed, or was interrupted half-way.
         """
         self._check_open()
@@ -342,8 +396,13 @@ class Engine:
     def _read_waiting(self) -> None:
         """Read prompts that wait into free rows, and draw the first token of each."""
         free = [i for i, one in enumerate(self._rows) if one is None]
-        taken = dict(zip(free, self._waiting, strict=False))
-        del self._waiting[: len(taken)]
+        taken: dict[int, Request] = {}
+        while self._waiting and len(taken) < len(free):
+            request, _ = self._waiting.popitem(last=False)
+            if request.going:  # else its own `cancel` was called
+                taken[free[len(taken)]] = request
+        if not taken:
+            return
         remaining = np.ones(self.slots, np.int32)
         admitted = np.zeros(self.slots, bool)
         for row, request in taken.items():
@@ -448,15 +507,12 @@ class Engine:
                     if request is None or not request.going:
                         continue
                     if not take(request, drawn, i, ended=not live[i]):
-                        request.cancel()
+                        request.fail(yields_nan(request.number))
                         wrong.append(request)
                     news[id(request)] = request
         self._free()
         if wrong:
-            raise ValueError(
-                f"the model yields NaN for prompt {wrong[0].number}: its weights are "
-                "damaged"
-            )
+            raise RequestFailed(wrong)
         return list(news.values())
 
     def _free(self) -> None:
@@ -472,6 +528,8 @@ class Engine:
         prompts: Sequence[str] | Sequence[Sequence[int]],
         *,
         stream: Stream | None = None,
+        progress: bool | Progress = False,
+        errors: Errors = "raise",
         **settings: Any,
     ) -> Output:
         """Continue prompts, however many there are.
@@ -479,11 +537,17 @@ class Engine:
         Args:
           prompts: texts, or token ids.
           stream: called as stream(request, text, tokens) with what is new.
+          progress: True for a bar on stderr, if that is a terminal; or a function,
+            called as progress(requests that ended, requests, new tokens).
+          errors: "raise" if one request that fails shall end them all; "keep" if it
+            shall fail alone: the prompt is wrong, too long, asks for what the policy
+            does not take, or the model yields NaN for it. `Output.errors` says why.
           **settings: fields of `Settings`, one value or one per request.
 
         Raises:
-          TypeError: if prompts are no list of str or token ids.
-          ValueError: if a prompt or setting is out of range; it is named.
+          TypeError: if prompts are no list, or, unless kept, not of str or token ids.
+          ValueError: if a setting is out of range, or, unless kept, a prompt; it is
+            named.
           RuntimeError: if the engine is closed, or another `generate` of it goes on.
         """
         self._check_open()
@@ -494,44 +558,40 @@ class Engine:
             )
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be a function, got {stream!r}")
-        config = self.params.config
-        encoded = encode_prompts(prompts, self.tokenizer, config)
-        if self._many:
-            encoded = from_main(encoded)
-        asked = settings_of(config, self.tokenizer, len(encoded), settings)
-        self._clock, self._tally = Clock(), Tally(config)
+        if check_errors(errors) == "keep":
+            tried = encode_or_say_why(prompts, self.tokenizer, self.params.config)
+        else:
+            found = encode_prompts(prompts, self.tokenizer, self.params.config)
+            tried = found, [None] * len(found)
+        encoded, wrong = from_main(tried) if self._many else tried
+        asked = settings_of(self.params.config, self.tokenizer, len(encoded), settings)
+        self._clock, self._tally = Clock(), Tally(self.params.config)
         self._clock.seconds["compile"] += self._compiled_seconds
         self._compiled_seconds = 0.0
-        pairs = enumerate(zip(encoded, asked, strict=True))
-        requests = [self._request(ids, one, i) for i, (ids, one) in pairs]
-        for request in requests:
-            self._admit(request)
+        requests = []
+        for i, (ids, one, why) in enumerate(zip(encoded, asked, wrong, strict=True)):
+            try:
+                requests.append(_refused(i, why) if why else self._request(ids, one, i))
+            except ValueError as error:
+                if errors == "raise":
+                    raise
+                requests.append(_refused(i, str(error)))
         self._counting, self._calls = True, self._calls + 1
         try:
-            self._finish(requests, stream)
+            with following(progress, len(requests)) as tell:
+                for request in requests:
+                    if request.going:
+                        self._admit(request)
+                finish(requests, self.step, stream, tell, errors == "keep")
         except BaseException:  # of weights, a stream or a user who waits no longer
             for request in requests:
                 self._cancel(request)
             raise
         finally:
             self._counting = False
+        self._check_open()  # which a stream may have closed
         self._clock.lap("decode")
         return self._output(requests)
-
-    def _finish(self, requests: list[Request], stream: Stream | None) -> None:
-        """Go on until some requests have ended, and stream them."""
-        unsaid = dict(enumerate(requests))
-        while unsaid:
-            if any(request.going for request in requests):
-                self.step()
-            for i, request in list(unsaid.items()):
-                ended = not request.going
-                # A stream may have called `step` itself: all are asked.
-                text, tokens = request.news() if stream else ("", [])
-                if stream and (text or tokens):
-                    stream(i, text, tokens)
-                if ended:
-                    del unsaid[i]
 
     def _output(self, requests: list[Request]) -> Output:
         stats = make_stats(
@@ -545,11 +605,19 @@ class Engine:
             new_tokens=sum(len(request.tokens) for request in requests),
             notes=self._notes,
         )
-        texts = [request.text for request in requests] if self.tokenizer else None
+        texts = [one.text for one in requests] if self.tokenizer else None
         return Output(
             tokens=[request.tokens for request in requests],
             texts=texts,
             logprobs=[request.logprobs for request in requests],
             finish_reasons=[request.finish_reason for request in requests],
             stats=stats,
+            errors=[request.error or None for request in requests],
         )
+
+
+def _refused(number: int, error: str) -> Request:
+    """A request that has failed before it began."""
+    request = Request([], 0, number=number)
+    request.fail(error)
+    return request

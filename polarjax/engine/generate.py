@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +15,17 @@ from jax.sharding import Mesh
 
 from pallas_kernels import Implementation, runnable
 from polarjax.engine import programs
-from polarjax.engine.checks import check_params, encode_prompts, settings_of
-from polarjax.engine.engine import Engine, Stream
+from polarjax.engine.checks import (
+    check_errors,
+    check_params,
+    encode_or_say_why,
+    encode_prompts,
+    settings_of,
+)
+from polarjax.engine.engine import Engine, Errors, Stream
 from polarjax.engine.output import Output
 from polarjax.engine.places import on_devices
+from polarjax.engine.progress import Progress
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import mesh_of, shard
 from polarjax.mesh.processes import from_main
@@ -57,6 +65,8 @@ def generate(
     min_tokens: int | Sequence[int] = 0,
     ignore_eos: bool | Sequence[bool] = False,
     stream: Stream | None = None,
+    progress: bool | Progress = False,
+    errors: Errors = "raise",
     chunk: int = 16,
     prefill_tokens: int = BLOCK_TOKENS,
     memory_fraction: float = MEMORY_FRACTION,
@@ -116,6 +126,11 @@ def generate(
       ignore_eos: whether the model's own end tokens are as any others, or one per
         request; `stop_ids` that are given end a text all the same.
       stream: called as stream(request, text, tokens) with what is new, between chunks.
+      progress: True for a bar on stderr, if that is a terminal; or a function, called
+        between chunks as progress(requests that ended, requests, new tokens).
+      errors: "raise" if one request that fails shall end the call; "keep" if it shall
+        fail alone, as a wrong or too long prompt does, or one for which the model
+        yields NaN: its `finish_reasons` is "error", and `Output.errors` says why.
       chunk: most decode steps between two looks of the host: stop strings, streaming
         and stop tokens of all requests take effect at its multiples. After the last
         token that any request may have no step is taken, but that a GPU ends its last
@@ -137,19 +152,24 @@ def generate(
       Tokens, texts, log-probabilities and statistics.
 
     Raises:
-      TypeError: if prompts are no list of str or token ids.
-      ValueError: if a prompt or setting is out of range; it is named. If the batch
-        does not fit into the device's memory; what would fit is named.
+      TypeError: if prompts are no list, or, unless kept, not of str or token ids.
+      ValueError: if a setting is out of range, or, unless kept, a prompt; it is named.
+        If the model yields NaN, and that is not kept. If the batch does not fit into
+        the device's memory; what would fit is named.
     """
     params = check_params(params)
     params = shard(params, mesh) if mesh is not None else on_devices(params)
     config, tokenizer = params.config, Tokenizer.load(params.config)
-    encoded = encode_prompts(prompts, tokenizer, config)
+    if check_errors(errors) == "keep":
+        encoded, wrong = encode_or_say_why(prompts, tokenizer, config)
+    else:
+        encoded = encode_prompts(prompts, tokenizer, config)
+        wrong = [None] * len(encoded)
     mesh = mesh_of(params.weights)
     many = mesh is not None and mesh.is_multi_process
     if many:
-        encoded = from_main(encoded)
-    batch, lengths = len(encoded), [len(ids) for ids in encoded]
+        encoded, wrong = from_main((encoded, wrong))
+    batch, lengths = len(encoded), [len(ids) or 1 for ids in encoded]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "density": density,
@@ -209,7 +229,12 @@ def generate(
         densities=density is not None,
         implementation=implementation,
     ) as engine:
-        return engine.generate(encoded, stream=stream, **settings)
+        out = engine.generate(
+            encoded, stream=stream, progress=progress, errors=errors, **settings
+        )
+    # The engine was given no tokens of those.
+    why = [first or then for first, then in zip(wrong, out.errors, strict=True)]
+    return dataclasses.replace(out, errors=why)
 
 
 @default_numbers

@@ -21,6 +21,7 @@ from polarjax.engine.batch import Batch, Flight, Kept
 from polarjax.engine.checks import Settings, check_params, check_stops
 from polarjax.engine.clock import Clock
 from polarjax.engine.engine import Engine
+from polarjax.engine.errors import RequestFailed, yields_nan
 from polarjax.engine.places import on_devices
 from polarjax.engine.plans import Plan
 from polarjax.engine.programs import Drawn
@@ -67,6 +68,8 @@ class PagedEngine(Engine):
       ahead: decode steps that are sent to the device before the host looks at what one
         has brought.
       prefix_cache: whether prompts share the pages of what they begin with.
+      max_waiting: most requests of `add` and `stream` that wait for a slot; one more
+        is an error.
       load: what is expected of it: requests, and their mean context; for the choice of
         axes. None for all slots at half their context.
       densities: whether requests may ask for densities of their own.
@@ -91,6 +94,7 @@ class PagedEngine(Engine):
         prefill_tokens: int | None = None,
         ahead: int = 1,
         prefix_cache: bool = True,
+        max_waiting: int = 65_536,
         load: Load | None = None,
         densities: bool = True,
         mesh: Mesh | None = None,
@@ -115,6 +119,7 @@ class PagedEngine(Engine):
         self.policy, self._notes = settle(params, policy, load, densities)
         self.weights, self._bound = self.policy.bind(params)
         self._densities, self._prefix_cache = densities, prefix_cache
+        self.max_waiting = positive("max_waiting", max_waiting)
         self._ahead = at_least("ahead", ahead, 0)
         platform = programs.device_of(params.weights).platform
         tokens = _PREFILL_TOKENS.get(platform, 128)
@@ -146,9 +151,7 @@ class PagedEngine(Engine):
             implementation=implementation,
         )
         self._compiled_seconds = time.perf_counter() - start
-        self._requests: dict[
-            Hashable, Request
-        ] = {}  # by id, until they end
+        self._requests: dict[Hashable, Request] = {}  # by id, until they end
         self._owners: dict[int, Request] = {}  # by slot
         self._kept: dict[Hashable, Kept] = {}  # of those that gave way
         self._flights: deque[Flight] = deque()
@@ -162,10 +165,15 @@ class PagedEngine(Engine):
             return
         self._ended = why
         for request in self._requests.values():
-            request.cancel()
+            request.cancel(why)
         self._requests, self._owners, self._kept = {}, {}, {}
         self._flights.clear()
         del self._batch, self._bound, self.weights
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot, those that gave way among them."""
+        return self._scheduler.waiting
 
     @property
     def idle(self) -> bool:
@@ -208,11 +216,10 @@ class PagedEngine(Engine):
         ahead = self._ahead if plan.reads or plan.decodes else 0
         # What has been sent is under way while the host looks at what came before.
         news += self._take_home(self._due(ahead))
-        if damaged := [one.number for one in news if one.finish_reason == "error"]:
-            raise ValueError(
-                f"the model yields NaN for prompt {damaged[0]}: its weights are damaged"
-            )
-        return list({one.id: one for one in news}.values())
+        news = list(dict.fromkeys(news))
+        if failed := [one for one in news if one.finish_reason == "error"]:
+            raise RequestFailed(failed)
+        return news
 
     def _send(self, plan: Plan) -> None:
         """Have the devices do what a plan says."""
@@ -275,7 +282,7 @@ class PagedEngine(Engine):
                     new = [int(token[i])] if valid[i] else []
                     logprobs = [float(logprob[i])] if valid[i] else []
                     if np.isnan(logprobs).any():
-                        request.fail()
+                        request.fail(yields_nan(request.number))
                     else:
                         request.add(new, logprobs, ended=not live[i])
                     if not request.going:

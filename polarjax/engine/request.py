@@ -11,6 +11,23 @@ from polarjax.engine.detokenize import Detokenizer
 from polarjax.engine.tokenizer import Tokenizer
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a request has got since it was last asked.
+
+    Attributes:
+      text: that can no longer change; "" without a tokenizer.
+      tokens: ids of whole characters, the stop token excluded.
+      logprobs: natural log-probability of each.
+      finish_reason: as of `Request`: "" but for the last piece.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str = ""
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """One prompt and what has been drawn for it; equal to itself alone.
@@ -25,11 +42,14 @@ class Request:
       logprobs: of each.
       going: whether more may come.
       finish_reason: "stop", "length", "cancelled" or "error", once it has ended.
+      error: why the engine ended it, if it did: it failed, or the engine was closed.
       settings: how it is continued, `polarjax.engine.checks.Settings`.
       left: tokens that the device may still be asked for.
       number: of its prompt among those that came with it, for messages.
       id: of it in its engine.
       cached: tokens of the prompt that were in the cache.
+      inbox: of who follows several requests: this one is in it once it has got tokens
+        or ended, until the reader takes it out.
     """
 
     prompt: list[int]
@@ -40,11 +60,13 @@ class Request:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     going: bool = True
     finish_reason: str = ""
+    error: str = ""
     settings: Any = None
     left: int = 0
     number: int = 0
     id: int = -1
     cached: int = 0
+    inbox: dict[Request, None] | None = dataclasses.field(default=None, repr=False)
     _written: _Written | None = None
     _streamed_text: int = 0
     _streamed_tokens: int = 0
@@ -76,16 +98,32 @@ class Request:
                 kept = written.tokens_at(written.cut)
                 del self.tokens[kept:], self.logprobs[kept:]
                 self.going, self.finish_reason = False, "stop"
+        self._tell()
 
-    def cancel(self) -> None:
-        """End it with what it has."""
-        if self.going:
-            self.going, self.finish_reason = False, "cancelled"
+    def cancel(self, error: str = "") -> None:
+        """End it with what it has.
 
-    def fail(self) -> None:
-        """End it, as what the model yields for it means nothing."""
+        Args:
+          error: why, if it was not the user's wish.
+        """
+        self._end("cancelled", error)
+
+    def fail(self, error: str) -> None:
+        """End it with what it has, as it cannot go on.
+
+        Args:
+          error: why.
+        """
+        self._end("error", error)
+
+    def _end(self, reason: str, error: str) -> None:
         if self.going:
-            self.going, self.finish_reason = False, "error"
+            self.going, self.finish_reason, self.error = False, reason, error
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.inbox is not None:
+            self.inbox[self] = None
 
     def news(self) -> tuple[str, list[int]]:
         """Text and tokens since the last call, as far as they can no longer change."""
@@ -101,6 +139,18 @@ class Request:
         tokens = self.tokens[self._streamed_tokens : count]
         self._streamed_tokens = count
         return text, tokens
+
+    def piece(self) -> Piece | None:
+        """What `news` says, and how it ended if it has; None if there is nothing new.
+
+        The log-probabilities are taken at the same time. Once the request has ended,
+        each call returns a piece.
+        """
+        start, reason = self._streamed_tokens, self.finish_reason
+        text, tokens = self.news()
+        if not (text or tokens or reason):
+            return None
+        return Piece(text, tokens, self.logprobs[start : start + len(tokens)], reason)
 
     def _read(self, tokenizer: Tokenizer) -> _Written:
         """What is written, the newest tokens included."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from polarjax.storage.facts import difference
 from polarjax.storage.folder import is_open_at, locked
 from polarjax.storage.writing import name_path, try_file, write_file
 
@@ -111,14 +112,10 @@ class FileJournal(MutableMapping):
         )
 
     def _compare(self, facts: Any) -> None:
-        mine, theirs = _flat(self._facts), _flat(facts)
-        different = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
-        if different:
-            key = different[0]
+        if different := difference(self._facts, facts):
             raise FileExistsError(
-                f"{self.partial} is of another evaluation ({key} is "
-                f"{theirs.get(key)!r} there, {mine.get(key)!r} here): finish that one, "
-                "choose another --out, or --overwrite it"
+                f"{self.partial} is of another evaluation ({different}): finish that "
+                "one, choose another --out, or --overwrite it"
             )
 
     def _append(self, value: Any) -> None:
@@ -172,13 +169,3 @@ class FileJournal(MutableMapping):
 
     def __delitem__(self, key: str) -> None:
         raise TypeError("what was measured stays")
-
-
-def _flat(facts: Any, name: str = "") -> dict[str, Any]:
-    """Nested facts by path, so that a message can name the one that differs."""
-    if not isinstance(facts, dict):
-        return {name: facts}
-    flat = {}
-    for key, value in facts.items():
-        flat |= _flat(value, f"{name}.{key}" if name else key)
-    return flat

@@ -14,7 +14,13 @@ from polarjax.terminal.common import (
     refuse,
 )
 
-GENERATE = "Continue prompts, sparsely with an adapter."
+SLOTS = 64
+
+GENERATE = (
+    "Continue prompts, sparsely with an adapter. With --input and --output those of a "
+    "file, any number of them: stopped work goes on where it stopped when the same "
+    "command is given again, and a prompt that fails fails alone."
+)
 GENERATE_EXAMPLE = (
     'polarjax generate checkpoints/smollm2-135m "Once upon a time" --adapter '
     "smollm2-135m --density 2/3"
@@ -29,7 +35,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     """Give a parser the arguments of `generate`."""
     add = parser.add_argument
     add_checkpoint(add)
-    add("prompts", nargs="+", metavar="PROMPT", help="text to continue")
+    add("prompts", nargs="*", metavar="PROMPT", help="text to continue")
     add("--adapter", help="folder of routers, name of one that ships, or id")
     add_any_model(add)
     add("--density", type=fraction, help="fraction of KV groups to read, in (0, 1]")
@@ -59,7 +65,45 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "the others: even work, but another model than the best of all",
     )
     add("--json", action="store_true", help="print the result as JSON")
+    _add_files(parser)
     processes.add_arguments(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    """The options of work on a file of prompts."""
+    add = parser.add_argument_group(
+        "a file of prompts",
+        'Each line of --input is a JSON object: "prompt" (a text, or token ids) or '
+        '"messages" (of a conversation), an "id" if you like, and what differs from '
+        "the options: max_new_tokens, density, temperature, top_k, top_p, seed, stop, "
+        "stop_ids. Each line of --output has the id (else the index), text, tokens, "
+        "finish_reason and prompt_tokens; or the id and an error.",
+    ).add_argument
+    add("--input", metavar="FILE", help="prompts, as JSON lines")
+    add("--output", metavar="FILE", help="results, as JSON lines, in the same order")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an --output that is there, and work on it that was stopped",
+    )
+    add("--logprobs", action="store_true", help="write that of each token too")
+    add(
+        "--slots",
+        type=int,
+        default=SLOTS,
+        metavar="N",
+        help="prompts that are continued at once",
+    )
+    add(
+        "--context",
+        type=int,
+        metavar="N",
+        help="most tokens of a prompt and its answer: a longer prompt fails, a longer "
+        "answer ends there (default: as many as the file needs)",
+    )
+
+
+_OF_FILES = "output overwrite logprobs slots context"
 
 
 def check_generate(args: argparse.Namespace) -> None:
@@ -72,8 +116,23 @@ def check_generate(args: argparse.Namespace) -> None:
         refuse(args, "density", "with --policy dense, which reads all")
     if args.policy == "adaptive":
         refuse(args, "density", "with --policy adaptive, which goes by thresholds")
-    if args.temperature == 0:
-        refuse(args, "top-k top-p seed", "at --temperature 0, which draws nothing")
+    if args.input is None:
+        refuse(args, _OF_FILES, "without --input")
+        if not args.prompts:
+            raise ValueError("there is no prompt: pass one or more, or an --input")
+        if args.temperature == 0:
+            refuse(args, "top-k top-p seed", "at --temperature 0, which draws nothing")
+    else:
+        refuse(args, "json", "with --input, whose results are JSON anyway")
+        if args.prompts:
+            raise ValueError("pass prompts or an --input, not both")
+        if args.output is None:
+            raise ValueError("--input needs an --output, where the results go")
+        if args.coordinator is not None:
+            raise ValueError(
+                "--input is work of one process: leave --coordinator out, and give "
+                "each process a file of its own"
+            )
     if args.balanced and (args.policy not in (None, "polar") or args.tp is None):
         raise ValueError("--balanced is of the policy polar, and goes with --tp")
 

@@ -17,6 +17,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     Task,
     TaskProgressColumn,
     TextColumn,
@@ -114,6 +115,28 @@ def counting_bar(console: Console) -> Progress:
         _Words("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not is_terminal(console.file),
+    )
+
+
+class _Rate(ProgressColumn):
+    """A column of a bar: tokens a second, of a task's field "tokens"."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.elapsed or 0.0
+        rate = task.fields["tokens"] / seconds if seconds else 0.0
+        return Text(f"{rate:,.0f} tokens/s")
+
+
+def tokens_bar(console: Console) -> Progress:
+    """A bar of requests, whose tasks have a field "tokens"; only on a terminal."""
+    return Progress(
+        _Words("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
         TimeRemainingColumn(),
         console=console,
         disable=not is_terminal(console.file),

@@ -57,6 +57,7 @@ def write_blocks(
         context=length,
         chunk=length,
         densities=False,
+        max_waiting=blocks,
     )
     with engine:
         requests = [

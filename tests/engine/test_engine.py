@@ -292,7 +292,8 @@ def test_a_request_of_nan_ends_alone():
             while not engine.idle:
                 engine.step()
         assert run(engine, [good]) and engine.idle
-    assert bad.finish_reason == "cancelled" and not bad.tokens
+    assert bad.finish_reason == "error" and not bad.tokens
+    assert bad.error == "the model yields NaN for prompt 1: its weights are damaged"
     with make(params, slots=2) as engine:
         assert run(engine, [engine.add([1, 2, 3], PLAIN)]) == [good.tokens]
 

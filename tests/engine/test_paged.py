@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax.engine.errors import RequestFailed
 from polarjax.engine.paged import PagedEngine
 from polarjax.mesh.cut import make_mesh
 from tests.models import LLAMA, MHA, OPT, random_params
@@ -18,7 +19,7 @@ from tests.models import LLAMA, MHA, OPT, random_params
 CONTEXT, PAGE = 128, 16
 # What all engines of this file have, so that they share their programs: four slots, and
 # pages for less than two of them.
-SHAPE = {"slots": 4, "context": CONTEXT, "page": PAGE, "pages": 14}
+SHAPE = {"slots": 4, "context": CONTEXT, "page": PAGE, "pages": 11}
 RECORDED = Path(__file__).with_name("recorded_tokens.json")
 
 
@@ -186,7 +187,7 @@ def test_a_request_of_nan_fails_alone(params):
     broken["embed"]["tokens"] = tokens.at[7].set(jnp.nan)
     engine = make_engine(dataclasses.replace(params, weights=broken))
     good, bad = (engine.add([3, 4, 5]), engine.add([3, 7, 5]))
-    with pytest.raises(ValueError, match="NaN for prompt 1"):
+    with pytest.raises(RequestFailed, match="NaN for prompt 1"):
         while not engine.idle:
             engine.step()
     while not engine.idle:
