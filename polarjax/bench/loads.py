@@ -27,10 +27,12 @@ class Ask:
     Attributes:
       prompt: int32[t], token ids.
       new_tokens: that it is continued by, exactly: no token ends it.
+      cut: whether the load has it longer than the context has room for.
     """
 
     prompt: np.ndarray
     new_tokens: int
+    cut: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +44,14 @@ class Sizes:
       prompt_tokens: of all prompts.
       new_tokens: of all answers.
       longest: of a request, prompt and answer together.
-      longest_prompt: of a request.
+      cut: requests that are shorter than the load has them, for want of context.
     """
 
     requests: int
     prompt_tokens: int
     new_tokens: int
     longest: int
-    longest_prompt: int
+    cut: int
 
 
 def make_load(
@@ -109,10 +111,13 @@ def make_load(
         tokens = ids[rng.integers(len(ids), size=prompt)]
         shared = prefixes[rng.integers(PREFIXES)] if prefixes else ids[:0]
         whole = len(shared) + prompt
-        new = min(new, most_new_tokens or new, max(context // 2, context - whole))
-        if whole + new > context:
+        new = min(new, most_new_tokens or new)
+        cut = whole + new > context
+        if cut:
+            new = min(new, max(context // 2, context - whole))
             shared = shared[: (context - new + 1) // 2]
-        load.append(Ask(np.concatenate([shared, tokens])[: context - new], new))
+        tokens = np.concatenate([shared, tokens])[: context - new]
+        load.append(Ask(tokens, new, cut))
     return load
 
 
@@ -149,13 +154,12 @@ def _lognormal(rng: np.random.Generator, median: float, sigma: float) -> int:
 
 def sizes(load: Sequence[Ask]) -> Sizes:
     """Count the tokens of a load of at least one request."""
-    prompts = [len(ask.prompt) for ask in load]
     return Sizes(
         requests=len(load),
-        prompt_tokens=sum(prompts),
+        prompt_tokens=sum(len(ask.prompt) for ask in load),
         new_tokens=sum(ask.new_tokens for ask in load),
         longest=max(len(ask.prompt) + ask.new_tokens for ask in load),
-        longest_prompt=max(prompts),
+        cut=sum(ask.cut for ask in load),
     )
 
 

@@ -31,6 +31,7 @@ from polarjax.engine.chunk import Chunk, take
 from polarjax.engine.clock import Clock
 from polarjax.engine.output import Output
 from polarjax.engine.places import on_devices, place_rows
+from polarjax.engine.programs import Drawn
 from polarjax.engine.request import Request
 from polarjax.engine.stats import make_stats
 from polarjax.engine.tokenizer import Tokenizer
@@ -435,6 +436,27 @@ class Engine:
             if request is not None and not request.going:
                 self._rows[i], self._settings[i] = None, _IDLE
                 self._given = None
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[list[Drawn]]:
+        """Keep what the decode steps within bring, of every request that goes on.
+
+        Yields:
+          What each chunk of steps drew and read, on the host: one more with every
+          chunk that is begun within and handed on within, so that it takes memory.
+
+        Raises:
+          RuntimeError: if the engine is closed, or counts already.
+        """
+        self._check_open()
+        if self._counting:
+            raise RuntimeError("this engine counts already, for `generate` or another")
+        self._counted, self._steps = [], 0
+        self._counting, self._calls = True, self._calls + 1
+        try:
+            yield self._counted
+        finally:
+            self._counting = False
 
     @default_numbers
     def generate(

@@ -92,6 +92,7 @@ def test_only_what_the_context_has_no_room_for_is_cut(name, context):
     for asked, got in zip(whole, cut, strict=True):
         size, left = len(asked.prompt) + asked.new_tokens, len(got.prompt)
         assert 1 <= left <= context - got.new_tokens
+        assert got.cut == (size > context) and not asked.cut
         if size <= context:
             assert np.array_equal(got.prompt, asked.prompt)
             assert got.new_tokens == asked.new_tokens
@@ -108,9 +109,9 @@ def test_only_what_the_context_has_no_room_for_is_cut(name, context):
 def test_sizes_are_counted():
     load = [
         loads.Ask(np.zeros(5, np.int32), 2),
-        loads.Ask(np.zeros(3, np.int32), 9),
+        loads.Ask(np.zeros(3, np.int32), 9, cut=True),
     ]
-    assert loads.sizes(load) == loads.Sizes(2, 8, 11, 12, 5)
+    assert loads.sizes(load) == loads.Sizes(2, 8, 11, 12, 1)
 
 
 def test_arrivals_are_a_poisson_process():
