@@ -238,3 +238,6 @@ def warm_static(
     for first in range(0, len(load), batch):
         with contextlib.suppress(_Warm):
             _generate(params, load[first : first + batch], stop, options)
+    # To its end, where a process measures its memory's bandwidth once.
+    short = [Ask(load[0].prompt, 1)]
+    _generate(params, short, lambda i, text, tokens: None, options)
