@@ -17,7 +17,7 @@ import numpy as np
 NAMES = ("chat", "uniform", "reasoning", "long", "shared-prefix")
 PREFIXES, PREFIX_TOKENS = 32, 2048  # of "shared-prefix"
 
-_REQUESTS, _PREFIXES, _ARRIVALS = range(3)  # streams of random numbers
+_LENGTHS, _IDS, _PREFIXES, _ARRIVALS = range(4)  # streams of random numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +63,7 @@ def make_load(
     most_new_tokens: int | None = None,
     special: Collection[int] = (),
     seed: int = 0,
+    drawing: int = 0,
 ) -> list[Ask]:
     """Draw a load.
 
@@ -86,6 +87,8 @@ def make_load(
       most_new_tokens: that answers are cut to; None for no other limit.
       special: token ids that no prompt has.
       seed: of the draws.
+      drawing: loads that differ in this number alone ask for the same lengths with
+        other ids: what an engine keeps of one prompt is of no use for the other.
 
     Raises:
       ValueError: if there is no such load, or a number is out of range; it is named.
@@ -103,12 +106,17 @@ def make_load(
     ids = np.setdiff1d(np.arange(vocab_size, dtype=np.int32), [*special])
     if not len(ids):
         raise ValueError(f"all {vocab_size} token ids are special: none is left")
-    prefixes = _prefixes(ids, seed) if name == "shared-prefix" else []
+    prefixes: list[np.ndarray] = []
+    if name == "shared-prefix":
+        prefixes = [
+            _drawn(ids, PREFIX_TOKENS, [seed, _PREFIXES, drawing, i])
+            for i in range(PREFIXES)
+        ]
     load = []
     for i in range(requests):
-        rng = np.random.default_rng([seed, _REQUESTS, i])
+        rng = np.random.default_rng([seed, _LENGTHS, i])
         prompt, new = _lengths(name, rng)
-        tokens = ids[rng.integers(len(ids), size=prompt)]
+        tokens = _drawn(ids, prompt, [seed, _IDS, drawing, i])
         shared = prefixes[rng.integers(PREFIXES)] if prefixes else ids[:0]
         whole = len(shared) + prompt
         new = min(new, most_new_tokens or new)
@@ -121,10 +129,9 @@ def make_load(
     return load
 
 
-def _prefixes(ids: np.ndarray, seed: int) -> list[np.ndarray]:
-    """The system prompts, int32[`PREFIX_TOKENS`] each."""
-    streams = [np.random.default_rng([seed, _PREFIXES, i]) for i in range(PREFIXES)]
-    return [ids[rng.integers(len(ids), size=PREFIX_TOKENS)] for rng in streams]
+def _drawn(ids: np.ndarray, count: int, seeds: Sequence[int]) -> np.ndarray:
+    """So many of some ids, int32[count]."""
+    return ids[np.random.default_rng(seeds).integers(len(ids), size=count)]
 
 
 def _lengths(name: str, rng: np.random.Generator) -> tuple[int, int]:

@@ -58,8 +58,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """
     check_numbers(args)
     config = model_config(args)
-    load = choose_load(args, config)
-    size = sizes(load)
+    size = sizes(choose_load(args, config))
     context = args.context or min(config.context, size.longest + -size.longest % _PAGE)
     context = min(context, config.context)
     if args.json:  # what cannot be written or continued is told before the work
@@ -97,10 +96,10 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
         args.any_model,
     )
     for way in ways(params, args.density, bool(args.adapter)):
-        for result in continuous(params, way, load, args, context):
+        for result in continuous(params, way, args, context):
             runs.add(result)
         if args.static:
-            runs.add(static(params, way, load, args))
+            runs.add(static(params, way, args))
     console.print(serve_results.table(runs.results))
     console.print("times in ms; ITL: gaps between a request's chunks of tokens")
     for note in serve_results.notes(runs.results):
@@ -148,8 +147,17 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
     return config
 
 
-def choose_load(args: argparse.Namespace, config: ModelConfig) -> list[Ask]:
-    """The load, of ids that are no special tokens of the model."""
+def choose_load(
+    args: argparse.Namespace, config: ModelConfig, drawing: int = 0
+) -> list[Ask]:
+    """The load, of ids that are no special tokens of the model.
+
+    Args:
+      args: of the command.
+      config: what the model is.
+      drawing: of the ids. What is played on one engine has ids of its own each time,
+        so that nothing is found in a cache of prefixes which no user would find there.
+    """
     tokenizer = Tokenizer.load(config)
     special = {*config.bos_ids, *config.eos_ids}
     special |= {*(tokenizer.pieces.special if tokenizer else ())}
@@ -161,6 +169,7 @@ def choose_load(args: argparse.Namespace, config: ModelConfig) -> list[Ask]:
         most_new_tokens=args.max_output,
         special=special,
         seed=args.seed,
+        drawing=drawing,
     )
 
 
@@ -186,26 +195,23 @@ def ways(
 
 
 def continuous(
-    params: Params,
-    way: Way,
-    load: Sequence[Ask],
-    args: argparse.Namespace,
-    context: int,
+    params: Params, way: Way, args: argparse.Namespace, context: int
 ) -> Iterator[Result]:
     """Play a load at each of the rates, on one engine.
 
     Args:
       params: the model.
       way: what is read.
-      load: what the requests ask for.
       args: of the command.
       context: of the engine.
     """
     warmup = 2 * args.slots if args.warmup is None else args.warmup
     with Engine(params, policy=way.policy, slots=args.slots, context=context) as engine:
         if warmup:
+            load = choose_load(args, params.config, len(args.rate))
             serve.warm(engine, load[:warmup], way.density)
-        for rate in args.rate:
+        for drawing, rate in enumerate(args.rate):
+            load = choose_load(args, params.config, drawing)
             due = arrivals(len(load), rate, args.seed)
             with (
                 counting_bar(make_console(stderr=True)) as bar,
@@ -235,17 +241,15 @@ def continuous(
             )
 
 
-def static(
-    params: Params, way: Way, load: Sequence[Ask], args: argparse.Namespace
-) -> Result:
+def static(params: Params, way: Way, args: argparse.Namespace) -> Result:
     """Play a load in static batches of so many requests as there are slots.
 
     Args:
       params: the model.
       way: what is read.
-      load: what the requests ask for, all there at the beginning.
       args: of the command.
     """
+    load = choose_load(args, params.config)
     options: dict[str, Any] = {"density": way.density}
     if way.density is None:
         options = {"policy": way.policy}

@@ -74,6 +74,18 @@ def test_a_load_is_a_function_of_its_arguments():
         assert b.new_tokens == min(a.new_tokens, 8)
 
 
+@pytest.mark.parametrize("name", ["chat", "shared-prefix"])
+def test_the_same_lengths_are_drawn_with_other_ids(name):
+    first, second = (
+        loads.make_load(name, 40, VOCAB, LONGEST, drawing=drawing) for drawing in (0, 1)
+    )
+    for a, b in zip(first, second, strict=True):
+        assert len(a.prompt) == len(b.prompt) and a.new_tokens == b.new_tokens
+        assert (a.prompt == b.prompt).mean() < 0.5  # a short one has some by chance
+    heads = [{ask.prompt[:16].tobytes() for ask in each} for each in (first, second)]
+    assert not heads[0] & heads[1]
+
+
 def test_ids_are_drawn_from_the_whole_vocabulary_but_special_ones():
     load = loads.make_load("uniform", 40, 50, LONGEST, special=(0, 7, 49))
     found = np.concatenate([ask.prompt for ask in load])
