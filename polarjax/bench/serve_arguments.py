@@ -30,7 +30,7 @@ EXAMPLE = (
 def add_serve(parser: argparse.ArgumentParser) -> None:
     """Give a parser the arguments of `bench serve`."""
     _add_model(parser)
-    _add_load(parser)
+    add_load(parser)
     _add_engine(parser)
 
 
@@ -72,8 +72,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_load(parser: argparse.ArgumentParser) -> None:
-    """What is asked for, and when."""
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the arguments that say what is asked for, and when."""
     add = parser.add_argument
     add(
         "--load",
@@ -206,6 +206,15 @@ def check_serve(args: argparse.Namespace) -> None:
             "--static plays the load all at once, with which nothing is to be compared "
             "here: add inf to --rate, or leave it out"
         )
+    check_load(args)
+
+
+def check_load(args: argparse.Namespace) -> None:
+    """Raise if something of `add_load` is said twice.
+
+    Raises:
+      ValueError: naming the option.
+    """
     if len({*args.rate}) < len(args.rate):
         raise ValueError("--rate has a number twice: leave one out")
     names = [name for name, _ in args.goodput or ()]

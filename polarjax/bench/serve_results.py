@@ -36,7 +36,9 @@ class Result:
       slots: requests that can be continued at once; None if that is not known.
       served: what the clients saw.
       reached: what the decode steps read; None where it was not counted.
-      compilations: programs compiled meanwhile, which the figures hold.
+      compilations: programs compiled meanwhile, which the figures hold; None where
+        that is not known.
+      settings: of the engine, beside these.
     """
 
     how: str
@@ -47,7 +49,8 @@ class Result:
     slots: int | None
     served: Served
     reached: Reached | None
-    compilations: Compilations
+    compilations: Compilations | None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Runs:
@@ -155,11 +158,11 @@ def notes(results: Sequence[Result]) -> list[str]:
     found = []
     for result in results:
         rate = "" if result.rate is None else f" at {result.rate:g} requests/s"
-        count, seconds = result.compilations.count, result.compilations.seconds
-        if count:
+        compiled = result.compilations
+        if compiled and compiled.count:
             found.append(
-                f"{count} programs were compiled while {result.policy}, {result.how}"
-                f"{rate}, was timed ({seconds:.1f} s, which its figures hold): a "
-                "larger --warmup may leave them out"
+                f"{compiled.count} programs were compiled while {result.policy}, "
+                f"{result.how}{rate}, was timed ({compiled.seconds:.1f} s, which its "
+                "figures hold): a larger --warmup may leave them out"
             )
     return found
