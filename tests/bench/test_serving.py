@@ -140,6 +140,24 @@ def test_a_checkpoints_special_tokens_are_in_no_prompt(tmp_path, monkeypatch):
     assert 256 not in ids and len(ids) > 200 and max(ids) < LLAMA.vocab_size
 
 
+def test_what_is_played_again_has_other_ids(monkeypatch):
+    """A cache of prefixes would find the same ones; nobody asks for them again."""
+    played = []
+
+    def play(engine, load, due, **_):
+        played.append(load)
+        return [Trace(1, 0.0, ((1.0, 1),))]
+
+    monkeypatch.setattr(serving.serve, "play", play)
+    assert command(*TOY, "--rate", "inf", 4, 8, "--warmup", 3) == 0
+    warmed, *rest = played
+    assert [len(load) for load in played] == [3, 5, 5, 5]
+    assert [len(ask.prompt) for ask in warmed] == [
+        len(ask.prompt) for ask in rest[0][:3]
+    ]
+    assert len({ask.prompt.tobytes() for load in played for ask in load}) == 18
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
