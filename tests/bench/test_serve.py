@@ -113,7 +113,7 @@ def test_a_request_counts_from_its_arrival():
 def test_a_client_holds_requests_back():
     """They count from when a place is free, or from their arrival if that is later."""
     clock = Clock()
-    due = [0.0, 0.0, 0.25, 4.5]
+    due = [0.0, 0.0, 0.0, 4.5]
     traces = play(
         Engine(clock, slots=8), asks(2, 4, 2, 2), due, most_open=2, times=clock.times
     )
@@ -233,6 +233,21 @@ def test_what_an_engine_reads_is_what_generate_says(params, load, density):
     decoded = [ask.new_tokens - 1 for ask in load]
     assert static.steps == max(decoded[:4]) + max(decoded[4:])
     assert sum(decoded) / 2 <= found.steps <= sum(decoded)
+
+
+def test_batches_count_by_their_steps():
+    def batch(density, read):
+        zeros = dict.fromkeys(
+            field.name for field in dataclasses.fields(polarjax.Stats)
+        )
+        given = {"density": density, "kv_bytes": read, "kv_bytes_dense": 8.0}
+        return polarjax.Stats(**{**zeros, **given})
+
+    # 3 live steps, then one, then a batch of single tokens, which takes none.
+    stats = [batch((1.0, 0.5), 5.0), batch((1.0, 1.0), 8.0), batch((), 0.0)]
+    found = counts.reached_static(stats, asks(3, 2, 2, 1, 1), 2)
+    assert found == counts.Reached((1.0, 0.625), 13.0, 24.0, 3)
+    assert counts.reached_static(stats[2:], asks(1, 1), 2) is None
 
 
 def test_an_engine_that_counts_nothing_is_asked_nothing():
