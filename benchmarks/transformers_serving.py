@@ -57,6 +57,8 @@ _SETTLED = (
     "allow_block_sharing",
     "use_async_batching",
     "use_cuda_graph",
+    "varlen_compile_config",
+    "decode_compile_config",
     "scheduler_type",
 )
 
@@ -195,7 +197,7 @@ def measure(
     console = make_console()
     with served(model, attention, settings, transformers) as manager:
         used = model.config._attn_implementation
-        found = {n: getattr(manager.continuous_batching_config, n) for n in _SETTLED}
+        found = settled(manager.continuous_batching_config)
         console.print(f"attention {used}, compile level {level}: {found}")
         warmup = args.requests if args.warmup is None else args.warmup
         if warmup:
@@ -226,6 +228,13 @@ def measure(
                 compilations=None,
                 settings={**settings, **found},
             )
+
+
+def settled(config: Any) -> dict[str, Any]:
+    """What transformers has settled on, as JSON has it."""
+    found = {name: getattr(config, name) for name in _SETTLED}
+    plain = (bool, int, float, str, tuple, type(None))
+    return {n: x if isinstance(x, plain) else repr(x) for n, x in found.items()}
 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:

@@ -243,7 +243,7 @@ def _fill_bench(parser: argparse.ArgumentParser) -> None:
 
     parser.description = arguments.DESCRIPTION
     arguments.add_command(parser.add_argument)
-    commands = parser.add_subparsers(title="or something else", metavar="serve")
+    commands = parser.add_subparsers(title="another command", metavar="COMMAND")
     new = commands.add_parser(
         "serve",
         help="play a load of requests: `polarjax bench serve --help`",
