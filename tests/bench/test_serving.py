@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from benchmarks import serving_table
 from polarjax.bench import serve_results, serving, shapes
 from polarjax.bench.counts import Compilations, Reached
 from polarjax.bench.latencies import Trace, summarise
@@ -96,6 +97,48 @@ def test_the_table(capsys):
     [note] = serve_results.notes(rows)
     assert note.startswith("3 programs were compiled while dense, continuous at 4")
     assert "(1.2 s" in note and "--warmup" in note
+
+
+def test_the_table_for_a_page(written, tmp_path, capsys):
+    """Held against the fastest of transformers on the same load, unless it is sdpa."""
+    ours = serve_results.read(written)[0]
+    rate = ours["results"][0]["served"]["tokens_per_second"]
+
+    def theirs(how, speed, load=ours["load"], when=None):
+        served = {**ours["results"][0]["served"], "tokens_per_second": speed * rate}
+        row = {"how": f"transformers, {how}", "served": served, "rate": when}
+        return {
+            **ours,
+            "load": load,
+            "versions": {"torch": "2", "transformers": "5"},
+            "results": [{**ours["results"][0], **row, "reached": None}],
+        }
+
+    others = [
+        theirs("paged|flash_attention_3, compile level 0", 0.25),
+        theirs("paged|flash_attention_3, compile level 1", 0.5),
+        theirs("paged|sdpa, compile level 0", 2),
+        theirs("flash_attention_3", 4, {**ours["load"], "seed": 1}),
+        theirs("flash_attention_3", 4, when=8),
+    ]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"serving": [ours, *others]}))
+    assert serving_table.main([str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4].startswith("| 1 | ") and "| chat: 5 requests, " in lines[4]
+    assert "| torch 2, transformers 5 |" in lines[5]
+    rows = [line.split(" | ") for line in lines if line.count(" | ") == 11]
+    assert {len(row) for row in rows} == {len(serving_table._HEAD)}
+    head, continuous, paced, static, *rest = rows
+    assert head[6] == "x transformers" and continuous[3] == "continuous, density 0.5"
+    assert (continuous[2], paced[2]) == ("all at once", "500")
+    assert (continuous[6], paced[6].strip()) == ("2.00", "")
+    assert float(static[6]) > 0 and continuous[10:] == ["0.750", "0.750 |"]
+    assert rest[0][3] == "transformers, paged|flash_attention_3, compile level 0"
+    assert not any(row[6].strip() for row in rest)
+    path.write_text("{}")
+    assert serving_table.main([str(path)]) == 1
+    assert "is no file of" in capsys.readouterr().err
 
 
 def test_a_file_of_something_else_is_not_continued(tmp_path, capsys):
