@@ -239,10 +239,27 @@ def _convert() -> Work:
 
 
 def _fill_bench(parser: argparse.ArgumentParser) -> None:
-    from polarjax.bench import arguments
+    from polarjax.bench import arguments, serve_arguments
 
     parser.description = arguments.DESCRIPTION
     arguments.add_command(parser.add_argument)
+    commands = parser.add_subparsers(title="another command", metavar="COMMAND")
+    new = commands.add_parser(
+        "serve",
+        help="play a load of requests: `polarjax bench serve --help`",
+        description=serve_arguments.DESCRIPTION,
+        epilog="example: " + serve_arguments.EXAMPLE,
+        fill=serve_arguments.add_serve,
+    )
+    serve = Command(
+        "bench serve",
+        serve_arguments.DESCRIPTION,
+        serve_arguments.EXAMPLE,
+        serve_arguments.add_serve,
+        _serve,
+        serve_arguments.check_serve,
+    )
+    new.set_defaults(command=serve)
 
 
 def _bench() -> Work:
@@ -250,6 +267,15 @@ def _bench() -> Work:
 
     def run(args: argparse.Namespace) -> None:
         decode.run(args, ["polarjax", *args.given])
+
+    return run
+
+
+def _serve() -> Work:
+    from polarjax.bench import serving
+
+    def run(args: argparse.Namespace) -> None:
+        serving.run(args, ["polarjax", *args.given])
 
     return run
 

@@ -44,6 +44,27 @@ from polarjax.settings import default_numbers
 _ROWS, _ENTRIES, _PAGES = 8, 512, 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the programs of a batch are compiled for.
+
+    Attributes:
+      slots: of all parts of the batch, b.
+      context: positions that a request may have.
+      pages: of each part's cache, the trash page among them.
+      page: positions of each.
+      tokens: of prompts, that one program reads in each part.
+      pieces: of prompts, likewise.
+    """
+
+    slots: int
+    context: int
+    pages: int
+    page: int
+    tokens: int
+    pieces: int
+
+
 @dataclasses.dataclass
 class Flight:
     """What a program has begun to draw.
@@ -105,12 +126,7 @@ class Batch:
       params: the model.
       weights: bound to the policy.
       policy: bound.
-      slots: of all parts of the batch, b.
-      context: positions that a request may have.
-      pages: of each part's cache, the trash page among them.
-      page: positions of each.
-      tokens: of prompts, that one program reads in each part.
-      pieces: of prompts, likewise.
+      sizes: that it has.
       variants: of drawing that requests may need.
       implementation: of the kernels; None chooses by device.
     """
@@ -120,28 +136,28 @@ class Batch:
         params: Params,
         weights: Tree,
         policy: Policy,
+        sizes: Sizes,
         *,
-        slots: int,
-        context: int,
-        pages: int,
-        page: int,
-        tokens: int,
-        pieces: int,
         variants: Sequence[Variant] = tuple(Variant),
         implementation: Implementation | None = None,
     ) -> None:
         config = params.config
-        self.config, self.context = config, context
+        self.config, self.sizes, self.context = config, sizes, sizes.context
         self._original, self._weights, self._policy = params.weights, weights, policy
         self._dense = make_decoder(
             config.architecture, params.weights, implementation=implementation
         )
         self._model = self._dense.clone(score_rows=policy.wants.scores)
         self.mesh, self.parts = self._dense.mesh, self._dense.share.dp
-        self.each, self._tokens, self._pieces = slots // self.parts, tokens, pieces
+        self.each = sizes.slots // self.parts
         self._device = None if self.mesh else device_of(params.weights)
         self.slots = empty_slots(
-            self._dense, slots, context, pages, page, params.weights
+            self._dense,
+            sizes.slots,
+            sizes.context,
+            sizes.pages,
+            sizes.page,
+            params.weights,
         )
         self._variants = variants
         self._compile(variants)
@@ -287,7 +303,7 @@ class Batch:
         self, reads: Sequence[Piece], requests: Mapping[int, Request]
     ) -> tuple[jax.Array, Pieces, jax.Array, list[Request | None]]:
         """The arguments for pieces, and whose first token is drawn after each."""
-        n, r = self._tokens, self._pieces
+        n, r = self.sizes.tokens, self.sizes.pieces
         tokens = np.zeros(self.parts * n, np.int32)
         slots, starts, counts, firsts = np.zeros((4, self.parts * r), np.int32)
         lasts, owners = np.zeros(self.parts * r, bool), [None] * (self.parts * r)

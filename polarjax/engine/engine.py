@@ -522,6 +522,26 @@ class Engine:
                 self._rows[i], self._settings[i] = None, _IDLE
                 self._given = None
 
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[Tally]:
+        """Count what decode steps bring that are begun and handed on within.
+
+        Yields:
+          The sums, of every request that goes on.
+
+        Raises:
+          RuntimeError: if the engine is closed, or counts already.
+        """
+        self._check_open()
+        if self._counting:
+            raise RuntimeError("this engine counts already, for `generate` or another")
+        self._tally = Tally(self.params.config)
+        self._counting, self._calls = True, self._calls + 1
+        try:
+            yield self._tally
+        finally:
+            self._counting = False
+
     @default_numbers
     def generate(
         self,

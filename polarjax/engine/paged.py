@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels import Implementation, runnable
 from polarjax.engine import programs
-from polarjax.engine.batch import Batch, Flight, Kept
+from polarjax.engine.batch import Batch, Flight, Kept, Sizes
 from polarjax.engine.checks import Settings, check_params, check_stops
 from polarjax.engine.clock import Clock
 from polarjax.engine.engine import Engine
@@ -128,12 +128,13 @@ class PagedEngine(Engine):
         pieces, page = min(each, max(tokens // 32, 8)), positive("page", page)
         if pages is None:
             pages = each * -(-self.context // page) + 1
+        sizes = Sizes(self.slots, self.context, pages, page, tokens, pieces)
         self._scheduler = Scheduler(
-            self.slots,
-            pages,
-            page=page,
-            prefill_tokens=tokens,
-            pieces=pieces,
+            sizes.slots,
+            sizes.pages,
+            page=sizes.page,
+            prefill_tokens=sizes.tokens,
+            pieces=sizes.pieces,
             parts=parts,
         )
         start = time.perf_counter()
@@ -141,12 +142,7 @@ class PagedEngine(Engine):
             params,
             self.weights,
             self._bound,
-            slots=self.slots,
-            context=self.context,
-            pages=pages,
-            page=page,
-            tokens=tokens,
-            pieces=pieces,
+            sizes,
             variants=variants,
             implementation=implementation,
         )

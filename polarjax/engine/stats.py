@@ -142,6 +142,7 @@ class Tally:
 
     Attributes:
       steps: taken.
+      busy: of them, those that had a live request.
       slots: of the batch.
       decoded: tokens drawn that count.
       kv_read: keys (and as many values) that had to be read.
@@ -153,7 +154,8 @@ class Tally:
         self._reads = np.zeros(config.layers, np.int64)
         self._live = 0
         self._busiest = self._mean = 0.0
-        self.steps = self.slots = self.decoded = self.kv_read = self.kv_whole = 0
+        self.steps = self.busy = self.slots = self.decoded = 0
+        self.kv_read = self.kv_whole = 0
 
     def add(self, drawn: Drawn, steps: int) -> None:
         """Count what some steps brought.
@@ -167,6 +169,7 @@ class Tally:
         self.slots = visible.shape[1]
         self._reads += np.asarray(drawn.reads, np.int64).sum(axis=(0, 2))
         self._live += int((visible > 0).sum())
+        self.busy += int((visible > 0).any(axis=1).sum())
         read, whole = kv_rows(drawn, self._config)
         self.kv_read += read
         self.kv_whole += whole

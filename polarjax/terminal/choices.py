@@ -29,6 +29,9 @@ GPUS = (
     "rtx-4090",
 )
 LINKED = ("a100-40gb", "a100-80gb", "h100", "h200")
+# Of `polarjax.bench`: what is played, and what of it may have limits.
+LOADS = ("chat", "uniform", "reasoning", "long", "shared-prefix")
+LATENCIES = ("ttft", "tpot", "e2el")
 # Of `polarjax.planning.plan`.
 BATCHES = (1, 4, 16, 64, 256)
 DENSITIES = (1.0, 0.5)

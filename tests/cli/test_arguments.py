@@ -14,6 +14,7 @@ import convert.verify
 from convert import arguments as conversion
 from convert.__main__ import main as convert_main
 from pallas_kernels import Implementation
+from polarjax.bench import latencies, loads
 from polarjax.cli import common, main
 from polarjax.evaluation.batches import Mode
 from polarjax.evaluation.run import Kind
@@ -34,7 +35,8 @@ import contextlib, io, sys
 from polarjax.cli.main import main
 calls = [[], ["--help"], ["nonsense"], ["generate", "x", "y", "--densitty", "1"]]
 calls += [["generate", "x", "y", "--density", "half"], ["plan"]]
-calls += [[name, "--help"] for name in {names}]
+calls += [[name, "--help"] for name in {names}] + [["bench", "serve", "--help"]]
+calls += [["bench", "swerve"], ["bench", "serve", "--load", "chatter"]]
 for call in calls:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -96,6 +98,8 @@ def test_the_choices_are_those_of_the_code():
     assert choices.MEMORY_FRACTION == memory.MEMORY_FRACTION
     assert choices.GPUS == tuple(devices.GPUS)
     assert {*choices.LINKED} == {*devices.GPUS} & {*devices.LINKS}
+    assert choices.LOADS == loads.NAMES
+    assert choices.LATENCIES == latencies.LIMITED
     assert choices.BATCHES == plan.BATCHES
     assert choices.DENSITIES == plan.DENSITIES
     assert conversion.DTYPES == tuple(convert.core.DTYPES)
