@@ -15,7 +15,7 @@ groups are padded with masked loads, never in memory.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,8 @@ def attend(
     )(inputs)
     if pieces is not None:
         options = {"num_stages": config.num_stages, "interpret": interpret}
-        out = fold_pieces(*pieces, out, **options)
+        partials, logs, counts = pieces
+        out = fold_pieces(partials, logs, counts, out, **options)
     return out, *(written or (k_cache, v_cache))
 
 
@@ -172,8 +173,11 @@ class _Inputs(NamedTuple):
         """The group in a slot of a sequence's selection, or in each of an array."""
         if self.heads is None:
             return slot
-        at = self.heads.at[sequence, slot]
-        group = pltriton.load(at, mask=mask, other=None if mask is None else 0)
+        if mask is None:
+            group = self.heads[sequence, slot]
+        else:
+            at: Any = self.heads.at[sequence, slot]
+            group = pltriton.load(at, mask=mask, other=0)
         # The clip keeps a wrong index from reading outside of the cache.
         return jnp.clip(group, 0, static.k - 1)
 

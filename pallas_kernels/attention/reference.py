@@ -35,11 +35,12 @@ def attend(
     if window is not None:
         valid &= positions >= lengths[:, None] - window
     valid = valid[:, None]
-    if pages is not None:
-        listed = _listed(*pages, table.shape[1])  # [b, k or 1, m]
+    if pages is not None and table is not None:
+        lists, counts = pages
+        listed = _listed(lists, counts, table.shape[1])  # [b, k or 1, m]
         listed = jnp.repeat(listed, k_cache.shape[2], axis=2)
         if new is not None:
-            some = (pages[1] > 0)[:, :, None]
+            some = (counts > 0)[:, :, None]
             listed |= some & (positions == lengths[:, None] - 1)[:, None]
         valid = valid & listed
     valid = jnp.broadcast_to(valid, keys.shape[:3])  # [b, k, s]
@@ -97,8 +98,8 @@ def _attend(q, keys, values, valid, heads, n_active, scale, softcap):
     def select(array):
         return array.at[rows, heads].get(mode="clip")
 
-    arrays = (select(array) for array in (q, keys, values, valid))
-    out = _attend_groups(*arrays, scale, softcap)
+    chosen, keys, values, valid = (select(array) for array in (q, keys, values, valid))
+    out = _attend_groups(chosen, keys, values, valid, scale, softcap)
     target = jnp.where(active, heads, k)  # k lies outside: dropped
     return jnp.zeros_like(q).at[rows, target].set(out, mode="drop").reshape(b, h, d)
 

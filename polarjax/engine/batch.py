@@ -306,7 +306,8 @@ class Batch:
         n, r = self.sizes.tokens, self.sizes.pieces
         tokens = np.zeros(self.parts * n, np.int32)
         slots, starts, counts, firsts = np.zeros((4, self.parts * r), np.int32)
-        lasts, owners = np.zeros(self.parts * r, bool), [None] * (self.parts * r)
+        lasts = np.zeros(self.parts * r, bool)
+        owners: list[Request | None] = [None] * (self.parts * r)
         used = [(0, 0)] * self.parts
         for piece in reads:
             part, own = self._part(piece.slot)
@@ -321,7 +322,8 @@ class Batch:
             if piece.last:
                 owners[at] = request
         pieces: Any = Pieces(slots, starts, counts, firsts)  # type: ignore[arg-type]
-        return *self._placed((tokens, pieces, lasts)), owners
+        tokens, pieces, lasts = self._placed((tokens, pieces, lasts))
+        return tokens, pieces, lasts, owners
 
     def read(self, reads: Sequence[Piece], requests: Mapping[int, Request]) -> Flight:
         """Read pieces of prompts, and draw the first token of those that end.
@@ -339,7 +341,8 @@ class Batch:
         self.slots, (drawn, live) = steps.begin(
             *after, *reading[1:], self.slots, **dense, variant=variant
         )
-        return Flight(*drawn, live, owners)
+        token, logprob, valid = drawn
+        return Flight(token, logprob, valid, live, owners)
 
     def decode(self, slots: Sequence[int], requests: Mapping[int, Request]) -> Flight:
         """One decode step.
@@ -358,7 +361,8 @@ class Batch:
         self.slots, (drawn, live) = steps.draw_tokens(
             self.slots, model=self._dense, variant=variant
         )
-        return Flight(*drawn, live, owners, counts)
+        token, logprob, valid = drawn
+        return Flight(token, logprob, valid, live, owners, counts)
 
     def keep(self, gone: SwapOut, request: Request) -> Kept:
         """Take what a request has to the host, before its slot is freed.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -269,8 +270,8 @@ class PagedEngine(Engine):
             with self._all_or_nothing():
                 self._flights.popleft()
                 if counts is not None and flight.call == self._calls:
-                    drawn = Drawn(token[None], logprob[None], valid[None], *counts)
-                    self._tally.add(drawn, 1)
+                    new: Any = token[None], logprob[None], valid[None], *counts
+                    self._tally.add(Drawn(*new), 1)
                 for i, request in enumerate(flight.requests):
                     if request is None or not request.going:
                         continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Self
 
 # What OpenAI's interface takes of each.
 MOST_BIASES = 300
@@ -93,7 +94,7 @@ class Settings:
         """Whether some tokens are too improbable to be drawn."""
         return bool(self.temperature and (self.top_k or self.top_p < 1 or self.min_p))
 
-    def samples(self) -> list[Settings]:
+    def samples(self) -> list[Self]:
         """Of each sample alone, in their order."""
         numbers = range(self.sample, self.sample + self.n)
         return [dataclasses.replace(self, n=1, sample=j) for j in numbers]

@@ -102,7 +102,9 @@ def begin(
         drawn = _draw(
             logits,
             mass,
-            *jax.tree.map(mine, (slots.sampling, slots.history, slots.stop_ids)),
+            jax.tree.map(mine, slots.sampling),
+            jax.tree.map(mine, slots.history),
+            mine(slots.stop_ids),
             mine(slots.cache.lengths),
             to < b,
             mine(slots.remaining),

@@ -181,12 +181,16 @@ def test_devices_share_a_batch(params, alone, tp, dp):
         np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-4)
 
 
-def test_a_request_of_nan_fails_alone(params):
-    broken = jax.tree.map(lambda x: x, params.weights)
-    tokens = broken["embed"]["tokens"]
-    broken["embed"]["tokens"] = tokens.at[7].set(jnp.nan)
-    engine = make_engine(dataclasses.replace(params, weights=broken))
-    good, bad = (engine.add([3, 4, 5]), engine.add([3, 7, 5]))
+def test_a_request_of_nan_fails_alone():
+    config = dataclasses.replace(LLAMA, context=CONTEXT, tied_embeddings=False)
+    model = random_params(config)
+    weights = dict(model.weights)
+    tokens = weights["embed"]["tokens"].at[7].set(jnp.nan)
+    weights["embed"] = {**weights["embed"], "tokens": tokens}
+    model = dataclasses.replace(model, weights=weights)
+    engine = make_engine(model, policy=polarjax.Dense())
+    plain = polarjax.Settings(stop_ids=())
+    good, bad = (engine.add(ids, plain) for ids in ([3, 4, 5], [7, 5]))
     with pytest.raises(RequestFailed, match="NaN for prompt 1"):
         while not engine.idle:
             engine.step()
