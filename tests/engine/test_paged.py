@@ -16,6 +16,9 @@ from polarjax.engine.paged import PagedEngine
 from polarjax.mesh.cut import make_mesh
 from tests.models import LLAMA, MHA, OPT, random_params
 
+# XLA fuses otherwise than without its optimizations, and rounds otherwise.
+pytestmark = pytest.mark.usefixtures("as_users_do")
+
 CONTEXT, PAGE = 128, 16
 # What all engines of this file have, so that they share their programs: four slots, and
 # pages for less than two of them.
