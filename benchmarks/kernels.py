@@ -48,6 +48,8 @@ from pallas_kernels.tuning.timing import (
 from polarjax.planning.bandwidth import read_bandwidth
 from polarjax.storage.writing import try_file
 
+# Positions of a page of the engine's cache.
+PAGE = 64
 # A row to be, and what compiles its calls.
 Row = tuple[Result, Callable[[], Chain]]
 # Of our implementations, those to time.
@@ -81,7 +83,10 @@ def rotate(sets: list[tuple], small: list[tuple]) -> list[tuple]:
 
 
 def attention(name: str, case: Attention, dtype, names: Names) -> Iterator[Row]:
-    """Ours at each count of groups, then the library's dense attention."""
+    """Ours at each count of groups, then the library's dense attention.
+
+    Ours with a page for each sequence, then with shuffled ones of 64 positions.
+    """
     b, h, k, s, d = case.b, case.h, case.k, case.s, case.d
     itemsize = jnp.dtype(dtype).itemsize
     rng = np.random.default_rng(0)
@@ -113,7 +118,37 @@ def attention(name: str, case: Attention, dtype, names: Names) -> Iterator[Row]:
                 functools.partial(make_chain, function, q, rotate(pairs, small)),
             )
 
-    # The library wants [b, s, k, d]. Which numbers those are does not matter.
+    # The same in shuffled pages. Which numbers those are does not matter.
+    page = PAGE if s % PAGE == 0 else s
+    count = b * s // page
+    pairs = jax.tree.map(lambda cache: cache.reshape(count, k, page, d), pairs)
+
+    def attend_pages(q, keys, values, table, lengths, heads=None, *, implementation):
+        return select_head_attention(
+            q,
+            keys,
+            values,
+            lengths,
+            heads,
+            table=table,
+            implementation=implementation,
+        )
+
+    def table() -> jax.Array:
+        return jnp.asarray(rng.permutation(count).reshape(b, -1).astype(np.int32))
+
+    for implementation in names:
+        for n in case.groups:
+            nbytes = case.bytes(n, itemsize)
+            calls = max(calls_to_time(nbytes), len(pairs))
+            small = [(table(), lengths(), *heads(n)) for _ in range(calls)]
+            function = functools.partial(attend_pages, implementation=implementation)
+            yield (
+                Result("attention", name, f"{implementation}, pages", n, k, nbytes),
+                functools.partial(make_chain, function, q, rotate(pairs, small)),
+            )
+
+    # The library wants [b, s, k, d].
     nbytes = case.bytes(k, itemsize)
     pairs = jax.tree.map(lambda cache: cache.reshape(b, s, k, d), pairs)
     pairs = pairs[: sets_to_rotate(nbytes)]
