@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import re
@@ -102,28 +103,7 @@ def attention(name: str, case: Attention, dtype, names: Names) -> Iterator[Row]:
             return ()
         return (jnp.asarray(rng.random((b, k)).argsort()[:, :n].astype(np.int32)),)
 
-    def attend(q, keys, values, lengths, heads=None, *, implementation):
-        return select_head_attention(
-            q, keys, values, lengths, heads, implementation=implementation
-        )
-
-    for implementation in names:
-        for n in case.groups:
-            nbytes = case.bytes(n, itemsize)
-            calls = max(calls_to_time(nbytes), len(pairs))
-            small = [(lengths(), *heads(n)) for _ in range(calls)]
-            function = functools.partial(attend, implementation=implementation)
-            yield (
-                Result("attention", name, implementation, n, k, nbytes),
-                functools.partial(make_chain, function, q, rotate(pairs, small)),
-            )
-
-    # The same in shuffled pages. Which numbers those are does not matter.
-    page = PAGE if s % PAGE == 0 else s
-    count = b * s // page
-    pairs = jax.tree.map(lambda cache: cache.reshape(count, k, page, d), pairs)
-
-    def attend_pages(q, keys, values, table, lengths, heads=None, *, implementation):
+    def attend(q, keys, values, table, lengths, heads=None, *, implementation):
         return select_head_attention(
             q,
             keys,
@@ -134,17 +114,24 @@ def attention(name: str, case: Attention, dtype, names: Names) -> Iterator[Row]:
             implementation=implementation,
         )
 
-    def table() -> jax.Array:
-        return jnp.asarray(rng.permutation(count).reshape(b, -1).astype(np.int32))
-
-    for implementation in names:
+    # A page for each sequence, or shuffled ones. Which numbers are where does not
+    # matter.
+    page = PAGE if s % PAGE == 0 else s
+    for paged, implementation in itertools.product((False, True), names):
+        if paged:
+            shape = (b * s // page, k, page, d)
+            pairs = [(x.reshape(shape), y.reshape(shape)) for x, y in pairs]
         for n in case.groups:
             nbytes = case.bytes(n, itemsize)
-            calls = max(calls_to_time(nbytes), len(pairs))
-            small = [(table(), lengths(), *heads(n)) for _ in range(calls)]
-            function = functools.partial(attend_pages, implementation=implementation)
+            small = []
+            for _ in range(max(calls_to_time(nbytes), len(pairs))):
+                table = rng.permutation(b * s // page).reshape(b, -1).astype(np.int32)
+                table = jnp.asarray(table) if paged else None
+                small.append((table, lengths(), *heads(n)))
+            label = f"{implementation}, pages" if paged else implementation
+            function = functools.partial(attend, implementation=implementation)
             yield (
-                Result("attention", name, f"{implementation}, pages", n, k, nbytes),
+                Result("attention", name, label, n, k, nbytes),
                 functools.partial(make_chain, function, q, rotate(pairs, small)),
             )
 
