@@ -16,9 +16,6 @@ from polarjax.engine.paged import PagedEngine
 from polarjax.mesh.cut import make_mesh
 from tests.models import LLAMA, MHA, OPT, random_params
 
-# XLA fuses otherwise than without its optimizations, and rounds otherwise.
-pytestmark = pytest.mark.usefixtures("as_users_do")
-
 CONTEXT, PAGE = 128, 16
 # What all engines of this file have, so that they share their programs: four slots, and
 # pages for less than two of them.
@@ -139,6 +136,8 @@ def play(engine, seed, alone):
     return len(asked)
 
 
+# XLA fuses otherwise than without its optimizations, and rounds otherwise.
+@pytest.mark.usefixtures("as_users_do")
 @pytest.mark.parametrize(
     "seeds", [range(60), pytest.param(range(60, 300), marks=pytest.mark.slow)]
 )
@@ -182,6 +181,16 @@ def test_devices_share_a_batch(params, alone, tp, dp):
         tokens, logprobs, reason = alone(prompt, settings)
         assert (request.tokens, request.finish_reason) == (tokens, reason)
         np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-4)
+
+
+def test_what_chance_picks_depends_on_a_requests_number_alone(params):
+    policy = polarjax.Random(0.5)
+    prompts = [[i + 1, 5, 9] for i in range(6)]
+    few = make_engine(params, policy=policy, slots=2)
+    out = few.generate(prompts, max_new_tokens=8)
+    mesh = make_mesh(1, 2)
+    many = make_engine(params, policy=policy, slots=6, pages=40, mesh=mesh)
+    assert many.generate(prompts, max_new_tokens=8).tokens == out.tokens
 
 
 def test_a_request_of_nan_fails_alone():
