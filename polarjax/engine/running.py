@@ -51,6 +51,7 @@ class Part:
         self._due: dict[int, list[Sequence]] = {}  # by number of the plan
         self._decoding: set[int] = set()
         self._decodes: tuple[int, ...] | None = ()  # the same in order; None if old
+        self._owed = 0  # pages that all who have slots may yet grow by
         # The last that found no room, and when that was, in releases of pages.
         self._blocked: tuple[Sequence, int] | None = None
 
@@ -93,11 +94,14 @@ class Part:
         most = prompt.length if resumed else prompt.length - 1
         found = pool.match(prompt, most) if sequence.prefix else []
         fresh = pool.pages_for(min(positions + 1, sequence.end)) - len(found)
-        if fresh + pool.idle_among(found) + self._watermark() > pool.available:
+        owed = pool.pages_for(sequence.end) - len(found) - fresh
+        spare = min(self._watermark(), self._owed + owed)
+        if fresh + pool.idle_among(found) + spare > pool.available:
             self._blocked = (sequence, pool.releases)
             return False
         pool.share(found)
         sequence.table = found + pool.take(fresh)
+        self._owed += owed
         slot = sequence.slot = heapq.heappop(self.free)
         self.live[slot] = sequence
         draft.tables += [(slot, i, page) for i, page in enumerate(sequence.table)]
@@ -115,8 +119,12 @@ class Part:
         insort(self._readers, (sequence.priority, sequence.order, sequence))
         return True
 
+    def _growth(self, sequence: Sequence) -> int:
+        """Pages that one who has a slot may yet grow by."""
+        return self.pool.pages_for(sequence.end) - len(sequence.table)
+
     def _watermark(self) -> int:
-        """Pages that stay available when somebody comes: those who run must grow."""
+        """Pages that stay available when somebody comes, if those who run may grow."""
         if not self.live:
             return 0
         return max(-(-self.pool.pages // 100), len(self.live) + 1)
@@ -185,6 +193,7 @@ class Part:
             [page] = self.pool.take(1)
             draft.tables.append((sequence.slot, len(sequence.table), page))
             sequence.table.append(page)
+            self._owed -= 1
             self._note(sequence)
         return preempted
 
@@ -221,6 +230,7 @@ class Part:
         del self.live[slot]
         heapq.heappush(self.free, slot)
         draft.frees.append(slot)
+        self._owed -= self._growth(sequence)
         self.pool.release(sequence.table)
         sequence.slot, sequence.table = -1, []
 
@@ -240,6 +250,8 @@ class Part:
         assert reading == sorted(by_state.pop(State.READING, ())), "who is read?"
         assert self._decoding == by_state.pop(State.DECODING, set()), "who decodes?"
         assert set(by_state) <= {State.DRAWN}, "somebody has a slot for nothing"
+        owed = sum(map(self._growth, self.live.values()))
+        assert owed == self._owed, "who may grow by how much?"
         noted = {id(each) for due in self._due.values() for each in due}
         for slot in self._decoding:
             sequence = self.live[slot]

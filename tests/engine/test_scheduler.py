@@ -133,10 +133,19 @@ def test_room_to_grow_is_kept_for_those_who_run():
     assert len(one.step().begins) == 6
     one.finish()
     many = run(slots=8, pages=1000, prefill_tokens=10_000)
-    many.add(0, range(3600), 8)
+    many.add(0, range(3600), 80)
     many.add(1, range(9000, 9000 + 4 * 89), 1)  # 901 and 89, of 999: 9 are left
     assert len(many.step().begins) == 1
     many.finish()
+
+
+@pytest.mark.parametrize("pages_each", [1, 3])
+def test_a_pool_that_all_slots_can_fill_stops_nobody(pages_each):
+    one = run(slots=4, pages=4 * pages_each + 1)
+    for id in range(4):
+        one.add(id, [id] * PAGE, PAGE * (pages_each - 1) + 1)
+    assert len(one.step().begins) == 4
+    one.finish()
 
 
 def test_alone_it_may_have_every_page():
