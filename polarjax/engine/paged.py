@@ -175,7 +175,7 @@ class PagedEngine(Engine):
     @property
     def idle(self) -> bool:
         """Whether no request waits or goes on."""
-        return not self._requests and not self._flights
+        return not self._requests
 
     def _request(self, ids: list[int], one: Settings, number: int) -> Request:
         check_stops(one)
@@ -213,6 +213,8 @@ class PagedEngine(Engine):
         ahead = self._ahead if plan.reads or plan.decodes else 0
         # What has been sent is under way while the host looks at what came before.
         news += self._take_home(self._due(ahead))
+        if not self._requests:  # what is still under way is nobody's
+            self._flights.clear()
         news = list(dict.fromkeys(news))
         if failed := [one for one in news if one.finish_reason == "error"]:
             raise RequestFailed(failed)
