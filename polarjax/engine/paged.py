@@ -32,10 +32,11 @@ from polarjax.engine.scheduler import Scheduler
 from polarjax.engine.stats import Tally
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
-from polarjax.mesh.processes import to_host
+from polarjax.mesh.processes import from_main, to_host
 from polarjax.model import check_weights
 from polarjax.params import Params
 from polarjax.planning.crossover import settle
+from polarjax.planning.memory import MEMORY_FRACTION, pages_that_fit
 from polarjax.planning.sizes import at_least, positive
 from polarjax.policy import Load, Policy
 from polarjax.settings import default_numbers
@@ -61,14 +62,16 @@ class PagedEngine(Engine):
       context: most tokens of a request, prompt and answer together; None for the
         model's.
       pages: of the cache of each part of the batch, the trash page among them; None
-        for as many as all slots can fill. Where there are fewer, requests wait, or give
-        way to others and come back.
+        for as many as all slots can fill, or as fit into the memory. Where there are
+        fewer, requests wait, or give way to others and come back.
       page: positions of each.
       prefill_tokens: prompt tokens that one program reads, of each part of the batch;
         None for what the device is good at.
       ahead: decode steps that are sent to the device before the host looks at what one
         has brought.
       prefix_cache: whether prompts share the pages of what they begin with.
+      memory_fraction: of the memory that XLA may take on a device, how much may be
+        filled.
       max_waiting: most requests of `add` and `stream` that wait for a slot; one more
         is an error.
       load: what is expected of it: requests, and their mean context; for the choice of
@@ -79,7 +82,8 @@ class PagedEngine(Engine):
       variants: of drawing that are compiled: requests may need no others.
 
     Raises:
-      ValueError: if a setting is out of range, or the policy does not fit the model.
+      ValueError: if a setting is out of range, the policy does not fit the model, or
+        the memory has no room for a request of the context.
     """
 
     @default_numbers
@@ -95,6 +99,7 @@ class PagedEngine(Engine):
         prefill_tokens: int | None = None,
         ahead: int = 1,
         prefix_cache: bool = True,
+        memory_fraction: float = MEMORY_FRACTION,
         max_waiting: int = 65_536,
         load: Load | None = None,
         densities: bool = True,
@@ -128,7 +133,15 @@ class PagedEngine(Engine):
             tokens = positive("prefill_tokens", prefill_tokens)
         pieces, page = min(each, max(tokens // 32, 8)), positive("page", page)
         if pages is None:
-            pages = each * -(-self.context // page) + 1
+            pages = pages_that_fit(
+                params,
+                self.slots,
+                self.context,
+                page,
+                prefill_tokens=tokens,
+                memory_fraction=memory_fraction,
+            )
+            pages = from_main(pages) if self._many else pages
         sizes = Sizes(self.slots, self.context, pages, page, tokens, pieces)
         self._scheduler = Scheduler(
             sizes.slots,

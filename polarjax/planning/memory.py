@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Required, TypedDict, Unpack
 
@@ -189,34 +190,16 @@ def _first_that_fits(
       prompt_tokens: of the longest prompt.
       memory_fraction: of the memory that XLA may take, in (0, 1].
     """
-    check_fraction(memory_fraction)
-    config = params.config
-    devices = params.weights["embed"]["tokens"].sharding.addressable_devices
-    rooms = [_free(device, memory_fraction, len(devices)) for device in devices]
-    free, on_host = min(rooms)
-    platform = next(iter(devices)).platform
-    width = min(bucket(prompt_tokens), config.context)
-    shards = (x.addressable_shards[0].data for x in jax.tree.leaves(params.weights))
-    weight_bytes = sum(shard.nbytes for shard in shards)
-    mesh = mesh_of(params.weights)
-    dp, own = axis_size(mesh, DP), local_config(config, axis_size(mesh, TP))
+    room = _Room.of(params, memory_fraction)
+    width = min(bucket(prompt_tokens), params.config.context)
 
     def needed(batch: int, capacity: int) -> float:
-        batch = -(-batch // dp)  # a device's part, of all heads that it has
-        cache = cache_bytes(own, batch, capacity, params.dtype)
-        prefill = prefill_bytes(
-            own,
-            batch,
-            width,
-            params.dtype,
-            platform=platform,
-            prefill_tokens=prefill_tokens,
-        )
-        step = 0
-        if on_host:
-            step = cpu_step_bytes(own, batch, capacity, params.dtype, weight_bytes)
-        return cache + max(prefill, step) + sampling_bytes(config, batch)
+        batch = room.part(batch)
+        prefill = room.prefill_bytes(params, batch, width, prefill_tokens)
+        cache = cache_bytes(room.own, batch, capacity, params.dtype)
+        return cache + room.working_bytes(params, batch, capacity, prefill)
 
+    free = room.free
     for shape in shapes:
         if needed(*shape) <= free:
             return shape
@@ -235,6 +218,128 @@ def _first_that_fits(
         + (f"{' or '.join(fits)} would fit" if fits else "not even batch 1 would fit")
         + "; `polarjax plan` shows what does"
     )
+
+
+def pages_that_fit(
+    params: Params,
+    slots: int,
+    context: int,
+    page: int,
+    *,
+    prefill_tokens: int,
+    memory_fraction: float = MEMORY_FRACTION,
+) -> int:
+    """Pages of each part of the batch's cache: for all slots, or as many as fit.
+
+    Args:
+      params: the model, in its devices' memory.
+      slots: of all parts, b.
+      context: positions of a request.
+      page: positions of a page.
+      prefill_tokens: prompt tokens that one program reads.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
+
+    Returns:
+      With the trash page.
+
+    Raises:
+      ValueError: if not even one request of the context fits; it says what would.
+    """
+    room = _Room.of(params, memory_fraction)
+    each = -(-context // page)
+    batch = room.part(slots)
+    prefill = room.prefill_bytes(params, 1, prefill_tokens, prefill_tokens)
+    working = room.working_bytes(params, batch, each * page, prefill)
+    one = cache_bytes(room.own, 1, page, params.dtype)
+    free = room.free - working
+    most = batch * each + 1
+    most = min(most, most_pages(room.own, page))
+    found = most if free == float("inf") else min(most, int(max(free, 0) // one))
+    if found > each:
+        return found
+    raise ValueError(
+        f"a request of {context} tokens needs {each + 1} pages of {page} positions, "
+        f"{(each + 1) * one / 1e9:.2f} GB, and beside {working / 1e9:.2f} GB of "
+        f"working memory for {slots} slots the device has {max(free, 0) / 1e9:.2f} GB "
+        f"left (memory_fraction {memory_fraction:g}): make the engine with fewer slots "
+        "or a smaller context"
+    )
+
+
+def most_pages(config: ModelConfig, page: int) -> int:
+    """Pages of a cache whose elements can be numbered, as kernels do, in 32 bits.
+
+    Args:
+      config: of what one device has of the model.
+      page: positions of a page.
+    """
+    return (2**31 - 1) // (config.kv_heads * page * config.head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Room:
+    """What there is of the memory of a model's devices, and what a device has of it.
+
+    Attributes:
+      free: bytes that a batch may take of each.
+      on_host: whether they are the machine's.
+      platform: of the devices.
+      dp: parts of the batch.
+      own: the model that one device runs.
+      weight_bytes: of all weights that it has.
+    """
+
+    free: float
+    on_host: bool
+    platform: str
+    dp: int
+    own: ModelConfig
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, params: Params, memory_fraction: float) -> _Room:
+        check_fraction(memory_fraction)
+        devices = params.weights["embed"]["tokens"].sharding.addressable_devices
+        rooms = [_free(device, memory_fraction, len(devices)) for device in devices]
+        free, on_host = min(rooms)
+        shards = (x.addressable_shards[0].data for x in jax.tree.leaves(params.weights))
+        mesh = mesh_of(params.weights)
+        return cls(
+            free,
+            on_host,
+            next(iter(devices)).platform,
+            axis_size(mesh, DP),
+            local_config(params.config, axis_size(mesh, TP)),
+            sum(shard.nbytes for shard in shards),
+        )
+
+    def part(self, batch: int) -> int:
+        """Sequences of one part of the batch."""
+        return -(-batch // self.dp)
+
+    def prefill_bytes(
+        self, params: Params, batch: int, width: int, prefill_tokens: int
+    ) -> int:
+        """See the function of this name."""
+        return prefill_bytes(
+            self.own,
+            batch,
+            width,
+            params.dtype,
+            platform=self.platform,
+            prefill_tokens=prefill_tokens,
+        )
+
+    def working_bytes(
+        self, params: Params, batch: int, capacity: int, prefill: int
+    ) -> float:
+        """Bytes beside weights and cache: of prefill or a step, and of drawing."""
+        step = 0
+        if self.on_host:
+            step = cpu_step_bytes(
+                self.own, batch, capacity, params.dtype, self.weight_bytes
+            )
+        return max(prefill, step) + sampling_bytes(params.config, batch)
 
 
 def _free(device: Any, memory_fraction: float, devices: int) -> tuple[float, bool]:

@@ -1,5 +1,6 @@
 """A batch that cannot fit is refused before anything is allocated."""
 
+import contextlib
 import dataclasses
 import re
 
@@ -345,3 +346,29 @@ def test_what_the_machine_says(tmp_path):
     # What the machine itself has left may be less.
     (tmp_path / "proc/meminfo").write_text(info.replace(" 600", " 100"))
     assert host_memory(str(tmp_path)) == HostMemory(400_000, 400_000 - (100 << 10))
+
+
+def test_pages_are_as_many_as_fit(monkeypatch):
+    params = random_params(CONFIG)
+
+    def pages(free, slots=4, context=40, page=16):
+        monkeypatch.setattr(memory, "_free", lambda *_: (free, False))
+        return memory.pages_that_fit(params, slots, context, page, prefill_tokens=16)
+
+    # Three pages for each of four slots, and the trash page.
+    assert pages(float("inf")) == pages(1e12) == 13
+    one = memory.cache_bytes(CONFIG, 1, 16, params.dtype)
+    with pytest.raises(ValueError, match="a request of 40 tokens needs 4 pages of 16"):
+        pages(0)
+    least = next(n for n in range(0, 10**9, one // 4) if _fits(pages, n))
+    assert pages(least) == 4 and pages(least + 2 * one) == 6
+    # 2**31 elements: the kernels count no further.
+    assert (
+        memory.most_pages(CONFIG, 16) * CONFIG.kv_heads * 16 * CONFIG.head_dim < 2**31
+    )
+
+
+def _fits(pages, free):
+    with contextlib.suppress(ValueError):
+        return pages(free) > 0
+    return False
