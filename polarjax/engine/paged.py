@@ -133,7 +133,7 @@ class PagedEngine(Engine):
             tokens = positive("prefill_tokens", prefill_tokens)
         pieces, page = min(each, max(tokens // 32, 8)), positive("page", page)
         if pages is None:
-            pages = pages_that_fit(
+            fit = pages_that_fit(
                 params,
                 self.slots,
                 self.context,
@@ -141,7 +141,7 @@ class PagedEngine(Engine):
                 prefill_tokens=tokens,
                 memory_fraction=memory_fraction,
             )
-            pages = from_main(pages) if self._many else pages
+            pages = from_main(fit) if self._many else fit
         sizes = Sizes(self.slots, self.context, pages, page, tokens, pieces)
         self._scheduler = Scheduler(
             sizes.slots,
