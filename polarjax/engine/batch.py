@@ -93,6 +93,10 @@ class Flight:
         for leaf in jax.tree.leaves((self.token, self.logprob, self.valid, self.live)):
             leaf.copy_to_host_async()
 
+    def has(self, requests: Sequence[Request]) -> bool:
+        """Whether it brings something for one of some requests."""
+        return any(one is not None and one in requests for one in self.requests)
+
     def home(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, log-probabilities, which count, and who goes on; may take a while."""
         found = to_host((self.token, self.logprob, self.valid, self.live))

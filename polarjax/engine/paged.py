@@ -152,6 +152,7 @@ class PagedEngine(Engine):
         self._owners: dict[int, Request] = {}  # by slot
         self._kept: dict[Hashable, Kept] = {}  # of those that gave way
         self._flights: deque[Flight] = deque()
+        self._left: deque[Request] = deque()  # cancelled, and not yet looked at
         self._clock, self._tally = Clock(), Tally(config)
         self._counting = False
         self._calls = self._added = self._ids = 0
@@ -183,6 +184,7 @@ class PagedEngine(Engine):
 
     def _admit(self, request: Request) -> None:
         request.id, self._ids = self._ids, self._ids + 1
+        request.left_by = self._left
         self._scheduler.add(
             request.id, request.prompt, request.limit, prefix=self._prefix_cache
         )
@@ -204,12 +206,14 @@ class PagedEngine(Engine):
 
     def _step(self) -> list[Request]:
         self._half_way = False
-        news: list[Request] = []
+        while self._left:
+            self._forget(self._left.popleft())
+        # Who gave way may come back at once: not before its newest token is here.
+        gone = [kept.request for kept in self._kept.values()]
+        pending = [i for i, one in enumerate(self._flights) if one.has(gone)]
+        news = self._take_home(pending[-1] + 1 if pending else 0)
         with self._all_or_nothing():
-            plan = self._scheduler.plan()
-            if plan.swaps_in:  # whose newest tokens may be on their way
-                news += self._take_home(len(self._flights))
-            self._send(plan)
+            self._send(plan := self._scheduler.plan())
         ahead = self._ahead if plan.reads or plan.decodes else 0
         # What has been sent is under way while the host looks at what came before.
         news += self._take_home(self._due(ahead))
