@@ -78,6 +78,7 @@ class Flight:
       counts: what a decode step read, `Drawn.reads`, `visible` and `own`; None for
         first tokens.
       call: of `generate`, in whose statistics it counts; None for none.
+      last: whether it is the last that its plan has sent.
     """
 
     token: Any
@@ -87,11 +88,16 @@ class Flight:
     requests: list[Request | None]
     counts: Any = None
     call: int | None = None
+    last: bool = True
 
     def __post_init__(self) -> None:
         """They begin to come home as soon as they are there."""
         for leaf in jax.tree.leaves((self.token, self.logprob, self.valid, self.live)):
             leaf.copy_to_host_async()
+
+    def has(self, requests: Sequence[Request]) -> bool:
+        """Whether it brings something for one of some requests."""
+        return any(one is not None and one in requests for one in self.requests)
 
     def home(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, log-probabilities, which count, and who goes on; may take a while."""
@@ -106,10 +112,11 @@ class Kept:
 
     Attributes:
       request: whose it is.
-      pages: arrays of each call of `take_pages`, on the devices or the host.
-      row: its token, whether it is live, and what remains, likewise.
+      pages: arrays of each call of `take_pages`, on the devices until `come_home`.
+      row: token, live and remaining of the whole batch, likewise.
       part: of the batch, that it was in.
       slot: that it had, among all.
+      home: whether the host has it.
     """
 
     request: Request
@@ -117,6 +124,13 @@ class Kept:
     row: Any
     part: int
     slot: int
+    home: bool = False
+
+    def come_home(self) -> None:
+        """Let the devices' copies go; may take a while."""
+        if not self.home:
+            self.pages, self.row = to_host((self.pages, self.row))
+            self.home = True
 
 
 class Batch:
@@ -397,8 +411,8 @@ class Batch:
           Its token, whether it is live, and what remains.
         """
         part, _ = self._part(back.slot)
-        pages, (token, live, remaining) = to_host((kept.pages, kept.row))
-        kept.pages = pages
+        kept.come_home()
+        pages, (token, live, remaining) = kept.pages, kept.row
         for at in range(0, len(back.copies), _PAGES):
             some = back.copies[at : at + _PAGES]
             numbers = np.zeros((self.parts, _PAGES), np.int32)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from pallas_kernels import Implementation, runnable
 from polarjax.engine import programs
 from polarjax.engine.batch import Batch, Flight, Kept, Sizes
-from polarjax.engine.checks import Settings, check_params, check_stops
+from polarjax.engine.checks import Settings, check_params, check_stops, variant_of
 from polarjax.engine.clock import Clock
 from polarjax.engine.engine import Engine
 from polarjax.engine.errors import RequestFailed, yields_nan
@@ -67,8 +67,8 @@ class PagedEngine(Engine):
       page: positions of each.
       prefill_tokens: prompt tokens that one program reads, of each part of the batch;
         None for what the device is good at.
-      ahead: decode steps that are sent to the device before the host looks at what one
-        has brought.
+      ahead: steps that are sent to the device before the host looks at what one has
+        brought.
       prefix_cache: whether prompts share the pages of what they begin with.
       memory_fraction: of the memory that XLA may take on a device, how much may be
         filled.
@@ -108,6 +108,17 @@ class PagedEngine(Engine):
         variants: Sequence[Variant] = tuple(Variant),
     ) -> None:
         params = check_params(params)
+        if load is not None and not isinstance(load, Load):
+            raise TypeError(f"load must be a polarjax.policy.Load, got {load!r:.60}")
+        flags = {"densities": densities, "prefix_cache": prefix_cache}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r:.60}")
+        variants = tuple(variants)
+        if not all(isinstance(one, Variant) for one in variants):
+            raise TypeError(f"variants must be Variants of drawing, got {variants!r}")
+        if not variants:
+            raise ValueError("variants is empty: name at least one way of drawing")
         runnable(implementation)
         if mesh_of(params.weights) is None:
             check_weights(params.weights, params.config)
@@ -126,6 +137,7 @@ class PagedEngine(Engine):
         self.weights, self._bound = self.policy.bind(params)
         self._densities, self._prefix_cache = densities, prefix_cache
         self.max_waiting = positive("max_waiting", max_waiting)
+        self._variants = variants
         self._ahead = at_least("ahead", ahead, 0)
         platform = programs.device_of(params.weights).platform
         tokens = _PREFILL_TOKENS.get(platform, 128)
@@ -141,8 +153,10 @@ class PagedEngine(Engine):
                 prefill_tokens=tokens,
                 memory_fraction=memory_fraction,
             )
-            pages = from_main(fit) if self._many else fit
-        sizes = Sizes(self.slots, self.context, pages, page, tokens, pieces)
+            count = from_main(fit) if self._many else fit
+        else:
+            count = at_least("pages", pages, 2)
+        sizes = Sizes(self.slots, self.context, count, page, tokens, pieces)
         self._scheduler = Scheduler(
             sizes.slots,
             sizes.pages,
@@ -165,6 +179,7 @@ class PagedEngine(Engine):
         self._owners: dict[int, Request] = {}  # by slot
         self._kept: dict[Hashable, Kept] = {}  # of those that gave way
         self._flights: deque[Flight] = deque()
+        self._left: deque[Request] = deque()  # cancelled, and not yet looked at
         self._clock, self._tally = Clock(), Tally(config)
         self._counting = False
         self._calls = self._added = self._ids = 0
@@ -183,7 +198,7 @@ class PagedEngine(Engine):
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot, those that gave way among them."""
-        return self._scheduler.waiting
+        return 0 if self._ended else self._scheduler.waiting
 
     @property
     def idle(self) -> bool:
@@ -192,10 +207,27 @@ class PagedEngine(Engine):
 
     def _request(self, ids: list[int], one: Settings, number: int) -> Request:
         check_stops(one)
-        return super()._request(ids, one, number)
+        order, least = list(Variant), variant_of([one])
+        if order.index(least) > max(map(order.index, self._variants)):
+            raise ValueError(
+                f"prompt {number} needs {least.value} drawing, and this engine is made "
+                f"for {', '.join(v.value for v in self._variants)}: name it in variants"
+            )
+        request = super()._request(ids, one, number)
+        pool = self._scheduler.pools[0]
+        needed = pool.pages_for(len(ids) + request.limit - 1)
+        if needed > pool.pages - 1:
+            raise ValueError(
+                f"prompt {number} of {len(ids)} tokens and up to {request.limit} new "
+                f"ones needs {needed} pages of {pool.page} positions, and there are "
+                f"{pool.pages - 1}: ask for fewer tokens, or make the engine with more "
+                "pages"
+            )
+        return request
 
     def _admit(self, request: Request) -> None:
         request.id, self._ids = self._ids, self._ids + 1
+        request.left_by = self._left
         self._scheduler.add(
             request.id, request.prompt, request.limit, prefix=self._prefix_cache
         )
@@ -217,17 +249,21 @@ class PagedEngine(Engine):
 
     def _step(self) -> list[Request]:
         self._half_way = False
-        news: list[Request] = []
+        while self._left:
+            self._forget(self._left.popleft())
+        # Who gave way may come back at once: not before its newest token is here.
+        gone = [kept.request for kept in self._kept.values()]
+        pending = [i for i, one in enumerate(self._flights) if one.has(gone)]
+        news = self._take_home(pending[-1] + 1 if pending else 0)
         with self._all_or_nothing():
-            plan = self._scheduler.plan()
-            if plan.swaps_in:  # whose newest tokens may be on their way
-                news += self._take_home(len(self._flights))
-            self._send(plan)
+            self._send(plan := self._scheduler.plan())
         ahead = self._ahead if plan.reads or plan.decodes else 0
         # What has been sent is under way while the host looks at what came before.
         news += self._take_home(self._due(ahead))
         if not self._requests:  # what is still under way is nobody's
             self._flights.clear()
+        for kept in self._kept.values():  # what they had shall not fill the devices
+            kept.come_home()
         news = list(dict.fromkeys(news))
         if failed := [one for one in news if one.finish_reason == "error"]:
             raise RequestFailed(failed)
@@ -255,20 +291,22 @@ class PagedEngine(Engine):
         if plan.frees or rows or plan.tables:
             self._batch.change(plan.frees, rows, plan.tables)
         if plan.reads:
-            self._fly(self._batch.read(plan.reads, self._owners))
+            self._fly(self._batch.read(plan.reads, self._owners), not plan.decodes)
         if plan.decodes:
-            self._fly(self._batch.decode(plan.decodes, self._owners))
+            self._fly(self._batch.decode(plan.decodes, self._owners), True)
 
-    def _fly(self, flight: Flight) -> None:
+    def _fly(self, flight: Flight, last: bool) -> None:
+        flight.last = last
         flight.call = self._calls if self._counting else None
         self._flights.append(flight)
 
     def _due(self, ahead: int) -> int:
-        """How many flights the host waits for, so that so many steps stay under way."""
+        """How many flights the host waits for, so that so many plans stay under way."""
         if not ahead:
             return len(self._flights)
-        steps = [i for i, one in enumerate(self._flights) if one.counts is not None]
-        return steps[-ahead] if len(steps) > ahead else 0
+        # Where nobody decodes, the host is not to run off, prompt after prompt.
+        lasts = [i for i, one in enumerate(self._flights) if one.last]
+        return lasts[-ahead] if len(lasts) > ahead else 0
 
     def _take_home(self, number: int) -> list[Request]:
         """Hand on what the first flights have brought.
@@ -284,7 +322,8 @@ class PagedEngine(Engine):
             self._clock.lap("prefill" if counts is None else "decode")
             with self._all_or_nothing():
                 self._flights.popleft()
-                if counts is not None and flight.call == self._calls:
+                counting = self._counting and flight.call == self._calls
+                if counts is not None and counting:
                     new: Any = token[None], logprob[None], valid[None], *counts
                     self._tally.add(Drawn(*new), 1)
                 for i, request in enumerate(flight.requests):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ class Request:
       number: of its prompt among those that came with it, for messages.
       id: of it in its engine.
       cached: tokens of the prompt that were in the cache.
+      left_by: of its engine: this one is in it once it has been cancelled, by whoever
+        holds it and on any thread, until the engine's next step.
       inbox: of who follows several requests: this one is in it once it has got tokens
         or ended, until the reader takes it out.
     """
@@ -66,6 +69,7 @@ class Request:
     number: int = 0
     id: int = -1
     cached: int = 0
+    left_by: deque[Request] | None = dataclasses.field(default=None, repr=False)
     inbox: dict[Request, None] | None = dataclasses.field(default=None, repr=False)
     _written: _Written | None = None
     _streamed_text: int = 0
@@ -119,6 +123,8 @@ class Request:
     def _end(self, reason: str, error: str) -> None:
         if self.going:
             self.going, self.finish_reason, self.error = False, reason, error
+            if self.left_by is not None:
+                self.left_by.append(self)
             self._tell()
 
     def _tell(self) -> None:

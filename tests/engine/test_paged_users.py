@@ -1,0 +1,215 @@
+"""What users do to the engine over pages at any moment: cancel, stream, interrupt."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import polarjax
+from polarjax.engine.batch import Batch, Flight
+from polarjax.engine.paged import PagedEngine
+from polarjax.engine.sampling import Variant
+from tests.models import LLAMA, random_params
+
+CONTEXT = 128
+PLAIN = polarjax.Settings(max_new_tokens=40, stop_ids=())
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(dataclasses.replace(LLAMA, context=CONTEXT), routers=True)
+
+
+def make_engine(params, **options):
+    shape = {"slots": 2, "context": CONTEXT, "page": 16, "pages": 11}
+    return PagedEngine(params, **{**shape, "prefill_tokens": 32, **options})
+
+
+def run(engine, most=500):
+    for _ in range(most):
+        if engine.idle:
+            return
+        engine.step()
+        engine._scheduler.check()
+    pytest.fail("the engine never gets idle")
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_stream_that_is_closed_leaves_its_slot(params, steps):
+    engine = make_engine(params)
+    for _ in range(3):  # more than there are slots
+        stream = engine.stream([3, 4, 5], PLAIN)
+        for _ in range(steps):
+            next(stream)
+        stream.close()
+    engine.stream([3, 4, 5], PLAIN)  # which nobody holds
+    engine.add([4], PLAIN).cancel()
+    run(engine, most=3)
+    assert len(engine._scheduler) == 0
+    assert engine.generate([[5, 6]] * 3).finish_reasons == ["length"] * 3
+
+
+def test_what_can_never_run_fails_alone(params):
+    engine = make_engine(params, pages=4)
+    prompts, more = [[1] * 40, [2]], {"max_new_tokens": 40, "stop_ids": ()}
+    out = engine.generate(prompts, errors="keep", **more)
+    assert out.finish_reasons == ["error", "length"]
+    assert out.errors[0] and out.errors[0].startswith("prompt 0 ")
+    engine.add([5], PLAIN)
+    with pytest.raises(ValueError, match="prompt 1 of 40 tokens"):
+        engine.generate([[2], [1] * 40], **more)
+    run(engine)
+
+
+def test_drawing_that_is_not_compiled_is_refused(params):
+    engine = make_engine(params, variants=[Variant.GREEDY, Variant.SAMPLED])
+    request = engine.add([5], PLAIN)
+    with pytest.raises(ValueError, match="prompt 0 needs"):
+        engine.add([5], dataclasses.replace(PLAIN, temperature=1.0, top_k=3))
+    run(engine)
+    assert request.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"variants": ()}, ValueError, "variants is empty"),
+        ({"variants": ["greedy"]}, TypeError, "variants"),
+        ({"load": 5}, TypeError, "load must be"),
+        ({"densities": 1}, TypeError, "densities must be"),
+        ({"prefix_cache": 1}, TypeError, "prefix_cache must be"),
+        ({"pages": 1}, ValueError, "pages must be an integer of at least 2"),
+        ({"pages": 0}, ValueError, "pages must be an integer of at least 2"),
+        ({"page": 0}, ValueError, "page must be a positive"),
+        ({"ahead": -1}, ValueError, "ahead must be"),
+        ({"prefill_tokens": float("nan")}, ValueError, "prefill_tokens must be"),
+    ],
+)
+def test_wrong_settings_are_named(params, options, error, match):
+    with pytest.raises(error, match=match):
+        make_engine(params, **options)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 4])
+def test_one_comes_back_while_its_newest_tokens_are_on_their_way(params, ahead):
+    # It gives way, and the next plan has room for it: it may have ended by then.
+    drawn = {"temperature": 1.0, "repetition_penalty": 1.5, "max_new_tokens": 60}
+    settings = dataclasses.replace(PLAIN, **drawn)
+    tokens = make_engine(params).generate([[7, 8, 9]], stop_ids=(), **drawn).tokens[0]
+    for last in [*range(24, 32), None]:
+        ends = () if last is None else (tokens[last],)
+        expected = tokens if last is None else tokens[: tokens.index(tokens[last])]
+        engine = make_engine(params, pages=9, page=8, ahead=ahead, prefix_cache=False)
+        first = engine.add([3, 4, 5, 6], settings)
+        second = engine.add([7, 8, 9], dataclasses.replace(settings, stop_ids=ends))
+        while not engine.idle:
+            engine.step()
+            if engine._kept:
+                engine.cancel(first)
+        assert engine._scheduler.preemptions or len(expected) < 29
+        assert second.tokens == expected
+
+
+def test_first_tokens_are_not_kept_waiting(params):
+    engine = make_engine(params, prefill_tokens=4, prefix_cache=False)
+    short = engine.add([3], dataclasses.replace(PLAIN, max_new_tokens=1))
+    engine.add([3] * 90, dataclasses.replace(PLAIN, max_new_tokens=1))
+    for _ in range(3):
+        engine.step()
+    assert short.finish_reason == "length"
+    assert len(engine._flights) <= 2
+    run(engine)
+
+
+def test_who_gave_way_leaves_the_devices(params):
+    engine = make_engine(params)
+    for i in range(4):
+        prompt = [i + 1] * 20
+        engine.add(prompt, dataclasses.replace(PLAIN, max_new_tokens=100))
+    seen = 0
+    while not engine.idle:
+        before = set(engine._kept)
+        engine.step()
+        for id in before & set(engine._kept):
+            seen += 1
+            kept = engine._kept[id]
+            leaves = jax.tree.leaves((kept.pages, kept.row))
+            assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    assert seen
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_an_interruption_loses_nothing_or_ends_all(params, monkeypatch, ahead):
+    # Wherever it comes: either the requests go on, or the engine says what it is.
+    prompts = [[3, 4, 5], [7, 8, 9], [2] * 30]
+    whole = {"max_new_tokens": 90, "stop_ids": ()}
+    expected = make_engine(params, pages=None).generate(prompts, **whole).tokens
+    places = [(Flight, "home"), (Batch, "restore"), (Batch, "change")]
+    for where, name in places:
+        for after in (0, 1, 2, 5, 30):
+            engine = make_engine(params, ahead=ahead)
+            settings = dataclasses.replace(PLAIN, max_new_tokens=90)
+            requests = [engine.add(ids, settings) for ids in prompts]
+            original, calls = getattr(where, name), iter(range(10**6))
+
+            def interrupted(*args, o=original, c=calls, n=after):
+                if next(c) == n:
+                    raise KeyboardInterrupt
+                return o(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(where, name, interrupted)
+                try:
+                    run(engine)
+                except KeyboardInterrupt:
+                    pass
+            if engine._ended:
+                assert not any(one.going for one in requests)
+                assert name != "home", "while the host waits nothing is lost"
+                with pytest.raises(RuntimeError, match="interrupted"):
+                    engine.step()
+            else:
+                run(engine)
+                assert engine._scheduler.preemptions
+                assert [one.tokens for one in requests] == expected
+
+
+def test_an_interruption_amid_a_return_ends_all(params, monkeypatch):
+    engine = make_engine(params, pages=9, page=8, ahead=2, prefix_cache=False)
+    first, second = engine.add([3, 4, 5, 6], PLAIN), engine.add([7, 8, 9], PLAIN)
+    while not engine._kept:
+        engine.step()
+    engine.cancel(first)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Batch, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    with pytest.raises(RuntimeError, match="interrupted in a step"):
+        engine.step()
+    assert second.finish_reason == "cancelled"
+
+
+def test_a_closed_engine_has_nothing_left(params):
+    engine = make_engine(params)
+    requests = [engine.add([i + 1], PLAIN) for i in range(5)]
+    for _ in range(3):
+        engine.step()
+    engine.close()
+    engine.close()
+    assert engine.idle and engine.waiting == 0
+    assert {one.finish_reason for one in requests} == {"cancelled"}
+
+
+def test_what_is_counted_ends_with_the_counting(params):
+    engine = make_engine(params, ahead=3)
+    engine.add([3], PLAIN)
+    with engine.counting() as tally:
+        for _ in range(10):
+            engine.step()
+    counted = tally.steps
+    run(engine)
+    assert tally.steps == counted
