@@ -307,7 +307,6 @@ class Batch:
             live=live,
             remaining=request.limit if remaining is None else remaining,
             density=request.settings.density or 0,
-            number=request.number,
             sampling=jax.tree.map(lambda x: x[0], sampling),
             stop_ids=stops[0],
             history=History(tokens, np.int32(len(request.prompt))),  # type: ignore

@@ -38,7 +38,6 @@ class Slots:
       live: bool[b], whether the request takes decode steps.
       remaining: int32[b], tokens it may still draw.
       density: float32[b], as in `polarjax.policy.Seen`.
-      number: int32[b], of each request, as in `polarjax.policy.Seen.slot`.
       sampling: how each request draws, with rules.
       stop_ids: int32[b, e], tokens that end each request; -1 for none.
       history: what each request has read and written.
@@ -51,7 +50,6 @@ class Slots:
     live: jax.Array
     remaining: jax.Array
     density: jax.Array
-    number: jax.Array
     sampling: Sampling
     stop_ids: jax.Array
     history: History
@@ -70,7 +68,6 @@ class Row:
       live: bool, whether it takes decode steps at once.
       remaining: int32, tokens it may still draw.
       density: float32.
-      number: int32, of the request.
       sampling: how it draws.
       stop_ids: int32[e].
       history: what it has read and written.
@@ -81,7 +78,6 @@ class Row:
     live: Any
     remaining: Any
     density: Any
-    number: Any
     sampling: Sampling
     stop_ids: Any
     history: History
@@ -140,7 +136,6 @@ def edit(slots: Slots, change: Edit, *, model: Decoder) -> Slots:
             live=put(slots.live & ~dead, rows.live),
             remaining=put(slots.remaining, rows.remaining),
             density=put(slots.density, rows.density),
-            number=put(slots.number, rows.number),
             sampling=jax.tree.map(put, slots.sampling, rows.sampling),
             stop_ids=put(slots.stop_ids, rows.stop_ids),
             history=jax.tree.map(put, slots.history, rows.history),
@@ -204,7 +199,7 @@ def cut_slots(model: Decoder) -> Any:
     """How the slots lie on a model's mesh, a prefix of their tree."""
     rows: Any = ROWS
     logits: Any = GROUPS if model.share.cuts_vocabulary else ROWS
-    return Slots(PAGES, rows, rows, rows, rows, rows, rows, rows, rows, logits, rows)
+    return Slots(PAGES, rows, rows, rows, rows, rows, rows, rows, logits, rows)
 
 
 def cut_edit() -> Any:
@@ -230,7 +225,6 @@ def no_rows(config: ModelConfig, count: int, context: int) -> Row:
         live=np.zeros(count, bool),
         remaining=numbers.copy(),
         density=np.zeros(count, np.float32),
-        number=numbers.copy(),
         sampling=sampling_of(config, idle, stops),
         stop_ids=stops,
         history=History.empty(count, context),
@@ -276,7 +270,6 @@ def empty_slots(
             live=put(rows.live),
             remaining=put(rows.remaining),
             density=put(rows.density),
-            number=put(rows.number),
             sampling=jax.tree.map(put, rows.sampling),
             stop_ids=put(rows.stop_ids),
             history=jax.tree.map(put, rows.history),

@@ -154,7 +154,6 @@ def decode(
             slots.cache,
             policy=policy,
             density=slots.density,
-            numbers=slots.number,
         )
         reads = jnp.stack([one.groups for one in made])
         visible = jnp.where(live, cache.lengths, 0)

@@ -244,7 +244,6 @@ class Decoder(Module):
         density: jax.Array | None = None,
         prefill_tokens: int = BLOCK_TOKENS,
         fresh: bool = False,
-        numbers: jax.Array | None = None,
     ) -> Step:
         """Read new tokens of each sequence, behind those that the cache has.
 
@@ -261,15 +260,13 @@ class Decoder(Module):
           prefill_tokens: tokens of a chunk that are computed at once, attention apart.
           fresh: whether the cache has nothing of any of the sequences, which the
             fastest kernel for prompts needs to know.
-          numbers: int32[b], of each sequence, as in `Seen.slot`; None for its row.
 
         Returns:
           After each sequence's last new token.
         """
         if tokens.shape[1] == 1 and not fresh:
             ask = policy or Dense()
-            slot = self.share.slots(len(tokens)) if numbers is None else numbers
-            return self._step(tokens[:, 0], counts > 0, cache, ask, density, slot)
+            return self._step(tokens[:, 0], counts > 0, cache, ask, density)
         places = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
         x = self.embed(tokens, places)
         for i, layer in enumerate(self.layers):
@@ -310,11 +307,11 @@ class Decoder(Module):
         cache: PagedCache,
         policy: Policy,
         density: jax.Array | None,
-        slot: jax.Array,
     ) -> Step:
-        density = jnp.zeros(len(token)) if density is None else density
+        b = len(token)
+        density = jnp.zeros(b) if density is None else density
         visible = cache.lengths + 1
-        start = Seen(live, density, visible, slot)
+        start = Seen(live, density, visible, self.share.slots(b))
         x = self.embed(token, cache.lengths)
         seen, parts, read = None, None, []
         for layer in self.layers:

@@ -183,7 +183,7 @@ def test_devices_share_a_batch(params, alone, tp, dp):
         np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-4)
 
 
-def test_what_chance_picks_depends_on_a_requests_number_alone(params):
+def test_what_chance_picks_depends_on_a_requests_seed_alone(params):
     policy = polarjax.Random(0.5)
     prompts = [[i + 1, 5, 9] for i in range(6)]
     few = make_engine(params, policy=policy, slots=2)
