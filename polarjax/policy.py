@@ -122,7 +122,8 @@ class Seen:
       density: float32[b], the fraction of the KV groups that each request asked for; 0
         for the policy's own budgets.
       lengths: int32[b], positions in the cache, the newest included.
-      slot: int32[b], number of each row among all rows of the batch.
+      slot: int32[b], number of each row among all rows of the batch; where requests
+        come and go, their seeds, which stay theirs.
       u: [b, m], the layer's input as attention reads it.
       scores: float32[b, r], what the rows of `Wants.scores` yield for u.
       q: [b, h, d], queries, rotated.

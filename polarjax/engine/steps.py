@@ -154,6 +154,7 @@ def decode(
             slots.cache,
             policy=policy,
             density=slots.density,
+            slot=slots.sampling.seed.astype(jnp.int32),
         )
         reads = jnp.stack([one.groups for one in made])
         visible = jnp.where(live, cache.lengths, 0)

@@ -242,6 +242,7 @@ class Decoder(Module):
         cache: PagedCache,
         policy: Policy | None = None,
         density: jax.Array | None = None,
+        slot: jax.Array | None = None,
         prefill_tokens: int = BLOCK_TOKENS,
         fresh: bool = False,
     ) -> Step:
@@ -257,6 +258,7 @@ class Decoder(Module):
           cache: of what comes before; donate it.
           policy: bound to the weights; None for `Dense()`.
           density: float32[b], as in `Seen`; None for the policy's own.
+          slot: int32[b], as in `Seen`; None for each row's number in the batch.
           prefill_tokens: tokens of a chunk that are computed at once, attention apart.
           fresh: whether the cache has nothing of any of the sequences, which the
             fastest kernel for prompts needs to know.
@@ -266,7 +268,7 @@ class Decoder(Module):
         """
         if tokens.shape[1] == 1 and not fresh:
             ask = policy or Dense()
-            return self._step(tokens[:, 0], counts > 0, cache, ask, density)
+            return self._step(tokens[:, 0], counts > 0, cache, ask, density, slot)
         places = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
         x = self.embed(tokens, places)
         for i, layer in enumerate(self.layers):
@@ -307,11 +309,13 @@ class Decoder(Module):
         cache: PagedCache,
         policy: Policy,
         density: jax.Array | None,
+        slot: jax.Array | None,
     ) -> Step:
         b = len(token)
         density = jnp.zeros(b) if density is None else density
         visible = cache.lengths + 1
-        start = Seen(live, density, visible, self.share.slots(b))
+        slot = self.share.slots(b) if slot is None else slot
+        start = Seen(live, density, visible, slot)
         x = self.embed(token, cache.lengths)
         seen, parts, read = None, None, []
         for layer in self.layers:

@@ -193,6 +193,20 @@ def test_an_interruption_amid_a_return_ends_all(params, monkeypatch):
     assert second.finish_reason == "cancelled"
 
 
+def test_chance_goes_with_the_request(params):
+    # Which heads chance reads is the seed's affair, not the slot's.
+    engine = make_engine(params, policy=polarjax.Random(0.5), slots=3, pages=None)
+    seeds = [4, 5, 4, 2**32 - 1, 5, 4]
+    settings = [dataclasses.replace(PLAIN, seed=seed) for seed in seeds]
+    requests = [engine.add([3, 4, 5], one) for one in settings]
+    run(engine)
+    by_seed = {}
+    for seed, request in zip(seeds, requests, strict=True):
+        got = request.tokens, request.logprobs
+        assert by_seed.setdefault(seed, got) == got
+    assert by_seed[4] != by_seed[5]
+
+
 def test_a_closed_engine_has_nothing_left(params):
     engine = make_engine(params)
     requests = [engine.add([i + 1], PLAIN) for i in range(5)]
