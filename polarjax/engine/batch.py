@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Implementation
 from polarjax.cache import Pieces
 from polarjax.engine import steps
+from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
+from polarjax.engine.flight import Flight
 from polarjax.engine.places import GROUPS
 from polarjax.engine.plans import Piece, SwapIn, SwapOut
 from polarjax.engine.programs import device_of
@@ -63,41 +65,6 @@ class Sizes:
     page: int
     tokens: int
     pieces: int
-
-
-@dataclasses.dataclass
-class Flight:
-    """What a program has begun to draw.
-
-    Attributes:
-      token: int32[1, n], on the devices until they are asked for, as all.
-      logprob: float32[1, n].
-      valid: bool[1, n], whether the token belongs to the output.
-      live: bool[n], who goes on after it.
-      requests: whose each is; None for nobody's.
-      counts: what a decode step read, `Drawn.reads`, `visible` and `own`; None for
-        first tokens.
-      call: of `generate`, in whose statistics it counts; None for none.
-    """
-
-    token: Any
-    logprob: Any
-    valid: Any
-    live: Any
-    requests: list[Request | None]
-    counts: Any = None
-    call: int | None = None
-
-    def __post_init__(self) -> None:
-        """They begin to come home as soon as they are there."""
-        for leaf in jax.tree.leaves((self.token, self.logprob, self.valid, self.live)):
-            leaf.copy_to_host_async()
-
-    def home(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, log-probabilities, which count, and who goes on; may take a while."""
-        found = to_host((self.token, self.logprob, self.valid, self.live))
-        token, logprob, valid, live = found
-        return token[0], logprob[0], valid[0], live
 
 
 @dataclasses.dataclass
@@ -177,10 +144,12 @@ class Batch:
         dense, decoding = {"model": self._dense}, {"model": self._model}
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
+            logits = self.slots.logits
             slow = [
                 (edit, (self.slots, change), dense),
                 (steps.read_pieces, (self._original, *reading[:2], self.slots), dense),
                 (steps.decode, (self._weights, self._policy, self.slots), decoding),
+                (steps.tell, (logits, self.slots.mass, self.slots.token[None]), dense),
             ]
             slow += [
                 (steps.draw_tokens, (self.slots,), {**dense, "variant": variant})
@@ -197,8 +166,11 @@ class Batch:
         )
         for variant in variants:
             static = {**dense, "variant": variant}
-            self.slots, _ = steps.begin(*after, *reading[1:], self.slots, **static)
-            self.slots, _ = steps.draw_tokens(self.slots, **static)
+            self.slots, first = steps.begin(*after, *reading[1:], self.slots, **static)
+            self.slots, drawn = steps.draw_tokens(self.slots, **static)
+            # The first time compiles them.
+            steps.tell(*after, first[0][0], **dense)
+            steps.tell(self.slots.logits, self.slots.mass, drawn[0][0], **dense)
         take_row(self.slots)
         nowhere = self._placed(np.zeros(self.parts * _PAGES, np.int32))
         self.slots = put_pages(
@@ -337,12 +309,25 @@ class Batch:
         self.slots, *after = steps.read_pieces(
             self._original, *reading[:2], self.slots, **dense
         )
-        variant = self._variant([one for one in owners if one])
+        drawing = [one for one in owners if one]
         self.slots, (drawn, live) = steps.begin(
-            *after, *reading[1:], self.slots, **dense, variant=variant
+            *after, *reading[1:], self.slots, **dense, variant=self._variant(drawing)
         )
         token, logprob, valid = drawn
-        return Flight(token, logprob, valid, live, owners)
+        told = self._tell(*after, token, drawing)
+        return Flight(token, logprob, valid, live, owners, told)
+
+    def _tell(
+        self,
+        logits: jax.Array,
+        mass: jax.Array,
+        token: jax.Array,
+        requests: Sequence[Request],
+    ) -> Alternatives | None:
+        """What there is to tell of tokens, if some request asks."""
+        if all(one.settings.logprobs is None for one in requests):
+            return None
+        return steps.tell(logits, mass, token, model=self._dense)
 
     def decode(self, slots: Sequence[int], requests: Mapping[int, Request]) -> Flight:
         """One decode step.
@@ -357,12 +342,13 @@ class Batch:
         owners: list[Request | None] = [None] * (self.parts * self.each)
         for slot in slots:
             owners[slot] = requests[slot]
-        variant = self._variant([requests[slot] for slot in slots])
+        drawing = [requests[slot] for slot in slots]
         self.slots, (drawn, live) = steps.draw_tokens(
-            self.slots, model=self._dense, variant=variant
+            self.slots, model=self._dense, variant=self._variant(drawing)
         )
         token, logprob, valid = drawn
-        return Flight(token, logprob, valid, live, owners, counts)
+        told = self._tell(self.slots.logits, self.slots.mass, token, drawing)
+        return Flight(token, logprob, valid, live, owners, told, counts)
 
     def keep(self, gone: SwapOut, request: Request) -> Kept:
         """Take what a request has to the host, before its slot is freed.

@@ -280,7 +280,7 @@ class Engine:
         self._waiting[request] = None
 
     def _request(self, ids: list[int], one: Settings, number: int) -> Request:
-        check_served(one)
+        self._check_served(one)
         check_lengths(ids, number, self.context, self.prompt_tokens)
         if one.density is not None:
             takes = self._densities and self.policy.flexible
@@ -289,6 +289,9 @@ class Engine:
         return Request(
             ids, limit, self.tokenizer, one.stop, settings=one, number=number
         )
+
+    def _check_served(self, one: Settings) -> None:
+        check_served(one)
 
     def stream(
         self, prompt: str | Sequence[int], settings: Settings | None = None

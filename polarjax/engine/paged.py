@@ -8,21 +8,22 @@ looks at what a step has drawn while the next is under way.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import Implementation, runnable
 from polarjax.engine import programs
-from polarjax.engine.batch import Batch, Flight, Kept, Sizes
-from polarjax.engine.checks import Settings, check_params, check_stops
+from polarjax.engine.batch import Batch, Kept, Sizes
+from polarjax.engine.checks import Settings, check_params, check_served, check_stops
 from polarjax.engine.clock import Clock
 from polarjax.engine.engine import Engine
-from polarjax.engine.errors import RequestFailed, yields_nan
+from polarjax.engine.errors import RequestFailed
+from polarjax.engine.flight import Flight
 from polarjax.engine.places import on_devices
 from polarjax.engine.plans import Plan
 from polarjax.engine.programs import Drawn
@@ -32,7 +33,6 @@ from polarjax.engine.scheduler import Scheduler
 from polarjax.engine.stats import Tally
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
-from polarjax.mesh.processes import to_host
 from polarjax.model import check_weights
 from polarjax.params import Params
 from polarjax.planning.crossover import settle
@@ -177,9 +177,14 @@ class PagedEngine(Engine):
         """Whether no request waits or goes on."""
         return not self._requests and not self._flights
 
-    def _request(self, ids: list[int], one: Settings, number: int) -> Request:
+    def _check_served(self, one: Settings) -> None:
         check_stops(one)
-        return super()._request(ids, one, number)
+        if one.n != 1:
+            raise ValueError(
+                f"n must be 1 for one request, got {one.n}: add each of "
+                "settings.samples(), or call generate"
+            )
+        check_served(dataclasses.replace(one, logprobs=None))
 
     def _admit(self, request: Request) -> None:
         request.id, self._ids = self._ids, self._ids + 1
@@ -264,24 +269,17 @@ class PagedEngine(Engine):
         news: list[Request] = []
         for _ in range(number):
             flight = self._flights[0]
-            token, logprob, valid, live = flight.home()  # which may take a while
-            counts = to_host(flight.counts)
-            self._clock.lap("prefill" if counts is None else "decode")
+            new = flight.home()  # which may take a while
+            self._clock.lap("prefill" if new.counts is None else "decode")
             with self._all_or_nothing():
                 self._flights.popleft()
-                if counts is not None and flight.call == self._calls:
-                    new: Any = token[None], logprob[None], valid[None], *counts
-                    self._tally.add(Drawn(*new), 1)
-                for i, request in enumerate(flight.requests):
-                    if request is None or not request.going:
-                        continue
-                    news.append(request)
-                    new = [int(token[i])] if valid[i] else []
-                    logprobs = [float(logprob[i])] if valid[i] else []
-                    if np.isnan(logprobs).any():
-                        request.fail(yields_nan(request.number))
-                    else:
-                        request.add(new, logprobs, ended=not live[i])
+                if new.counts is not None and flight.call == self._calls:
+                    one: Any = new.token, new.logprob, new.valid
+                    drawn = (x[None] for x in one)
+                    self._tally.add(Drawn(*drawn, *new.counts), 1)
+                got = new.hand_on(flight.requests)
+                for request in got:
                     if not request.going:
                         self._forget(request)
+                news += got
         return news

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+from polarjax.engine.alternatives import TopTokens
 from polarjax.engine.detokenize import Detokenizer
 from polarjax.engine.tokenizer import Tokenizer
 
@@ -20,12 +21,15 @@ class Piece:
       tokens: ids of whole characters, the stop token excluded.
       logprobs: natural log-probability of each.
       finish_reason: as of `Request`: "" but for the last piece.
+      alternatives: what is told beside each token, if its settings ask for it; else
+        empty.
     """
 
     text: str
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str = ""
+    alternatives: list[TopTokens] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,6 +44,8 @@ class Request:
         and in the text with special tokens spelled out.
       tokens: new token ids.
       logprobs: of each.
+      alternatives: what is told beside each, if `Settings.logprobs` asks for it; else
+        empty.
       going: whether more may come.
       finish_reason: "stop", "length", "cancelled" or "error", once it has ended.
       error: why the engine ended it, if it did: it failed, or the engine was closed.
@@ -58,6 +64,7 @@ class Request:
     stops: tuple[str, ...] = ()
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    alternatives: list[TopTokens] = dataclasses.field(default_factory=list)
     going: bool = True
     finish_reason: str = ""
     error: str = ""
@@ -79,16 +86,24 @@ class Request:
         written = self._read(self.tokenizer)
         return written.shown(0, written.shown_at(written.end))
 
-    def add(self, tokens: list[int], logprobs: list[float], ended: bool) -> None:
+    def add(
+        self,
+        tokens: list[int],
+        logprobs: list[float],
+        ended: bool,
+        alternatives: Sequence[TopTokens] = (),
+    ) -> None:
         """Take in a chunk.
 
         Args:
           tokens: new ids, stop tokens left out.
           logprobs: of each.
           ended: whether the device has ended the request.
+          alternatives: beside each, where they are told.
         """
         self.tokens += tokens
         self.logprobs += logprobs
+        self.alternatives += alternatives
         if ended:
             self.going = False
             self.finish_reason = "length" if len(self.tokens) == self.limit else "stop"
@@ -97,6 +112,7 @@ class Request:
             if written.cut is not None:
                 kept = written.tokens_at(written.cut)
                 del self.tokens[kept:], self.logprobs[kept:]
+                del self.alternatives[kept:]
                 self.going, self.finish_reason = False, "stop"
         self._tell()
 
@@ -150,7 +166,8 @@ class Request:
         text, tokens = self.news()
         if not (text or tokens or reason):
             return None
-        return Piece(text, tokens, self.logprobs[start : start + len(tokens)], reason)
+        new = slice(start, start + len(tokens))
+        return Piece(text, tokens, self.logprobs[new], reason, self.alternatives[new])
 
     def _read(self, tokenizer: Tokenizer) -> _Written:
         """What is written, the newest tokens included."""

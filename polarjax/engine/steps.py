@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from polarjax.cache import Pieces
+from polarjax.engine.alternatives import Alternatives, alternatives
 from polarjax.engine.places import GROUPS, ROWS
 from polarjax.engine.programs import own_reads
 from polarjax.engine.sampling import Variant, draw
@@ -211,6 +212,32 @@ def draw_tokens(
 
     kept = cut_slots(model)
     return share.over(follow, (kept,), (kept, _TOLD))(slots)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def tell(
+    logits: jax.Array, mass: jax.Array, token: jax.Array, *, model: Decoder
+) -> Alternatives:
+    """What there is to tell of tokens that `begin` or `draw_tokens` has drawn.
+
+    Args:
+      logits: float32[n, v], that they were drawn from.
+      mass: float32[n], their log-sum-exp.
+      token: int32[1, n], as the host is told them.
+      model: that the batch is of.
+
+    Returns:
+      Of n tokens, those that nobody asked about too.
+    """
+    share = model.share
+    cut = share if share.cuts_vocabulary else None
+
+    def follow(logits, mass, token):
+        return alternatives(logits, mass, token[0], cut)
+
+    yields = GROUPS if share.cuts_vocabulary else ROWS
+    specs = yields, ROWS, P(None, DP)
+    return share.over(follow, specs, ROWS)(logits, mass, token)
 
 
 @dataclasses.dataclass(frozen=True)

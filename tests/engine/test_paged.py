@@ -53,7 +53,8 @@ def alone(params):
 
 
 def result(request):
-    return request.tokens, request.logprobs, request.finish_reason
+    told = request.logprobs, request.alternatives
+    return request.tokens, told, request.finish_reason
 
 
 @pytest.fixture
@@ -105,6 +106,8 @@ def random_request(rng, shared):
         settings |= {"repetition_penalty": 1.2, "min_tokens": 1}
     if rng.random() < 0.2:
         settings["stop_ids"] = tuple(rng.integers(0, 300, 20).tolist())
+    if rng.random() < 0.4:
+        settings["logprobs"] = int(rng.integers(0, 21))
     return prompt, polarjax.Settings(**settings)
 
 
@@ -130,12 +133,13 @@ def play(engine, seed, alone):
     while not engine.idle:
         engine.step()
     for prompt, settings, request in asked:
-        tokens, logprobs, reason = alone(prompt, settings)
+        tokens, told, reason = alone(prompt, settings)
         if request.finish_reason == "cancelled":
             n = len(request.tokens)
-            assert (request.tokens, request.logprobs) == (tokens[:n], logprobs[:n])
+            told = tuple(each[:n] for each in told)
+            assert result(request) == (tokens[:n], told, "cancelled")
         else:
-            assert result(request) == (tokens, logprobs, reason), (seed, settings)
+            assert result(request) == (tokens, told, reason), (seed, settings)
     return len(asked)
 
 
@@ -179,9 +183,12 @@ def test_devices_share_a_batch(params, alone, tp, dp):
         engine.step()
         engine._scheduler.check()
     for (prompt, settings), request in zip(asked, requests, strict=True):
-        tokens, logprobs, reason = alone(prompt, settings)
+        tokens, (logprobs, tops), reason = alone(prompt, settings)
         assert (request.tokens, request.finish_reason) == (tokens, reason)
         np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-4)
+        assert len(request.alternatives) == len(tops)
+        for mine, top in zip(request.alternatives, tops, strict=True):
+            np.testing.assert_allclose(mine.logprobs, top.logprobs, atol=1e-4)
 
 
 def test_a_request_of_nan_fails_alone():

@@ -1,0 +1,97 @@
+"""What is told beside tokens, those of prompts too; and samples of one prompt."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import polarjax
+from polarjax.engine.alternatives import TopTokens
+from polarjax.engine.paged import PagedEngine
+from polarjax.engine.request import Request
+from tests.models import LLAMA, random_params
+
+pytestmark = pytest.mark.usefixtures("as_users_do")
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(dataclasses.replace(LLAMA, context=CONTEXT))
+
+
+@pytest.fixture(scope="module")
+def engine(params):
+    return PagedEngine(
+        params,
+        policy=polarjax.Dense(),
+        slots=4,
+        page=16,
+        prefill_tokens=32,
+    )
+
+
+def finish(engine, *asked):
+    requests = [engine.add(prompt, one) for prompt, one in asked]
+    while not engine.idle:
+        engine.step()
+        engine._scheduler.check()
+    return requests
+
+
+def expected(params, tokens):
+    """Of each token but the first: log-probabilities of all, as `logits` has them."""
+    logits = np.asarray(polarjax.logits(params, [tokens]))[0, :-1].astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def check_top(top, own, token, logprob, most):
+    """What is told beside one token, against the log-probabilities of all."""
+    assert len(top.ids) == len(top.logprobs) == most
+    np.testing.assert_allclose(own[list(top.ids)], top.logprobs, atol=1e-4)
+    np.testing.assert_allclose(top.logprobs, np.sort(own)[::-1][:most], atol=1e-4)
+    assert own[token] == pytest.approx(logprob, abs=1e-4)
+    # But for tokens that are as probable, to rounding.
+    assert (own > logprob + 1e-4).sum() <= top.rank <= (own > logprob - 1e-4).sum()
+
+
+def test_alternatives_are_of_the_models_own_logits(params, engine):
+    prompt, most = [5, 7, 9, 11], [0, 3, 20, None]
+    warm = {"max_new_tokens": 9, "stop_ids": (), "temperature": 2.0}
+    asked = [polarjax.Settings(**warm, logprobs=k, seed=9) for k in most]
+    ruled = polarjax.Settings(**warm, logprobs=5, logit_bias={3: 100.0})
+    asked, most = [*asked, ruled], [*most, 5]
+    for request, k in zip(
+        finish(engine, *((prompt, one) for one in asked)), most, strict=True
+    ):
+        assert len(request.tokens) == 9
+        if k is None:
+            assert request.alternatives == []
+            continue
+        assert len(request.alternatives) == 9
+        own = expected(params, [*prompt, *request.tokens])[len(prompt) - 1 :]
+        for told in zip(
+            request.alternatives, own, request.tokens, request.logprobs, strict=True
+        ):
+            check_top(*told, k)
+
+
+def test_a_stop_string_cuts_alternatives_too():
+    def letters(prompt):
+        return SimpleNamespace(
+            waiting=False, add=lambda token: "abcdef"[token], end=lambda: ""
+        )
+
+    words: Any = SimpleNamespace(pieces=SimpleNamespace(special={}, after=letters))
+    request = Request([0], 9, words, ("cd",), settings=polarjax.Settings(logprobs=1))
+    tops = [TopTokens(0, (i,), (-1.0,)) for i in range(5)]
+    for i in range(5):
+        if request.going:
+            request.add([i], [-1.0], False, [tops[i]])
+    assert (request.text, request.tokens) == ("ab", [0, 1])
+    assert request.alternatives == tops[:2] and request.finish_reason == "stop"
+    piece = request.piece()
+    assert piece.tokens == [0, 1] and piece.alternatives == tops[:2]
