@@ -559,7 +559,8 @@ class Engine:
 
         Args:
           prompts: texts, or token ids.
-          stream: called as stream(request, text, tokens) with what is new.
+          stream: called as stream(entry, text, tokens) with what is new of an entry of
+            the output.
           progress: True for a bar on stderr, if that is a terminal; or a function,
             called as progress(requests that ended, requests, new tokens).
           errors: "raise" if one request that fails shall end them all; "keep" if it
@@ -594,11 +595,13 @@ class Engine:
         requests = []
         for i, (ids, one, why) in enumerate(zip(encoded, asked, wrong, strict=True)):
             try:
-                requests.append(_refused(i, why) if why else self._request(ids, one, i))
+                if why:
+                    raise ValueError(why)
+                requests += [self._request(ids, each, i) for each in self._split(one)]
             except ValueError as error:
                 if errors == "raise":
                     raise
-                requests.append(_refused(i, str(error)))
+                requests += [_refused(i, str(error), each) for each in one.samples()]
         self._counting, self._calls = True, self._calls + 1
         try:
             with following(progress, len(requests)) as tell:
@@ -615,6 +618,10 @@ class Engine:
         self._check_open()  # which a stream may have closed
         self._clock.lap("decode")
         return self._output(requests)
+
+    def _split(self, one: Settings) -> list[Settings]:
+        """Of each request that a prompt makes, all of which the engine can take."""
+        return [one]
 
     def _output(self, requests: list[Request]) -> Output:
         stats = make_stats(
@@ -636,11 +643,17 @@ class Engine:
             finish_reasons=[request.finish_reason for request in requests],
             stats=stats,
             errors=[request.error or None for request in requests],
+            prompts=[request.number for request in requests],
+            samples=[request.settings.sample for request in requests],
+            alternatives=[
+                None if request.settings.logprobs is None else request.alternatives
+                for request in requests
+            ],
         )
 
 
-def _refused(number: int, error: str) -> Request:
+def _refused(number: int, error: str, settings: Settings) -> Request:
     """A request that has failed before it began."""
-    request = Request([], 0, number=number)
+    request = Request([], 0, number=number, settings=settings)
     request.fail(error)
     return request

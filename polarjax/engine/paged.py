@@ -177,6 +177,9 @@ class PagedEngine(Engine):
         """Whether no request waits or goes on."""
         return not self._requests and not self._flights
 
+    def _split(self, one: Settings) -> list[Settings]:
+        return one.samples()
+
     def _check_served(self, one: Settings) -> None:
         check_stops(one)
         if one.n != 1:

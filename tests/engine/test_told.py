@@ -95,3 +95,47 @@ def test_a_stop_string_cuts_alternatives_too():
     assert request.alternatives == tops[:2] and request.finish_reason == "stop"
     piece = request.piece()
     assert piece.tokens == [0, 1] and piece.alternatives == tops[:2]
+
+
+def test_samples_are_those_of_requests_of_one_and_share_pages(params):
+    engine = PagedEngine(
+        params, policy=polarjax.Dense(), slots=4, page=16, prefill_tokens=32
+    )
+    prompts = [list(range(3, 43)), [7, 8, 9]]
+    warm: Any = dict(max_new_tokens=12, temperature=1.5, stop_ids=(), seed=[4, 5])
+    streamed: dict[int, list[int]] = {}
+
+    def take(entry, text, tokens):
+        streamed.setdefault(entry, []).extend(tokens)
+
+    out = engine.generate(prompts, n=[3, 2], sample=1, logprobs=2, stream=take, **warm)
+    assert out.prompts == [0, 0, 0, 1, 1] and out.samples == [1, 2, 3, 1, 2]
+    assert len({tuple(tokens) for tokens in out.tokens}) == 5
+    assert [streamed[i] for i in range(5)] == out.tokens
+    [pool] = engine._scheduler.pools
+    assert pool.hits > 0
+    for i, (prompt, j) in enumerate(zip(out.prompts, out.samples, strict=True)):
+        one = polarjax.Settings(
+            **{**warm, "seed": warm["seed"][prompt]}, sample=j, logprobs=2
+        )
+        [alone] = finish(engine, (prompts[prompt], one))
+        assert (alone.tokens, alone.logprobs) == (out.tokens[i], out.logprobs[i])
+        assert alone.alternatives == out.alternatives[i]
+
+
+def test_each_sample_of_a_wrong_prompt_says_why(engine):
+    out = engine.generate([[1] * 70, [2]], n=2, max_new_tokens=2, errors="keep")
+    assert out.prompts == [0, 0, 1, 1] and out.samples == [0, 1, 0, 1]
+    assert all("prompt 0 has 70 tokens" in why for why in out.errors[:2])
+    assert out.errors[2:] == [None, None] and out.alternatives == [None] * 4
+
+
+def test_one_request_is_one_sample(engine):
+    settings = polarjax.Settings(n=3)
+    with pytest.raises(ValueError, match=r"n must be 1 .* got 3: add each of settings"):
+        engine.add([1], settings)
+    requests = [engine.add([1], one) for one in settings.samples()]
+    for request in requests:
+        engine.cancel(request)
+    while not engine.idle:
+        engine.step()
