@@ -24,6 +24,7 @@ from polarjax.engine.programs import device_of
 from polarjax.engine.request import Request
 from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant
+from polarjax.engine.scoring import Asked, Span, asked_of
 from polarjax.engine.slots import (
     Edit,
     Row,
@@ -95,6 +96,7 @@ class Batch:
       policy: bound.
       sizes: that it has.
       variants: of drawing that requests may need.
+      prompt_logprobs: whether requests may ask for those.
       implementation: of the kernels; None chooses by device.
     """
 
@@ -106,6 +108,7 @@ class Batch:
         sizes: Sizes,
         *,
         variants: Sequence[Variant] = tuple(Variant),
+        prompt_logprobs: bool = True,
         implementation: Implementation | None = None,
     ) -> None:
         config = params.config
@@ -127,7 +130,7 @@ class Batch:
             params.weights,
         )
         self._variants = variants
-        self._compile(variants)
+        self._compile(variants, prompt_logprobs)
 
     def _variant(self, requests: Sequence[Request]) -> Variant:
         """The least that is compiled and draws for all of some requests."""
@@ -137,7 +140,7 @@ class Batch:
             (v for v in self._variants if order.index(v) >= least), key=order.index
         )
 
-    def _compile(self, variants: Sequence[Variant]) -> None:
+    def _compile(self, variants: Sequence[Variant], prompt_logprobs: bool) -> None:
         """Run each program once on nothing, so that none is compiled later."""
         *reading, _ = self._reading((), {})
         change = self._placed(self._no_edit())
@@ -158,9 +161,12 @@ class Batch:
             with ThreadPoolExecutor(len(slow)) as pool:
                 list(pool.map(_compile_one, slow))
         self.slots = edit(self.slots, change, **dense)
-        self.slots, *after = steps.read_pieces(
+        self.slots, after, stream = steps.read_pieces(
             self._original, *reading[:2], self.slots, **dense
         )
+        if prompt_logprobs:
+            asked, _ = self._asked((), {})
+            steps.score(self._original, *stream, asked, **dense)
         self.slots, _ = steps.decode(
             self._weights, self._policy, self.slots, **decoding
         )
@@ -306,16 +312,34 @@ class Batch:
         """
         *reading, owners = self._reading(reads, requests)
         dense = {"model": self._dense}
-        self.slots, *after = steps.read_pieces(
+        self.slots, after, stream = steps.read_pieces(
             self._original, *reading[:2], self.slots, **dense
         )
+        asked, spans = self._asked(reads, requests)
+        scored = None
+        if spans:
+            scored = steps.score(self._original, *stream, asked, **dense)
         drawing = [one for one in owners if one]
         self.slots, (drawn, live) = steps.begin(
             *after, *reading[1:], self.slots, **dense, variant=self._variant(drawing)
         )
         token, logprob, valid = drawn
         told = self._tell(*after, token, drawing)
-        return Flight(token, logprob, valid, live, owners, told)
+        return Flight(
+            token, logprob, valid, live, owners, told, scored=scored, spans=spans
+        )
+
+    def _asked(
+        self, reads: Sequence[Piece], requests: Mapping[int, Request]
+    ) -> tuple[Asked, list[Span]]:
+        """What requests ask about pieces of their prompts, and whose the answers are.
+
+        Nothing is sent to the devices where nobody asks.
+        """
+        asked, spans = asked_of(
+            reads, requests, self.parts, self.each, self.sizes.tokens
+        )
+        return (self._placed(asked) if spans or not reads else asked), spans
 
     def _tell(
         self,

@@ -635,6 +635,7 @@ class Engine:
             new_tokens=sum(len(request.tokens) for request in requests),
             notes=self._notes,
         )
+        of_prompts = [one.settings.told_of_prompt is not None for one in requests]
         texts = [one.text for one in requests] if self.tokenizer else None
         return Output(
             tokens=[request.tokens for request in requests],
@@ -648,6 +649,14 @@ class Engine:
             alternatives=[
                 None if request.settings.logprobs is None else request.alternatives
                 for request in requests
+            ],
+            prompt_logprobs=[
+                request.prompt_logprobs if told else None
+                for request, told in zip(requests, of_prompts, strict=True)
+            ],
+            prompt_alternatives=[
+                request.prompt_alternatives if told else None
+                for request, told in zip(requests, of_prompts, strict=True)
             ],
         )
 

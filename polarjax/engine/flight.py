@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.errors import yields_nan
 from polarjax.engine.request import Request
+from polarjax.engine.scoring import Span
 from polarjax.mesh.processes import to_host
 
 
@@ -28,6 +30,8 @@ class Flight:
       counts: what a decode step read, `Drawn.reads`, `visible` and `own`; None for
         first tokens.
       call: of `generate`, in whose statistics it counts; None for none.
+      scored: what there is to tell of tokens of prompts; None where nobody asks.
+      spans: whose they are.
     """
 
     token: Any
@@ -38,6 +42,8 @@ class Flight:
     told: Alternatives | None = None
     counts: Any = None
     call: int | None = None
+    scored: Alternatives | None = None
+    spans: Sequence[Span] = ()
 
     def __post_init__(self) -> None:
         """They begin to come home as soon as they are there."""
@@ -46,12 +52,14 @@ class Flight:
 
     @property
     def _drawn(self) -> tuple:
-        return self.token, self.logprob, self.valid, self.live, self.told
+        drawn = self.token, self.logprob, self.valid, self.live
+        return *drawn, self.told, self.scored
 
     def home(self) -> Landed:
         """The same as arrays of the host; may take a while."""
-        token, logprob, valid, live, told = to_host(self._drawn)
-        return Landed(token[0], logprob[0], valid[0], live, told, to_host(self.counts))
+        token, logprob, valid, live, told, scored = to_host(self._drawn)
+        counts = to_host(self.counts)
+        return Landed(token[0], logprob[0], valid[0], live, told, counts, scored)
 
 
 @dataclasses.dataclass
@@ -65,6 +73,7 @@ class Landed:
       live: bool[n].
       told: of n, or None.
       counts: or None.
+      scored: of tokens of prompts, or None.
     """
 
     token: np.ndarray
@@ -73,17 +82,21 @@ class Landed:
     live: np.ndarray
     told: Alternatives | None
     counts: Any
+    scored: Alternatives | None
 
-    def hand_on(self, requests: list[Request | None]) -> list[Request]:
+    def hand_on(
+        self, requests: Sequence[Request | None], spans: Sequence[Span]
+    ) -> list[Request]:
         """Give requests what is theirs.
 
         Args:
           requests: of the flight.
+          spans: likewise.
 
         Returns:
           Those that got tokens or ended.
         """
-        news: list[Request] = []
+        news = [span.request for span in spans if not self._score(span)]
         for i, request in enumerate(requests):
             if request is None or not request.going:
                 continue
@@ -100,3 +113,19 @@ class Landed:
             new = [int(self.token[i])] if valid else []
             request.add(new, logprobs, ended=not self.live[i], alternatives=tops)
         return news
+
+    def _score(self, span: Span) -> bool:
+        """Tell a request of its prompt; returns whether it goes on, or had ended."""
+        request = span.request
+        if not request.going:
+            return True
+        assert self.scored is not None, "nothing is told of a prompt"
+        rows = range(span.start, span.start + span.count)
+        logprobs = [float(self.scored.logprob[row]) for row in rows]
+        if np.isnan(logprobs).any():
+            request.fail(yields_nan(request.number))
+            return False
+        most = request.settings.told_of_prompt
+        tops = [self.scored.top(row, most) for row in rows]
+        request.add_prompt(span.first, logprobs, tops)
+        return True

@@ -27,6 +27,9 @@ class Output:
       samples: number of the sample that each entry is.
       alternatives: what is told beside each token; None for entries whose `logprobs`
         does not ask for it.
+      prompt_logprobs: natural log-probability of each token of the prompt, None of the
+        first; None for entries whose settings do not ask for it.
+      prompt_alternatives: what is told beside each of them, likewise.
     """
 
     tokens: list[list[int]]
@@ -38,3 +41,9 @@ class Output:
     prompts: list[int] = dataclasses.field(default_factory=list)
     samples: list[int] = dataclasses.field(default_factory=list)
     alternatives: list[list[TopTokens] | None] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[list[float | None] | None] = dataclasses.field(
+        default_factory=list
+    )
+    prompt_alternatives: list[list[TopTokens | None] | None] = dataclasses.field(
+        default_factory=list
+    )

@@ -8,7 +8,6 @@ looks at what a step has drawn while the next is under way.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from pallas_kernels import Implementation, runnable
 from polarjax.engine import programs
 from polarjax.engine.batch import Batch, Kept, Sizes
-from polarjax.engine.checks import Settings, check_params, check_served, check_stops
+from polarjax.engine.checks import Settings, check_params, check_stops
 from polarjax.engine.clock import Clock
 from polarjax.engine.engine import Engine
 from polarjax.engine.errors import RequestFailed
@@ -77,6 +76,9 @@ class PagedEngine(Engine):
       mesh: of `polarjax.mesh.cut.make_mesh`; None for where `params` is.
       implementation: of the kernels; None chooses by device.
       variants: of drawing that are compiled: requests may need no others.
+      prompt_logprobs: whether requests may ask for those, for which one more program is
+        compiled. That is a part of one layer and the head, so it is worth leaving out
+        only where an engine is made for one call.
 
     Raises:
       ValueError: if a setting is out of range, or the policy does not fit the model.
@@ -101,6 +103,7 @@ class PagedEngine(Engine):
         mesh: Mesh | None = None,
         implementation: Implementation | None = None,
         variants: Sequence[Variant] = tuple(Variant),
+        prompt_logprobs: bool = True,
     ) -> None:
         params = check_params(params)
         runnable(implementation)
@@ -121,6 +124,7 @@ class PagedEngine(Engine):
         self.weights, self._bound = self.policy.bind(params)
         self._densities, self._prefix_cache = densities, prefix_cache
         self.max_waiting = positive("max_waiting", max_waiting)
+        self._prompt_logprobs = prompt_logprobs
         self._ahead = at_least("ahead", ahead, 0)
         platform = programs.device_of(params.weights).platform
         tokens = _PREFILL_TOKENS.get(platform, 128)
@@ -145,6 +149,7 @@ class PagedEngine(Engine):
             self._bound,
             sizes,
             variants=variants,
+            prompt_logprobs=prompt_logprobs,
             implementation=implementation,
         )
         self._compiled_seconds = time.perf_counter() - start
@@ -187,13 +192,19 @@ class PagedEngine(Engine):
                 f"n must be 1 for one request, got {one.n}: add each of "
                 "settings.samples(), or call generate"
             )
-        check_served(dataclasses.replace(one, logprobs=None))
+        if one.echo and self.tokenizer is None:
+            raise ValueError("echo needs a tokenizer, this checkpoint has none")
+        if one.told_of_prompt is not None and not self._prompt_logprobs:
+            raise ValueError(
+                "this engine tells no log-probabilities of prompts: make it with "
+                "prompt_logprobs=True"
+            )
 
     def _admit(self, request: Request) -> None:
         request.id, self._ids = self._ids, self._ids + 1
-        self._scheduler.add(
-            request.id, request.prompt, request.limit, prefix=self._prefix_cache
-        )
+        # What is wanted of every position must be computed at every position.
+        prefix = self._prefix_cache and request.settings.told_of_prompt is None
+        self._scheduler.add(request.id, request.prompt, request.limit, prefix=prefix)
         self._requests[request.id] = request
 
     def _has(self, request: Request) -> bool:
@@ -280,7 +291,7 @@ class PagedEngine(Engine):
                     one: Any = new.token, new.logprob, new.valid
                     drawn = (x[None] for x in one)
                     self._tally.add(Drawn(*drawn, *new.counts), 1)
-                got = new.hand_on(flight.requests)
+                got = new.hand_on(flight.requests, flight.spans)
                 for request in got:
                     if not request.going:
                         self._forget(request)

@@ -46,6 +46,9 @@ class Request:
       logprobs: of each.
       alternatives: what is told beside each, if `Settings.logprobs` asks for it; else
         empty.
+      prompt_logprobs: of each token of the prompt, if its settings ask for them; None
+        of the first, which nothing comes before. Else empty.
+      prompt_alternatives: what is told beside each of them.
       going: whether more may come.
       finish_reason: "stop", "length", "cancelled" or "error", once it has ended.
       error: why the engine ended it, if it did: it failed, or the engine was closed.
@@ -65,6 +68,10 @@ class Request:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     alternatives: list[TopTokens] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[float | None] = dataclasses.field(default_factory=list)
+    prompt_alternatives: list[TopTokens | None] = dataclasses.field(
+        default_factory=list
+    )
     going: bool = True
     finish_reason: str = ""
     error: str = ""
@@ -77,14 +84,23 @@ class Request:
     _written: _Written | None = None
     _streamed_text: int = 0
     _streamed_tokens: int = 0
+    _echoed: bool = False
 
     @property
     def text(self) -> str:
-        """Of the tokens, cut before a stop string; "" without a tokenizer."""
+        """Of the tokens, cut before a stop string; "" without a tokenizer.
+
+        With the prompt's before it, if its settings say `echo`.
+        """
         if self.tokenizer is None:
             return ""
         written = self._read(self.tokenizer)
-        return written.shown(0, written.shown_at(written.end))
+        return self._echo() + written.shown(0, written.shown_at(written.end))
+
+    def _echo(self) -> str:
+        if self.tokenizer is None or not (self.settings and self.settings.echo):
+            return ""
+        return self.tokenizer.beginning(self.prompt)
 
     def add(
         self,
@@ -115,6 +131,23 @@ class Request:
                 del self.alternatives[kept:]
                 self.going, self.finish_reason = False, "stop"
         self._tell()
+
+    def add_prompt(
+        self, first: int, logprobs: Sequence[float], alternatives: Sequence[TopTokens]
+    ) -> None:
+        """Take in what is told of tokens of the prompt.
+
+        Args:
+          first: position of the token before them. Those after it may have been told
+            before, if the prompt had to be read again.
+          logprobs: of each.
+          alternatives: beside each.
+        """
+        if not first:
+            self.prompt_logprobs, self.prompt_alternatives = [None], [None]
+        del self.prompt_logprobs[first + 1 :], self.prompt_alternatives[first + 1 :]
+        self.prompt_logprobs += logprobs
+        self.prompt_alternatives += alternatives
 
     def cancel(self, error: str = "") -> None:
         """End it with what it has.
@@ -152,6 +185,8 @@ class Request:
             end = written.shown_at(position)
             text = written.shown(self._streamed_text, end)
             self._streamed_text = end
+            if not self._echoed:
+                text, self._echoed = self._echo() + text, True
         tokens = self.tokens[self._streamed_tokens : count]
         self._streamed_tokens = count
         return text, tokens

@@ -1,6 +1,7 @@
 """What is told beside tokens, those of prompts too; and samples of one prompt."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 
 import polarjax
 from polarjax.engine.alternatives import TopTokens
+from polarjax.engine.detokenize import Pieces
 from polarjax.engine.paged import PagedEngine
 from polarjax.engine.request import Request
+from polarjax.engine.tokenizer import Tokenizer
+from tests.engine.tiny_tokenizers import byte_level
 from tests.models import LLAMA, random_params
 
 pytestmark = pytest.mark.usefixtures("as_users_do")
@@ -139,3 +143,80 @@ def test_one_request_is_one_sample(engine):
         engine.cancel(request)
     while not engine.idle:
         engine.step()
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 60])
+def test_prompts_are_scored_as_logits_has_them(params, engine, length):
+    prompt = np.random.default_rng(length).integers(1, 300, length).tolist()
+    plain: Any = dict(max_new_tokens=2, stop_ids=())
+    [pool] = engine._scheduler.pools
+    [first] = finish(engine, (prompt, polarjax.Settings(**plain)))
+    before = pool.hits
+    asked = [polarjax.Settings(**plain, prompt_logprobs=k) for k in (0, 4, 20)]
+    *told, without = finish(
+        engine,
+        *((prompt, one) for one in asked),
+        (prompt, polarjax.Settings(**plain)),
+    )
+    for request, k in zip(told, (0, 4, 20), strict=True):
+        assert request.cached == 0
+        # Nobody's bits depend on who asks.
+        assert (request.tokens, request.logprobs) == (first.tokens, first.logprobs)
+        assert len(request.prompt_logprobs) == length
+        assert request.prompt_logprobs == told[0].prompt_logprobs
+        assert request.prompt_logprobs[0] is request.prompt_alternatives[0] is None
+        own = expected(params, prompt) if length > 1 else []
+        for top, right, token, logprob in zip(
+            request.prompt_alternatives[1:],
+            own,
+            prompt[1:],
+            request.prompt_logprobs[1:],
+            strict=True,
+        ):
+            check_top(top, right, token, logprob, k)
+    assert without.prompt_logprobs == without.prompt_alternatives == []
+    assert (without.tokens, without.logprobs) == (first.tokens, first.logprobs)
+    assert (pool.hits > before) == (length > 16)  # of the last alone
+
+
+def test_an_engine_may_be_made_without_scores_of_prompts(params, engine):
+    without = PagedEngine(
+        params,
+        policy=polarjax.Dense(),
+        slots=4,
+        page=16,
+        prefill_tokens=32,
+        prompt_logprobs=False,
+    )
+    one = polarjax.Settings(prompt_logprobs=1)
+    with pytest.raises(ValueError, match="make it with prompt_logprobs=True"):
+        without.add([1, 2], one)
+    plain = polarjax.Settings(max_new_tokens=3)
+    [here], [there] = finish(without, ([1, 2], plain)), finish(engine, ([1, 2], plain))
+    assert (here.tokens, here.logprobs) == (there.tokens, there.logprobs)
+    with pytest.raises(ValueError, match="echo needs a tokenizer"):
+        without.add([1, 2], polarjax.Settings(echo=True))
+
+
+def test_an_echo_is_the_prompts_text_and_its_scores():
+    tokenizer: Any = SimpleNamespace(pieces=Pieces(byte_level()))
+    tokenizer.beginning = functools.partial(Tokenizer.beginning, tokenizer)
+    encode = byte_level().encode
+    prompt, new = encode("The ab").ids, encode("é end").ids
+    first, rest = new[:1], new[1:]  # é is two tokens, the first of them the prompt's
+    settings = polarjax.Settings(echo=True, logprobs=2)
+    assert settings.told_of_prompt == 2
+    request = Request([*prompt, *first], 9, tokenizer, settings=settings)
+    assert request.news() == ("The ab", [])
+    request.add(rest, [-1.0] * len(rest), True)
+    assert request.text == "The abé end"
+    assert request.news() == ("é end", rest)
+
+
+def test_scores_that_come_again_take_the_place_of_the_first():
+    request = Request([5, 6, 7, 8], 1)
+    top = TopTokens(0, (), ())
+    for first, logprobs in ((0, [-1.0, -2.0]), (0, [-3.0, -4.0]), (2, [-5.0])):
+        request.add_prompt(first, logprobs, [top] * len(logprobs))
+    assert request.prompt_logprobs == [None, -3.0, -4.0, -5.0]
+    assert request.prompt_alternatives == [None, top, top, top]
