@@ -143,6 +143,7 @@ class Batch:
     def _compile(self, variants: Sequence[Variant], prompt_logprobs: bool) -> None:
         """Run each program once on nothing, so that none is compiled later."""
         *reading, _ = self._reading((), {})
+        _, pieces, lasts = reading
         change = self._placed(self._no_edit())
         dense, decoding = {"model": self._dense}, {"model": self._model}
         if next(iter(self.slots.token.devices())).platform == "gpu":
@@ -172,7 +173,7 @@ class Batch:
         )
         for variant in variants:
             static = {**dense, "variant": variant}
-            self.slots, first = steps.begin(*after, *reading[1:], self.slots, **static)
+            self.slots, first = steps.begin(*after, pieces, lasts, self.slots, **static)
             self.slots, drawn = steps.draw_tokens(self.slots, **static)
             # The first time compiles them.
             steps.tell(*after, first[0][0], **dense)
@@ -310,10 +311,10 @@ class Batch:
           reads: of a plan.
           requests: whose each slot is.
         """
-        *reading, owners = self._reading(reads, requests)
+        tokens, pieces, lasts, owners = self._reading(reads, requests)
         dense = {"model": self._dense}
         self.slots, after, stream = steps.read_pieces(
-            self._original, *reading[:2], self.slots, **dense
+            self._original, tokens, pieces, self.slots, **dense
         )
         asked, spans = self._asked(reads, requests)
         scored = None
@@ -321,7 +322,12 @@ class Batch:
             scored = steps.score(self._original, *stream, asked, **dense)
         drawing = [one for one in owners if one]
         self.slots, (drawn, live) = steps.begin(
-            *after, *reading[1:], self.slots, **dense, variant=self._variant(drawing)
+            *after,
+            pieces,
+            lasts,
+            self.slots,
+            model=self._dense,
+            variant=self._variant(drawing),
         )
         token, logprob, valid = drawn
         told = self._tell(*after, token, drawing)

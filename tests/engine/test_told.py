@@ -5,15 +5,19 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import polarjax
-from polarjax.engine.alternatives import TopTokens
+from polarjax.engine import steps
+from polarjax.engine.alternatives import TopTokens, alternatives
 from polarjax.engine.detokenize import Pieces
 from polarjax.engine.paged import PagedEngine
 from polarjax.engine.request import Request
+from polarjax.engine.scoring import Asked
 from polarjax.engine.tokenizer import Tokenizer
+from polarjax.model import last_logits, make_decoder
 from tests.engine.tiny_tokenizers import byte_level
 from tests.models import LLAMA, random_params
 
@@ -177,6 +181,45 @@ def test_prompts_are_scored_as_logits_has_them(params, engine, length):
     assert without.prompt_logprobs == without.prompt_alternatives == []
     assert (without.tokens, without.logprobs) == (first.tokens, first.logprobs)
     assert (pool.hits > before) == (length > 16)  # of the last alone
+
+
+def test_scores_are_of_blocks_as_many_as_are_asked_about(params, monkeypatch):
+    monkeypatch.setattr(steps, "_SCORED", 16)
+    model = make_decoder(params.config.architecture, params.weights)
+    rng, n, c = np.random.default_rng(0), 40, params.config
+    x = rng.normal(size=(n, c.dim)).astype(np.float32)
+    o = rng.normal(size=(n, c.heads, c.head_dim)).astype(np.float32)
+    rows = rng.permutation(n).astype(np.int32)
+    tokens = rng.integers(c.vocab_size, size=n).astype(np.int32)
+
+    def find(count):
+        asked = Asked(rows, tokens, np.full(1, count, np.int32))
+        return found(params.weights, x, o, asked)
+
+    found = jax.jit(functools.partial(steps.score.__wrapped__, model=model))
+    logits = last_logits(model, params.weights, x[rows], o[rows])
+    right = alternatives(logits, jax.nn.logsumexp(logits, axis=-1), tokens)
+    every = find(n)
+    np.testing.assert_array_equal(every.ids, right.ids)
+    np.testing.assert_array_equal(every.rank, right.rank)
+    np.testing.assert_allclose(every.logprob, right.logprob, atol=1e-5)
+    np.testing.assert_allclose(every.logprobs, right.logprobs, atol=1e-5)
+    some = find(20)  # two blocks of three
+    for mine, whole in zip(jax.tree.leaves(some), jax.tree.leaves(every), strict=True):
+        np.testing.assert_array_equal(mine[:32], whole[:32])
+        assert not np.asarray(mine[32:]).any()
+    assert not any(np.asarray(each).any() for each in jax.tree.leaves(find(0)))
+
+
+def test_generate_tells_of_prompts_that_ask(engine):
+    out = engine.generate(
+        [[3, 4, 5], [6, 7]], max_new_tokens=2, prompt_logprobs=[None, 3], logprobs=1
+    )
+    assert out.prompt_logprobs[0] is out.prompt_alternatives[0] is None
+    none, top = out.prompt_alternatives[1]
+    assert none is None and len(top.ids) == 3
+    assert len(out.prompt_logprobs[1]) == 2
+    assert [len(tops) for tops in out.alternatives] == [len(x) for x in out.tokens]
 
 
 def test_an_engine_may_be_made_without_scores_of_prompts(params, engine):
