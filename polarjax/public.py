@@ -7,6 +7,7 @@ check_ours("pallas_kernels")
 from polarjax.calibration.calibrate import calibrate  # noqa: E402
 from polarjax.calibration.recover import recover  # noqa: E402
 from polarjax.config import ModelConfig, Rope  # noqa: E402
+from polarjax.engine.alternatives import TopTokens  # noqa: E402
 from polarjax.engine.async_engine import AsyncEngine  # noqa: E402
 from polarjax.engine.checks import Settings  # noqa: E402
 from polarjax.engine.engine import Engine  # noqa: E402
@@ -41,6 +42,7 @@ __all__ = [
     "Rope",
     "Settings",
     "Stats",
+    "TopTokens",
     "calibrate",
     "generate",
     "load",

@@ -13,6 +13,23 @@ from polarjax.engine.settings import MOST_ALTERNATIVES
 from polarjax.mesh.share import Share
 
 
+@dataclasses.dataclass(frozen=True)
+class TopTokens:
+    """What is told beside one token of a text.
+
+    Attributes:
+      rank: of the token that stands there: how many are more probable, or are before it
+        and as probable. That of the best is 0.
+      ids: of the most probable tokens, as many as were asked for, the best first; of
+        equal ones the lowest id.
+      logprobs: natural log-probability of each.
+    """
+
+    rank: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Alternatives:
@@ -33,6 +50,19 @@ class Alternatives:
     rank: jax.Array
     ids: jax.Array
     logprobs: jax.Array
+
+    def top(self, row: int, most: int) -> TopTokens:
+        """What is told of one row, once the arrays are the host's.
+
+        Args:
+          row: number of it.
+          most: tokens to name.
+        """
+        return TopTokens(
+            rank=int(self.rank[row]),
+            ids=tuple(self.ids[row, :most].tolist()),
+            logprobs=tuple(self.logprobs[row, :most].tolist()),
+        )
 
 
 def alternatives(

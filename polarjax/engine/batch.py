@@ -15,13 +15,16 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Implementation
 from polarjax.cache import Pieces
 from polarjax.engine import steps
+from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
+from polarjax.engine.flight import Flight
 from polarjax.engine.places import GROUPS
 from polarjax.engine.plans import Piece, SwapIn, SwapOut
 from polarjax.engine.programs import device_of
 from polarjax.engine.request import Request
 from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant
+from polarjax.engine.scoring import Asked, Span, asked_of
 from polarjax.engine.slots import (
     Edit,
     Row,
@@ -66,47 +69,6 @@ class Sizes:
 
 
 @dataclasses.dataclass
-class Flight:
-    """What a program has begun to draw.
-
-    Attributes:
-      token: int32[1, n], on the devices until they are asked for, as all.
-      logprob: float32[1, n].
-      valid: bool[1, n], whether the token belongs to the output.
-      live: bool[n], who goes on after it.
-      requests: whose each is; None for nobody's.
-      counts: what a decode step read, `Drawn.reads`, `visible` and `own`; None for
-        first tokens.
-      call: of `generate`, in whose statistics it counts; None for none.
-      last: whether it is the last that its plan has sent.
-    """
-
-    token: Any
-    logprob: Any
-    valid: Any
-    live: Any
-    requests: list[Request | None]
-    counts: Any = None
-    call: int | None = None
-    last: bool = True
-
-    def __post_init__(self) -> None:
-        """They begin to come home as soon as they are there."""
-        for leaf in jax.tree.leaves((self.token, self.logprob, self.valid, self.live)):
-            leaf.copy_to_host_async()
-
-    def has(self, requests: Sequence[Request]) -> bool:
-        """Whether it brings something for one of some requests."""
-        return any(one is not None and one in requests for one in self.requests)
-
-    def home(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, log-probabilities, which count, and who goes on; may take a while."""
-        found = to_host((self.token, self.logprob, self.valid, self.live))
-        token, logprob, valid, live = found
-        return token[0], logprob[0], valid[0], live
-
-
-@dataclasses.dataclass
 class Kept:
     """What the host has of a request that gave way.
 
@@ -142,6 +104,7 @@ class Batch:
       policy: bound.
       sizes: that it has.
       variants: of drawing that requests may need.
+      prompt_logprobs: whether requests may ask for those.
       implementation: of the kernels; None chooses by device.
     """
 
@@ -153,6 +116,7 @@ class Batch:
         sizes: Sizes,
         *,
         variants: Sequence[Variant] = tuple(Variant),
+        prompt_logprobs: bool = True,
         implementation: Implementation | None = None,
     ) -> None:
         config = params.config
@@ -174,7 +138,7 @@ class Batch:
             params.weights,
         )
         self._variants = variants
-        self._compile(variants)
+        self._compile(variants, prompt_logprobs)
 
     def _variant(self, requests: Sequence[Request]) -> Variant:
         """The least that is compiled and draws for all of some requests."""
@@ -184,17 +148,20 @@ class Batch:
             (v for v in self._variants if order.index(v) >= least), key=order.index
         )
 
-    def _compile(self, variants: Sequence[Variant]) -> None:
+    def _compile(self, variants: Sequence[Variant], prompt_logprobs: bool) -> None:
         """Run each program once on nothing, so that none is compiled later."""
         *reading, _ = self._reading((), {})
+        _, pieces, lasts = reading
         change = self._placed(self._no_edit())
         dense, decoding = {"model": self._dense}, {"model": self._model}
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
+            logits = self.slots.logits
             slow = [
                 (edit, (self.slots, change), dense),
                 (steps.read_pieces, (self._original, *reading[:2], self.slots), dense),
                 (steps.decode, (self._weights, self._policy, self.slots), decoding),
+                (steps.tell, (logits, self.slots.mass, self.slots.token[None]), dense),
             ]
             slow += [
                 (steps.draw_tokens, (self.slots,), {**dense, "variant": variant})
@@ -203,16 +170,22 @@ class Batch:
             with ThreadPoolExecutor(len(slow)) as pool:
                 list(pool.map(_compile_one, slow))
         self.slots = edit(self.slots, change, **dense)
-        self.slots, *after = steps.read_pieces(
+        self.slots, after, stream = steps.read_pieces(
             self._original, *reading[:2], self.slots, **dense
         )
+        if prompt_logprobs:
+            asked, _ = self._asked((), {})
+            steps.score(self._original, *stream, asked, **dense)
         self.slots, _ = steps.decode(
             self._weights, self._policy, self.slots, **decoding
         )
         for variant in variants:
             static = {**dense, "variant": variant}
-            self.slots, _ = steps.begin(*after, *reading[1:], self.slots, **static)
-            self.slots, _ = steps.draw_tokens(self.slots, **static)
+            self.slots, first = steps.begin(*after, pieces, lasts, self.slots, **static)
+            self.slots, drawn = steps.draw_tokens(self.slots, **static)
+            # The first time compiles them.
+            steps.tell(*after, first[0][0], **dense)
+            steps.tell(self.slots.logits, self.slots.mass, drawn[0][0], **dense)
         take_row(self.slots)
         nowhere = self._placed(np.zeros(self.parts * _PAGES, np.int32))
         self.slots = put_pages(
@@ -346,17 +319,53 @@ class Batch:
           reads: of a plan.
           requests: whose each slot is.
         """
-        *reading, owners = self._reading(reads, requests)
+        tokens, pieces, lasts, owners = self._reading(reads, requests)
         dense = {"model": self._dense}
-        self.slots, *after = steps.read_pieces(
-            self._original, *reading[:2], self.slots, **dense
+        self.slots, after, stream = steps.read_pieces(
+            self._original, tokens, pieces, self.slots, **dense
         )
-        variant = self._variant([one for one in owners if one])
+        asked, spans = self._asked(reads, requests)
+        scored = None
+        if spans:
+            scored = steps.score(self._original, *stream, asked, **dense)
+        drawing = [one for one in owners if one]
         self.slots, (drawn, live) = steps.begin(
-            *after, *reading[1:], self.slots, **dense, variant=variant
+            *after,
+            pieces,
+            lasts,
+            self.slots,
+            model=self._dense,
+            variant=self._variant(drawing),
         )
         token, logprob, valid = drawn
-        return Flight(token, logprob, valid, live, owners)
+        told = self._tell(*after, token, drawing)
+        return Flight(
+            token, logprob, valid, live, owners, told, scored=scored, spans=spans
+        )
+
+    def _asked(
+        self, reads: Sequence[Piece], requests: Mapping[int, Request]
+    ) -> tuple[Asked, list[Span]]:
+        """What requests ask about pieces of their prompts, and whose the answers are.
+
+        Nothing is sent to the devices where nobody asks.
+        """
+        asked, spans = asked_of(
+            reads, requests, self.parts, self.each, self.sizes.tokens
+        )
+        return (self._placed(asked) if spans or not reads else asked), spans
+
+    def _tell(
+        self,
+        logits: jax.Array,
+        mass: jax.Array,
+        token: jax.Array,
+        requests: Sequence[Request],
+    ) -> Alternatives | None:
+        """What there is to tell of tokens, if some request asks."""
+        if all(one.settings.logprobs is None for one in requests):
+            return None
+        return steps.tell(logits, mass, token, model=self._dense)
 
     def decode(self, slots: Sequence[int], requests: Mapping[int, Request]) -> Flight:
         """One decode step.
@@ -371,12 +380,13 @@ class Batch:
         owners: list[Request | None] = [None] * (self.parts * self.each)
         for slot in slots:
             owners[slot] = requests[slot]
-        variant = self._variant([requests[slot] for slot in slots])
+        drawing = [requests[slot] for slot in slots]
         self.slots, (drawn, live) = steps.draw_tokens(
-            self.slots, model=self._dense, variant=variant
+            self.slots, model=self._dense, variant=self._variant(drawing)
         )
         token, logprob, valid = drawn
-        return Flight(token, logprob, valid, live, owners, counts)
+        told = self._tell(self.slots.logits, self.slots.mass, token, drawing)
+        return Flight(token, logprob, valid, live, owners, told, counts)
 
     def keep(self, gone: SwapOut, request: Request) -> Kept:
         """Take what a request has to the host, before its slot is freed.

@@ -280,7 +280,7 @@ class Engine:
         self._waiting[request] = None
 
     def _request(self, ids: list[int], one: Settings, number: int) -> Request:
-        check_served(one)
+        self._check_served(one)
         check_lengths(ids, number, self.context, self.prompt_tokens)
         if one.density is not None:
             takes = self._densities and self.policy.flexible
@@ -289,6 +289,9 @@ class Engine:
         return Request(
             ids, limit, self.tokenizer, one.stop, settings=one, number=number
         )
+
+    def _check_served(self, one: Settings) -> None:
+        check_served(one)
 
     def stream(
         self, prompt: str | Sequence[int], settings: Settings | None = None
@@ -556,7 +559,8 @@ class Engine:
 
         Args:
           prompts: texts, or token ids.
-          stream: called as stream(request, text, tokens) with what is new.
+          stream: called as stream(entry, text, tokens) with what is new of an entry of
+            the output.
           progress: True for a bar on stderr, if that is a terminal; or a function,
             called as progress(requests that ended, requests, new tokens).
           errors: "raise" if one request that fails shall end them all; "keep" if it
@@ -591,11 +595,13 @@ class Engine:
         requests = []
         for i, (ids, one, why) in enumerate(zip(encoded, asked, wrong, strict=True)):
             try:
-                requests.append(_refused(i, why) if why else self._request(ids, one, i))
+                if why:
+                    raise ValueError(why)
+                requests += [self._request(ids, each, i) for each in self._split(one)]
             except ValueError as error:
                 if errors == "raise":
                     raise
-                requests.append(_refused(i, str(error)))
+                requests += [_refused(i, str(error), each) for each in one.samples()]
         self._counting, self._calls = True, self._calls + 1
         try:
             with following(progress, len(requests)) as tell:
@@ -613,6 +619,10 @@ class Engine:
         self._clock.lap("decode")
         return self._output(requests)
 
+    def _split(self, one: Settings) -> list[Settings]:
+        """Of each request that a prompt makes, all of which the engine can take."""
+        return [one]
+
     def _output(self, requests: list[Request]) -> Output:
         stats = make_stats(
             self.params,
@@ -625,6 +635,7 @@ class Engine:
             new_tokens=sum(len(request.tokens) for request in requests),
             notes=self._notes,
         )
+        of_prompts = [one.settings.told_of_prompt is not None for one in requests]
         texts = [one.text for one in requests] if self.tokenizer else None
         return Output(
             tokens=[request.tokens for request in requests],
@@ -633,11 +644,25 @@ class Engine:
             finish_reasons=[request.finish_reason for request in requests],
             stats=stats,
             errors=[request.error or None for request in requests],
+            prompts=[request.number for request in requests],
+            samples=[request.settings.sample for request in requests],
+            alternatives=[
+                None if request.settings.logprobs is None else request.alternatives
+                for request in requests
+            ],
+            prompt_logprobs=[
+                request.prompt_logprobs if told else None
+                for request, told in zip(requests, of_prompts, strict=True)
+            ],
+            prompt_alternatives=[
+                request.prompt_alternatives if told else None
+                for request, told in zip(requests, of_prompts, strict=True)
+            ],
         )
 
 
-def _refused(number: int, error: str) -> Request:
+def _refused(number: int, error: str, settings: Settings) -> Request:
     """A request that has failed before it began."""
-    request = Request([], 0, number=number)
+    request = Request([], 0, number=number, settings=settings)
     request.fail(error)
     return request

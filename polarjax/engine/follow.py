@@ -23,10 +23,10 @@ def finish(
     The work of a step goes with what it brought, not with how many requests there are.
 
     Args:
-      requests: of one engine; their numbers are their places.
+      requests: of one engine.
       step: of the engine.
-      stream: called as stream(number, text, tokens) with what is new of a request; it
-        may call `step` itself.
+      stream: called as stream(place, text, tokens) with what is new of a request, and
+        which of them it is; it may call `step` itself.
       tell: of the progress.
       keep: whether the others go on when one of them fails.
 
@@ -34,6 +34,7 @@ def finish(
       RequestFailed: if one of them fails, and they shall not.
     """
     inbox: dict[Request, None] = {}
+    places = {request: i for i, request in enumerate(requests)}
     left = {request for request in requests if request.going}
     for request in left:
         request.inbox = inbox
@@ -44,7 +45,7 @@ def finish(
         if not inbox:
             with contextlib.suppress(RequestFailed):  # each of them says so itself
                 step()
-        news = sorted(inbox, key=lambda request: request.number)
+        news = sorted(inbox, key=lambda request: places[request])
         inbox.clear()
         failed = [request for request in news if request.finish_reason == "error"]
         if failed and not keep:
@@ -59,7 +60,7 @@ def finish(
             if stream:
                 text, new = request.news()
                 if text or new:
-                    stream(request.number, text, new)
+                    stream(places[request], text, new)
             if ended:
                 left.discard(request)
         if news:

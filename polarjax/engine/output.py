@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from polarjax.engine.alternatives import TopTokens
 from polarjax.engine.stats import Stats
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What `generate` returns; lists have one entry per prompt.
+
+    Of prompts with several samples, `n`, each sample has an entry: those of a prompt
+    stand behind one another.
 
     Attributes:
       tokens: new token ids, the stop token excluded.
@@ -19,6 +23,13 @@ class Output:
       stats: times, bytes and densities.
       errors: why a request failed, None for those that did not; see `errors` of
         `generate`.
+      prompts: number of the prompt that each entry continues.
+      samples: number of the sample that each entry is.
+      alternatives: what is told beside each token; None for entries whose `logprobs`
+        does not ask for it.
+      prompt_logprobs: natural log-probability of each token of the prompt, None of the
+        first; None for entries whose settings do not ask for it.
+      prompt_alternatives: what is told beside each of them, likewise.
     """
 
     tokens: list[list[int]]
@@ -27,3 +38,12 @@ class Output:
     finish_reasons: list[str]
     stats: Stats
     errors: list[str | None] = dataclasses.field(default_factory=list)
+    prompts: list[int] = dataclasses.field(default_factory=list)
+    samples: list[int] = dataclasses.field(default_factory=list)
+    alternatives: list[list[TopTokens] | None] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[list[float | None] | None] = dataclasses.field(
+        default_factory=list
+    )
+    prompt_alternatives: list[list[TopTokens | None] | None] = dataclasses.field(
+        default_factory=list
+    )

@@ -13,16 +13,16 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import Implementation, runnable
 from polarjax.engine import programs
-from polarjax.engine.batch import Batch, Flight, Kept, Sizes
+from polarjax.engine.batch import Batch, Kept, Sizes
 from polarjax.engine.checks import Settings, check_params, check_stops, variant_of
 from polarjax.engine.clock import Clock
 from polarjax.engine.engine import Engine
-from polarjax.engine.errors import RequestFailed, yields_nan
+from polarjax.engine.errors import RequestFailed
+from polarjax.engine.flight import Flight
 from polarjax.engine.places import on_devices
 from polarjax.engine.plans import Plan
 from polarjax.engine.programs import Drawn
@@ -32,7 +32,7 @@ from polarjax.engine.scheduler import Scheduler
 from polarjax.engine.stats import Tally
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
-from polarjax.mesh.processes import from_main, to_host
+from polarjax.mesh.processes import from_main
 from polarjax.model import check_weights
 from polarjax.params import Params
 from polarjax.planning.crossover import settle
@@ -80,6 +80,9 @@ class PagedEngine(Engine):
       mesh: of `polarjax.mesh.cut.make_mesh`; None for where `params` is.
       implementation: of the kernels; None chooses by device.
       variants: of drawing that are compiled: requests may need no others.
+      prompt_logprobs: whether requests may ask for those, for which one more program is
+        compiled. That is a part of one layer and the head, so it is worth leaving out
+        only where an engine is made for one call.
 
     Raises:
       ValueError: if a setting is out of range, the policy does not fit the model, or
@@ -106,6 +109,7 @@ class PagedEngine(Engine):
         mesh: Mesh | None = None,
         implementation: Implementation | None = None,
         variants: Sequence[Variant] = tuple(Variant),
+        prompt_logprobs: bool = True,
     ) -> None:
         params = check_params(params)
         if load is not None and not isinstance(load, Load):
@@ -138,6 +142,7 @@ class PagedEngine(Engine):
         self._densities, self._prefix_cache = densities, prefix_cache
         self.max_waiting = positive("max_waiting", max_waiting)
         self._variants = variants
+        self._prompt_logprobs = prompt_logprobs
         self._ahead = at_least("ahead", ahead, 0)
         platform = programs.device_of(params.weights).platform
         tokens = _PREFILL_TOKENS.get(platform, 128)
@@ -172,6 +177,7 @@ class PagedEngine(Engine):
             self._bound,
             sizes,
             variants=variants,
+            prompt_logprobs=prompt_logprobs,
             implementation=implementation,
         )
         self._compiled_seconds = time.perf_counter() - start
@@ -205,8 +211,25 @@ class PagedEngine(Engine):
         """Whether no request waits or goes on."""
         return not self._requests
 
-    def _request(self, ids: list[int], one: Settings, number: int) -> Request:
+    def _split(self, one: Settings) -> list[Settings]:
+        return one.samples()
+
+    def _check_served(self, one: Settings) -> None:
         check_stops(one)
+        if one.n != 1:
+            raise ValueError(
+                f"n must be 1 for one request, got {one.n}: add each of "
+                "settings.samples(), or call generate"
+            )
+        if one.echo and self.tokenizer is None:
+            raise ValueError("echo needs a tokenizer, this checkpoint has none")
+        if one.told_of_prompt is not None and not self._prompt_logprobs:
+            raise ValueError(
+                "this engine tells no log-probabilities of prompts: make it with "
+                "prompt_logprobs=True"
+            )
+
+    def _request(self, ids: list[int], one: Settings, number: int) -> Request:
         order, least = list(Variant), variant_of([one])
         if order.index(least) > max(map(order.index, self._variants)):
             raise ValueError(
@@ -228,9 +251,9 @@ class PagedEngine(Engine):
     def _admit(self, request: Request) -> None:
         request.id, self._ids = self._ids, self._ids + 1
         request.left_by = self._left
-        self._scheduler.add(
-            request.id, request.prompt, request.limit, prefix=self._prefix_cache
-        )
+        # What is wanted of every position must be computed at every position.
+        prefix = self._prefix_cache and request.settings.told_of_prompt is None
+        self._scheduler.add(request.id, request.prompt, request.limit, prefix=prefix)
         self._requests[request.id] = request
 
     def _has(self, request: Request) -> bool:
@@ -317,25 +340,18 @@ class PagedEngine(Engine):
         news: list[Request] = []
         for _ in range(number):
             flight = self._flights[0]
-            token, logprob, valid, live = flight.home()  # which may take a while
-            counts = to_host(flight.counts)
-            self._clock.lap("prefill" if counts is None else "decode")
+            new = flight.home()  # which may take a while
+            self._clock.lap("prefill" if new.counts is None else "decode")
             with self._all_or_nothing():
                 self._flights.popleft()
                 counting = self._counting and flight.call == self._calls
-                if counts is not None and counting:
-                    new: Any = token[None], logprob[None], valid[None], *counts
-                    self._tally.add(Drawn(*new), 1)
-                for i, request in enumerate(flight.requests):
-                    if request is None or not request.going:
-                        continue
-                    news.append(request)
-                    new = [int(token[i])] if valid[i] else []
-                    logprobs = [float(logprob[i])] if valid[i] else []
-                    if np.isnan(logprobs).any():
-                        request.fail(yields_nan(request.number))
-                    else:
-                        request.add(new, logprobs, ended=not live[i])
+                if new.counts is not None and counting:
+                    one: Any = new.token, new.logprob, new.valid
+                    drawn = (x[None] for x in one)
+                    self._tally.add(Drawn(*drawn, *new.counts), 1)
+                got = new.hand_on(flight.requests, flight.spans)
+                for request in got:
                     if not request.going:
                         self._forget(request)
+                news += got
         return news

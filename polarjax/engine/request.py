@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from polarjax.engine.alternatives import TopTokens
 from polarjax.engine.detokenize import Detokenizer
 from polarjax.engine.tokenizer import Tokenizer
 
@@ -21,12 +22,15 @@ class Piece:
       tokens: ids of whole characters, the stop token excluded.
       logprobs: natural log-probability of each.
       finish_reason: as of `Request`: "" but for the last piece.
+      alternatives: what is told beside each token, if its settings ask for it; else
+        empty.
     """
 
     text: str
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str = ""
+    alternatives: list[TopTokens] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,6 +45,11 @@ class Request:
         and in the text with special tokens spelled out.
       tokens: new token ids.
       logprobs: of each.
+      alternatives: what is told beside each, if `Settings.logprobs` asks for it; else
+        empty.
+      prompt_logprobs: of each token of the prompt, if its settings ask for them; None
+        of the first, which nothing comes before. Else empty.
+      prompt_alternatives: what is told beside each of them.
       going: whether more may come.
       finish_reason: "stop", "length", "cancelled" or "error", once it has ended.
       error: why the engine ended it, if it did: it failed, or the engine was closed.
@@ -61,6 +70,11 @@ class Request:
     stops: tuple[str, ...] = ()
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    alternatives: list[TopTokens] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[float | None] = dataclasses.field(default_factory=list)
+    prompt_alternatives: list[TopTokens | None] = dataclasses.field(
+        default_factory=list
+    )
     going: bool = True
     finish_reason: str = ""
     error: str = ""
@@ -74,25 +88,42 @@ class Request:
     _written: _Written | None = None
     _streamed_text: int = 0
     _streamed_tokens: int = 0
+    _echoed: bool = False
 
     @property
     def text(self) -> str:
-        """Of the tokens, cut before a stop string; "" without a tokenizer."""
+        """Of the tokens, cut before a stop string; "" without a tokenizer.
+
+        With the prompt's before it, if its settings say `echo`.
+        """
         if self.tokenizer is None:
             return ""
         written = self._read(self.tokenizer)
-        return written.shown(0, written.shown_at(written.end))
+        return self._echo() + written.shown(0, written.shown_at(written.end))
 
-    def add(self, tokens: list[int], logprobs: list[float], ended: bool) -> None:
+    def _echo(self) -> str:
+        if self.tokenizer is None or not (self.settings and self.settings.echo):
+            return ""
+        return self.tokenizer.beginning(self.prompt)
+
+    def add(
+        self,
+        tokens: list[int],
+        logprobs: list[float],
+        ended: bool,
+        alternatives: Sequence[TopTokens] = (),
+    ) -> None:
         """Take in a chunk.
 
         Args:
           tokens: new ids, stop tokens left out.
           logprobs: of each.
           ended: whether the device has ended the request.
+          alternatives: beside each, where they are told.
         """
         self.tokens += tokens
         self.logprobs += logprobs
+        self.alternatives += alternatives
         if ended:
             self.going = False
             self.finish_reason = "length" if len(self.tokens) == self.limit else "stop"
@@ -101,8 +132,26 @@ class Request:
             if written.cut is not None:
                 kept = written.tokens_at(written.cut)
                 del self.tokens[kept:], self.logprobs[kept:]
+                del self.alternatives[kept:]
                 self.going, self.finish_reason = False, "stop"
         self._tell()
+
+    def add_prompt(
+        self, first: int, logprobs: Sequence[float], alternatives: Sequence[TopTokens]
+    ) -> None:
+        """Take in what is told of tokens of the prompt.
+
+        Args:
+          first: position of the token before them. Those after it may have been told
+            before, if the prompt had to be read again.
+          logprobs: of each.
+          alternatives: beside each.
+        """
+        if not first:
+            self.prompt_logprobs, self.prompt_alternatives = [None], [None]
+        del self.prompt_logprobs[first + 1 :], self.prompt_alternatives[first + 1 :]
+        self.prompt_logprobs += logprobs
+        self.prompt_alternatives += alternatives
 
     def cancel(self, error: str = "") -> None:
         """End it with what it has.
@@ -142,6 +191,8 @@ class Request:
             end = written.shown_at(position)
             text = written.shown(self._streamed_text, end)
             self._streamed_text = end
+            if not self._echoed:
+                text, self._echoed = self._echo() + text, True
         tokens = self.tokens[self._streamed_tokens : count]
         self._streamed_tokens = count
         return text, tokens
@@ -156,7 +207,8 @@ class Request:
         text, tokens = self.news()
         if not (text or tokens or reason):
             return None
-        return Piece(text, tokens, self.logprobs[start : start + len(tokens)], reason)
+        new = slice(start, start + len(tokens))
+        return Piece(text, tokens, self.logprobs[new], reason, self.alternatives[new])
 
     def _read(self, tokenizer: Tokenizer) -> _Written:
         """What is written, the newest tokens included."""

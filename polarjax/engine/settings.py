@@ -51,7 +51,8 @@ class Settings:
         None for none. All log-probabilities, these and those of drawn tokens, are the
         model's own: of its logits as they are, at temperature 1.
       prompt_logprobs: as many at each token of the prompt.
-      echo: whether the text begins with the prompt.
+      echo: whether the text begins with the prompt. Where `logprobs` are told, those
+        of the prompt's tokens are too, as if `prompt_logprobs` were as many.
     """
 
     max_new_tokens: int = 64
@@ -93,6 +94,13 @@ class Settings:
     def has_filters(self) -> bool:
         """Whether some tokens are too improbable to be drawn."""
         return bool(self.temperature and (self.top_k or self.top_p < 1 or self.min_p))
+
+    @property
+    def told_of_prompt(self) -> int | None:
+        """How many tokens to tell at each token of the prompt; None to tell nothing."""
+        if self.prompt_logprobs is None and self.echo:
+            return self.logprobs
+        return self.prompt_logprobs
 
     def samples(self) -> list[Self]:
         """Of each sample alone, in their order."""

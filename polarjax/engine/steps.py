@@ -15,12 +15,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from polarjax.cache import Pieces
+from polarjax.engine.alternatives import Alternatives, alternatives
 from polarjax.engine.places import GROUPS, ROWS
 from polarjax.engine.programs import own_reads
 from polarjax.engine.sampling import Variant, draw
+from polarjax.engine.scoring import Asked
+from polarjax.engine.settings import MOST_ALTERNATIVES
 from polarjax.engine.slots import Slots, cut_slots
 from polarjax.mesh.cut import DP, TP, field_specs
-from polarjax.model import Decoder, Share, extend, read
+from polarjax.model import Decoder, Share, extend, last_logits, read
 from polarjax.policy import Policy, Tree
 
 Told = tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -29,11 +32,14 @@ count bool[1, n], of one step; and who is live after it, bool[n]."""
 
 _TOLD: Any = (P(None, DP), ROWS)
 
+# Tokens of prompts whose logits are in memory at a time.
+_SCORED = 128
+
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
 def read_pieces(
     weights: Tree, tokens: jax.Array, pieces: Pieces, slots: Slots, *, model: Decoder
-) -> tuple[Slots, jax.Array, jax.Array]:
+) -> tuple[Slots, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Read pieces of prompts, dense.
 
     Args:
@@ -45,19 +51,81 @@ def read_pieces(
       model: without score rows, as the weights.
 
     Returns:
-      The slots; logits after each piece, float32[r, v], and their log-sum-exp.
+      The slots; logits after each piece, float32[r, v], and their log-sum-exp; x and o
+      of the `Reading`, for `score`.
     """
     share = model.share
 
     def follow(weights, tokens, pieces, slots):
-        logits, cache = read(model, weights, tokens, pieces, slots.cache)
-        return dataclasses.replace(slots, cache=cache), logits, mass_of(logits, share)
+        found = read(model, weights, tokens, pieces, slots.cache)
+        after = found.logits, mass_of(found.logits, share)
+        return dataclasses.replace(slots, cache=found.cache), after, (found.x, found.o)
 
     kept, rows = cut_slots(model), ROWS
     specs = share.weight_specs(weights), rows, Pieces(rows, rows, rows, rows), kept
     yields = GROUPS if share.cuts_vocabulary else ROWS
     args = weights, tokens, pieces, slots
-    return share.over(follow, specs, (kept, yields, rows))(*args)
+    found = kept, (yields, rows), (rows, GROUPS)
+    return share.over(follow, specs, found)(*args)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def score(
+    weights: Tree, x: jax.Array, o: jax.Array, asked: Asked, *, model: Decoder
+) -> Alternatives:
+    """What there is to tell of the tokens of prompts that `read_pieces` has read.
+
+    It goes on where that left off, before the rest of the last layer. Who asks so
+    changes nothing of what is read; and no position is computed that nobody asks about,
+    but for the last of a block.
+
+    Args:
+      weights: the original ones.
+      x: [n, m], of the `Reading`.
+      o: [n, h, d], likewise.
+      asked: which tokens.
+      model: that has read, without score rows.
+
+    Returns:
+      Of n tokens; what is beyond their count means nothing.
+    """
+    share = model.share
+    cut = share if share.cuts_vocabulary else None
+
+    def follow(weights, x, o, asked):
+        n, most = len(asked.rows), min(MOST_ALTERNATIVES, model.config.vocab_size)
+        size = min(_SCORED, n)
+        blocks = -(-n // size)
+        rows, tokens = (
+            jnp.pad(each, (0, blocks * size - n)) for each in (asked.rows, asked.tokens)
+        )
+
+        def block(i: jax.Array, found: Alternatives) -> Alternatives:
+            at, token = (
+                jax.lax.dynamic_slice_in_dim(each, i * size, size)
+                for each in (rows, tokens)
+            )
+            logits = last_logits(model, weights, x[at], o[at])
+            new = alternatives(logits, mass_of(logits, share), token, cut)
+
+            def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+                start = (i * size, *(0 for _ in part.shape[1:]))
+                return jax.lax.dynamic_update_slice(whole, part, start)
+
+            return jax.tree.map(put, found, new)
+
+        # Devices that share a block must all compute it.
+        needed = (share.largest(asked.count[0]) + size - 1) // size
+        numbers = jnp.zeros(blocks * size, jnp.float32)
+        several = jnp.zeros((blocks * size, most), jnp.float32)
+        ranks, ids = (each.astype(jnp.int32) for each in (numbers, several))
+        empty = Alternatives(numbers, ranks, ids, several)
+        found = jax.lax.fori_loop(0, needed, block, empty)
+        return jax.tree.map(lambda each: each[:n], found)
+
+    rows: Any = ROWS
+    specs = share.weight_specs(weights), rows, GROUPS, Asked(rows, rows, rows)
+    return share.over(follow, specs, rows)(weights, x, o, asked)
 
 
 @functools.partial(
@@ -212,6 +280,32 @@ def draw_tokens(
 
     kept = cut_slots(model)
     return share.over(follow, (kept,), (kept, _TOLD))(slots)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def tell(
+    logits: jax.Array, mass: jax.Array, token: jax.Array, *, model: Decoder
+) -> Alternatives:
+    """What there is to tell of tokens that `begin` or `draw_tokens` has drawn.
+
+    Args:
+      logits: float32[n, v], that they were drawn from.
+      mass: float32[n], their log-sum-exp.
+      token: int32[1, n], as the host is told them.
+      model: that the batch is of.
+
+    Returns:
+      Of n tokens, those that nobody asked about too.
+    """
+    share = model.share
+    cut = share if share.cuts_vocabulary else None
+
+    def follow(logits, mass, token):
+        return alternatives(logits, mass, token[0], cut)
+
+    yields = GROUPS if share.cuts_vocabulary else ROWS
+    specs = yields, ROWS, P(None, DP)
+    return share.over(follow, specs, ROWS)(logits, mass, token)
 
 
 @dataclasses.dataclass(frozen=True)

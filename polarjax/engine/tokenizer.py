@@ -147,6 +147,14 @@ class Tokenizer:
         texts = [reader.add(token) for token in tokens if token not in special]
         return "".join(texts) + reader.end()
 
+    def beginning(self, prompt: Sequence[int]) -> str:
+        """Text of a prompt's tokens, to stand before a `continuation`.
+
+        It lacks a character that its last tokens begin, and the next may complete.
+        """
+        reader, special = self.pieces.after(()), self.pieces.special
+        return "".join(reader.add(token) for token in prompt if token not in special)
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -68,6 +68,23 @@ class Step(NamedTuple):
     read: tuple[Read, ...]
 
 
+class Reading(NamedTuple):
+    """What is known once parts of prompts have been read, of n tokens.
+
+    Attributes:
+      logits: float32[r, v], after the last token of each piece; of a share its
+        `own_logits`.
+      cache: with the tokens, in whose lengths they count.
+      x: [n, m], the residual stream before the last layer.
+      o: [n, h, d], head outputs of the last layer, of the device's own heads.
+    """
+
+    logits: jax.Array
+    cache: PagedCache
+    x: jax.Array
+    o: jax.Array
+
+
 class Embed(Module):
     """Token and learned position tables, with OPT's projections where it has them."""
 
@@ -277,30 +294,40 @@ class Decoder(Module):
         cache = cache.grown(counts.astype(jnp.int32))
         return Step(self.own_logits(x[:, 0]), cache, ())
 
-    def read(
-        self, tokens: jax.Array, pieces: Pieces, cache: PagedCache
-    ) -> tuple[jax.Array, PagedCache]:
+    def read(self, tokens: jax.Array, pieces: Pieces, cache: PagedCache) -> Reading:
         """Read parts of prompts, dense, each behind what the cache has of its sequence.
 
         Args:
           tokens: int32[n], those of all parts.
           pieces: whose they are.
           cache: of pages; donate it.
-
-        Returns:
-          Logits after the last token of each piece, float32[r, v], of a share its
-          `own_logits`; and the cache with the tokens, in whose lengths they count.
         """
         _, place = pieces.places(len(tokens))
         x = self.embed(tokens, place)
-        for i, layer in enumerate(self.layers):
-            last = i == self.config.layers - 1
-            x, cache = layer.read(x, place, pieces, cache, last)
+        for layer in self.layers[:-1]:
+            o, cache = layer.read(x, place, pieces, cache)
+            x = layer.finish(x, o)
+        # Of the last layer's rest only what is asked for is computed.
+        o, cache = self.layers[-1].read(x, place, pieces, cache)
+        logits = self.last_logits(x[pieces.ends], o[pieces.ends])
         # Those of no piece stay as they are.
         to = jnp.where(pieces.counts > 0, pieces.slots, len(cache.lengths))
         after = pieces.firsts + pieces.counts
         lengths = cache.lengths.at[to].set(after, mode="drop")
-        return self.own_logits(x), dataclasses.replace(cache, lengths=lengths)
+        cache = dataclasses.replace(cache, lengths=lengths)
+        return Reading(logits, cache, x, o)
+
+    def last_logits(self, x: jax.Array, o: jax.Array) -> jax.Array:
+        """Logits of some of the tokens of a `Reading`, of a share its `own_logits`.
+
+        Args:
+          x: [n, m], rows of the reading's.
+          o: [n, h, d], likewise.
+
+        Returns:
+          float32[n, v].
+        """
+        return self.own_logits(self.layers[-1].finish(x, o))
 
     def _step(
         self,
@@ -389,10 +416,16 @@ def extend(
 
 def read(
     model: Decoder, weights: Tree, tokens: jax.Array, pieces: Pieces, cache: PagedCache
-) -> tuple[jax.Array, PagedCache]:
+) -> Reading:
     """`Decoder.read` of a model with the weights that users hold; see `whole`."""
     found = model.apply({"params": weights}, tokens, pieces, cache, method=Decoder.read)
-    return cast(tuple[jax.Array, PagedCache], found)
+    return cast(Reading, found)
+
+
+def last_logits(model: Decoder, weights: Tree, x: jax.Array, o: jax.Array) -> jax.Array:
+    """`Decoder.last_logits` of a model with the weights that users hold."""
+    found = model.apply({"params": weights}, x, o, method=Decoder.last_logits)
+    return cast(jax.Array, found)
 
 
 def logits(model: Decoder, weights: Tree, x: jax.Array) -> jax.Array:

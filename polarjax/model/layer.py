@@ -166,27 +166,31 @@ class Layer(Module):
         place: jax.Array,
         pieces: Pieces,
         cache: PagedCache,
-        last: bool,
     ) -> tuple[jax.Array, PagedCache]:
-        """Parts of prompts, dense.
+        """Attention of parts of prompts, dense; `finish` is the rest of the layer.
 
         Args:
           x: [n, m], the residual stream.
           place: int32[n], positions.
           pieces: whose they are.
           cache: of what comes before.
-          last: whether no layer follows: only each piece's last token then goes on.
 
         Returns:
-          [n, m], or [r, m] after the last layer; and the cache.
+          Head outputs [n, h, d], and the cache.
         """
         u = self.before(self.attention_norm, x)
-        o, cache = self.attention.read(u, place, pieces, cache)
-        if last:
-            x, o = x[pieces.ends], o[pieces.ends]
+        return self.attention.read(u, place, pieces, cache)
+
+    def finish(self, x: jax.Array, o: jax.Array) -> jax.Array:
+        """The residual stream after the layer, from what `read` yields.
+
+        Args:
+          x: [n, m], the residual stream before it.
+          o: [n, h, d].
+        """
         y = self.after(self.attention_norm, x + self.attention.output(o))
         z = self.before(self.mlp_norm, y)
-        return self.after(self.mlp_norm, y + self.mlp(z)), cache
+        return self.after(self.mlp_norm, y + self.mlp(z))
 
     def step(
         self,

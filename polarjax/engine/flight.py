@@ -1,0 +1,137 @@
+"""What a program of the engine has begun to compute, on its way to the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from polarjax.engine.alternatives import Alternatives
+from polarjax.engine.errors import yields_nan
+from polarjax.engine.request import Request
+from polarjax.engine.scoring import Span
+from polarjax.mesh.processes import to_host
+
+
+@dataclasses.dataclass
+class Flight:
+    """What a program has begun to draw.
+
+    Attributes:
+      token: int32[1, n], on the devices until they are asked for, as all.
+      logprob: float32[1, n].
+      valid: bool[1, n], whether the token belongs to the output.
+      live: bool[n], who goes on after it.
+      requests: whose each is; None for nobody's.
+      told: what there is to tell of each; None where nobody asks.
+      counts: what a decode step read, `Drawn.reads`, `visible` and `own`; None for
+        first tokens.
+      call: of `generate`, in whose statistics it counts; None for none.
+      scored: what there is to tell of tokens of prompts; None where nobody asks.
+      spans: whose they are.
+      last: whether it is the last that its plan has sent.
+    """
+
+    token: Any
+    logprob: Any
+    valid: Any
+    live: Any
+    requests: list[Request | None]
+    told: Alternatives | None = None
+    counts: Any = None
+    call: int | None = None
+    scored: Alternatives | None = None
+    spans: Sequence[Span] = ()
+    last: bool = True
+
+    def __post_init__(self) -> None:
+        """They begin to come home as soon as they are there."""
+        for leaf in jax.tree.leaves(self._drawn):
+            leaf.copy_to_host_async()
+
+    @property
+    def _drawn(self) -> tuple:
+        drawn = self.token, self.logprob, self.valid, self.live
+        return *drawn, self.told, self.scored
+
+    def has(self, requests: Sequence[Request]) -> bool:
+        """Whether it brings something for one of some requests."""
+        return any(one is not None and one in requests for one in self.requests)
+
+    def home(self) -> Landed:
+        """The same as arrays of the host; may take a while."""
+        token, logprob, valid, live, told, scored = to_host(self._drawn)
+        counts = to_host(self.counts)
+        return Landed(token[0], logprob[0], valid[0], live, told, counts, scored)
+
+
+@dataclasses.dataclass
+class Landed:
+    """What a flight has brought, as arrays of the host; attributes as of `Flight`.
+
+    Attributes:
+      token: int32[n].
+      logprob: float32[n].
+      valid: bool[n].
+      live: bool[n].
+      told: of n, or None.
+      counts: or None.
+      scored: of tokens of prompts, or None.
+    """
+
+    token: np.ndarray
+    logprob: np.ndarray
+    valid: np.ndarray
+    live: np.ndarray
+    told: Alternatives | None
+    counts: Any
+    scored: Alternatives | None
+
+    def hand_on(
+        self, requests: Sequence[Request | None], spans: Sequence[Span]
+    ) -> list[Request]:
+        """Give requests what is theirs.
+
+        Args:
+          requests: of the flight.
+          spans: likewise.
+
+        Returns:
+          Those that got tokens or ended.
+        """
+        news = [span.request for span in spans if not self._score(span)]
+        for i, request in enumerate(requests):
+            if request is None or not request.going:
+                continue
+            news.append(request)
+            valid, most = bool(self.valid[i]), request.settings.logprobs
+            logprobs = [float(self.logprob[i])] if valid else []
+            if np.isnan(logprobs).any():
+                request.fail(yields_nan(request.number))
+                continue
+            tops = []
+            if valid and most is not None:
+                assert self.told is not None, "nothing is told of a token"
+                tops = [self.told.top(i, most)]
+            new = [int(self.token[i])] if valid else []
+            request.add(new, logprobs, ended=not self.live[i], alternatives=tops)
+        return news
+
+    def _score(self, span: Span) -> bool:
+        """Tell a request of its prompt; returns whether it goes on, or had ended."""
+        request = span.request
+        if not request.going:
+            return True
+        assert self.scored is not None, "nothing is told of a prompt"
+        rows = range(span.start, span.start + span.count)
+        logprobs = [float(self.scored.logprob[row]) for row in rows]
+        if np.isnan(logprobs).any():
+            request.fail(yields_nan(request.number))
+            return False
+        most = request.settings.told_of_prompt
+        tops = [self.scored.top(row, most) for row in rows]
+        request.add_prompt(span.first, logprobs, tops)
+        return True
