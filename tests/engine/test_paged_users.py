@@ -147,7 +147,7 @@ def test_an_interruption_loses_nothing_or_ends_all(params, monkeypatch, ahead):
     expected = make_engine(params, pages=None).generate(prompts, **whole).tokens
     places = [(Flight, "home"), (Batch, "restore"), (Batch, "change")]
     for where, name in places:
-        for after in (0, 1, 2, 5, 30):
+        for after in (0, 2, 30):
             engine = make_engine(params, ahead=ahead)
             settings = dataclasses.replace(PLAIN, max_new_tokens=90)
             requests = [engine.add(ids, settings) for ids in prompts]
