@@ -321,7 +321,7 @@ class Batch:
         """
         tokens, pieces, lasts, owners = self._reading(reads, requests)
         dense = {"model": self._dense}
-        self.slots, after, stream = steps.read_pieces(
+        self.slots, (logits, mass), stream = steps.read_pieces(
             self._original, tokens, pieces, self.slots, **dense
         )
         asked, spans = self._asked(reads, requests)
@@ -330,7 +330,8 @@ class Batch:
             scored = steps.score(self._original, *stream, asked, **dense)
         drawing = [one for one in owners if one]
         self.slots, (drawn, live) = steps.begin(
-            *after,
+            logits,
+            mass,
             pieces,
             lasts,
             self.slots,
@@ -338,7 +339,7 @@ class Batch:
             variant=self._variant(drawing),
         )
         token, logprob, valid = drawn
-        told = self._tell(*after, token, drawing)
+        told = self._tell(logits, mass, token, drawing)
         return Flight(
             token, logprob, valid, live, owners, told, scored=scored, spans=spans
         )
