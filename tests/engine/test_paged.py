@@ -19,7 +19,7 @@ from tests.models import LLAMA, MHA, OPT, random_params
 CONTEXT, PAGE = 128, 16
 # What all engines of this file have, so that they share their programs: four slots, and
 # pages for less than two of them.
-SHAPE = {"slots": 4, "context": CONTEXT, "page": PAGE, "pages": 11}
+SHAPE = {"slots": 4, "context": CONTEXT, "page": PAGE, "pages": 10}
 RECORDED = Path(__file__).with_name("recorded_tokens.json")
 
 
@@ -96,7 +96,7 @@ def random_request(rng, shared):
     known = shared[: int(rng.integers(0, 40))] if rng.random() < 0.6 else []
     prompt = [*known, *rng.integers(1, 300, int(rng.integers(1, 40))).tolist()]
     most = CONTEXT - len(prompt)
-    settings = {"max_new_tokens": int(rng.integers(1, most))}
+    settings = {"max_new_tokens": int(rng.integers(most // 4, most))}
     if rng.random() < 0.6:
         settings["density"] = float(rng.choice([0.25, 0.5, 1.0]))
     kind = int(rng.integers(0, 5))
@@ -161,7 +161,7 @@ def test_a_request_is_the_request_alone_in_any_load(params, alone, compiled, see
     asked = sum(play(engines[seed % 3], seed, alone) for seed in seeds)
     assert not compiled
     pools = [engine._scheduler.pools[0] for engine in engines]
-    assert sum(engine._scheduler.preemptions for engine in engines) > 0.15 * asked
+    assert sum(engine._scheduler.preemptions for engine in engines) > 0.2 * asked
     assert sum(pool.hits for pool in pools) > 0.1 * sum(pool.queries for pool in pools)
     for engine in engines:
         assert len(engine._scheduler) == 0 and not engine._kept
