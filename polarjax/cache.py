@@ -157,13 +157,11 @@ class PagedCache:
           dtype: of keys and values.
           sharding: of each layer's arrays; None for the default device.
         """
-        shape = (pages, config.kv_heads, page, config.head_dim)
-        return cls(
-            keys=tuple(zeros(shape, dtype, sharding) for _ in range(config.layers)),
-            values=tuple(zeros(shape, dtype, sharding) for _ in range(config.layers)),
-            lengths=zeros((slots,), jnp.int32),
-            table=zeros((slots, -(-context // page)), jnp.int32),
-        )
+        # Each page as a sequence of its own has one.
+        cache = cls.empty(config, pages, page, dtype, sharding)
+        table = zeros((slots, -(-context // page)), jnp.int32)
+        lengths = zeros((slots,), jnp.int32)
+        return dataclasses.replace(cache, lengths=lengths, table=table)
 
     @classmethod
     def cut(

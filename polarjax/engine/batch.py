@@ -138,6 +138,9 @@ class Batch:
             params.weights,
         )
         self._variants = variants
+        # Most edits begin no slot: what says so is on the devices once and for all.
+        self._blank = self._no_edit()
+        self._blank_placed = self._placed(self._blank)
         self._compile(variants, prompt_logprobs)
 
     def _variant(self, requests: Sequence[Request]) -> Variant:
@@ -152,7 +155,7 @@ class Batch:
         """Run each program once on nothing, so that none is compiled later."""
         *reading, _ = self._reading((), {})
         _, pieces, lasts = reading
-        change = self._placed(self._no_edit())
+        change = self._blank_placed
         dense, decoding = {"model": self._dense}, {"model": self._model}
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
@@ -232,7 +235,12 @@ class Batch:
             by_part[part][1].append((own, index, page))
         first = True
         while first or any(any(lists) for lists in by_part):
-            edits = self._no_edit()
+            begun = any(begins for begins, _ in by_part)
+            edits = dataclasses.replace(
+                jax.tree.map(np.copy, self._blank) if begun else self._blank_placed,
+                frees=self._blank.frees.copy(),
+                entries=self._blank.entries.copy(),
+            )
             if first:
                 edits.frees[list(frees)] = True
             first = False
