@@ -36,16 +36,20 @@ class Sums(NamedTuple):
         zeros = jnp.zeros((rows,), jnp.float32)
         return cls(zeros + _LEAST, zeros, jnp.zeros((rows, cols), jnp.float32))
 
-    def raised(self, score) -> Sums:
-        """The same sums, whose top is no less than a score of each row, [rows]."""
-        top = jnp.maximum(self.top, jnp.ceil(score))
+    def below(self, top) -> Sums:
+        """The same sums below another top, whole numbers no less than theirs."""
         scale = power_of_two(self.top - top)
         return Sums(top, self.total * scale, self.acc * scale[:, None])
 
+    def raised(self, score) -> Sums:
+        """The same sums, whose top is no less than a score of each row, [rows]."""
+        return self.below(jnp.maximum(self.top, jnp.ceil(score)))
+
     def plus(self, other: Sums) -> Sums:
         """The sums of both."""
-        mine, theirs = self.raised(other.top), other.raised(self.top)
-        return Sums(mine.top, mine.total + theirs.total, mine.acc + theirs.acc)
+        top = jnp.maximum(self.top, other.top)
+        mine, theirs = self.below(top), other.below(top)
+        return Sums(top, mine.total + theirs.total, mine.acc + theirs.acc)
 
     def mean(self):
         """The output of the softmax, 0 where nothing was seen, [rows, cols]."""
