@@ -22,10 +22,12 @@ from polarjax.planning.sizes import at_least, bucket, positive
 # Requests that one call of `generate` continues at once. More would hardly be faster,
 # and the host has work to do for each.
 _MOST_SLOTS = 512
+# Prompt tokens that one program reads while others decode, who wait for it.
+_ONLINE_TOKENS = 512
 
 
 def prefill_tokens_of(params: Params) -> int:
-    """Prompt tokens that one program reads, where nobody says how many."""
+    """Prompt tokens that one program reads fastest."""
     return PREFILL_TOKENS.get(device_of(params.weights).platform, 128)
 
 
@@ -47,7 +49,8 @@ def sizes_of(
       context: positions of a request.
       page: positions of a page.
       pages: of each part's cache; None for as many as all slots can fill, or as fit.
-      prefill_tokens: that one program reads; None for what the device is good at.
+      prefill_tokens: that one program reads; None for what those who decode meanwhile
+        can wait for.
       memory_fraction: of the memory that XLA may take, in (0, 1].
 
     Raises:
@@ -55,7 +58,7 @@ def sizes_of(
     """
     mesh, page = mesh_of(params.weights), positive("page", page)
     check_fraction(memory_fraction)
-    tokens = prefill_tokens_of(params)
+    tokens = min(prefill_tokens_of(params), _ONLINE_TOKENS)
     if prefill_tokens is not None:
         tokens = positive("prefill_tokens", prefill_tokens)
     if pages is None:
