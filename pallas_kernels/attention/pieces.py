@@ -16,9 +16,6 @@ from jax import lax
 
 # Pieces of a list, at most: longer lists have longer pieces.
 _MOST_PIECES = 64
-# Pieces of a list, at least: the shares of programs differ by a piece, which would be
-# much where lists are short. A list of so many tiles or less has pieces of one.
-_LEAST_PIECES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +79,18 @@ class Work:
     @property
     def most_pieces(self) -> int:
         """Pieces that a list can have."""
-        short = min(self.most_tiles, 2 * _LEAST_PIECES)
-        return max(min(-(-self.most_tiles // self.piece), _MOST_PIECES), short)
+        longest = min(-(-self.most_tiles // self.piece), _MOST_PIECES)
+        return max(longest, min(self.most_tiles, 2))
 
     def piece_tiles(self, tiles):
-        """Tiles of each piece of a list of so many, the last perhaps apart."""
+        """Tiles of each piece of a list of so many, the last perhaps apart.
+
+        Not all of a short list: the shares of programs differ by a piece.
+        """
         size, longer = jnp.ones_like(tiles), 1
         while longer < self.piece:
             longer *= 2
-            size = jnp.where(tiles >= longer * _LEAST_PIECES, longer, size)
+            size = jnp.where(tiles >= longer, longer, size)
         while longer * _MOST_PIECES < self.most_tiles:
             size = jnp.where(tiles > longer * _MOST_PIECES, 2 * longer, size)
             longer *= 2
