@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels import Implementation, runnable
 from polarjax.engine import programs
-from polarjax.engine.batch import Batch, Kept, Sizes
+from polarjax.engine.batch import Batch, Sizes
 from polarjax.engine.checks import Settings, check_params, check_stops, variant_of
 from polarjax.engine.clock import Clock
 from polarjax.engine.engine import Engine
@@ -30,13 +30,14 @@ from polarjax.engine.request import Request
 from polarjax.engine.sampling import Variant
 from polarjax.engine.scheduler import Scheduler
 from polarjax.engine.stats import Tally
+from polarjax.engine.swaps import Kept, default_swap_bytes
 from polarjax.engine.tokenizer import Tokenizer
-from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
+from polarjax.mesh.cut import DP, TP, axis_size, mesh_of, shard
 from polarjax.mesh.processes import from_main
 from polarjax.model import check_weights
 from polarjax.params import Params
 from polarjax.planning.crossover import settle
-from polarjax.planning.memory import MEMORY_FRACTION, pages_that_fit
+from polarjax.planning.memory import MEMORY_FRACTION, cache_bytes, pages_that_fit
 from polarjax.planning.sizes import at_least, positive
 from polarjax.policy import Load, Policy
 from polarjax.settings import default_numbers
@@ -69,6 +70,9 @@ class PagedEngine(Engine):
         None for what the device is good at.
       ahead: steps that are sent to the device before the host looks at what one has
         brought.
+      swap_bytes: of the host's memory that each process may fill with pages of
+        requests that gave way; None for a quarter of it, and at most 32 GiB. A request
+        that finds no room there is computed again, from its prompt on.
       prefix_cache: whether prompts share the pages of what they begin with.
       memory_fraction: of the memory that XLA may take on a device, how much may be
         filled.
@@ -101,6 +105,7 @@ class PagedEngine(Engine):
         page: int = 64,
         prefill_tokens: int | None = None,
         ahead: int = 1,
+        swap_bytes: int | None = None,
         prefix_cache: bool = True,
         memory_fraction: float = MEMORY_FRACTION,
         max_waiting: int = 65_536,
@@ -161,6 +166,11 @@ class PagedEngine(Engine):
             count = from_main(fit) if self._many else fit
         else:
             count = at_least("pages", pages, 2)
+        self._swap_bytes = (
+            default_swap_bytes()
+            if swap_bytes is None
+            else at_least("swap_bytes", swap_bytes, 0)
+        )
         sizes = Sizes(self.slots, self.context, count, page, tokens, pieces)
         self._scheduler = Scheduler(
             sizes.slots,
@@ -169,6 +179,7 @@ class PagedEngine(Engine):
             prefill_tokens=sizes.tokens,
             pieces=sizes.pieces,
             parts=parts,
+            host_pages=self._host_pages(page, parts),
         )
         start = time.perf_counter()
         self._batch = Batch(
@@ -184,6 +195,7 @@ class PagedEngine(Engine):
         self._requests: dict[Hashable, Request] = {}  # by id, until they end
         self._owners: dict[int, Request] = {}  # by slot
         self._kept: dict[Hashable, Kept] = {}  # of those that gave way
+        self._anew: set[Hashable] = set()  # those that gave way, and nothing is kept
         self._flights: deque[Flight] = deque()
         self._left: deque[Request] = deque()  # cancelled, and not yet looked at
         self._clock, self._tally = Clock(), Tally(config)
@@ -191,13 +203,26 @@ class PagedEngine(Engine):
         self._calls = self._added = self._ids = 0
         self._ended, self._half_way = "", False
 
+    def _host_pages(self, page: int, parts: int) -> int:
+        """Pages of each part of the batch that the hosts may keep."""
+        config, processes = self.params.config, 1
+        if self.mesh is not None:
+            processes = len({x.process_index for x in self.mesh.devices.flat})
+        # Where there are more devices than KV groups, several have the same group.
+        tp = axis_size(self.mesh, TP)
+        groups = tp * -(-config.kv_heads // tp)
+        one = cache_bytes(config, 1, page, self.params.dtype) * groups
+        one //= config.kv_heads
+        room = from_main(self._swap_bytes) if self._many else self._swap_bytes
+        return room * processes // (parts * one)
+
     def _end(self, why: str) -> None:
         if self._ended:
             return
         self._ended = why
         for request in self._requests.values():
             request.cancel(why)
-        self._requests, self._owners, self._kept = {}, {}, {}
+        self._requests, self._owners, self._kept, self._anew = {}, {}, {}, set()
         self._flights.clear()
         del self._batch, self._bound, self.weights
 
@@ -268,6 +293,7 @@ class PagedEngine(Engine):
         if self._has(request):
             del self._requests[request.id]
             self._kept.pop(request.id, None)
+            self._anew.discard(request.id)
             self._scheduler.ended(request.id)
 
     def _step(self) -> list[Request]:
@@ -275,7 +301,7 @@ class PagedEngine(Engine):
         while self._left:
             self._forget(self._left.popleft())
         # Who gave way may come back at once: not before its newest token is here.
-        gone = [kept.request for kept in self._kept.values()]
+        gone = [self._requests[id] for id in (*self._kept, *self._anew)]
         pending = [i for i, one in enumerate(self._flights) if one.has(gone)]
         news = self._take_home(pending[-1] + 1 if pending else 0)
         with self._all_or_nothing():
@@ -294,22 +320,29 @@ class PagedEngine(Engine):
 
     def _send(self, plan: Plan) -> None:
         """Have the devices do what a plan says."""
+        swaps = self._batch.swaps
+        bytes_before, seconds_before = swaps.bytes, swaps.seconds
         for gone in plan.swaps_out:
-            owner = self._owners[gone.slot]
-            self._kept[gone.sequence] = self._batch.keep(gone, owner)
+            self._kept[gone.sequence] = self._batch.keep(gone)
+        self._anew.update(plan.restarts)
         for slot in plan.frees:
             self._owners.pop(slot, None)
         rows = []
         for back in plan.swaps_in:
-            kept = self._kept.pop(back.sequence)
-            request = self._owners[back.slot] = kept.request
-            token, live, remaining = self._batch.restore(back, kept)
-            going = live and request.going
-            row = self._batch.row(request, back.positions, token, going, remaining)
+            self._batch.restore(back, self._kept.pop(back.sequence))
+            request = self._owners[back.slot] = self._requests[back.sequence]
+            row = self._batch.row(request, back.positions, goes_on=True)
             rows.append((back.slot, row))
+        if self._counting:
+            self._tally.swapped_bytes += swaps.bytes - bytes_before
+            self._tally.swap_seconds += swaps.seconds - seconds_before
         for one in plan.begins:
             request = self._owners[one.slot] = self._requests[one.sequence]
-            request.cached = one.cached
+            if one.sequence in self._anew:
+                self._anew.discard(one.sequence)
+                request.repeats = len(request.tokens)
+            else:
+                request.cached = one.cached
             rows.append((one.slot, self._batch.row(request, one.cached)))
         if plan.frees or rows or plan.tables:
             self._batch.change(plan.frees, rows, plan.tables)

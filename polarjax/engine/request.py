@@ -57,6 +57,7 @@ class Request:
       left: tokens that the device may still be asked for.
       number: of its prompt among those that came with it, for messages.
       id: of it in its engine.
+      repeats: tokens that are drawn again before new ones, as it had to begin anew.
       cached: tokens of the prompt that were in the cache.
       left_by: of its engine: this one is in it once it has been cancelled, by whoever
         holds it and on any thread, until the engine's next step.
@@ -83,6 +84,7 @@ class Request:
     number: int = 0
     id: int = -1
     cached: int = 0
+    repeats: int = 0
     left_by: deque[Request] | None = dataclasses.field(default=None, repr=False)
     inbox: dict[Request, None] | None = dataclasses.field(default=None, repr=False)
     _written: _Written | None = None
