@@ -17,7 +17,7 @@ from polarjax.engine import steps
 from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
 from polarjax.engine.flight import Flight
-from polarjax.engine.places import ROWS, place_own
+from polarjax.engine.places import ROWS, everywhere, place_own
 from polarjax.engine.plans import Piece, SwapIn, SwapOut
 from polarjax.engine.programs import device_of
 from polarjax.engine.request import Request
@@ -147,23 +147,37 @@ class Batch:
         )
         if prompt_logprobs:
             asked, _ = self._asked((), {})
-            steps.score(self._original, *stream, asked, **dense)
-        self.slots, _ = steps.decode(
+            self._for_all(steps.score(self._original, *stream, asked, **dense))
+        self.slots, counts = steps.decode(
             self._weights, self._policy, self.slots, **decoding
         )
+        self._for_all(counts)
         for variant in variants:
             static = {**dense, "variant": variant}
             self.slots, first = steps.begin(*after, pieces, lasts, self.slots, **static)
             self.slots, drawn = steps.draw_tokens(self.slots, **static)
             # The first time compiles them.
-            steps.tell(*after, first[0][0], **dense)
-            steps.tell(self.slots.logits, self.slots.mass, drawn[0][0], **dense)
+            slots = self.slots
+            told = steps.tell(slots.logits, slots.mass, drawn[0][0], **dense)
+            first_told = steps.tell(*after, first[0][0], **dense)
+            for tree in (first, drawn, first_told, told):
+                self._for_all(tree)
         self.slots = self.swaps.warm(self.slots)
 
     def _placed(self, tree: Any) -> Any:
         """Arrays of the host, each part's share on its devices."""
         mesh = self.mesh
         return place_own(tree, NamedSharding(mesh, ROWS) if mesh else self._device)
+
+    def _for_all(self, tree: Any) -> Any:
+        """Arrays of the devices where every process can look at all of them.
+
+        That is so where one process has all devices. Where not, they are sent round
+        after what computes them, so that nobody waits.
+        """
+        if self.mesh is None or not self.mesh.is_multi_process:
+            return tree
+        return everywhere(tree, mesh=self.mesh)
 
     def _part(self, slot: int) -> tuple[int, int]:
         """The part of the batch that a slot is in, and its number there."""
@@ -295,6 +309,7 @@ class Batch:
         scored = None
         if spans:
             scored = steps.score(self._original, *stream, asked, **dense)
+            scored = self._for_all(scored)
         drawing = [one for one in owners if one]
         self.slots, (drawn, live) = steps.begin(
             logits,
@@ -305,8 +320,8 @@ class Batch:
             model=self._dense,
             variant=self._variant(drawing),
         )
-        token, logprob, valid = drawn
-        told = self._tell(logits, mass, token, drawing)
+        told = self._tell(logits, mass, drawn[0], drawing)
+        (token, logprob, valid), live = self._for_all((drawn, live))
         return Flight(
             token, logprob, valid, live, owners, told, scored=scored, spans=spans
         )
@@ -333,7 +348,7 @@ class Batch:
         """What there is to tell of tokens, if some request asks."""
         if all(one.settings.logprobs is None for one in requests):
             return None
-        return steps.tell(logits, mass, token, model=self._dense)
+        return self._for_all(steps.tell(logits, mass, token, model=self._dense))
 
     def decode(self, slots: Sequence[int], requests: Mapping[int, Request]) -> Flight:
         """One decode step.
@@ -352,8 +367,9 @@ class Batch:
         self.slots, (drawn, live) = steps.draw_tokens(
             self.slots, model=self._dense, variant=self._variant(drawing)
         )
-        token, logprob, valid = drawn
-        told = self._tell(self.slots.logits, self.slots.mass, token, drawing)
+        told = self._tell(self.slots.logits, self.slots.mass, drawn[0], drawing)
+        (token, logprob, valid), live = self._for_all((drawn, live))
+        counts = self._for_all(counts)
         return Flight(token, logprob, valid, live, owners, told, counts)
 
     def keep(self, gone: SwapOut) -> Kept:

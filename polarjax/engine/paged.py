@@ -8,6 +8,7 @@ looks at what a step has drawn while the next is under way.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
@@ -34,6 +35,7 @@ from polarjax.engine.swaps import Kept, default_swap_bytes
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, TP, axis_size, mesh_of, shard
 from polarjax.mesh.processes import from_main
+from polarjax.mesh.wire import Wire
 from polarjax.model import check_weights
 from polarjax.params import Params
 from polarjax.planning.crossover import settle
@@ -199,6 +201,8 @@ class PagedEngine(Engine):
         self._flights: deque[Flight] = deque()
         self._left: deque[Request] = deque()  # cancelled, and not yet looked at
         self._clock, self._tally = Clock(), Tally(config)
+        self._wire = Wire() if self._many else None
+        self._asked = hashlib.sha256()  # of all requests, for other processes
         self._counting = False
         self._calls = self._added = self._ids = 0
         self._ended, self._half_way = "", False
@@ -223,6 +227,8 @@ class PagedEngine(Engine):
         for request in self._requests.values():
             request.cancel(why)
         self._requests, self._owners, self._kept, self._anew = {}, {}, {}, set()
+        if self._wire is not None:
+            self._wire.close()
         self._flights.clear()
         del self._batch, self._bound, self.weights
 
@@ -275,7 +281,10 @@ class PagedEngine(Engine):
 
     def _admit(self, request: Request) -> None:
         request.id, self._ids = self._ids, self._ids + 1
-        request.left_by = self._left
+        request.left_by, request.together = self._left, self._many
+        if self._many:
+            said = request.id, request.prompt, request.limit, request.settings
+            self._asked.update(repr(said).encode())
         # What is wanted of every position must be computed at every position.
         prefix = self._prefix_cache and request.settings.told_of_prompt is None
         self._scheduler.add(request.id, request.prompt, request.limit, prefix=prefix)
@@ -286,7 +295,8 @@ class PagedEngine(Engine):
 
     def _cancel(self, request: Request) -> None:
         request.cancel()
-        self._forget(request)
+        if not request.going:
+            self._forget(request)
 
     def _forget(self, request: Request) -> None:
         """It has ended: nothing more is computed for it."""
@@ -296,10 +306,45 @@ class PagedEngine(Engine):
             self._anew.discard(request.id)
             self._scheduler.ended(request.id)
 
+    def _take_left(self) -> list[Request]:
+        left = []
+        while self._left:
+            left.append(self._left.popleft())
+        return left
+
+    def _agree(self, left: list[Request], wire: Wire) -> list[Request]:
+        """End what process 0 wants ended: all that is not the same by itself.
+
+        What was added must be the same, and what is drawn is; plans follow from both.
+
+        Args:
+          left: those that this process would end.
+          wire: from process 0.
+
+        Returns:
+          Those that it wants ended.
+
+        Raises:
+          ValueError: if this process was given other requests than process 0.
+        """
+        asked = self._asked.hexdigest()
+        ends, known = wire.tell(([one.id for one in left if self._has(one)], asked))
+        if known != asked:
+            raise ValueError(
+                "this process was given other requests than process 0, or in another "
+                "order: add the same prompts and settings on every process"
+            )
+        ended = [self._requests[id] for id in ends]
+        for request in ended:
+            request.together = False
+            request.cancel()
+        return ended
+
     def _step(self) -> list[Request]:
         self._half_way = False
-        while self._left:
-            self._forget(self._left.popleft())
+        left = self._take_left()
+        for request in left if self._wire is None else self._agree(left, self._wire):
+            self._forget(request)
         # Who gave way may come back at once: not before its newest token is here.
         gone = [self._requests[id] for id in (*self._kept, *self._anew)]
         pending = [i for i, one in enumerate(self._flights) if one.has(gone)]

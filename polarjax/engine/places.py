@@ -39,17 +39,25 @@ def place_own(tree: Any, where: Any) -> Any:
     devices to do so.
 
     Args:
-      tree: of arrays.
+      tree: of arrays; those that are there already are left as they are.
       where: a device, a sharding, or None for the default device.
     """
     if not isinstance(where, NamedSharding) or where.is_fully_addressable:
         return jax.device_put(tree, where)
 
     def place(array: Any) -> jax.Array:
+        if isinstance(array, jax.Array) and array.sharding == where:
+            return array
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, where, lambda at: array[at])
 
     return jax.tree.map(place, tree)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def everywhere(tree: Any, *, mesh: Mesh) -> Any:
+    """Arrays of a mesh, whole on each of its devices."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
 def cache_places(cache: PagedCache, mesh: Mesh) -> Any:
