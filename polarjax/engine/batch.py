@@ -16,6 +16,7 @@ from polarjax.cache import Pieces
 from polarjax.engine import steps
 from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
+from polarjax.engine.compiled import are_known, noted, shapes_of
 from polarjax.engine.flight import Flight
 from polarjax.engine.places import ROWS, everywhere, place_own
 from polarjax.engine.plans import Piece, SwapIn, SwapOut
@@ -24,12 +25,15 @@ from polarjax.engine.request import Request
 from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant
 from polarjax.engine.scoring import Asked, Span, asked_of
+from polarjax.engine.served import Drawing
 from polarjax.engine.slots import (
     Edit,
     Row,
     edit,
     empty_slots,
     no_rows,
+    put_pages,
+    take_pages,
 )
 from polarjax.engine.swaps import Kept, Swaps
 from polarjax.model import make_decoder
@@ -37,6 +41,19 @@ from polarjax.params import Params
 from polarjax.policy import Policy, Tree
 from polarjax.settings import default_numbers
 
+# Of all batches: what is kept of them is bounded.
+_PROGRAMS = (
+    edit,
+    everywhere,
+    put_pages,
+    take_pages,
+    steps.begin,
+    steps.decode,
+    steps.draw_tokens,
+    steps.read_pieces,
+    steps.score,
+    steps.tell,
+)
 # Slots and entries of page tables that one program edits, in each part of the batch:
 # more take another call.
 _ROWS, _ENTRIES = 8, 512
@@ -71,8 +88,7 @@ class Batch:
       weights: bound to the policy.
       policy: bound.
       sizes: that it has.
-      variants: of drawing that requests may need.
-      prompt_logprobs: whether requests may ask for those.
+      drawing: that requests may need.
       implementation: of the kernels; None chooses by device.
     """
 
@@ -83,8 +99,7 @@ class Batch:
         policy: Policy,
         sizes: Sizes,
         *,
-        variants: Sequence[Variant] = tuple(Variant),
-        prompt_logprobs: bool = True,
+        drawing: Drawing,
         implementation: Implementation | None = None,
     ) -> None:
         config = params.config
@@ -97,7 +112,7 @@ class Batch:
         self.mesh, self.parts = self._dense.mesh, self._dense.share.dp
         self.each = sizes.slots // self.parts
         self._device = None if self.mesh else device_of(params.weights)
-        self.slots = empty_slots(
+        slots = empty_slots(
             self._dense,
             sizes.slots,
             sizes.context,
@@ -105,27 +120,45 @@ class Batch:
             sizes.page,
             params.weights,
         )
+        # Committed, as programs return them: else the first would be compiled twice.
+        self.slots = slots if self.mesh else jax.device_put(slots, self._device)
+        self._drawing = drawing
         self.swaps = Swaps(self._dense, self._device)
-        self._variants = variants
         # Most edits begin no slot: what says so is on the devices once and for all.
         self._blank = self._no_edit()
         self._blank_placed = self._placed(self._blank)
-        self._compile(variants, prompt_logprobs)
+        self._compile_once()
 
     def _variant(self, requests: Sequence[Request]) -> Variant:
         """The least that is compiled and draws for all of some requests."""
-        order = list(Variant)
-        least = order.index(variant_of([one.settings for one in requests]))
-        return min(
-            (v for v in self._variants if order.index(v) >= least), key=order.index
-        )
+        least = variant_of([one.settings for one in requests])
+        found = self._drawing.for_all(least)
+        assert found is not None, f"no {least.value} drawing"
+        return found
 
-    def _compile(self, variants: Sequence[Variant], prompt_logprobs: bool) -> None:
+    @property
+    def _may_give_way(self) -> bool:
+        """Whether requests may have to give way."""
+        sizes = self.sizes
+        return sizes.pages - 1 < self.each * -(-sizes.context // sizes.page)
+
+    def _compile_once(self) -> None:
+        """Compile the programs, unless a batch of these sizes has done so."""
+        policy = self._policy
+        shapes = shapes_of((self._original, self._weights, policy))
+        # jax 0.10 takes the trees of two dataclasses with equal fields for the same.
+        sizes = self.sizes, self._drawing, self._device
+        key = self._dense, self._model, type(policy), shapes, sizes
+        if not are_known(_PROGRAMS, key):
+            self._compile()
+            noted(key)
+
+    def _compile(self) -> None:
         """Run each program once on nothing, so that none is compiled later."""
         *reading, _ = self._reading((), {})
         _, pieces, lasts = reading
-        change = self._blank_placed
-        dense, decoding = {"model": self._dense}, {"model": self._model}
+        change, variants = self._blank_placed, self._drawing.variants
+        dense, decoding = {"model": self._dense}, self._decoding
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
             logits = self.slots.logits
@@ -133,8 +166,10 @@ class Batch:
                 (edit, (self.slots, change), dense),
                 (steps.read_pieces, (self._original, *reading[:2], self.slots), dense),
                 (steps.decode, (self._weights, self._policy, self.slots), decoding),
-                (steps.tell, (logits, self.slots.mass, self.slots.token[None]), dense),
             ]
+            if self._drawing.logprobs:
+                told = logits, self.slots.mass, self.slots.token[None]
+                slow.append((steps.tell, told, dense))
             slow += [
                 (steps.draw_tokens, (self.slots,), {**dense, "variant": variant})
                 for variant in variants
@@ -145,7 +180,7 @@ class Batch:
         self.slots, after, stream = steps.read_pieces(
             self._original, *reading[:2], self.slots, **dense
         )
-        if prompt_logprobs:
+        if self._drawing.prompt_logprobs:
             asked, _ = self._asked((), {})
             self._for_all(steps.score(self._original, *stream, asked, **dense))
         self.slots, counts = steps.decode(
@@ -156,13 +191,21 @@ class Batch:
             static = {**dense, "variant": variant}
             self.slots, first = steps.begin(*after, pieces, lasts, self.slots, **static)
             self.slots, drawn = steps.draw_tokens(self.slots, **static)
-            # The first time compiles them.
-            slots = self.slots
-            told = steps.tell(slots.logits, slots.mass, drawn[0][0], **dense)
-            first_told = steps.tell(*after, first[0][0], **dense)
-            for tree in (first, drawn, first_told, told):
+            for tree in (first, drawn):
                 self._for_all(tree)
-        self.slots = self.swaps.warm(self.slots)
+            if self._drawing.logprobs:  # the first time compiles them
+                slots = self.slots
+                self._for_all(steps.tell(*after, first[0][0], **dense))
+                self._for_all(
+                    steps.tell(slots.logits, slots.mass, drawn[0][0], **dense)
+                )
+        if self._may_give_way:
+            self.slots = self.swaps.warm(self.slots)
+
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        """The static arguments of `steps.decode`."""
+        return {"model": self._model, "kind": type(self._policy)}
 
     def _placed(self, tree: Any) -> Any:
         """Arrays of the host, each part's share on its devices."""
@@ -358,7 +401,7 @@ class Batch:
           requests: whose each slot is.
         """
         self.slots, counts = steps.decode(
-            self._weights, self._policy, self.slots, model=self._model
+            self._weights, self._policy, self.slots, **self._decoding
         )
         owners: list[Request | None] = [None] * (self.parts * self.each)
         for slot in slots:

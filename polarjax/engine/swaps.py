@@ -21,13 +21,8 @@ from polarjax.engine.places import PAGE_GROUPS, ROWS, place_own
 from polarjax.engine.plans import SWAP_PAGES
 from polarjax.engine.slots import Slots, put_pages, take_pages
 from polarjax.model import Decoder
-from polarjax.planning.host_memory import host_memory
 
 _PINNED = "pinned_host"
-
-# Of the host's memory, how much may hold pages if nobody says; and at most so much,
-# half of what XLA's allocator of pinned memory takes by default.
-_SHARE, _MOST = 0.25, 32 << 30
 
 
 @dataclasses.dataclass
@@ -148,12 +143,6 @@ class Swaps:
     def _count(self, groups: list[dict[Any, Any]], start: float) -> None:
         self.bytes += sum(x.nbytes for group in groups for x in group.values())
         self.seconds += time.perf_counter() - start
-
-
-def default_swap_bytes() -> int:
-    """Bytes of this process' host that pages may take where nobody says how many."""
-    host = host_memory()
-    return min(int(_SHARE * host.limit), _MOST) if host else _MOST
 
 
 def _shards(array: jax.Array) -> dict[Any, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 
 import polarjax
-from polarjax.engine.paged import PagedEngine
+from polarjax import Engine
 from tests.models import LLAMA, random_params, write_checkpoint
 
 PROMPTS = [[i + 1] * (5 + 7 * i) for i in range(5)]
@@ -20,7 +20,7 @@ def write_model(folder):
 def make_engine(folder, mesh=None):
     """Two slots of each part, and pages for less than what they may need."""
     parts = mesh.shape["dp"] if mesh else 1
-    return PagedEngine(
+    return Engine(
         polarjax.load(folder / "model"),
         slots=2 * parts,
         page=16,
@@ -53,7 +53,7 @@ def serve(engine, process=0):
     return {
         "tokens": out.tokens,
         "logprobs": [out.logprobs, tops],
-        "preempted": engine._scheduler.preemptions,
+        "preempted": engine._runner.scheduler.preemptions,
         "first": [token for piece in pieces for token in piece.tokens],
         "asked": [[one.finish_reason, one.tokens] for one in asked],
         "texts": [one.text for one in asked],

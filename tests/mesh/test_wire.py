@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import polarjax
-from polarjax.engine.paged import PagedEngine
+from polarjax import Engine
 from polarjax.mesh import wire
 from tests.models import LLAMA, random_params
 
@@ -60,20 +60,20 @@ class Said:
 def test_a_process_does_what_process_0_wants_and_nothing_else():
     params = random_params(dataclasses.replace(LLAMA, context=64), routers=True)
     settings = polarjax.Settings(max_new_tokens=20, stop_ids=())
-    with PagedEngine(params, slots=2, page=16, prefill_tokens=32) as engine:
-        engine._many, engine._wire = True, Said()
+    with Engine(params, slots=2, page=16, prefill_tokens=32) as engine:
+        engine._many, engine._runner.wire = True, Said()
         first, second = (engine.add([i + 1], settings) for i in range(2))
         first.cancel()
         engine.cancel(first)
         assert first.going
-        engine._wire.says = lambda own: ([second.id], own[1])
+        engine._runner.wire.says = lambda own: ([second.id], own[1])
         engine.step()
         assert first.going and second.finish_reason == "cancelled"
-        engine._wire.says = lambda own: ([], own[1])
+        engine._runner.wire.says = lambda own: ([], own[1])
         while first.going:
             engine.step()
         assert first.finish_reason == "length" and engine.idle
         with pytest.raises(ValueError, match="other requests than process 0"):
-            engine._wire.says = lambda own: ([], "another")
+            engine._runner.wire.says = lambda own: ([], "another")
             engine.step()
         engine._many = False  # there is nobody to talk to

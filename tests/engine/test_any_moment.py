@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax import Engine
 from polarjax.engine import swaps
 from polarjax.engine.batch import Batch, Flight
 from polarjax.engine.errors import RequestFailed
-from polarjax.engine.paged import PagedEngine
 from polarjax.engine.plans import SWAP_PAGES
 from polarjax.engine.sampling import Variant
 from polarjax.planning.memory import cache_bytes
@@ -28,7 +28,7 @@ def params():
 
 def make_engine(params, **options):
     shape = {"slots": 2, "context": CONTEXT, "page": 16, "pages": 11}
-    return PagedEngine(params, **{**shape, "prefill_tokens": 32, **options})
+    return Engine(params, **{**shape, "prefill_tokens": 32, **options})
 
 
 def run(engine, most=500):
@@ -36,7 +36,7 @@ def run(engine, most=500):
         if engine.idle:
             return
         engine.step()
-        engine._scheduler.check()
+        engine._runner.scheduler.check()
     pytest.fail("the engine never gets idle")
 
 
@@ -51,7 +51,7 @@ def test_a_stream_that_is_closed_leaves_its_slot(params, steps):
     engine.stream([3, 4, 5], PLAIN)  # which nobody holds
     engine.add([4], PLAIN).cancel()
     run(engine, most=3)
-    assert len(engine._scheduler) == 0
+    assert len(engine._runner.scheduler) == 0
     assert engine.generate([[5, 6]] * 3).finish_reasons == ["length"] * 3
 
 
@@ -111,9 +111,9 @@ def test_one_comes_back_while_its_newest_tokens_are_on_their_way(params, ahead):
         second = engine.add([7, 8, 9], dataclasses.replace(settings, stop_ids=ends))
         while not engine.idle:
             engine.step()
-            if engine._kept:
+            if engine._runner.kept:
                 engine.cancel(first)
-        assert engine._scheduler.preemptions or len(expected) < 29
+        assert engine._runner.scheduler.preemptions or len(expected) < 29
         assert second.tokens == expected
 
 
@@ -124,7 +124,7 @@ def test_first_tokens_are_not_kept_waiting(params):
     for _ in range(3):
         engine.step()
     assert short.finish_reason == "length"
-    assert len(engine._flights) <= 2
+    assert len(engine._runner.flights) <= 2
     run(engine)
 
 
@@ -139,11 +139,11 @@ def test_who_gave_way_leaves_the_devices(params, monkeypatch, pinned):
     requests = [engine.add(prompt, settings) for prompt in prompts]
     seen = 0
     while not engine.idle:
-        before = set(engine._kept)
+        before = set(engine._runner.kept)
         engine.step()
-        for id in before & set(engine._kept):
+        for id in before & set(engine._runner.kept):
             seen += 1
-            kept = engine._kept[id]
+            kept = engine._runner.kept[id]
             for array in jax.tree.leaves([[*x.values()] for x in kept.groups]):
                 if pinned:
                     assert array.sharding.memory_kind == "pinned_host"
@@ -185,7 +185,7 @@ def test_an_interruption_loses_nothing_or_ends_all(params, monkeypatch, ahead):
                     engine.step()
             else:
                 run(engine)
-                assert engine._scheduler.preemptions
+                assert engine._runner.scheduler.preemptions
                 assert [one.tokens for one in requests] == expected
 
 
@@ -198,14 +198,14 @@ def test_who_finds_no_room_on_the_host_is_computed_again(params, ahead):
     expected = roomy.generate(prompts, density=0.5, **whole)
     engine = make_engine(params, swap_bytes=0, ahead=ahead)
     seen, restarts = "", []
-    plan = engine._scheduler.plan
+    plan = engine._runner.scheduler.plan
 
     def noting():
         made = plan()
         restarts.extend(made.restarts)
         return made
 
-    engine._scheduler.plan = noting
+    engine._runner.scheduler.plan = noting
     stream = engine.stream(prompts[0], polarjax.Settings(density=0.5, **whole))
     out = engine.generate(prompts, density=0.5, **whole)
     for piece in stream:
@@ -216,16 +216,16 @@ def test_who_finds_no_room_on_the_host_is_computed_again(params, ahead):
     assert out.prompt_logprobs == expected.prompt_logprobs
     assert stream.request.tokens == expected.tokens[0]
     assert seen.replace("][", ", ") == str(expected.tokens[0])
-    assert not engine._batch.swaps.bytes
+    assert not engine._runner.batch.swaps.bytes
 
 
 def test_one_that_repeats_otherwise_fails_alone(params):
     engine = make_engine(params, swap_bytes=0)
     settings = dataclasses.replace(PLAIN, max_new_tokens=90)
     requests = [engine.add([i + 1], settings) for i in range(2)]
-    while not engine._anew:
+    while not engine._runner.anew:
         engine.step()
-    [id] = engine._anew
+    [id] = engine._runner.anew
     requests[id].tokens[0] += 1
     with pytest.raises(RequestFailed, match="gave way where swap_bytes left no room"):
         run(engine)
@@ -246,7 +246,7 @@ def test_swaps_are_counted(params):
 def test_an_interruption_amid_a_return_ends_all(params, monkeypatch):
     engine = make_engine(params, pages=9, page=8, ahead=2, prefix_cache=False)
     first, second = engine.add([3, 4, 5, 6], PLAIN), engine.add([7, 8, 9], PLAIN)
-    while not engine._kept:
+    while not engine._runner.kept:
         engine.step()
     engine.cancel(first)
 
