@@ -19,7 +19,7 @@ from polarjax.bench.random_weights import load_model
 from polarjax.bench.serve_results import Result, Runs
 from polarjax.bench.shapes import TOY_MODELS, parse_model
 from polarjax.engine import Tokenizer
-from polarjax.engine.paged import PagedEngine as Engine
+from polarjax.engine.engine import Engine
 from polarjax.evaluation.record import environment, now
 from polarjax.loading import read_config
 from polarjax.mesh.cut import check_tp, make_mesh
@@ -207,7 +207,13 @@ def continuous(
       context: of the engine.
     """
     warmup = 2 * args.slots if args.warmup is None else args.warmup
-    with Engine(params, policy=way.policy, slots=args.slots, context=context) as engine:
+    with Engine(
+        params,
+        policy=way.policy,
+        slots=args.slots,
+        context=context,
+        prefill_tokens=args.prefill_tokens,
+    ) as engine:
         if warmup:
             load = choose_load(args, params.config, len(args.rate))
             serve.warm(engine, load[:warmup], way.density)
