@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Implementation
 from polarjax.cache import Pieces
@@ -19,7 +18,7 @@ from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
 from polarjax.engine.compiled import are_known, noted, shapes_of
 from polarjax.engine.flight import Flight
-from polarjax.engine.places import GROUPS
+from polarjax.engine.places import ROWS, everywhere, place_own
 from polarjax.engine.plans import Piece, SwapIn, SwapOut
 from polarjax.engine.programs import device_of
 from polarjax.engine.request import Request
@@ -35,10 +34,8 @@ from polarjax.engine.slots import (
     no_rows,
     put_pages,
     take_pages,
-    take_row,
 )
-from polarjax.mesh.cut import DP
-from polarjax.mesh.processes import to_host
+from polarjax.engine.swaps import Kept, Swaps
 from polarjax.model import make_decoder
 from polarjax.params import Params
 from polarjax.policy import Policy, Tree
@@ -47,9 +44,9 @@ from polarjax.settings import default_numbers
 # Of all batches: what is kept of them is bounded.
 _PROGRAMS = (
     edit,
+    everywhere,
     put_pages,
     take_pages,
-    take_row,
     steps.begin,
     steps.decode,
     steps.draw_tokens,
@@ -57,9 +54,9 @@ _PROGRAMS = (
     steps.score,
     steps.tell,
 )
-# Slots, entries of page tables and pages that one program edits, in each part of the
-# batch: more take another call.
-_ROWS, _ENTRIES, _PAGES = 8, 512, 8
+# Slots and entries of page tables that one program edits, in each part of the batch:
+# more take another call.
+_ROWS, _ENTRIES = 8, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,33 +78,6 @@ class Sizes:
     page: int
     tokens: int
     pieces: int
-
-
-@dataclasses.dataclass
-class Kept:
-    """What the host has of a request that gave way.
-
-    Attributes:
-      request: whose it is.
-      pages: arrays of each call of `take_pages`, on the devices until `come_home`.
-      row: token, live and remaining of the whole batch, likewise.
-      part: of the batch, that it was in.
-      slot: that it had, among all.
-      home: whether the host has it.
-    """
-
-    request: Request
-    pages: list[Any]
-    row: Any
-    part: int
-    slot: int
-    home: bool = False
-
-    def come_home(self) -> None:
-        """Let the devices' copies go; may take a while."""
-        if not self.home:
-            self.pages, self.row = to_host((self.pages, self.row))
-            self.home = True
 
 
 class Batch:
@@ -153,6 +123,7 @@ class Batch:
         # Committed, as programs return them: else the first would be compiled twice.
         self.slots = slots if self.mesh else jax.device_put(slots, self._device)
         self._drawing = drawing
+        self.swaps = Swaps(self._dense, self._device)
         # Most edits begin no slot: what says so is on the devices once and for all.
         self._blank = self._no_edit()
         self._blank_placed = self._placed(self._blank)
@@ -166,7 +137,7 @@ class Batch:
         return found
 
     @property
-    def _swaps(self) -> bool:
+    def _may_give_way(self) -> bool:
         """Whether requests may have to give way."""
         sizes = self.sizes
         return sizes.pages - 1 < self.each * -(-sizes.context // sizes.page)
@@ -211,23 +182,25 @@ class Batch:
         )
         if self._drawing.prompt_logprobs:
             asked, _ = self._asked((), {})
-            steps.score(self._original, *stream, asked, **dense)
-        self.slots, _ = steps.decode(
+            self._for_all(steps.score(self._original, *stream, asked, **dense))
+        self.slots, counts = steps.decode(
             self._weights, self._policy, self.slots, **decoding
         )
+        self._for_all(counts)
         for variant in variants:
             static = {**dense, "variant": variant}
             self.slots, first = steps.begin(*after, pieces, lasts, self.slots, **static)
             self.slots, drawn = steps.draw_tokens(self.slots, **static)
+            for tree in (first, drawn):
+                self._for_all(tree)
             if self._drawing.logprobs:  # the first time compiles them
-                steps.tell(*after, first[0][0], **dense)
-                steps.tell(self.slots.logits, self.slots.mass, drawn[0][0], **dense)
-        if self._swaps:
-            take_row(self.slots)
-            nowhere = self._placed(np.zeros(self.parts * _PAGES, np.int32))
-            self.slots = put_pages(
-                self.slots, take_pages(self.slots, nowhere, **dense), nowhere, **dense
-            )
+                slots = self.slots
+                self._for_all(steps.tell(*after, first[0][0], **dense))
+                self._for_all(
+                    steps.tell(slots.logits, slots.mass, drawn[0][0], **dense)
+                )
+        if self._may_give_way:
+            self.slots = self.swaps.warm(self.slots)
 
     @property
     def _decoding(self) -> dict[str, Any]:
@@ -236,9 +209,18 @@ class Batch:
 
     def _placed(self, tree: Any) -> Any:
         """Arrays of the host, each part's share on its devices."""
-        if self.mesh is None:
-            return jax.device_put(tree, self._device)
-        return jax.device_put(tree, NamedSharding(self.mesh, P(DP)))
+        mesh = self.mesh
+        return place_own(tree, NamedSharding(mesh, ROWS) if mesh else self._device)
+
+    def _for_all(self, tree: Any) -> Any:
+        """Arrays of the devices where every process can look at all of them.
+
+        That is so where one process has all devices. Where not, they are sent round
+        after what computes them, so that nobody waits.
+        """
+        if self.mesh is None or not self.mesh.is_multi_process:
+            return tree
+        return everywhere(tree, mesh=self.mesh)
 
     def _part(self, slot: int) -> tuple[int, int]:
         """The part of the batch that a slot is in, and its number there."""
@@ -298,34 +280,29 @@ class Batch:
                 del begins[:_ROWS], entries[:_ENTRIES]
             self.slots = edit(self.slots, self._placed(edits), model=self._dense)
 
-    def row(
-        self,
-        request: Request,
-        positions: int = 0,
-        token: int = 0,
-        live: bool = False,
-        remaining: int | None = None,
-    ) -> Row:
+    def row(self, request: Request, positions: int, goes_on: bool = False) -> Row:
         """What a request's slot begins with, or goes on with.
 
         Args:
           request: whose it is.
           positions: that the cache has of it.
-          token: drawn, and not yet read.
-          live: whether it takes decode steps at once.
-          remaining: tokens it may still draw; None for all.
+          goes_on: whether it does so after its tokens, of which none is on its way;
+            else it begins, and they will be drawn again.
         """
+        # Of one that was computed again it may have been amid what it repeats.
+        here = len(request.tokens) - request.repeats
+        drawn = request.tokens[:here] if goes_on else []
         settings = [request.settings]
         stops = stop_table(settings, MOST_STOPS)
         sampling = sampling_of(self.config, settings, stops)
         tokens = np.zeros(self.context, np.int32)
-        known = [*request.prompt, *request.tokens]
+        known = [*request.prompt, *drawn]
         tokens[: len(known)] = known
         given: Any = dict(
             length=positions,
-            token=token,
-            live=live,
-            remaining=request.limit if remaining is None else remaining,
+            token=drawn[-1] if drawn else 0,
+            live=goes_on and request.going,
+            remaining=request.limit - len(drawn),
             density=request.settings.density or 0,
             sampling=jax.tree.map(lambda x: x[0], sampling),
             stop_ids=stops[0],
@@ -375,6 +352,7 @@ class Batch:
         scored = None
         if spans:
             scored = steps.score(self._original, *stream, asked, **dense)
+            scored = self._for_all(scored)
         drawing = [one for one in owners if one]
         self.slots, (drawn, live) = steps.begin(
             logits,
@@ -385,8 +363,8 @@ class Batch:
             model=self._dense,
             variant=self._variant(drawing),
         )
-        token, logprob, valid = drawn
-        told = self._tell(logits, mass, token, drawing)
+        told = self._tell(logits, mass, drawn[0], drawing)
+        (token, logprob, valid), live = self._for_all((drawn, live))
         return Flight(
             token, logprob, valid, live, owners, told, scored=scored, spans=spans
         )
@@ -413,7 +391,7 @@ class Batch:
         """What there is to tell of tokens, if some request asks."""
         if all(one.settings.logprobs is None for one in requests):
             return None
-        return steps.tell(logits, mass, token, model=self._dense)
+        return self._for_all(steps.tell(logits, mass, token, model=self._dense))
 
     def decode(self, slots: Sequence[int], requests: Mapping[int, Request]) -> Flight:
         """One decode step.
@@ -432,71 +410,28 @@ class Batch:
         self.slots, (drawn, live) = steps.draw_tokens(
             self.slots, model=self._dense, variant=self._variant(drawing)
         )
-        token, logprob, valid = drawn
-        told = self._tell(self.slots.logits, self.slots.mass, token, drawing)
+        told = self._tell(self.slots.logits, self.slots.mass, drawn[0], drawing)
+        (token, logprob, valid), live = self._for_all((drawn, live))
+        counts = self._for_all(counts)
         return Flight(token, logprob, valid, live, owners, told, counts)
 
-    def keep(self, gone: SwapOut, request: Request) -> Kept:
+    def keep(self, gone: SwapOut) -> Kept:
         """Take what a request has to the host, before its slot is freed.
 
         Args:
           gone: of a plan.
-          request: who gives way.
         """
         part, _ = self._part(gone.slot)
-        pages = []
-        for at in range(0, len(gone.pages), _PAGES):
-            some = gone.pages[at : at + _PAGES]
-            numbers = np.zeros((self.parts, _PAGES), np.int32)
-            numbers[part, : len(some)] = some
-            pages.append(
-                take_pages(self.slots, self._placed(numbers.ravel()), model=self._dense)
-            )
-        row = take_row(self.slots)
-        for leaf in jax.tree.leaves((pages, row)):
-            leaf.copy_to_host_async()
-        return Kept(request, pages, row, part, gone.slot)
+        return self.swaps.keep(self.slots, gone.pages, part)
 
-    def restore(self, back: SwapIn, kept: Kept) -> tuple[int, bool, int]:
+    def restore(self, back: SwapIn, kept: Kept) -> None:
         """Put pages of a request back; its slot is still to be filled.
 
         Args:
           back: of a plan.
           kept: what the host has.
-
-        Returns:
-          Its token, whether it is live, and what remains.
         """
-        part, _ = self._part(back.slot)
-        kept.come_home()
-        pages, (token, live, remaining) = kept.pages, kept.row
-        for at in range(0, len(back.copies), _PAGES):
-            some = back.copies[at : at + _PAGES]
-            numbers = np.zeros((self.parts, _PAGES), np.int32)
-            numbers[part, : len(some)] = [page for _, page in some]
-            froms = [divmod(index, _PAGES) for index, _ in some]
-
-            def gather(*calls: np.ndarray) -> np.ndarray:
-                shape = self.parts, _PAGES, *calls[0].shape[1:]
-                found = np.zeros(shape, calls[0].dtype)
-                for i, (call, index) in enumerate(froms):  # noqa: B023
-                    found[part, i] = calls[call][kept.part * _PAGES + index]
-                return found.reshape(-1, *shape[2:])
-
-            data = jax.tree.map(gather, *pages)
-            self.slots = put_pages(
-                self.slots,
-                self._placed_pages(data),
-                self._placed(numbers.ravel()),
-                model=self._dense,
-            )
-        slot = kept.slot
-        return int(token[slot]), bool(live[slot]), int(remaining[slot])
-
-    def _placed_pages(self, tree: Any) -> Any:
-        if self.mesh is None:
-            return jax.device_put(tree, self._device)
-        return jax.device_put(tree, NamedSharding(self.mesh, GROUPS))
+        self.slots = self.swaps.restore(self.slots, back.copies, kept)
 
 
 @default_numbers

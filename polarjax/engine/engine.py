@@ -31,7 +31,7 @@ from polarjax.engine.output import Output, make_output
 from polarjax.engine.places import on_devices
 from polarjax.engine.progress import Progress, following
 from polarjax.engine.request import Request
-from polarjax.engine.room import sizes_of
+from polarjax.engine.room import host_pages_of, sizes_of
 from polarjax.engine.runner import Runner
 from polarjax.engine.sampling import Variant
 from polarjax.engine.scheduler import Scheduler
@@ -48,6 +48,7 @@ from polarjax.engine.streams import TokenStream
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import DP, axis_size, mesh_of, shard
 from polarjax.mesh.processes import from_main
+from polarjax.mesh.wire import Wire
 from polarjax.model import check_weights
 from polarjax.params import Params
 from polarjax.planning.crossover import settle
@@ -86,6 +87,9 @@ class Engine:
         times as fast, and let others wait almost four times as long.
       ahead: steps that are sent to the device before the host looks at what one has
         brought.
+      swap_bytes: of the host's memory that each process may fill with pages of
+        requests that gave way; None for a quarter of it, and at most 32 GiB. A request
+        that finds no room there is computed again, from its prompt on.
       prefix_cache: whether prompts share the pages of what they begin with.
       memory_fraction: of the memory that XLA may take on a device, how much may be
         filled.
@@ -119,6 +123,7 @@ class Engine:
         page: int = PAGE,
         prefill_tokens: int | None = None,
         ahead: int = 1,
+        swap_bytes: int | None = None,
         prefix_cache: bool = True,
         memory_fraction: float = MEMORY_FRACTION,
         max_waiting: int = 65_536,
@@ -178,6 +183,7 @@ class Engine:
             # About as many decode steps as take as long as such a program.
             rest=sizes.tokens // 512,
             parts=parts,
+            host_pages=host_pages_of(params, sizes.page, swap_bytes),
         )
         start = time.perf_counter()
         batch = Batch(
@@ -190,7 +196,12 @@ class Engine:
         )
         self._compiled_seconds = time.perf_counter() - start
         self._runner = Runner(
-            scheduler, batch, config, ahead=ahead, prefix_cache=prefix_cache
+            scheduler,
+            batch,
+            config,
+            ahead=ahead,
+            prefix_cache=prefix_cache,
+            wire=Wire() if self._many else None,
         )
         self._added, self._ended = 0, ""
 

@@ -33,3 +33,17 @@ def yields_nan(number: int) -> str:
       number: of its prompt.
     """
     return f"the model yields NaN for prompt {number}: its weights are damaged"
+
+
+def repeats_otherwise(number: int) -> str:
+    """What is said of a request that had to begin anew and then drew other tokens.
+
+    Args:
+      number: of its prompt.
+    """
+    return (
+        f"prompt {number} gave way where swap_bytes left no room for what it had, and "
+        "drew other tokens when it was computed again, as its policy lets them depend "
+        "on other requests: make the engine with more swap_bytes, more pages, or fewer "
+        "slots"
+    )

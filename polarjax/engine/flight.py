@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from polarjax.engine.alternatives import Alternatives
-from polarjax.engine.errors import yields_nan
+from polarjax.engine.errors import repeats_otherwise, yields_nan
 from polarjax.engine.request import Request
 from polarjax.engine.scoring import Span
 from polarjax.mesh.processes import to_host
@@ -106,7 +106,13 @@ class Landed:
         for i, request in enumerate(requests):
             if request is None or not request.going:
                 continue
+            if request.repeats:
+                if self._repeats(request, i):
+                    continue
+                request.fail(repeats_otherwise(request.number))
             news.append(request)
+            if not request.going:
+                continue
             valid, most = bool(self.valid[i]), request.settings.logprobs
             logprobs = [float(self.logprob[i])] if valid else []
             if np.isnan(logprobs).any():
@@ -119,6 +125,12 @@ class Landed:
             new = [int(self.token[i])] if valid else []
             request.add(new, logprobs, ended=not self.live[i], alternatives=tops)
         return news
+
+    def _repeats(self, request: Request, i: int) -> bool:
+        """Whether a request that began anew draws what it did the first time."""
+        known = request.tokens[len(request.tokens) - request.repeats]
+        request.repeats -= 1
+        return bool(self.valid[i] and self.live[i]) and known == self.token[i]
 
     def _score(self, span: Span) -> bool:
         """Tell a request of its prompt; returns whether it goes on, or had ended."""

@@ -15,6 +15,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable
 
+# Pages that one program copies to the host or back: it keeps them in such groups.
+SWAP_PAGES = 8
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SwapOut:
@@ -59,8 +62,8 @@ class SwapIn:
 class Begin:
     """A slot is given to a sequence of which nothing has been drawn.
 
-    It may be a second time: a sequence that gave way while its prompt was being read
-    begins anew.
+    It may be a second time: a sequence that gave way while its prompt was being read,
+    or of which nothing was kept, begins anew.
 
     Attributes:
       sequence: its id.
@@ -98,6 +101,8 @@ class Plan:
       number: of the plan, from 0.
       expired: ids of sequences whose deadline has passed; they are gone.
       swaps_out: of sequences that give way.
+      restarts: ids of sequences that give way while they decode, and of which the host
+        has no room to keep anything: they will begin anew.
       frees: slots that are dead from here on: of sequences that are gone, or swapped
         out, or begin anew later, or whose last token has been asked for. Their rows of
         the page table stay as they are, and must not be used.
@@ -114,6 +119,7 @@ class Plan:
     number: int
     expired: tuple[Hashable, ...] = ()
     swaps_out: tuple[SwapOut, ...] = ()
+    restarts: tuple[Hashable, ...] = ()
     frees: tuple[int, ...] = ()
     swaps_in: tuple[SwapIn, ...] = ()
     begins: tuple[Begin, ...] = ()
@@ -132,6 +138,7 @@ class Draft:
     """A plan that is being made: its lists so far."""
 
     swaps_out: list[SwapOut] = dataclasses.field(default_factory=list)
+    restarts: list[Hashable] = dataclasses.field(default_factory=list)
     frees: list[int] = dataclasses.field(default_factory=list)
     swaps_in: list[SwapIn] = dataclasses.field(default_factory=list)
     begins: list[Begin] = dataclasses.field(default_factory=list)

@@ -57,7 +57,10 @@ class Request:
       left: tokens that the device may still be asked for.
       number: of its prompt among those that came with it, for messages.
       id: of it in its engine.
+      repeats: tokens that are drawn again before new ones, as it had to begin anew.
       cached: tokens of the prompt that were in the cache.
+      together: whether several processes go on with it, in which all of them must end
+        it at the same step: to cancel it is a wish then, which process 0 grants.
       left_by: of its engine: this one is in it once it has been cancelled, by whoever
         holds it and on any thread, until the engine's next step.
       inbox: of who follows several requests: this one is in it once it has got tokens
@@ -83,6 +86,8 @@ class Request:
     number: int = 0
     id: int = -1
     cached: int = 0
+    repeats: int = 0
+    together: bool = False
     left_by: deque[Request] | None = dataclasses.field(default=None, repr=False)
     inbox: dict[Request, None] | None = dataclasses.field(default=None, repr=False)
     _written: _Written | None = None
@@ -159,6 +164,9 @@ class Request:
         Args:
           error: why, if it was not the user's wish.
         """
+        if self.together and self.going and not error and self.left_by is not None:
+            self.left_by.append(self)
+            return
         self._end("cancelled", error)
 
     def fail(self, error: str) -> None:

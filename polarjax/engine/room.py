@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 from polarjax.engine.batch import Sizes
 from polarjax.engine.programs import device_of
-from polarjax.mesh.cut import DP, axis_size, mesh_of
+from polarjax.mesh.cut import DP, TP, axis_size, mesh_of
 from polarjax.mesh.processes import from_main
 from polarjax.params import Params
+from polarjax.planning.host_memory import host_memory
 from polarjax.planning.memory import (
     MEMORY_FRACTION,
     PAGE,
     PREFILL_TOKENS,
+    cache_bytes,
     check_fraction,
     pages_that_fit,
 )
@@ -24,6 +26,10 @@ from polarjax.planning.sizes import at_least, bucket, positive
 _MOST_SLOTS = 512
 # Prompt tokens that one program reads while others decode, who wait for it.
 _ONLINE_TOKENS = 512
+
+# Of the host's memory, how much may hold pages of requests that gave way if nobody
+# says; and at most so much, half of what XLA takes for pinned memory by default.
+_SWAP_SHARE, _MOST_SWAPPED = 0.25, 32 << 30
 
 
 def prefill_tokens_of(params: Params) -> int:
@@ -76,6 +82,34 @@ def sizes_of(
         count = at_least("pages", pages, 2)
     pieces = min(slots // axis_size(mesh, DP), max(tokens // 32, 8))
     return Sizes(slots, context, count, page, tokens, pieces)
+
+
+def host_pages_of(params: Params, page: int, swap_bytes: int | None) -> int:
+    """Pages of each part of a batch that the hosts may keep for it.
+
+    Args:
+      params: the model, in its devices' memory.
+      page: positions of a page.
+      swap_bytes: of the memory of each process' host; None for a share of it.
+
+    Raises:
+      ValueError: if it is out of range.
+    """
+    config, mesh = params.config, mesh_of(params.weights)
+    if swap_bytes is None:
+        host = host_memory()
+        share = int(_SWAP_SHARE * host.limit) if host else _MOST_SWAPPED
+        room = min(share, _MOST_SWAPPED)
+    else:
+        room = at_least("swap_bytes", swap_bytes, 0)
+    if mesh is not None and mesh.is_multi_process:  # whose hosts may differ
+        room = from_main(room)
+        room *= len({device.process_index for device in mesh.devices.flat})
+    # Where there are more devices than KV groups, several have the same group.
+    tp = axis_size(mesh, TP)
+    groups = tp * -(-config.kv_heads // tp)
+    one = cache_bytes(config, 1, page, params.dtype) // config.kv_heads * groups
+    return room // (axis_size(mesh, DP) * one)
 
 
 def room_for(

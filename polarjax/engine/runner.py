@@ -8,12 +8,13 @@ step has drawn while the next is under way.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections import deque
 from collections.abc import Hashable, Iterator
 from typing import Any
 
 from polarjax.config import ModelConfig
-from polarjax.engine.batch import Batch, Kept
+from polarjax.engine.batch import Batch
 from polarjax.engine.clock import Clock
 from polarjax.engine.errors import RequestFailed
 from polarjax.engine.flight import Flight
@@ -22,6 +23,8 @@ from polarjax.engine.programs import Drawn
 from polarjax.engine.request import Request
 from polarjax.engine.scheduler import Scheduler
 from polarjax.engine.stats import Tally
+from polarjax.engine.swaps import Kept
+from polarjax.mesh.wire import Wire
 
 
 class Runner:
@@ -34,11 +37,14 @@ class Runner:
       ahead: steps that are sent to the devices before the host looks at what one has
         brought.
       prefix_cache: whether prompts share the pages of what they begin with.
+      wire: from process 0, where several processes have the batch; else None.
 
     Attributes:
       scheduler: as above.
       batch: as above, until `end`.
       kept: what the host has of requests that gave way, by id.
+      anew: ids of those of which it has nothing, and which will begin anew.
+      wire: as above.
       flights: what the devices have begun, in order.
       half_way: whether a step was interrupted that cannot be taken up again.
       clock: where the time goes.
@@ -54,12 +60,16 @@ class Runner:
         *,
         ahead: int,
         prefix_cache: bool,
+        wire: Wire | None = None,
     ) -> None:
         self.scheduler, self.batch = scheduler, batch
         self._config, self._ahead, self._prefix_cache = config, ahead, prefix_cache
         self._requests: dict[Hashable, Request] = {}  # by id, until they end
         self._owners: dict[int, Request] = {}  # by slot
         self.kept: dict[Hashable, Kept] = {}
+        self.anew: set[Hashable] = set()
+        self.wire = wire
+        self._asked = hashlib.sha256()  # of all requests, for other processes
         self.flights: deque[Flight] = deque()
         self._left: deque[Request] = deque()  # cancelled, and not yet looked at
         self._ids = self._calls = 0
@@ -79,7 +89,10 @@ class Runner:
     def admit(self, request: Request) -> None:
         """A request waits from now on."""
         request.id, self._ids = self._ids, self._ids + 1
-        request.left_by = self._left
+        request.left_by, request.together = self._left, self.wire is not None
+        if self.wire is not None:
+            said = request.id, request.prompt, request.limit, request.settings
+            self._asked.update(repr(said).encode())
         # What is wanted of every position must be computed at every position.
         prefix = self._prefix_cache and request.settings.told_of_prompt is None
         self.scheduler.add(request.id, request.prompt, request.limit, prefix=prefix)
@@ -90,16 +103,19 @@ class Runner:
         return self._requests.get(request.id) is request
 
     def cancel(self, request: Request) -> None:
-        """End a request."""
+        """End a request, where several processes have it at the next step."""
         request.cancel()
-        self._forget(request)
+        if not request.going:
+            self._forget(request)
 
     def end(self, why: str) -> None:
         """Cancel what is open; the arrays go, whatever became of them."""
         for request in self._requests.values():
             request.cancel(why)
-        self._requests, self._owners, self.kept = {}, {}, {}
+        self._requests, self._owners, self.kept, self.anew = {}, {}, {}, set()
         self.flights.clear()
+        if self.wire is not None:
+            self.wire.close()
         del self.batch
 
     @contextlib.contextmanager
@@ -117,7 +133,42 @@ class Runner:
         if self.has(request):
             del self._requests[request.id]
             self.kept.pop(request.id, None)
+            self.anew.discard(request.id)
             self.scheduler.ended(request.id)
+
+    def _take_left(self) -> list[Request]:
+        left = []
+        while self._left:
+            left.append(self._left.popleft())
+        return left
+
+    def _agree(self, left: list[Request], wire: Wire) -> list[Request]:
+        """End what process 0 wants ended: all that is not the same by itself.
+
+        What was added must be the same, and what is drawn is; plans follow from both.
+
+        Args:
+          left: those that this process would end.
+          wire: from process 0.
+
+        Returns:
+          Those that it wants ended.
+
+        Raises:
+          ValueError: if this process was given other requests than process 0.
+        """
+        asked = self._asked.hexdigest()
+        ends, known = wire.tell(([one.id for one in left if self.has(one)], asked))
+        if known != asked:
+            raise ValueError(
+                "this process was given other requests than process 0, or in another "
+                "order: add the same prompts and settings on every process"
+            )
+        ended = [self._requests[id] for id in ends]
+        for request in ended:
+            request.together = False
+            request.cancel()
+        return ended
 
     def step(self) -> list[Request]:
         """Go on, see `polarjax.Engine.step`.
@@ -126,10 +177,11 @@ class Runner:
           RequestFailed: if the model yields NaN for requests.
         """
         self.half_way = False
-        while self._left:
-            self._forget(self._left.popleft())
+        left = self._take_left()
+        for request in left if self.wire is None else self._agree(left, self.wire):
+            self._forget(request)
         # Who gave way may come back at once: not before its newest token is here.
-        gone = [kept.request for kept in self.kept.values()]
+        gone = [self._requests[id] for id in (*self.kept, *self.anew)]
         pending = [i for i, one in enumerate(self.flights) if one.has(gone)]
         news = self._take_home(pending[-1] + 1 if pending else 0)
         with self._all_or_nothing():
@@ -155,22 +207,29 @@ class Runner:
 
     def _send(self, plan: Plan) -> None:
         """Have the devices do what a plan says."""
+        swaps = self.batch.swaps
+        bytes_before, seconds_before = swaps.bytes, swaps.seconds
         for gone in plan.swaps_out:
-            owner = self._owners[gone.slot]
-            self.kept[gone.sequence] = self.batch.keep(gone, owner)
+            self.kept[gone.sequence] = self.batch.keep(gone)
+        self.anew.update(plan.restarts)
         for slot in plan.frees:
             self._owners.pop(slot, None)
         rows = []
         for back in plan.swaps_in:
-            kept = self.kept.pop(back.sequence)
-            request = self._owners[back.slot] = kept.request
-            token, live, remaining = self.batch.restore(back, kept)
-            going = live and request.going
-            row = self.batch.row(request, back.positions, token, going, remaining)
+            self.batch.restore(back, self.kept.pop(back.sequence))
+            request = self._owners[back.slot] = self._requests[back.sequence]
+            row = self.batch.row(request, back.positions, goes_on=True)
             rows.append((back.slot, row))
+        if self.counting:
+            self.tally.swapped_bytes += swaps.bytes - bytes_before
+            self.tally.swap_seconds += swaps.seconds - seconds_before
         for one in plan.begins:
             request = self._owners[one.slot] = self._requests[one.sequence]
-            request.cached = one.cached
+            if one.sequence in self.anew:
+                self.anew.discard(one.sequence)
+                request.repeats = len(request.tokens)
+            else:
+                request.cached = one.cached
             rows.append((one.slot, self.batch.row(request, one.cached)))
         if plan.frees or rows or plan.tables:
             self.batch.change(plan.frees, rows, plan.tables)

@@ -10,6 +10,10 @@ tokens and only waits to hear of its end; else, of those with the largest priori
 number, who has computed least; and never one alone. The other end of that order always
 goes on, so all come to their end.
 
+What one that decodes has computed is kept by the host, and copied back when there is
+room again. Where the host's share is full the sequence begins anew: it will draw the
+same tokens once more, at the price of computing them.
+
 Who is admitted gets the pages of a whole prompt, and of the position after it. Between
 two plans the table of one that decodes has just the pages that hold something; the next
 one comes in the plan whose step writes the first position there.
@@ -18,10 +22,11 @@ one comes in the plan whose step writes the first position there.
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, insort
 
 from polarjax.engine.pages import PagePool
-from polarjax.engine.plans import Begin, Draft, Piece, SwapIn, SwapOut
+from polarjax.engine.plans import SWAP_PAGES, Begin, Draft, Piece, SwapIn, SwapOut
 from polarjax.engine.sequence import Sequence, State
 
 
@@ -33,15 +38,27 @@ class Part:
       pool: of the pages.
       tokens: of prompts, at most, that one prefill program reads for this part.
       pieces: of prompts, at most, that these are of.
+      host_pages: most that the host keeps of those who gave way.
 
     Attributes:
+      index: number of this part.
+      kept: pages that it keeps.
       number: of the plan that is made, or else of the next.
       free: slots that nobody has, a heap.
       live: who has the others.
     """
 
-    def __init__(self, slots: range, pool: PagePool, tokens: int, pieces: int) -> None:
+    def __init__(
+        self,
+        slots: range,
+        pool: PagePool,
+        tokens: int,
+        pieces: int,
+        host_pages: float = math.inf,
+    ) -> None:
         self.slots, self.pool = slots, pool
+        self.index = slots.start // len(slots)
+        self.host_pages, self.kept = host_pages, 0
         self.number = 0
         self.free = list(slots)
         self.live: dict[int, Sequence] = {}
@@ -118,6 +135,7 @@ class Part:
             kept = range(len(found), pool.pages_for(positions))
             copies = tuple((i, sequence.table[i]) for i in kept)
             draft.swaps_in.append(SwapIn(sequence.id, slot, copies, positions))
+            self.let_go(sequence)
             pool.enter(prompt, sequence.table, range(len(found), len(prompt.hashes)))
             self._start_decoding(sequence, positions)
             return True
@@ -186,7 +204,8 @@ class Part:
         growing: list[Sequence] = []
         for sequence in self._due.pop(self.number, ()):
             if sequence.due != self.number:
-                continue  # it has left meanwhile
+                continue  # it has left meanwhile, or is here twice: it began anew
+            sequence.due = -1
             if sequence.positions(self.number) == sequence.end:
                 self._stop_decoding(sequence, State.DRAWN)
             else:
@@ -221,8 +240,19 @@ class Part:
         if state is State.READING:  # dense, and so read again as it was
             victim.state = State.WAITING
         elif state is State.DECODING:
-            victim.state = State.SWAPPED
+            kept = -(-len(table) // SWAP_PAGES) * SWAP_PAGES
+            if self.kept + kept > self.host_pages:
+                victim.state = State.WAITING
+                draft.restarts.append(victim.id)
+                return
+            self.kept += kept
+            victim.state, victim.keeper, victim.kept = State.SWAPPED, self.index, kept
             draft.swaps_out.append(SwapOut(victim.id, slot, tuple(table), victim.done))
+
+    def let_go(self, sequence: Sequence) -> None:
+        """The host keeps nothing of a sequence any more."""
+        self.kept -= sequence.kept
+        sequence.keeper, sequence.kept = -1, 0
 
     def vacate(self, sequence: Sequence, draft: Draft) -> None:
         """Take slot and pages from a sequence, for others from this plan on.

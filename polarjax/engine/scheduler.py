@@ -52,6 +52,8 @@ class Scheduler:
       parts: equal parts that a mesh cuts the batch into. Part i has the slots from
         i * slots / parts on and pages of its own, which its rows of the table number.
       root: what the pages' contents depend on, see `PagePool`.
+      host_pages: most that the host keeps of sequences that gave way, for each part, in
+        groups of `SWAP_PAGES`. Where there is no room a sequence begins anew.
 
     Attributes:
       preemptions: times that a sequence had to give way.
@@ -71,6 +73,7 @@ class Scheduler:
         rest: int = 0,
         parts: int = 1,
         root: bytes = b"",
+        host_pages: float = math.inf,
     ) -> None:
         self.slots, self.parts = positive("slots", slots), positive("parts", parts)
         if self.slots % self.parts:
@@ -86,6 +89,7 @@ class Scheduler:
                 PagePool(pages, page, root),
                 tokens,
                 pieces,
+                host_pages,
             )
             for i in range(self.parts)
         ]
@@ -225,6 +229,7 @@ class Scheduler:
             self._parts[0].number,
             expired,
             tuple(draft.swaps_out),
+            tuple(draft.restarts),
             tuple(draft.frees),
             tuple(draft.swaps_in),
             tuple(draft.begins),
@@ -253,16 +258,25 @@ class Scheduler:
 
     def _admit(self, draft: Draft) -> None:
         """Give slots to those who wait, in order, while there is room for the next."""
-        while (sequence := self._waiting.first()) is not None:
-            resumed = sequence.state is State.SWAPPED
-            rooms = [p for p in self._parts if p.free and (resumed or p.may_read)]
+        full: set[int] = set()  # for those whose pages they keep, who go before others
+        while (sequence := self._waiting.first(full)) is not None:
+            if sequence.keeper >= 0:
+                keeper = self._parts[sequence.keeper]
+                if keeper.free and keeper.admit(sequence, draft):
+                    self._waiting.take(sequence)
+                else:
+                    full.add(sequence.keeper)
+                continue
+            rooms = [
+                p for p in self._parts if p.free and p.may_read and p.index not in full
+            ]
             if not rooms:
                 return
             part = max(rooms, key=lambda part: part.pool.available)
             reader = part.reader
             # Who is being read goes on first, so that an equal prompt finds its pages;
             # unless the new one matters more.
-            if not resumed and reader and reader.priority <= sequence.priority:
+            if reader and reader.priority <= sequence.priority:
                 part.read(draft)
             elif part.admit(sequence, draft):
                 self._waiting.take(sequence)
@@ -290,6 +304,8 @@ class Scheduler:
         if sequence.slot >= 0:
             part = self._parts[sequence.slot * self.parts // self.slots]
             part.vacate(sequence, self._draft)
+        if sequence.keeper >= 0:
+            self._parts[sequence.keeper].let_go(sequence)
         self._waiting.leave(sequence, unused)
         sequence.state = State.GONE
         del self._sequences[sequence.id]
@@ -311,5 +327,10 @@ class Scheduler:
             assert sequence.queued == queued, f"{sequence.id!r} waits for nothing"
             # A drawn one may have had to give its slot up.
             assert has_slot != queued or sequence.state is State.DRAWN
+        for part in self._parts:
+            kept = sum(
+                s.kept for s in self._sequences.values() if s.keeper == part.index
+            )
+            assert kept == part.kept <= part.host_pages, "what does the host keep?"
         assert not live, f"slots {sorted(live)} are taken by nobody"
         assert len(self._waiting) == sum(s.queued for s in self._sequences.values())

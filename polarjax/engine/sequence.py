@@ -41,6 +41,9 @@ class Sequence:
       done: positions computed; while it decodes, less the number of the next plan, as
         each plan adds one.
       due: number of the plan that must look at it; -1 for none.
+      keeper: number of the part of the batch whose host has what it had, and where
+        alone it can go on; -1 for none.
+      kept: pages of that host's memory that it takes.
     """
 
     id: Hashable
@@ -58,6 +61,8 @@ class Sequence:
     table: list[int] = dataclasses.field(default_factory=list)
     done: int = 0
     due: int = -1
+    keeper: int = -1
+    kept: int = 0
 
     @property
     def end(self) -> int:

@@ -15,7 +15,7 @@ from pallas_kernels import put
 from polarjax.cache import PagedCache, zeros
 from polarjax.config import ModelConfig
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table
-from polarjax.engine.places import GROUPS, PAGES, ROWS
+from polarjax.engine.places import GROUPS, PAGE_GROUPS, PAGES, ROWS
 from polarjax.engine.programs import device_of
 from polarjax.engine.rules import History
 from polarjax.engine.sampling import Sampling
@@ -146,8 +146,8 @@ def edit(slots: Slots, change: Edit, *, model: Decoder) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def take_pages(slots: Slots, pages: jax.Array, *, model: Decoder) -> list[Any]:
-    """What some pages hold: by layer keys and values, [n, k, page, d].
+def take_pages(slots: Slots, pages: jax.Array, *, model: Decoder) -> jax.Array:
+    """What some pages hold, [2 layers, n, k, page, d]: of each layer keys, then values.
 
     Args:
       slots: of the batch.
@@ -155,44 +155,40 @@ def take_pages(slots: Slots, pages: jax.Array, *, model: Decoder) -> list[Any]:
       model: that the batch is of.
     """
 
-    def take(slots: Slots, pages: jax.Array) -> list[Any]:
-        return jax.tree.map(lambda whole: whole[pages], slots.cache.apart())
+    def take(slots: Slots, pages: jax.Array) -> jax.Array:
+        return jnp.stack(
+            [whole[pages] for whole in jax.tree.leaves(slots.cache.apart())]
+        )
 
     specs = cut_slots(model), ROWS
-    return model.share.over(take, specs, GROUPS)(slots, pages)
+    return model.share.over(take, specs, PAGE_GROUPS)(slots, pages)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
 def put_pages(
-    slots: Slots, data: list[Any], pages: jax.Array, *, model: Decoder
+    slots: Slots, data: jax.Array, pages: jax.Array, *, model: Decoder
 ) -> Slots:
     """Fill some pages with what `take_pages` took.
 
     Args:
       slots: donated.
-      data: by layer keys and values, [n, k, page, d].
+      data: as `take_pages` returns it.
       pages: int32[n], where they go; 0, the trash page, for nowhere.
       model: that the batch is of.
     """
 
-    def fill(slots: Slots, data: list[Any], pages: jax.Array) -> Slots:
-        def put_in(whole: jax.Array, part: jax.Array) -> jax.Array:
-            return put(whole, (pages,), part)
-
+    def fill(slots: Slots, data: jax.Array, pages: jax.Array) -> Slots:
         cache = slots.cache
-        layers = jax.tree.map(put_in, cache.apart(), data)
+        arrays, tree = jax.tree.flatten(cache.apart())
+        layers = jax.tree.unflatten(
+            tree, [put(x, (pages,), new) for x, new in zip(arrays, data, strict=True)]
+        )
         filled = PagedCache.of_layers(layers, cache.lengths)
         cache = dataclasses.replace(filled, table=cache.table)
         return dataclasses.replace(slots, cache=cache)
 
     kept = cut_slots(model)
-    return model.share.over(fill, (kept, GROUPS, ROWS), kept)(slots, data, pages)
-
-
-@jax.jit
-def take_row(slots: Slots) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Copies of token, live and remaining, which the next program takes away."""
-    return jax.tree.map(jnp.copy, (slots.token, slots.live, slots.remaining))
+    return model.share.over(fill, (kept, PAGE_GROUPS, ROWS), kept)(slots, data, pages)
 
 
 def cut_slots(model: Decoder) -> Any:

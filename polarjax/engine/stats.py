@@ -47,6 +47,10 @@ class Stats:
       imbalance: KV groups that the busiest of the devices that share the model reads in
         a layer / their mean, over layers and steps; 1 on one device, and where all
         read as many.
+      swapped_bytes: KV bytes that this process has copied to its host's memory and back
+        for requests that gave way to others.
+      swap_seconds: that its thread spent on sending the devices to it. The copies
+        themselves go on beside it.
     """
 
     policy: str
@@ -66,6 +70,8 @@ class Stats:
     floor_seconds: float
     notes: tuple[str, ...] = ()
     imbalance: float = 1.0
+    swapped_bytes: int = 0
+    swap_seconds: float = 0.0
 
     @property
     def floor_fraction(self) -> float:
@@ -147,6 +153,8 @@ class Tally:
       decoded: tokens drawn that count.
       kv_read: keys (and as many values) that had to be read.
       kv_whole: what they would have been with every group.
+      swapped_bytes: as in `Stats`.
+      swap_seconds: likewise.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -156,6 +164,7 @@ class Tally:
         self._busiest = self._mean = 0.0
         self.steps = self.busy = self.slots = self.decoded = 0
         self.kv_read = self.kv_whole = 0
+        self.swapped_bytes, self.swap_seconds = 0, 0.0
 
     def add(self, drawn: Drawn, steps: int) -> None:
         """Count what some steps brought.
@@ -248,6 +257,8 @@ def make_stats(
         floor_seconds=(steps * weight_bytes + kv_read * row_bytes) / bandwidth,
         notes=said,
         imbalance=uneven,
+        swapped_bytes=tally.swapped_bytes,
+        swap_seconds=tally.swap_seconds,
     )
 
 

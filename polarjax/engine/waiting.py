@@ -18,7 +18,7 @@ import dataclasses
 import heapq
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 
 from polarjax.engine.sequence import Sequence
 
@@ -65,9 +65,10 @@ class _Level:
         if len(client.waiting) == 1:
             self._push(client)
 
-    def first(self) -> Sequence | None:
-        if self.back:
-            return self.back[0][1]
+    def first(self, full: Container[int]) -> Sequence | None:
+        for _, sequence in self.back:
+            if sequence.keeper < 0 or sequence.keeper not in full:
+                return sequence
         while self._heap:
             served, order, client = self._heap[0]
             if client.key == (served, order):
@@ -154,10 +155,15 @@ class Waiting:
         insort(self._levels[sequence.priority].back, (sequence.order, sequence))
         self._queue(sequence, True)
 
-    def first(self) -> Sequence | None:
-        """Who goes next; None if nobody waits."""
+    def first(self, full: Container[int] = ()) -> Sequence | None:
+        """Who goes next; None if nobody waits.
+
+        Args:
+          full: numbers of parts of the batch without room for those whose pages they
+            keep, who are passed over.
+        """
         for priority in self._priorities:
-            sequence = self._levels[priority].first()
+            sequence = self._levels[priority].first(full)
             if sequence is not None:
                 return sequence
         return None

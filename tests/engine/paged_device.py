@@ -41,7 +41,7 @@ class Device:
             [[None] * page for _ in range(pool.pages)] for pool in scheduler.pools
         ]
         self.slots, self.tables = {}, {}
-        self.host = {}  # of swapped-out sequences: their cells, their slot
+        self.host = {}  # of swapped-out sequences: their cells, slot and part
         self.want, self.lives = {}, {}  # by sequence
         self.finished = {}  # tokens drawn, by sequence
         self.reads = self.decoded = self.shared = 0
@@ -94,7 +94,8 @@ class Device:
                 assert one.length == out.positions
                 self.read(out.slot, out.positions)
             rows = self.rows(out.slot)[: len(out.pages)]
-            self.host[out.sequence] = [list(row) for row in rows], one
+            part = out.slot * self.scheduler.parts // self.scheduler.slots
+            self.host[out.sequence] = [list(row) for row in rows], one, part
         for slot in plan.frees:
             del self.slots[slot]
             self.tables[slot] = [-1] * len(self.tables[slot])  # to be used by nobody
@@ -122,7 +123,9 @@ class Device:
             assert index == len(table), "a table has a gap"
             table.append(page)
         for back in plan.swaps_in:
-            cells, one = self.host.pop(back.sequence)
+            cells, one, part = self.host.pop(back.sequence)
+            slots, parts = self.scheduler.slots, self.scheduler.parts
+            assert part == back.slot * parts // slots, "its pages are elsewhere"
             assert back.slot not in self.slots
             for index, page in back.copies:
                 assert self.tables[back.slot][index] == page

@@ -13,7 +13,9 @@ import pytest
 import polarjax
 from polarjax import Engine
 from polarjax.engine.errors import RequestFailed
+from polarjax.engine.plans import SWAP_PAGES
 from polarjax.mesh.cut import make_mesh
+from polarjax.planning.memory import cache_bytes
 from tests.models import LLAMA, MHA, OPT, random_params
 
 CONTEXT, PAGE = 128, 16
@@ -148,13 +150,33 @@ def play(engine, seed, alone):
     return len(asked)
 
 
+def note_restarts(engine):
+    """A list that fills with who begins anew in an engine."""
+    noted, plan = [], engine._runner.scheduler.plan
+
+    def noting():
+        made = plan()
+        noted.extend(made.restarts)
+        return made
+
+    engine._runner.scheduler.plan = noting
+    return noted
+
+
 # XLA fuses otherwise than without its optimizations, and rounds otherwise.
 @pytest.mark.usefixtures("as_users_do")
 @pytest.mark.parametrize(
     "seeds", [range(60), pytest.param(range(60, 300), marks=pytest.mark.slow)]
 )
 def test_a_request_is_the_request_alone_in_any_load(params, alone, compiled, seeds):
-    engines = [make_engine(params, ahead=ahead) for ahead in range(3)]
+    # One's host has room for one group of pages: others begin anew.
+    group = cache_bytes(params.config, 1, PAGE, params.dtype) * SWAP_PAGES
+    rooms = [None, group, None]
+    engines = [
+        make_engine(params, ahead=ahead, swap_bytes=room)
+        for ahead, room in enumerate(rooms)
+    ]
+    again = note_restarts(engines[1])
     alone([1], polarjax.Settings(max_new_tokens=2))
     [poison(engine) for engine in engines]
     compiled.clear()
@@ -162,9 +184,11 @@ def test_a_request_is_the_request_alone_in_any_load(params, alone, compiled, see
     assert not compiled
     pools = [engine._runner.scheduler.pools[0] for engine in engines]
     assert sum(engine._runner.scheduler.preemptions for engine in engines) > 0.2 * asked
+    assert again and all(engine._runner.batch.swaps.bytes for engine in engines)
     assert sum(pool.hits for pool in pools) > 0.1 * sum(pool.queries for pool in pools)
     for engine in engines:
-        assert len(engine._runner.scheduler) == 0 and not engine._runner.kept
+        assert len(engine._runner.scheduler) == 0
+        assert not engine._runner.kept and not engine._runner.anew
 
 
 def test_tokens_are_those_that_were_recorded():

@@ -8,11 +8,16 @@ import pytest
 
 import polarjax
 from polarjax import Engine
+from polarjax.engine import swaps
 from polarjax.engine.batch import Batch, Flight
+from polarjax.engine.errors import RequestFailed
+from polarjax.engine.plans import SWAP_PAGES
 from polarjax.engine.sampling import Variant
+from polarjax.planning.memory import cache_bytes
 from tests.models import LLAMA, random_params
 
 CONTEXT = 128
+WHOLE = {"max_new_tokens": 100, "stop_ids": ()}
 PLAIN = polarjax.Settings(max_new_tokens=40, stop_ids=())
 
 
@@ -81,6 +86,7 @@ def test_drawing_that_is_not_compiled_is_refused(params):
         ({"prefix_cache": 1}, TypeError, "prefix_cache must be"),
         ({"pages": 1}, ValueError, "pages must be an integer of at least 2"),
         ({"pages": 0}, ValueError, "pages must be an integer of at least 2"),
+        ({"swap_bytes": -1}, ValueError, "swap_bytes must be"),
         ({"page": 0}, ValueError, "page must be a positive"),
         ({"ahead": -1}, ValueError, "ahead must be"),
         ({"prefill_tokens": float("nan")}, ValueError, "prefill_tokens must be"),
@@ -122,11 +128,15 @@ def test_first_tokens_are_not_kept_waiting(params):
     run(engine)
 
 
-def test_who_gave_way_leaves_the_devices(params):
+@pytest.mark.parametrize("pinned", [True, False])
+def test_who_gave_way_leaves_the_devices(params, monkeypatch, pinned):
+    prompts = [[i + 1] * 20 for i in range(4)]
+    expected = make_engine(params, pages=None).generate(prompts, **WHOLE).tokens
+    if not pinned:  # as on a device that knows none
+        monkeypatch.setattr(swaps, "_PINNED", "nowhere")
     engine = make_engine(params)
-    for i in range(4):
-        prompt = [i + 1] * 20
-        engine.add(prompt, dataclasses.replace(PLAIN, max_new_tokens=100))
+    settings = dataclasses.replace(PLAIN, max_new_tokens=100)
+    requests = [engine.add(prompt, settings) for prompt in prompts]
     seen = 0
     while not engine.idle:
         before = set(engine._runner.kept)
@@ -134,9 +144,13 @@ def test_who_gave_way_leaves_the_devices(params):
         for id in before & set(engine._runner.kept):
             seen += 1
             kept = engine._runner.kept[id]
-            leaves = jax.tree.leaves((kept.pages, kept.row))
-            assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
+            for array in jax.tree.leaves([[*x.values()] for x in kept.groups]):
+                if pinned:
+                    assert array.sharding.memory_kind == "pinned_host"
+                else:
+                    assert isinstance(array, np.ndarray)
     assert seen
+    assert [one.tokens for one in requests] == expected
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
@@ -173,6 +187,60 @@ def test_an_interruption_loses_nothing_or_ends_all(params, monkeypatch, ahead):
                 run(engine)
                 assert engine._runner.scheduler.preemptions
                 assert [one.tokens for one in requests] == expected
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_who_finds_no_room_on_the_host_is_computed_again(params, ahead):
+    drawn = {"temperature": 1.0, "repetition_penalty": 1.5, "logprobs": 2}
+    whole = {"max_new_tokens": 90, "stop_ids": (), "prompt_logprobs": 1, **drawn}
+    prompts = [[3, 4, 5], [7, 8, 9], [2] * 30, [6] * 20, [1]]
+    roomy = make_engine(params, pages=None)
+    expected = roomy.generate(prompts, density=0.5, **whole)
+    engine = make_engine(params, swap_bytes=0, ahead=ahead)
+    seen, restarts = "", []
+    plan = engine._runner.scheduler.plan
+
+    def noting():
+        made = plan()
+        restarts.extend(made.restarts)
+        return made
+
+    engine._runner.scheduler.plan = noting
+    stream = engine.stream(prompts[0], polarjax.Settings(density=0.5, **whole))
+    out = engine.generate(prompts, density=0.5, **whole)
+    for piece in stream:
+        seen += str(piece.tokens)
+    assert restarts
+    assert out.tokens == expected.tokens and out.logprobs == expected.logprobs
+    assert out.alternatives == expected.alternatives
+    assert out.prompt_logprobs == expected.prompt_logprobs
+    assert stream.request.tokens == expected.tokens[0]
+    assert seen.replace("][", ", ") == str(expected.tokens[0])
+    assert not engine._runner.batch.swaps.bytes
+
+
+def test_one_that_repeats_otherwise_fails_alone(params):
+    engine = make_engine(params, swap_bytes=0)
+    settings = dataclasses.replace(PLAIN, max_new_tokens=90)
+    requests = [engine.add([i + 1], settings) for i in range(2)]
+    while not engine._runner.anew:
+        engine.step()
+    [id] = engine._runner.anew
+    requests[id].tokens[0] += 1
+    with pytest.raises(RequestFailed, match="gave way where swap_bytes left no room"):
+        run(engine)
+    run(engine)
+    assert [one.finish_reason for one in requests] == ["length", "error"]
+
+
+def test_swaps_are_counted(params):
+    out = make_engine(params).generate([[i + 1] * 20 for i in range(4)], **WHOLE)
+    # To the host and back, in whole groups of pages.
+    group = cache_bytes(params.config, 1, 16, params.dtype) * SWAP_PAGES
+    assert out.stats.swapped_bytes and out.stats.swapped_bytes % (2 * group) == 0
+    assert 0 < out.stats.swap_seconds < out.stats.decode_seconds
+    roomy = make_engine(params, pages=None).generate([[1] * 20], **WHOLE)
+    assert (roomy.stats.swapped_bytes, roomy.stats.swap_seconds) == (0, 0)
 
 
 def test_an_interruption_amid_a_return_ends_all(params, monkeypatch):

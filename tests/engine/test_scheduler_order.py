@@ -47,6 +47,25 @@ def test_who_gave_way_goes_on_before_new_ones_of_its_priority():
     assert order[-1] == "less"
 
 
+def test_who_can_only_go_on_in_one_part_does_not_block_the_others():
+    one = run(slots=6, pages=12, parts=2, prefill_tokens=100)
+    for id in range(4):
+        one.add(id, [id] * 4, 30)
+    while not one.scheduler.preemptions:
+        one.step()
+    swapped = [plan.swaps_out[0] for plan in one.plans if plan.swaps_out]
+    kept = swapped[0].slot // 3
+    for id in [x for x in range(4) if x not in [out.sequence for out in swapped]]:
+        slots = one.device.slots.items()
+        if any(slot // 3 != kept and at.sequence == id for slot, at in slots):
+            one.cancel(id)
+    one.add("new", [9], 2)
+    plan = one.step()
+    assert [begin.slot // 3 for begin in plan.begins] == [1 - kept]
+    assert not any(back.slot // 3 == kept for back in plan.swaps_in)
+    one.finish()
+
+
 def test_a_prompt_that_gave_way_while_it_was_read_is_read_again():
     one = run(slots=2, pages=26, prefill_tokens=3)
     one.add("a", range(8), 60)

@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import math
 import sys
 import time
 import types
@@ -13,7 +14,7 @@ from polarjax.engine.scheduler import Scheduler
 from tests.engine.paged_device import PAGE, Run
 
 
-def random_run(seed, parts=1):
+def random_run(seed, parts=1, host_pages=math.inf):
     """Sequences of all kinds come and go; returns the run, all of it over."""
     rng = np.random.default_rng(seed)
     page = int(rng.choice([1, 3, 4, 7]))
@@ -25,6 +26,7 @@ def random_run(seed, parts=1):
         prefill_tokens=int(rng.integers(3, 30)),
         pieces=int(rng.integers(1, 5)),
         parts=parts,
+        host_pages=host_pages,
     )
     one = Run(scheduler, late=int(rng.integers(0, 3)))
     stems = [rng.integers(0, 9, 24).tolist() for _ in range(3)]
@@ -72,6 +74,14 @@ def test_random_traces_can_be_executed(parts):
     assert sum(device.shared for device in devices) > 500
     assert sum(len(device.finished) for device in devices) > 60 * 30
     assert sum(len(plan.expired) for one in runs for plan in one.plans) > 50
+
+
+@pytest.mark.parametrize(("parts", "host_pages"), [(1, 0), (1, 16), (2, 16)])
+def test_what_the_host_has_no_room_for_begins_anew(parts, host_pages):
+    runs = [random_run(seed, parts, host_pages) for seed in range(40)]
+    plans = [plan for one in runs for plan in one.plans]
+    assert sum(len(plan.restarts) for plan in plans) > 30
+    assert bool(host_pages) == any(plan.swaps_in for plan in plans)
 
 
 @pytest.mark.slow

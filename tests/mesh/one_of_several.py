@@ -28,6 +28,7 @@ from polarjax.training import (
     train_updates,
     write_blocks,
 )
+from tests.mesh import served
 from tests.models import OPT, random_params
 
 TOKENS = [[1, 2, 3], [7] * 20, [5, 6]]
@@ -99,6 +100,15 @@ def generate_together(folder: Path) -> None:
     )
     numbers = [found.tokens, found.stats.density]
     (folder / f"{jax.process_index()}.json").write_text(json.dumps(numbers))
+
+
+def serve_together(folder: Path) -> None:
+    """An engine over pages, over both processes, in both ways; into a file."""
+    seen = []
+    for tp, dp in ((2, 1), (1, 2)):
+        with served.make_engine(folder, make_mesh(tp, dp)) as engine:
+            seen.append(served.serve(engine, jax.process_index()))
+    (folder / f"{jax.process_index()}.json").write_text(json.dumps(seen))
 
 
 def evaluate_together(folder: Path) -> None:
@@ -197,6 +207,8 @@ def main() -> None:
             work_together(args.folder)
         elif args.what == "generate":
             generate_together(args.folder)
+        elif args.what == "serve":
+            serve_together(args.folder)
         elif args.what == "evaluate":
             evaluate_together(args.folder)
         elif args.what == "train":

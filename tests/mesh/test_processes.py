@@ -22,6 +22,7 @@ from polarjax.mesh import processes
 from polarjax.mesh.native_log import one_line
 from polarjax.policies.adapter import ROUTERS_FILE
 from tests.evaluation.test_tasks import make_rows, write
+from tests.mesh import served
 from tests.mesh.one_of_several import (
     TOKENS,
     eval_settings,
@@ -115,6 +116,31 @@ def test_two_processes_say_what_one_says(launch, tmp_path):
     for i in range(2):
         tokens, density = json.loads((tmp_path / f"{i}.json").read_text())
         assert tokens == want.tokens and tuple(density) == want.stats.density
+
+
+def test_two_processes_serve_what_one_serves(launch, tmp_path):
+    served.write_model(tmp_path)
+    ended = launch("serve", devices=(1, 1))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    with served.make_engine(tmp_path) as engine:
+        want = json.loads(json.dumps(served.serve(engine)))
+    mine, others = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert mine == others
+    assert mine[0]["preempted"]
+    for found in mine:
+        assert found["tokens"] == want["tokens"]
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4),
+            found["logprobs"],
+            want["logprobs"],
+        )
+        (reason, _), first, second, third, fourth = found["asked"]
+        assert (reason, found["texts"][0]) == ("stop", want["texts"][0])
+        # What process 0 has cancelled is, what the other would have is not.
+        assert first[0] == fourth[0] == "cancelled"
+        assert first[1][: len(found["first"])] == found["first"]
+        assert [second, third] == want["asked"][2:4]
+        assert second[0] == third[0] == "length"
 
 
 def test_two_processes_measure_what_one_measures(launch, tmp_path):
