@@ -29,10 +29,10 @@ LLaMA-3.1-8B in bfloat16:
   persistent compile cache.
 
 All share one engine, but for `preempt`, which makes a second with fewer pages, and
-`ready`, whose engines have processes of their own and which therefore is first. With
-one engine ready, all but `soak` take less than two minutes each on a GPU. After the
-engine is ready nothing may be compiled: `compilations` counts that. Latencies at rates
-of arrival are measured by `polarjax bench serve --rate`.
+`ready`, whose engines have processes of their own and which therefore is first. Sizes
+are chosen for two minutes each on a GPU, `soak` apart. After an engine is ready nothing
+may be compiled: `compilations` counts that. Latencies at rates of arrival are measured
+by `polarjax bench serve --rate`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
             raise ValueError(f"--minutes must be above 0, and finite, got {number}")
     at_least("--seed", args.seed, 0)
     sizes = dataclasses.replace(sizes, **given)
-    check_sizes(args.shape, sizes)
+    check_sizes(args.shape, sizes, args.promises)
     return sizes
 
 

@@ -163,20 +163,23 @@ class Plans:
         del self._scheduler.plan  # its class has the method
 
 
-def page_counts(engine: Engine) -> dict[str, int]:
-    """Pages of an engine's cache, where they are, and how many are nowhere.
+def pages_lost(engine: Engine) -> dict[str, Any]:
+    """Pages that an idle engine's cache has, and how many of them are nowhere.
 
-    The scheduler compares all that it knows of itself first.
-
-    Raises:
-      AssertionError: naming what does not agree.
+    The scheduler also compares all that it knows of itself: `books_wrong` is 1 if
+    something does not agree, and `books` then says what.
     """
     scheduler = engine._scheduler
-    scheduler.check()
-    pools = scheduler.pools
-    pages = sum(pool.pages - 1 for pool in pools)
-    free, cached = (sum(getattr(p, name) for p in pools) for name in ("free", "idle"))
-    return {"pages": pages, "free": free, "cached": cached}
+    pages = sum(pool.pages - 1 for pool in scheduler.pools)
+    free = sum(pool.free for pool in scheduler.pools)
+    cached = sum(pool.idle for pool in scheduler.pools)
+    found = {"pages_lost": pages - free - cached, "books_wrong": 0}
+    found |= {"pages": pages, "free": free, "cached": cached}
+    try:
+        scheduler.check()
+    except AssertionError as error:
+        return {**found, "books_wrong": 1, "books": str(error)}
+    return found
 
 
 def preemptions(engine: Engine) -> int:

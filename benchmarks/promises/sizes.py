@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from polarjax.bench.shapes import parse_model
+
+FIRST = 8  # tokens of an answer whose first one matters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +116,13 @@ class Wanted:
         return f"at most {self.most:g}"
 
 
-def check_sizes(shape: str, sizes: Sizes) -> None:
-    """Raise if the model's context has no room for what is measured.
+def check_sizes(shape: str, sizes: Sizes, promises: Sequence[str]) -> None:
+    """Raise if a context has no room for what is measured.
+
+    Args:
+      shape: of the model.
+      sizes: how much is measured.
+      promises: what of.
 
     Raises:
       ValueError: naming what is too large.
@@ -131,3 +139,16 @@ def check_sizes(shape: str, sizes: Sizes) -> None:
             f"--positions is {sizes.positions}: in the middle of {sizes.steps} steps "
             f"after {sizes.warm} there are more than that"
         )
+    needed = {
+        "prefill": sizes.prompt_tokens + 1,
+        "prefix": sizes.prefix_tokens + FIRST,
+        "invariant": sizes.most_equal + sizes.equal_tokens,
+        "preempt": sizes.crowd_prompt[1] + sizes.crowd_answer[1],
+    }
+    for name, tokens in needed.items():
+        if name in promises and tokens > sizes.context:
+            raise ValueError(
+                f"{name} has requests of {tokens} tokens, and --positions "
+                f"{sizes.positions} makes an engine's context {sizes.context}: it must "
+                f"be at least {tokens - sizes.room}"
+            )

@@ -13,9 +13,8 @@ import numpy as np
 from benchmarks.promises.common import (
     DENSITIES,
     Bench,
-    Engine,
     drop,
-    page_counts,
+    pages_lost,
     settings,
 )
 from benchmarks.promises.sizes import Wanted
@@ -23,6 +22,7 @@ from polarjax.engine.request import Request
 
 SOAK = (
     Wanted("pages_lost", most=0, timed=False),
+    Wanted("books_wrong", most=0, timed=False),
     Wanted("last_over_second", least=0.98),
 )
 CANCELLED = 0.1  # of the requests
@@ -99,16 +99,6 @@ def _take(news: list[Request], going: dict[Request, _Open]) -> int:
         if not request.going:
             del going[request]
     return count
-
-
-def pages_lost(engine: Engine) -> dict[str, int]:
-    """Pages that an idle engine's cache has, and those that are nowhere.
-
-    Raises:
-      AssertionError: if the scheduler's books do not agree, naming what.
-    """
-    found = page_counts(engine)
-    return {"pages_lost": found["pages"] - found["free"] - found["cached"], **found}
 
 
 def resident_bytes() -> int:

@@ -19,7 +19,7 @@ from benchmarks.promises.common import (
     finish,
     settings,
 )
-from benchmarks.promises.sizes import Wanted
+from benchmarks.promises.sizes import FIRST, Wanted
 from polarjax.bench import profiling
 from polarjax.bench.loads import Ask
 from polarjax.engine import steps
@@ -230,7 +230,7 @@ def prefix(bench: Bench) -> dict[str, Any]:
 def _first_token(engine: Engine, prompt: list[int]) -> tuple[Request, float]:
     """A request of an idle engine, and the seconds until its first token is here."""
     start = time.perf_counter()
-    request = engine.add(prompt, settings(8))
+    request = engine.add(prompt, settings(FIRST))
     while not request.tokens:
         engine.step()
     seconds = time.perf_counter() - start

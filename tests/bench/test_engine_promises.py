@@ -8,7 +8,9 @@ import pytest
 from benchmarks import engine_promises, promises_table
 from benchmarks.promises import common, sameness, sizes, soak
 from benchmarks.promises.sameness import Step
+from polarjax.engine.batch import Batch
 from polarjax.engine.flight import Landed
+from polarjax.engine.pages import PagePool
 
 SMALL = ("--shape", "toy-llama", "--repeats", "1", "--minutes", "0.03")
 
@@ -38,7 +40,7 @@ def test_what_is_no_matter_of_time_holds_of_a_toy(results, name):
         if each["figure"] == "compilations":
             continue  # other engines of this process may have compiled it
         expected = each["figure"] in ("most_distinct", "different", "preemptions")
-        expected |= each["figure"] == "pages_lost"
+        expected |= each["figure"] in ("pages_lost", "books_wrong")
         assert each["holds"] is (True if expected else None), each
 
 
@@ -98,6 +100,42 @@ def test_an_answer_that_depends_on_others_is_seen(monkeypatch, capsys):
     assert result["wanted"][0]["holds"] is False
 
 
+def test_what_gives_way_and_comes_back_wrong_is_seen(monkeypatch, capsys):
+    restore = Batch.restore
+
+    def other(self, back, kept):
+        token, live, remaining = restore(self, back, kept)
+        return token + 1, live, remaining
+
+    monkeypatch.setattr(Batch, "restore", other)
+    assert engine_promises.main(["preempt", *SMALL]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["wanted"][0] == {
+        "figure": "different",
+        "wanted": "at most 0",
+        "holds": False,
+    }
+    assert 0 < result["found"]["different"] <= result["found"]["preemptions"]
+
+
+def test_a_page_that_is_not_given_back_is_seen(monkeypatch, capsys):
+    release, left = PagePool.release, []
+
+    def lose(self, table):
+        if not left:
+            left.append(table[-1])
+            table = table[:-1]
+        release(self, table)
+
+    monkeypatch.setattr(PagePool, "release", lose)
+    assert engine_promises.main(["soak", *SMALL]) == 1
+    result = json.loads(capsys.readouterr().out)
+    found = result["found"]
+    assert found["pages_lost"] == found["books_wrong"] == 1
+    assert found["books"].startswith("references are not those of the tables")
+    assert [each["holds"] for each in result["wanted"][:2]] == [False, False]
+
+
 def test_what_swaps_took_is_what_their_steps_took_beyond_others():
     reads, decodes = (True, True), (False, True)
     steps = [Step(1.0, decodes), Step(2.0, reads)] * 20
@@ -121,14 +159,15 @@ def test_times_are_promised_of_one_gpu_at_the_whole_size_alone():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--slots", "0"], "--slots must be a positive integer, got 0"),
-        (["--positions", "400"], "more than the context of toy-llama, 512"),
-        (["--positions", "5"], "--positions is 5"),
-        (["--minutes", "0"], "--minutes must be above 0, and finite, got 0.0"),
+        (["step", "--slots", "0"], "--slots must be a positive integer, got 0"),
+        (["step", "--positions", "400"], "more than the context of toy-llama, 512"),
+        (["step", "--positions", "5"], "--positions is 5"),
+        (["prefix", "--positions", "200"], "it must be at least 264"),
+        (["soak", "--minutes", "0"], "--minutes must be above 0, and finite, got 0.0"),
     ],
 )
 def test_numbers_out_of_range_are_named(given, said, capsys):
-    assert engine_promises.main(["step", "--shape", "toy-llama", *given]) == 1
+    assert engine_promises.main([*given, "--shape", "toy-llama"]) == 1
     assert said in capsys.readouterr().err
 
 
