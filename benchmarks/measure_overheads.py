@@ -2,7 +2,7 @@
 
     python -m benchmarks.measure_overheads [--batches N ...] [--out FILE.json] [--toy]
 
-Three decode steps of one model at a short context, each as `generate` compiles it:
+Three decode steps of one model at a short context, each as an engine compiles it:
 dense, half of the heads, half of the neurons. What a sparse step takes beyond dense,
 less what its bytes explain, is the overhead of a layer that selects; `generate` turns
 an adapter's axis off where that is more than what it saves.
@@ -27,7 +27,7 @@ from pallas_kernels.tables import file_name
 from polarjax.bench.random_weights import draw
 from polarjax.bench.rounds import times
 from polarjax.bench.shapes import opt
-from polarjax.bench.steps import STEPS, chunks_in, make_chunk, make_state
+from polarjax.bench.steps import make_state, make_step, steps_in
 from polarjax.config import ModelConfig
 from polarjax.evaluation.record import commit
 from polarjax.params import Params
@@ -61,7 +61,7 @@ def measure(
     """
     shapes = abstract_params(config, dtype, 64, min(rank, config.dim))
     params = with_density(draw(shapes, 0), 1.0)
-    context = CAPACITY - STEPS * chunks_in(CAPACITY) // 2  # the mean of the steps
+    context = CAPACITY - steps_in(CAPACITY) // 2  # the mean of the steps
     cost = step_cost(params, batch=batch, context=context)
     k, layers = config.kv_heads, config.layers
     everything, half = (k,) * layers, (k, *(k // 2,) * (layers - 1))
@@ -79,12 +79,12 @@ def measure(
 
 
 def _seconds(params: Params, policy: Policy, batch: int) -> float:
-    """Of one decode step, the median of chunks."""
+    """Of one decode step, the median of rounds."""
     own = policy.of(params.policy.learned).sized(batch)
     weights, bound = own.bind(params)
-    chunk = make_chunk(params, weights, bound, batch)
+    step = make_step(params, weights, bound)
     state = make_state(params, batch, CAPACITY)
-    _, [seconds], _ = times([chunk], state, CAPACITY, REPEATS)
+    _, [seconds], _ = times([step], state, CAPACITY, REPEATS)
     return statistics.median(seconds)
 
 

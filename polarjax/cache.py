@@ -43,6 +43,20 @@ class Pieces:
     counts: jax.Array
     firsts: jax.Array
 
+    @classmethod
+    def among(cls, lengths: jax.Array, first: jax.Array | int, n: int) -> Pieces:
+        """Those of n tokens of sequences whose tokens all stand behind one another.
+
+        Args:
+          lengths: int32[r], tokens of each sequence, that of slot 0 first.
+          first: which of all these tokens is the first of the n.
+          n: tokens of the array.
+        """
+        begins = jnp.cumsum(lengths) - lengths - first
+        starts, ends = (jnp.clip(x, 0, n) for x in (begins, begins + lengths))
+        slots = jnp.arange(len(lengths), dtype=jnp.int32)
+        return cls(slots, starts, ends - starts, starts - begins)
+
     @property
     def ends(self) -> jax.Array:
         """int32[r], the place of each piece's last token; 0 where there is none."""

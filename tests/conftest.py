@@ -89,7 +89,7 @@ def selection_is_worth_it(monkeypatch):
 # Half a minute or more each, the longest first: what begins last should end soon, or
 # one worker waits for the other.
 _LONG = (
-    "engine/test_paged.py",
+    "engine/test_any_load.py",
     "mesh/test_cut.py",
     "training/test_train.py",
     "evaluation/test_shipped_adapter.py",

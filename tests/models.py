@@ -1,11 +1,13 @@
 """Small random models for tests, and how to call them."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 
 import polarjax
+from polarjax.engine.sampling import Variant
 from polarjax.model import weight_shapes
 from polarjax.policies import of_learned
 from polarjax.policy import Learned
@@ -45,6 +47,13 @@ OPT = dataclasses.replace(
 )
 # As OPT-350M is.
 OPT_AFTER = dataclasses.replace(OPT, norm_after=True, final_norm=False, embed_dim=24)
+
+# For engines whose requests ask for nothing: fewer programs are compiled.
+GREEDY: Any = {
+    "variants": [Variant.GREEDY],
+    "logprobs": False,
+    "prompt_logprobs": False,
+}
 
 
 def random_params(

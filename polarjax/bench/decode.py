@@ -1,6 +1,7 @@
 """Times decode steps of whole models beside their floor: `polarjax bench`.
 
-The step is the one that `polarjax.generate` compiles. Its floor is the bytes it must
+The step is an engine's own: the programs that it sends to the devices for each token of
+its requests, over pages that lie in no order. Its floor is the bytes it must
 read (weights, router weights, and the KV of the groups that are on) over R, the best
 read rate of the same run: that of a streaming sum in jax, or of another library's dense
 attention if one is timed beside and reads faster.
@@ -113,7 +114,7 @@ def run_case(
         sent = known.pop("sent_bytes", 0)
         row = decode_row(name, case, sparse, spread, timed.read, r, where, sent)
         if sparse is None:
-            dense, beside_row = timed.chunk, row
+            dense, beside_row = timed.step, row
         elif timed.beside and beside_row:
             row |= ratio("over_dense", timed.beside, timed.seconds)
             row["floor_over_dense"] = beside_row["floor_ms"] / row["floor_ms"]

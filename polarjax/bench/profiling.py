@@ -1,4 +1,4 @@
-"""What a device did in some chunks of decode steps, from jax's profiler.
+"""What a device did in some decode steps, from jax's profiler.
 
 Events become a small summary: how long kernels ran, how long none did, which of them
 took the time, and what was copied.
@@ -60,13 +60,13 @@ class Event:
     graph: bool = False
 
 
-def profile(run: Callable[[], Any], steps: int, hlo: str) -> dict[str, Any]:
+def profile(run: Callable[[], Any], steps: int, texts: Sequence[str]) -> dict[str, Any]:
     """Trace a warm call and summarise it.
 
     Args:
       run: the call; it ends when the device is done.
       steps: decode steps in it.
-      hlo: text of the compiled program.
+      texts: HLO of the compiled programs.
 
     Returns:
       What `summarise` found; or an "error" where the trace has no GPU's plane.
@@ -80,7 +80,7 @@ def profile(run: Callable[[], Any], steps: int, hlo: str) -> dict[str, Any]:
         found = events(jax.profiler.ProfileData.from_file(str(path)))
     if not found:
         return {"error": f"no GPU in the trace: it ran on {jax.default_backend()}"}
-    return summarise(found, steps, op_names(hlo))
+    return summarise(found, steps, op_names(*texts))
 
 
 def events(data: Any) -> list[Event]:
@@ -113,13 +113,18 @@ def events(data: Any) -> list[Event]:
     return found
 
 
-def op_names(hlo: str) -> dict[str, str]:
-    """By instruction, and by the name of its kernel, the place in the model's code."""
-    found = {}
-    for line in hlo.splitlines():
+def op_names(*texts: str) -> dict[str, str]:
+    """By instruction, and by the name of its kernel, the place in the model's code.
+
+    Args:
+      *texts: HLO of compiled programs; of a name that several have the first's counts,
+        as an event does not say of which it is.
+    """
+    found: dict[str, str] = {}
+    for line in "\n".join(texts).splitlines():
         match = re.match(r'\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', line)
         if match:
-            found[match[1]] = match[2]
+            found.setdefault(match[1], match[2])
             # XLA calls a fusion's kernel as the fusion, without the dots.
             found.setdefault(re.sub(r"\W", "_", match[1]), match[2])
     return found
@@ -211,17 +216,24 @@ def cache_copies(hlo: str, shape: Sequence[int]) -> int:
     return len(re.findall(rf"= \(?\w+\[{dims}\][^=]* copy(?:-start)?\(", hlo))
 
 
-def collectives(hlo: str) -> dict[str, dict[str, float | None]]:
-    """What the devices of a compiled program say to each other in one run of it.
+def collectives(*texts: str) -> dict[str, dict[str, float | None]]:
+    """What the devices of compiled programs say to each other in one run of each.
 
     Args:
-      hlo: its text.
+      *texts: their HLO.
 
     Returns:
       By kind, how many collectives there are, and the bytes that a device sends in
       them, in rings; None where the text does not say between which devices. Those in
       a loop count as often as it runs.
     """
+    found: dict[str, dict[str, float | None]] = {}
+    for text in texts:
+        _add_collectives(text, found)
+    return found
+
+
+def _add_collectives(hlo: str, found: dict[str, dict[str, float | None]]) -> None:
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in hlo.splitlines():
@@ -231,7 +243,6 @@ def collectives(hlo: str) -> dict[str, dict[str, float | None]]:
         else:
             lines.append(line)
     kinds = "|".join(SENT)
-    found: dict[str, dict[str, float | None]] = {}
 
     def add(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
@@ -251,7 +262,6 @@ def collectives(hlo: str) -> dict[str, dict[str, float | None]]:
                 add(callee, times * (int(trips[1]) if trips else 1))
 
     add(entry, 1)
-    return found
 
 
 def _group_size(line: str) -> int | None:

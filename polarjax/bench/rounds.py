@@ -1,4 +1,4 @@
-"""Compiled chunks and prefills, run again and again on the same state."""
+"""Compiled steps and prefills, run again and again on the same state."""
 
 import statistics
 import time
@@ -8,26 +8,29 @@ from typing import Any
 import jax
 
 from polarjax import Params
-from polarjax.bench.steps import STEPS, Chunk, chunks_in, make_prefill, rewind
-from polarjax.engine.prefill import run_plainly
-from polarjax.engine.programs import Drawn
+from polarjax.bench.prefills import make_prefill
+from polarjax.bench.steps import Step, rewind, steps_in
+from polarjax.engine.programs import Drawn, device_of
+
+# Tokens of prompts that one program of an engine reads.
+PREFILL_TOKENS = {"gpu": 2048, "cpu": 128}
 
 
-def follow(chunk: Chunk, state: Any, context: int) -> tuple[Any, list[Drawn]]:
-    """Chunks after one another, as `generate` has them, up to a full context.
+def follow(step: Step, state: Any, context: int) -> tuple[Any, list[Drawn]]:
+    """Steps after one another, as an engine sends them, up to a full context.
 
     Returns:
-      The state, and what each chunk brought, when all are done.
+      The state, and what each step brought, when all are done.
     """
     drawn = []
-    for _ in range(chunks_in(context)):
-        state, found = chunk(state)
+    for _ in range(steps_in(context)):
+        state, found = step(state)
         drawn.append(found)
     return jax.block_until_ready((state, drawn))
 
 
 def times(
-    chunks: Sequence[Chunk], state: Any, context: int, repeats: int
+    each: Sequence[Step], state: Any, context: int, repeats: int
 ) -> tuple[Any, list[list[float]], list[list[Drawn]]]:
     """Seconds of a step, for each of several warm rounds over the same tokens.
 
@@ -35,26 +38,25 @@ def times(
     that alternates: a machine whose speed changes meanwhile changes for all.
 
     Args:
-      chunks: to time, of one model and batch.
+      each: to time, of one model and batch.
       state: that they go on from, donated.
       context: positions of its cache.
       repeats: rounds.
 
     Returns:
-      The state; of each chunk, the seconds of every round, and what its chunks of the
-      last round brought.
+      The state; of each, the seconds of every round, and what its steps of the last
+      round brought.
     """
-    count = chunks_in(context)
-    drawn: list[list[Drawn]] = [[] for _ in chunks]
-    seconds: list[list[float]] = [[] for _ in chunks]
+    drawn: list[list[Drawn]] = [[] for _ in each]
+    seconds: list[list[float]] = [[] for _ in each]
     for turn in range(repeats + 1):  # the first is to warm up
-        order = list(enumerate(chunks))
-        for i, chunk in order if turn % 2 else reversed(order):
+        order = list(enumerate(each))
+        for i, step in order if turn % 2 else reversed(order):
             state = jax.block_until_ready(rewind(state, context))
             begin = time.perf_counter()
-            state, drawn[i] = follow(chunk, state, context)
-            seconds[i].append((time.perf_counter() - begin) / STEPS / count)
-    return state, [each[1:] for each in seconds], drawn
+            state, drawn[i] = follow(step, state, context)
+            seconds[i].append((time.perf_counter() - begin) / steps_in(context))
+    return state, [found[1:] for found in seconds], drawn
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -67,12 +69,12 @@ def spread(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def timed_compile(lower: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """A compiled program, and the seconds that tracing and compiling it took."""
+def timed_compile(lower: Callable[[], Sequence[Any]]) -> tuple[list[Any], dict]:
+    """Compiled programs, and the seconds that tracing and compiling them took."""
     begin = time.perf_counter()
     lowered = lower()
     traced = time.perf_counter()
-    compiled = lowered.compile()  # kept: the call finds it
+    compiled = [program.compile() for program in lowered]  # kept: calls find them
     return compiled, {
         "trace_s": traced - begin,
         "compile_s": time.perf_counter() - traced,
@@ -92,17 +94,25 @@ def prefill_times(
     """
     known = {"trace_s": 0.0, "compile_s": 0.0}
 
+    seen = set()
+
     def compiled(function: Any, *args: Any, **kwargs: Any) -> Any:
-        _, found = timed_compile(lambda: function.lower(*args, **kwargs))
-        for name, each in found.items():
-            known[name] += each
+        if function not in seen:
+            seen.add(function)
+            _, found = timed_compile(lambda: [function.lower(*args, **kwargs)])
+            for name, each in found.items():
+                known[name] += each
         return function(*args, **kwargs)
 
-    read = make_prefill(params, prompts, tokens)
+    def plainly(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    at_once = PREFILL_TOKENS.get(device_of(params.weights).platform, 128)
+    read = make_prefill(params, prompts, tokens, at_once)
     read(compiled)
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        read(run_plainly)
+        read(plainly)
         seconds.append(time.perf_counter() - begin)
     return seconds, known

@@ -124,11 +124,6 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "longest request, as far as the model goes)",
     )
     add(
-        "--paged",
-        action="store_true",
-        help="take the engine over pages, which is not polarjax.Engine yet",
-    )
-    add(
         "--static",
         action="store_true",
         help="play the load in static batches of --slots too: polarjax.generate, one "

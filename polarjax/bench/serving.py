@@ -12,14 +12,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from polarjax import Dense, Engine, ModelConfig, Params
+from polarjax import Dense, ModelConfig, Params
 from polarjax.bench import counts, latencies, serve, serve_results
 from polarjax.bench.loads import Ask, arrivals, make_load, sizes
 from polarjax.bench.random_weights import load_model
 from polarjax.bench.serve_results import Result, Runs
 from polarjax.bench.shapes import TOY_MODELS, parse_model
 from polarjax.engine import Tokenizer
-from polarjax.engine.paged import PagedEngine
+from polarjax.engine.paged import PagedEngine as Engine
 from polarjax.evaluation.record import environment, now
 from polarjax.loading import read_config
 from polarjax.mesh.cut import check_tp, make_mesh
@@ -207,8 +207,7 @@ def continuous(
       context: of the engine.
     """
     warmup = 2 * args.slots if args.warmup is None else args.warmup
-    make = PagedEngine if args.paged else Engine
-    with make(params, policy=way.policy, slots=args.slots, context=context) as engine:
+    with Engine(params, policy=way.policy, slots=args.slots, context=context) as engine:
         if warmup:
             load = choose_load(args, params.config, len(args.rate))
             serve.warm(engine, load[:warmup], way.density)
@@ -232,7 +231,7 @@ def continuous(
                 found = reached()
             yield Result(
                 how=serve_results.CONTINUOUS,
-                policy=way.label + (", pages" if args.paged else ""),
+                policy=way.label,
                 density=way.density,
                 rate=None if rate == math.inf else rate,
                 most_open=args.max_concurrency,

@@ -1,34 +1,35 @@
-"""Compiled chunks of decode steps, and prefill, and the bytes that they must read.
+"""Compiled decode steps, and the bytes that they must read.
 
-Of the benchmark, this module alone knows policies, the cache and compiled programs.
+Of the benchmark, this module and `prefills` alone know the cache and what is compiled.
 
-A whole model runs the chunk that `polarjax.generate` compiles. Layers alone are the
-layers 1 to n of a model with nothing before or after them: what they put out,
-normalised, is what they read in the next step. Layer 0, the one whose attention is
-always dense, is not among them.
+A whole model runs the programs of an engine's step, over pages in no order. Layers
+alone are the layers 1 to n of a model with nothing before or after them: what they put
+out, normalised, is what they read in the next step. Layer 0, the one whose attention
+is always dense, is not among them.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Implementation
 from polarjax import ModelConfig, Params
 from polarjax.bench.meshes import Devices, drawn_apart, of_one
 from polarjax.bench.shapes import Sparsity
 from polarjax.cache import PagedCache
-from polarjax.engine import places, prefill, programs
-from polarjax.engine.checks import Settings, make_sampling, stop_table, variant_of
-from polarjax.engine.programs import Drawn, State
+from polarjax.engine import places
+from polarjax.engine import steps as engine
+from polarjax.engine.programs import Drawn
+from polarjax.engine.sampling import Variant
+from polarjax.engine.slots import Slots, empty_slots
 from polarjax.engine.stats import kv_rows, seen_tokens
-from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
+from polarjax.mesh.cut import TP, axis_size, local_config, mesh_of
 from polarjax.model import Decoder, make_decoder
 from polarjax.model.layer import Layer
 from polarjax.planning.cost import kv_row_bytes, step_weight_bytes
@@ -37,8 +38,9 @@ from polarjax.planning.per_device import step_sent_bytes
 from polarjax.policies import named
 from polarjax.policy import Dense, Load, Policy, Seen
 
-STEPS = 16  # a chunk, as in generate
-CHUNKS = 4  # timed at once, each sent to the device before the one before has ended
+STEPS = 64  # timed at once, each sent to the device before the one before has ended
+PAGE = 64  # positions, as in an engine
+MANY = 10**8  # tokens that a request may draw: none of them ends
 
 
 @jax.tree_util.register_dataclass
@@ -55,64 +57,76 @@ class Stream:
     x: jax.Array
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "steps"),
-    donate_argnames=("state",),
-)
-def layers_chunk(
-    weights: Any,
-    policy: Policy,
-    state: Stream,
-    *,
-    model: Decoder,
-    steps: int,
-) -> tuple[Stream, Drawn]:
-    """As `decode_chunk`, of layers 1 to n alone."""
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def layers_step(
+    weights: Any, policy: Policy, state: Stream, *, model: Decoder
+) -> tuple[Stream, tuple[jax.Array, jax.Array]]:
+    """A step of layers 1 to n alone: the next state; groups read, and tokens seen."""
     config, share = model.config, model.share
     rows = model.score_rows or (0,) * config.layers
     b = state.x.shape[0]
     live, zeros = jnp.ones(b, bool), jnp.zeros(b, jnp.int32)
-    seen = Seen(live, jnp.zeros(b), zeros, jnp.arange(b, dtype=jnp.int32))
-
-    def step(state: Stream, _) -> tuple[Stream, Drawn]:
-        x, cache, parts = state.x, state.cache, None
-        reads = [zeros]  # layer 0 reads nothing: it is not here
-        first = dataclasses.replace(seen, lengths=cache.lengths + 1)
-        for i in range(1, config.layers):
-            layer = Layer(config, i, x.dtype, share, rows[i], model.implementation)
-            variables = {"params": weights[f"layers_{i}"]}
-            found: Any = layer.apply(
-                variables, x, parts, first, cache, policy, method=Layer.step
-            )
-            x, parts, _, cache, read = found
-            reads.append(read.groups)
-        wide = x.astype(jnp.float32)
-        wide = wide if parts is None else wide + parts.sum(axis=0)
-        norm = jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + 1e-5)
-        cache = cache.grown(jnp.ones_like(zeros))
-        drawn = Drawn(zeros, jnp.zeros(b), live, jnp.stack(reads), cache.lengths)
-        return Stream(cache, (wide * norm).astype(x.dtype)), drawn
-
-    return jax.lax.scan(step, state, length=steps)
+    x, cache, parts = state.x, state.cache, None
+    slot = jnp.arange(b, dtype=jnp.int32)
+    seen = Seen(live, jnp.zeros(b), cache.lengths + 1, slot)
+    reads = [zeros]  # layer 0 reads nothing: it is not here
+    for i in range(1, config.layers):
+        layer = Layer(config, i, x.dtype, share, rows[i], model.implementation)
+        variables = {"params": weights[f"layers_{i}"]}
+        found: Any = layer.apply(
+            variables, x, parts, seen, cache, policy, method=Layer.step
+        )
+        x, parts, _, cache, read = found
+        reads.append(read.groups)
+    wide = x.astype(jnp.float32)
+    wide = wide if parts is None else wide + parts.sum(axis=0)
+    norm = jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + 1e-5)
+    cache = cache.grown(jnp.ones_like(zeros))
+    after = Stream(cache, (wide * norm).astype(x.dtype))
+    return after, (jnp.stack(reads)[None], cache.lengths[None])
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A compiled function of a state, its other arguments given."""
+class Step:
+    """A decode step of a bound policy, which takes a state and gives it on.
 
-    function: Any
-    before: tuple
-    after: tuple
-    options: dict[str, Any]
+    Attributes:
+      weights: bound.
+      policy: bound.
+      model: with the policy's score rows.
+    """
 
-    def lower(self, state: Any) -> Any:
-        """Traced and lowered for such a state."""
-        return self.function.lower(*self.before, state, *self.after, **self.options)
+    weights: Any
+    policy: Policy
+    model: Decoder
+
+    def lower(self, state: Any) -> list[Any]:
+        """Its programs for such a state, traced and lowered; what reads is the first.
+
+        Args:
+          state: of `make_state`.
+        """
+        args = self.weights, self.policy, state
+        if isinstance(state, Stream):
+            return [layers_step.lower(*args, model=self.model)]
+        drawing = engine.draw_tokens.lower(state, **self._drawing)
+        return [engine.decode.lower(*args, model=self.model), drawing]
 
     def __call__(self, state: Any) -> tuple[Any, Drawn]:
-        """The next state, and what the steps brought; the old one is donated."""
-        return self.function(*self.before, state, *self.after, **self.options)
+        """The next state, and what the step brought; the old one is donated."""
+        args = self.weights, self.policy, state
+        if isinstance(state, Stream):
+            state, (reads, visible) = layers_step(*args, model=self.model)
+            none = jnp.zeros(visible.shape, jnp.int32)
+            return state, Drawn(none, none, none, reads, visible)
+        state, counts = engine.decode(*args, model=self.model)
+        state, (drawn, _) = engine.draw_tokens(state, **self._drawing)
+        return state, Drawn(*drawn, *counts)
+
+    @property
+    def _drawing(self) -> dict[str, Any]:
+        """Static arguments of what draws, for which a policy is nothing."""
+        return {"model": self.model.clone(score_rows=()), "variant": Variant.GREEDY}
 
 
 def make_policy(sparse: Sparsity | None, tp: int) -> tuple[Policy, bool]:
@@ -155,98 +169,112 @@ def bind(
     return *policy.of(params.policy.learned).sized(batch).bind(params), notes
 
 
-def make_chunk(
+def make_step(
     params: Params,
     weights: Any,
     policy: Policy,
-    batch: int,
-    *,
-    alone: bool = False,
     implementation: Implementation | None = None,
-) -> Chunk:
-    """The chunk of a bound policy, greedy, no token of which ends a request.
+) -> Step:
+    """The step of a bound policy, greedy.
 
     Args:
       params: the model.
       weights: bound.
       policy: bound.
-      batch: b.
-      alone: whether the model is layers alone.
       implementation: of the kernels.
     """
     model = make_decoder(
         params.config.architecture, params.weights, policy.wants.scores, implementation
     )
-    options = {"model": model, "steps": STEPS}
-    if alone:
-        return Chunk(layers_chunk, (weights, policy), (), options)
-    requests = [Settings()] * batch
-    after = (
-        jnp.ones(batch, bool),
-        programs.SlotData(
-            jnp.zeros(batch),
-            make_sampling(params.config, requests),
-            jnp.asarray(stop_table(requests)),
-            variant_of(requests),
-        ),
-    )
-    return Chunk(programs.decode_chunk, (weights, policy), after, options)
+    return Step(weights, policy, model)
 
 
 def make_state(params: Params, batch: int, context: int, alone: bool = False) -> Any:
-    """A cache full of noise, and what else a chunk goes on from, where the model is.
+    """A cache full of noise, and what else a step goes on from, where the model is.
 
     Args:
       params: the model.
       batch: b.
-      context: positions of the cache.
+      context: positions of each sequence.
       alone: whether the model is layers alone.
     """
     config, mesh = params.config, mesh_of(params.weights)
-    count = config.layers - 1 if alone else config.layers
+    model = make_decoder(config.architecture, params.weights)
     groups = local_config(config, axis_size(mesh, TP)).kv_heads
-    shape, each = (groups, context, config.head_dim), batch // axis_size(mesh, DP)
+    shape = groups, PAGE, config.head_dim
+    table = shuffled_pages(batch, context, model.share.dp)
+    count, row = int(table.max()) + 1, table.shape[1]
 
-    # One sequence after the other: drawing takes several times the bytes of what is
+    # Some pages after the other: drawing takes several times the bytes of what is
     # drawn, and beside a cache that fills the device there is no such room.
     @jax.jit
     def noise(key: jax.Array) -> jax.Array:
         def draw(key: jax.Array) -> jax.Array:
             return jax.random.normal(key, shape, params.dtype)
 
-        return jax.lax.map(draw, jax.random.split(key, each))
+        return jax.lax.map(draw, jax.random.split(key, count), batch_size=row)
 
-    rows = None
     if mesh is not None:
         noise = jax.jit(drawn_apart(noise, NamedSharding(mesh, places.GROUPS)))
-        rows = NamedSharding(mesh, P(DP))
-    keys = jax.random.split(jax.random.key(2), 2 * count)
-    layers = [(noise(k), noise(v)) for k, v in zip(keys[::2], keys[1::2], strict=True)]
+    layers = config.layers - 1 if alone else config.layers
+    keys = jax.random.split(jax.random.key(2), 2 * layers)
+    drawn = [(noise(k), noise(v)) for k, v in zip(keys[::2], keys[1::2], strict=True)]
     if alone:  # there is no layer 0, but layers have its number
-        nothing = (batch, config.kv_heads, 1, config.head_dim)
-        first = jnp.zeros(nothing, params.dtype), jnp.zeros(nothing, params.dtype)
-        layers = [first, *layers]
-    lengths = jnp.zeros(batch, jnp.int32, device=rows)
-    cache = PagedCache.of_layers(layers, lengths)
-    if alone:
+        nothing = jnp.zeros((1, *shape), params.dtype)
+        drawn = [(nothing, jnp.zeros_like(nothing)), *drawn]
+        cache = PagedCache.of_layers(drawn, jnp.zeros(batch, jnp.int32))
+        cache = dataclasses.replace(cache, table=jnp.asarray(table))
         x = jax.random.normal(keys[0], (batch, config.dim), params.dtype)
         return Stream(cache, x)
+    state = with_table(
+        empty_slots(model, batch, context, 1, PAGE, params.weights), table
+    )
+    cache = PagedCache.of_layers(drawn, state.cache.lengths)
+    cache = dataclasses.replace(cache, table=state.cache.table)
     # Tokens that differ: equal ones would let every sequence choose the same heads.
     token = jax.random.randint(keys[0], (batch,), 0, config.vocab_size, jnp.int32)
-    token = token if rows is None else jax.device_put(token, rows)
-    live = jnp.ones(batch, bool, device=rows)
-    remaining = jnp.full(batch, 10**8, jnp.int32, device=rows)
-    return State(cache, token, live, remaining)
+    token = jax.device_put(token, state.token.sharding)
+    live = jnp.ones(batch, bool, device=state.live.sharding)
+    return dataclasses.replace(state, cache=cache, token=token, live=live)
 
 
-def chunks_in(context: int) -> int:
-    """How many chunks are timed at once: as many as fit, at most `CHUNKS`."""
-    return max(1, min(CHUNKS, (context - 1) // STEPS))
+def shuffled_pages(batch: int, context: int, parts: int = 1) -> np.ndarray:
+    """A table of pages in no order, int32[b, m], as after many requests.
+
+    Args:
+      batch: sequences, b.
+      context: positions of each.
+      parts: of the batch, each of which has pages of its own, from 1 on.
+    """
+    rng = np.random.default_rng(1)
+    each, row = batch // parts, -(-context // PAGE)
+    pages = [1 + rng.permutation(each * row) for _ in range(parts)]
+    return np.concatenate(pages).reshape(batch, row).astype(np.int32)
+
+
+def with_table(slots: Slots, table: np.ndarray) -> Slots:
+    """Slots that have pages, and may draw as many tokens as they want.
+
+    Args:
+      slots: that have none.
+      table: int32[b, m].
+    """
+    old = slots.cache.table
+    assert old is not None
+    cache = dataclasses.replace(slots.cache, table=jax.device_put(table, old.sharding))
+    where = slots.remaining.sharding
+    remaining = jnp.full(len(table), MANY, jnp.int32, device=where)
+    return dataclasses.replace(slots, cache=cache, remaining=remaining)
+
+
+def steps_in(context: int) -> int:
+    """How many steps are timed at once: as many as fit, at most `STEPS`."""
+    return min(STEPS, context - 1)
 
 
 def rewind(state: Any, context: int) -> Any:
-    """The state from which the chunks end with a full context."""
-    begin = context - STEPS * chunks_in(context)
+    """The state from which the steps end with a full context."""
+    begin = context - steps_in(context)
     old = state.cache.lengths
     lengths = jnp.full(old.shape, begin, jnp.int32, device=old.sharding)
     cache = dataclasses.replace(state.cache, lengths=lengths)
@@ -265,21 +293,21 @@ def step_bytes(
       params: the model.
       weights: bound.
       policy: bound.
-      drawn: what each chunk brought.
+      drawn: what each step brought.
     """
     config = params.config
     rows = sum(
         kv_rows(each, config)[0] if each.own is None else busiest_rows(each, config)
         for each in drawn
     )
-    kv = rows / STEPS / len(drawn) * kv_row_bytes(config, params.dtype)
+    kv = rows / len(drawn) * kv_row_bytes(config, params.dtype)
     reads = policy.reads(config, Load(drawn[0].visible.shape[1], config.context))
     weights, policy = of_one((weights, policy))
     return step_weight_bytes(weights, config, policy, reads), kv
 
 
 def busiest_rows(drawn: Drawn, config: ModelConfig) -> int:
-    """Keys (and as many values) that the busiest devices read in a chunk of steps.
+    """Keys (and as many values) that the busiest devices read in some steps.
 
     In each layer those of the busiest that share the model, which the others wait for;
     of the copies of the model that with most.
@@ -315,52 +343,3 @@ def sent_bytes(params: Params, policy: Policy, batch: int, where: Devices) -> in
         picks_neurons=[n < 1 for n in reads.neurons] if reads else (False,) * layers,
         balanced=policy.parts > 1,
     )
-
-
-def make_prefill(
-    params: Params,
-    prompts: int,
-    tokens: int,
-    implementation: Implementation | None = None,
-) -> Callable[[Callable[..., Any]], None]:
-    """A function that reads prompts, draws the first token of each, and waits.
-
-    Its argument calls the compiled functions in between: it gets one with its own
-    arguments, and `prefill.run_plainly` does no more than that.
-
-    Args:
-      params: the model.
-      prompts: b.
-      tokens: of each.
-      implementation: of the kernels.
-    """
-    config = params.config
-    model = make_decoder(
-        config.architecture, params.weights, implementation=implementation
-    )
-    ids = jax.random.randint(jax.random.key(3), (prompts, tokens), 0, config.vocab_size)
-    given = dict(enumerate(np.asarray(ids).tolist()))
-    requests = [Settings()] * prompts
-    slots = programs.SlotData(
-        jnp.zeros(prompts),
-        make_sampling(config, requests),
-        jnp.asarray(stop_table(requests)),
-        variant_of(requests),
-    )
-    every, remaining = jnp.ones(prompts, bool), jnp.full(prompts, 10**8, jnp.int32)
-
-    def read(call: Callable[..., Any]) -> None:
-        state, logits = programs.empty_state(model, prompts, tokens, params.weights)
-        cache, logits = prefill.read_prompts(
-            params.weights,
-            given,
-            state.cache,
-            logits,
-            model=model,
-            call=call,
-        )
-        state = dataclasses.replace(state, cache=cache)
-        drawn = call(programs.first_token, state, logits, every, remaining, slots)
-        jax.block_until_ready(drawn)
-
-    return read

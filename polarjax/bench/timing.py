@@ -20,16 +20,16 @@ class Timed:
 
     Attributes:
       state: from which the next one goes on.
-      chunk: compiled.
+      step: compiled.
       seconds: of a step, in each round.
-      beside: those of the chunk that was timed in the same rounds; empty without one.
+      beside: those of the step that was timed in the same rounds; empty without one.
       read: bytes of weights, and of keys and values, that a step must read.
       known: of the compiled program, as rows hold it.
       summary: the profile, if wanted.
     """
 
     state: Any
-    chunk: steps.Chunk
+    step: steps.Step
     seconds: list[float]
     beside: list[float]
     read: tuple[int, float]
@@ -46,9 +46,9 @@ def time_policy(
     alone: bool,
     args: argparse.Namespace,
     where: Devices,
-    beside: steps.Chunk | None,
+    beside: steps.Step | None,
 ) -> Timed:
-    """Bind a policy, compile its chunk and run it.
+    """Bind a policy, compile its step and run it.
 
     Args:
       params: the model.
@@ -64,25 +64,20 @@ def time_policy(
     weights, bound, notes = steps.bind(
         params, policy, case.batch, case.context, asked=asked, alone=alone
     )
-    chunk = steps.make_chunk(params, weights, bound, case.batch, alone=alone)
-    compiled, seconds_taken = rounds.timed_compile(lambda: chunk.lower(state))
+    step = steps.make_step(params, weights, bound)
+    compiled, seconds_taken = rounds.timed_compile(lambda: step.lower(state))
     known: dict[str, Any] = {**seconds_taken, "notes": list(notes)}
-    hlo = compiled.as_text()
+    texts = [program.as_text() for program in compiled]
     cache = of_one(state.cache.apart()[-1][0]).shape
-    known["cache_copies"] = profiling.cache_copies(hlo, cache)
-    chunks = [chunk] if beside is None else [chunk, beside]
-    state, seconds, drawn = rounds.times(chunks, state, case.context, args.repeats)
+    known["cache_copies"] = sum(profiling.cache_copies(hlo, cache) for hlo in texts)
+    each = [step] if beside is None else [step, beside]
+    state, seconds, drawn = rounds.times(each, state, case.context, args.repeats)
     read = steps.step_bytes(params, weights, bound, drawn[0])
     if where.count > 1:
         known |= {
             "sent_bytes": steps.sent_bytes(params, bound, case.batch, where),
             "imbalance": imbalance(drawn[0]),
-            "collectives": {
-                kind: {
-                    name: total and total / steps.STEPS for name, total in each.items()
-                }
-                for kind, each in profiling.collectives(hlo).items()
-            },
+            "collectives": profiling.collectives(*texts),
         }
     summary = None
     if args.profile:
@@ -90,13 +85,13 @@ def time_policy(
 
         def once() -> None:
             nonlocal state
-            state, _ = rounds.follow(chunk, state, case.context)
+            state, _ = rounds.follow(step, state, case.context)
 
-        count = steps.STEPS * steps.chunks_in(case.context)
-        summary = profiling.profile(once, count, hlo)
+        count = steps.steps_in(case.context)
+        summary = profiling.profile(once, count, texts)
     return Timed(
         state=state,
-        chunk=chunk,
+        step=step,
         seconds=seconds[0],
         beside=[] if beside is None else seconds[1],
         read=read,

@@ -58,7 +58,6 @@ def continue_file(args: argparse.Namespace) -> None:
         policy=policy,
         slots=min(slots, bucket(found.count, 1)),
         context=min(bucket(found.tokens), context),
-        prompt_tokens=found.prompt_tokens,
         load=Load(min(slots, found.count), found.mean, reader.defaults.density),
         densities=found.densities,
         memory_fraction=args.memory_fraction,

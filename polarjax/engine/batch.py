@@ -17,6 +17,7 @@ from polarjax.cache import Pieces
 from polarjax.engine import steps
 from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
+from polarjax.engine.compiled import are_known, noted, shapes_of
 from polarjax.engine.flight import Flight
 from polarjax.engine.places import GROUPS
 from polarjax.engine.plans import Piece, SwapIn, SwapOut
@@ -25,6 +26,7 @@ from polarjax.engine.request import Request
 from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant
 from polarjax.engine.scoring import Asked, Span, asked_of
+from polarjax.engine.served import Drawing
 from polarjax.engine.slots import (
     Edit,
     Row,
@@ -42,6 +44,19 @@ from polarjax.params import Params
 from polarjax.policy import Policy, Tree
 from polarjax.settings import default_numbers
 
+# Of all batches: what is kept of them is bounded.
+_PROGRAMS = (
+    edit,
+    put_pages,
+    take_pages,
+    take_row,
+    steps.begin,
+    steps.decode,
+    steps.draw_tokens,
+    steps.read_pieces,
+    steps.score,
+    steps.tell,
+)
 # Slots, entries of page tables and pages that one program edits, in each part of the
 # batch: more take another call.
 _ROWS, _ENTRIES, _PAGES = 8, 512, 8
@@ -103,8 +118,7 @@ class Batch:
       weights: bound to the policy.
       policy: bound.
       sizes: that it has.
-      variants: of drawing that requests may need.
-      prompt_logprobs: whether requests may ask for those.
+      drawing: that requests may need.
       implementation: of the kernels; None chooses by device.
     """
 
@@ -115,8 +129,7 @@ class Batch:
         policy: Policy,
         sizes: Sizes,
         *,
-        variants: Sequence[Variant] = tuple(Variant),
-        prompt_logprobs: bool = True,
+        drawing: Drawing,
         implementation: Implementation | None = None,
     ) -> None:
         config = params.config
@@ -129,7 +142,7 @@ class Batch:
         self.mesh, self.parts = self._dense.mesh, self._dense.share.dp
         self.each = sizes.slots // self.parts
         self._device = None if self.mesh else device_of(params.weights)
-        self.slots = empty_slots(
+        slots = empty_slots(
             self._dense,
             sizes.slots,
             sizes.context,
@@ -137,26 +150,44 @@ class Batch:
             sizes.page,
             params.weights,
         )
-        self._variants = variants
+        # Committed, as programs return them: else the first would be compiled twice.
+        self.slots = slots if self.mesh else jax.device_put(slots, self._device)
+        self._drawing = drawing
         # Most edits begin no slot: what says so is on the devices once and for all.
         self._blank = self._no_edit()
         self._blank_placed = self._placed(self._blank)
-        self._compile(variants, prompt_logprobs)
+        self._compile_once()
 
     def _variant(self, requests: Sequence[Request]) -> Variant:
         """The least that is compiled and draws for all of some requests."""
-        order = list(Variant)
-        least = order.index(variant_of([one.settings for one in requests]))
-        return min(
-            (v for v in self._variants if order.index(v) >= least), key=order.index
-        )
+        least = variant_of([one.settings for one in requests])
+        found = self._drawing.for_all(least)
+        assert found is not None, f"no {least.value} drawing"
+        return found
 
-    def _compile(self, variants: Sequence[Variant], prompt_logprobs: bool) -> None:
+    @property
+    def _swaps(self) -> bool:
+        """Whether requests may have to give way."""
+        sizes = self.sizes
+        return sizes.pages - 1 < self.each * -(-sizes.context // sizes.page)
+
+    def _compile_once(self) -> None:
+        """Compile the programs, unless a batch of these sizes has done so."""
+        policy = self._policy
+        shapes = shapes_of((self._original, self._weights, policy))
+        # jax 0.10 takes the trees of two dataclasses with equal fields for the same.
+        sizes = self.sizes, self._drawing, self._device
+        key = self._dense, self._model, type(policy), shapes, sizes
+        if not are_known(_PROGRAMS, key):
+            self._compile()
+            noted(key)
+
+    def _compile(self) -> None:
         """Run each program once on nothing, so that none is compiled later."""
         *reading, _ = self._reading((), {})
         _, pieces, lasts = reading
-        change = self._blank_placed
-        dense, decoding = {"model": self._dense}, {"model": self._model}
+        change, variants = self._blank_placed, self._drawing.variants
+        dense, decoding = {"model": self._dense}, self._decoding
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
             logits = self.slots.logits
@@ -164,8 +195,10 @@ class Batch:
                 (edit, (self.slots, change), dense),
                 (steps.read_pieces, (self._original, *reading[:2], self.slots), dense),
                 (steps.decode, (self._weights, self._policy, self.slots), decoding),
-                (steps.tell, (logits, self.slots.mass, self.slots.token[None]), dense),
             ]
+            if self._drawing.logprobs:
+                told = logits, self.slots.mass, self.slots.token[None]
+                slow.append((steps.tell, told, dense))
             slow += [
                 (steps.draw_tokens, (self.slots,), {**dense, "variant": variant})
                 for variant in variants
@@ -176,7 +209,7 @@ class Batch:
         self.slots, after, stream = steps.read_pieces(
             self._original, *reading[:2], self.slots, **dense
         )
-        if prompt_logprobs:
+        if self._drawing.prompt_logprobs:
             asked, _ = self._asked((), {})
             steps.score(self._original, *stream, asked, **dense)
         self.slots, _ = steps.decode(
@@ -186,14 +219,20 @@ class Batch:
             static = {**dense, "variant": variant}
             self.slots, first = steps.begin(*after, pieces, lasts, self.slots, **static)
             self.slots, drawn = steps.draw_tokens(self.slots, **static)
-            # The first time compiles them.
-            steps.tell(*after, first[0][0], **dense)
-            steps.tell(self.slots.logits, self.slots.mass, drawn[0][0], **dense)
-        take_row(self.slots)
-        nowhere = self._placed(np.zeros(self.parts * _PAGES, np.int32))
-        self.slots = put_pages(
-            self.slots, take_pages(self.slots, nowhere, **dense), nowhere, **dense
-        )
+            if self._drawing.logprobs:  # the first time compiles them
+                steps.tell(*after, first[0][0], **dense)
+                steps.tell(self.slots.logits, self.slots.mass, drawn[0][0], **dense)
+        if self._swaps:
+            take_row(self.slots)
+            nowhere = self._placed(np.zeros(self.parts * _PAGES, np.int32))
+            self.slots = put_pages(
+                self.slots, take_pages(self.slots, nowhere, **dense), nowhere, **dense
+            )
+
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        """The static arguments of `steps.decode`."""
+        return {"model": self._model, "kind": type(self._policy)}
 
     def _placed(self, tree: Any) -> Any:
         """Arrays of the host, each part's share on its devices."""
@@ -384,7 +423,7 @@ class Batch:
           requests: whose each slot is.
         """
         self.slots, counts = steps.decode(
-            self._weights, self._policy, self.slots, model=self._model
+            self._weights, self._policy, self.slots, **self._decoding
         )
         owners: list[Request | None] = [None] * (self.parts * self.each)
         for slot in slots:

@@ -31,10 +31,9 @@ from polarjax.engine.values import (
 )
 from polarjax.params import Params
 from polarjax.planning.sizes import bucket, positive
-from polarjax.policies.budgets import check_densities, count
-from polarjax.policy import Load, Policy
+from polarjax.policies.budgets import check_densities
 
-# Tokens that may end one request of an engine over pages.
+# Tokens that may end one request.
 MOST_STOPS = 64
 
 
@@ -58,6 +57,17 @@ def check_errors(errors: Any) -> Any:
     if errors not in ("raise", "keep"):
         raise ValueError(f"errors must be 'raise' or 'keep', got {errors!r:.60}")
     return errors
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise unless all of some settings are True or False.
+
+    Raises:
+      TypeError: naming one that is not.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r:.60}")
 
 
 def encode_prompts(
@@ -254,93 +264,6 @@ def _of_one_mind(one: Settings, vocabulary: int) -> Settings:
             "allowed_token_ids are among the stop_ids"
         )
     return one
-
-
-def check_lengths(ids: list[int], number: int, context: int, most: int) -> None:
-    """Raise unless an engine has room for a prompt.
-
-    Args:
-      ids: token ids of the prompt.
-      number: of it, for messages.
-      context: tokens that a slot has room for.
-      most: tokens of a prompt that the engine is made for.
-
-    Raises:
-      ValueError: saying how many it has, and what would do.
-    """
-    if len(ids) >= context:
-        raise ValueError(
-            f"prompt {number} has {len(ids)} tokens, and a slot of this engine has "
-            f"room for {context} with the answer: shorten it, or make the engine with "
-            "a larger context"
-        )
-    if len(ids) > most:
-        raise ValueError(
-            f"prompt {number} has {len(ids)} tokens, and this engine is made for "
-            f"prompts of {most}: shorten it, or make the engine with more prompt_tokens"
-        )
-
-
-def check_served(one: Settings) -> None:
-    """Raise where a request asks for what an engine does not do.
-
-    Args:
-      one: its settings.
-
-    Raises:
-      ValueError: naming the setting.
-    """
-    plain = Settings()
-    for name in ("n", "logprobs", "prompt_logprobs", "echo"):
-        value, only = getattr(one, name), getattr(plain, name)
-        if value != only:
-            raise ValueError(f"{name} must be {only}: no engine does {value!r} yet")
-
-
-def check_stops(settings: Settings) -> None:
-    """Raise if more tokens end a request than there is room for.
-
-    Args:
-      settings: of the request.
-
-    Raises:
-      ValueError: saying how many there are, and may be.
-    """
-    if len(settings.stop_ids or ()) > MOST_STOPS:
-        raise ValueError(
-            f"stop_ids are {len(settings.stop_ids or ())}, at most {MOST_STOPS} will do"
-        )
-
-
-def check_asked(
-    density: float, taken: bool, policy: Policy, config: ModelConfig, slots: int
-) -> None:
-    """Raise unless a request may ask an engine for a density of its own.
-
-    Args:
-      density: that it asks for.
-      taken: whether the engine takes any.
-      policy: bound.
-      config: what the model is.
-      slots: requests that share the neurons.
-
-    Raises:
-      ValueError: naming the density and the policy.
-    """
-    name = type(policy).__name__
-    if not taken:
-        raise ValueError(
-            f"density {density:g}: this engine's policy, {name}, takes none of a "
-            "request's own"
-        )
-    reads = policy.reads(config, Load(slots, config.context))
-    whole = count(density, config.kv_heads) == config.kv_heads
-    if whole and reads and min(reads.neuron_density) < 1:
-        raise ValueError(
-            f"density {density:g} promises a request its exact MLP, but the requests "
-            "of this engine share a part of the neurons: make it with "
-            f"{name}(neuron_density=1)"
-        )
 
 
 def make_sampling(config: ModelConfig, requests: Sequence[Settings]) -> Sampling:

@@ -21,17 +21,19 @@ from polarjax.engine.checks import (
     encode_or_say_why,
     encode_prompts,
     settings_of,
+    variant_of,
 )
 from polarjax.engine.engine import Engine, Errors, Stream
 from polarjax.engine.output import Output
 from polarjax.engine.places import on_devices
 from polarjax.engine.progress import Progress
+from polarjax.engine.room import prefill_tokens_of, room_for
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.mesh.cut import mesh_of, shard
 from polarjax.mesh.processes import from_main
-from polarjax.model import BLOCK_TOKENS, make_decoder
+from polarjax.model import make_decoder
 from polarjax.params import Params
-from polarjax.planning.memory import MEMORY_FRACTION, room_for
+from polarjax.planning.memory import MEMORY_FRACTION
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies import Density, named
 from polarjax.policies.budgets import count
@@ -40,6 +42,7 @@ from polarjax.settings import default_numbers
 
 Biases = Mapping[int, float] | None
 TokenIds = Sequence[int] | None
+Count = int | Sequence[int | None] | None
 
 
 @default_numbers
@@ -64,11 +67,14 @@ def generate(
     allowed_token_ids: TokenIds | Sequence[TokenIds] = None,
     min_tokens: int | Sequence[int] = 0,
     ignore_eos: bool | Sequence[bool] = False,
+    n: int | Sequence[int] = 1,
+    logprobs: Count = None,
+    prompt_logprobs: Count = None,
+    echo: bool | Sequence[bool] = False,
     stream: Stream | None = None,
     progress: bool | Progress = False,
     errors: Errors = "raise",
-    chunk: int = 16,
-    prefill_tokens: int = BLOCK_TOKENS,
+    prefill_tokens: int | None = None,
     memory_fraction: float = MEMORY_FRACTION,
     mesh: Mesh | None = None,
     implementation: Implementation | None = None,
@@ -78,14 +84,12 @@ def generate(
     Sparse if `params` carries routers, else dense. Settings that say "or one per
     request" take a number or a sequence as long as `prompts`.
 
-    What a request gets depends on itself alone up to rounding, neuron sparsity apart,
-    whose neurons the batch shares: in float32 the tokens are those that it would get
-    alone. In 16 bit a sum in another order may round otherwise, and with it a near tie
-    end otherwise. The order depends on the number of requests, and on how many prompts
-    are of the same width, the next power of two from 16 on, but not on what the others
-    say, nor on their place. Each prompt is read at its own width. On a CPU other widths
-    of the others change nothing, nor does the room in the cache; on a GPU attention is
-    split by that room, the longest request's tokens up to the next power of two.
+    What a request gets depends on itself alone, to the last bit, neuron sparsity apart,
+    whose neurons the batch shares: in an `Engine` it is the same alone or in any
+    company. A call makes an engine of its own size: its slots, its context and
+    `prefill_tokens`, all powers of two, go with the number of requests, the longest of
+    them and the prompts' tokens. In float32 an engine of another size gives the same
+    tokens; in 16 bit its sums may round otherwise, and a near tie end otherwise.
 
     Args:
       params: the model, from `polarjax.load`.
@@ -125,19 +129,23 @@ def generate(
         `max_new_tokens`, or one per request.
       ignore_eos: whether the model's own end tokens are as any others, or one per
         request; `stop_ids` that are given end a text all the same.
-      stream: called as stream(request, text, tokens) with what is new, between chunks.
+      n: samples of each prompt, at most 128, each an entry of the output; or one per
+        request. Greedy ones are all alike.
+      logprobs: how many of the most probable tokens to tell at each step, at most 20,
+        or one per request: `Output.alternatives`. None for none.
+      prompt_logprobs: as many at each token of the prompts, with the log-probability of
+        the token itself: `Output.prompt_logprobs` and `prompt_alternatives`.
+      echo: whether texts begin with their prompts, or one per request. Where `logprobs`
+        are told, those of prompts are too.
+      stream: called as stream(entry, text, tokens) with what is new of an entry of the
+        output, after each step.
       progress: True for a bar on stderr, if that is a terminal; or a function, called
-        between chunks as progress(requests that ended, requests, new tokens).
+        after each step as progress(requests that ended, requests, new tokens).
       errors: "raise" if one request that fails shall end the call; "keep" if it shall
         fail alone, as a wrong or too long prompt does, or one for which the model
         yields NaN: its `finish_reasons` is "error", and `Output.errors` says why.
-      chunk: most decode steps between two looks of the host: stop strings, streaming
-        and stop tokens of all requests take effect at its multiples. After the last
-        token that any request may have no step is taken, but that a GPU ends its last
-        chunk; one is as many as are needed up to the next power of two, where that is
-        less.
-      prefill_tokens: prompt tokens, padding included, that are computed at once: fewer
-        need less memory.
+      prefill_tokens: prompt tokens that one program reads, of each part of the batch;
+        None for all, but at most what the device is good at: 2048 on a GPU.
       memory_fraction: of the memory that XLA may take on a device
         (XLA_PYTHON_CLIENT_MEM_FRACTION), how much may be filled; on a CPU, of what the
         machine has available.
@@ -154,8 +162,8 @@ def generate(
     Raises:
       TypeError: if prompts are no list, or, unless kept, not of str or token ids.
       ValueError: if a setting is out of range, or, unless kept, a prompt; it is named.
-        If the model yields NaN, and that is not kept. If the batch does not fit into
-        the device's memory; what would fit is named.
+        If the model yields NaN, and that is not kept. If not even the longest request
+        fits into the device's memory. Where not all fit at once, some wait.
     """
     params = check_params(params)
     params = shard(params, mesh) if mesh is not None else on_devices(params)
@@ -187,6 +195,10 @@ def generate(
         "allowed_token_ids": allowed_token_ids,
         "min_tokens": min_tokens,
         "ignore_eos": ignore_eos,
+        "n": n,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "echo": echo,
     }
     asked = settings_of(config, tokenizer, batch, settings)
     pairs = zip(lengths, asked, strict=True)
@@ -205,14 +217,13 @@ def generate(
     dense = any(one.density and count(one.density, k) == k for one in asked)
     if policy is not None and dense and "neurons" in policy.asks:
         policy = policy.asking(tuple(x for x in policy.asks if x != "neurons"))
-    if programs.takes_whole_chunks(params.weights):
-        chunk = min(positive("chunk", chunk), bucket(max(limits) - 1, 1))
+    if prefill_tokens is None:
+        prefill_tokens = min(bucket(sum(lengths)), prefill_tokens_of(params))
+    needs = [end for end, one in zip(ends, asked, strict=True) for _ in range(one.n)]
     slots, context = room_for(
         params,
-        batch,
-        max(ends),
+        needs,
         prefill_tokens=positive("prefill_tokens", prefill_tokens),
-        prompt_tokens=max(lengths),
         memory_fraction=memory_fraction,
     )
     if many:  # each looks at its own host's memory
@@ -222,18 +233,21 @@ def generate(
         policy=policy,
         slots=slots,
         context=context,
-        prompt_tokens=max(lengths),
-        chunk=chunk,
         prefill_tokens=prefill_tokens,
-        load=Load(batch, math.ceil(sum(middles) / batch), mean),
+        memory_fraction=memory_fraction,
+        load=Load(min(slots, len(needs)), math.ceil(sum(middles) / batch), mean),
         densities=density is not None,
         implementation=implementation,
+        variants=[variant_of(asked)],
+        logprobs=any(one.logprobs is not None for one in asked),
+        prompt_logprobs=any(one.told_of_prompt is not None for one in asked),
     ) as engine:
         out = engine.generate(
             encoded, stream=stream, progress=progress, errors=errors, **settings
         )
     # The engine was given no tokens of those.
-    why = [first or then for first, then in zip(wrong, out.errors, strict=True)]
+    pairs = zip(out.prompts, out.errors, strict=True)
+    why = [wrong[number] or error for number, error in pairs]
     return dataclasses.replace(out, errors=why)
 
 

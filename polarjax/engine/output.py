@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from polarjax.engine.alternatives import TopTokens
+from polarjax.engine.request import Request
 from polarjax.engine.stats import Stats
 
 
@@ -46,4 +48,38 @@ class Output:
     )
     prompt_alternatives: list[list[TopTokens | None] | None] = dataclasses.field(
         default_factory=list
+    )
+
+
+def make_output(requests: Sequence[Request], stats: Stats, *, texts: bool) -> Output:
+    """What there is of requests that have ended.
+
+    Args:
+      requests: one for each entry.
+      stats: of the call.
+      texts: whether there is a tokenizer.
+    """
+    told = [one.settings.logprobs is not None for one in requests]
+    of_prompts = [one.settings.told_of_prompt is not None for one in requests]
+    return Output(
+        tokens=[one.tokens for one in requests],
+        texts=[one.text for one in requests] if texts else None,
+        logprobs=[one.logprobs for one in requests],
+        finish_reasons=[one.finish_reason for one in requests],
+        stats=stats,
+        errors=[one.error or None for one in requests],
+        prompts=[one.number for one in requests],
+        samples=[one.settings.sample for one in requests],
+        alternatives=[
+            one.alternatives if asked else None
+            for one, asked in zip(requests, told, strict=True)
+        ],
+        prompt_logprobs=[
+            one.prompt_logprobs if asked else None
+            for one, asked in zip(requests, of_prompts, strict=True)
+        ],
+        prompt_alternatives=[
+            one.prompt_alternatives if asked else None
+            for one, asked in zip(requests, of_prompts, strict=True)
+        ],
     )

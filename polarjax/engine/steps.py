@@ -195,9 +195,16 @@ def begin(
     return share.over(follow, specs, (kept, _TOLD))(*args)
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+@functools.partial(
+    jax.jit, static_argnames=("model", "kind"), donate_argnames=("slots",)
+)
 def decode(
-    weights: Tree, policy: Policy, slots: Slots, *, model: Decoder
+    weights: Tree,
+    policy: Policy,
+    slots: Slots,
+    *,
+    model: Decoder,
+    kind: type | None = None,
 ) -> tuple[Slots, tuple[jax.Array, jax.Array, jax.Array | None]]:
     """One decode step of all live slots, but for what is drawn after it.
 
@@ -206,6 +213,8 @@ def decode(
       policy: bound.
       slots: donated.
       model: with the policy's score rows.
+      kind: class of the policy. jax 0.10 takes the trees of two dataclasses with equal
+        fields for the same, and the program of one policy for the other's.
 
     Returns:
       The slots, with logits; and what was read: `Drawn.reads`, `visible` and `own`.

@@ -72,40 +72,42 @@ class Batch:
       contexts: room for different contexts, c.
       prefix: room for a context's tokens; 0 if none is read dense.
       steps: room for the tokens read one by one.
-      capacity: room of the cache for both.
+      room: of the cache for them, which is less where no row needs all.
     """
 
     rows: tuple[Row, ...]
     contexts: int
     prefix: int
     steps: int
-    capacity: int
+    room: int
 
     def arrays(self, batch: int, parts: int = 1) -> tuple[tuple, tuple]:
         """Padded arrays for a batch size.
 
         Args:
           batch: rows, b.
-          parts: a number of which rows and contexts are filled up to a multiple.
+          parts: of the batch, to a multiple of which it is filled up.
 
         Returns:
           (the contexts, int32[c, prefix], their lengths, int32[c], and the context of
           each row, int32[b]), (each row's tokens, int32[b, steps + 1], and how many of
-          the steps it takes, int32[b], 0 for rows that fill up). As numpy.
+          the steps it takes, int32[b], 0 for rows that fill up). As numpy. Each part
+          has contexts of its own, from which its rows count.
         """
-        heads = dict.fromkeys(row.tokens[: row.start] for row in self.rows)
-        of_head = {head: i for i, head in enumerate(heads)}
-        most = self.contexts + -self.contexts % parts
-        batch += -batch % parts
-        contexts = np.zeros((most, self.prefix), np.int32)
-        lengths, rows, counts = (np.zeros(n, np.int32) for n in (most, batch, batch))
-        for head, i in of_head.items():
-            contexts[i, : len(head)], lengths[i] = head, len(head)
+        each = -(-batch // parts)
+        batch, most = each * parts, min(self.contexts, each)
+        contexts = np.zeros((parts * most, self.prefix), np.int32)
+        lengths = np.zeros(len(contexts), np.int32)
+        rows, counts = np.zeros((2, batch), np.int32)
         tokens = np.zeros((batch, self.steps + 1), np.int32)
+        known: list[dict[tuple[int, ...], int]] = [{} for _ in range(parts)]
         for i, row in enumerate(self.rows):
-            tail = row.tokens[row.start :]
-            rows[i], counts[i] = of_head[row.tokens[: row.start]], len(tail) - 1
-            tokens[i, : len(tail)] = tail
+            head, tail = row.tokens[: row.start], row.tokens[row.start :]
+            part = i // each
+            rows[i] = known[part].setdefault(head, len(known[part]))
+            at = part * most + rows[i]
+            contexts[at, : len(head)], lengths[at] = head, len(head)
+            tokens[i, : len(tail)], counts[i] = tail, len(tail) - 1
         return (contexts, lengths, rows), (tokens, counts)
 
 
@@ -169,6 +171,7 @@ def make_batches(
         capacity, steps = bucket(prefix + room, 128), _SMALLEST_STEPS
         while steps < room:
             steps *= 4
-        batches.append(Batch(rows, contexts, prefix, steps, capacity))
+        room = min(steps, capacity - prefix)
+        batches.append(Batch(rows, contexts, prefix, steps, room))
     random.Random(0).shuffle(batches)
     return batches

@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Implementation
 from polarjax.cache import PagedCache
 from polarjax.engine.generate import generate
-from polarjax.engine.places import CACHE, ROWS, place_rows
+from polarjax.engine.places import PAGES, ROWS, place_rows
 from polarjax.evaluation.measure import Journal, Progress
-from polarjax.evaluation.programs import copy_contexts, decode_step, prefill
+from polarjax.evaluation.programs import decode_step, fork, prefill
 from polarjax.mesh.cut import field_specs
 from polarjax.mesh.processes import to_host
 from polarjax.model import Decoder, make_decoder
@@ -161,12 +161,10 @@ def _compare(
     for i, prompt in enumerate(prompts):
         contexts[i, : len(prompt)], lengths[i] = prompt, len(prompt)
     tokens = np.pad(dense, ((0, b - len(prompts)), (0, 0)))
-    room = contexts.shape[1] + new_tokens
-    capacity = -(-room // 16) * 16  # what kernels like
-    rows = np.arange(b, dtype=np.int32)
+    rows = np.arange(b, dtype=np.int32) % (b // model.share.dp)
     read = place_rows((contexts, lengths, rows, tokens.astype(np.int32)), model.mesh)
     cache = prefill(params.weights, *read[:2], model=model)
-    cache = copy_contexts(cache, read[2], capacity, model.mesh)
+    cache = fork(cache, read[2], room=new_tokens, model=model)
     found = {}
     for label, policy in policies.items():
         differs = write(policy) != dense
@@ -230,5 +228,5 @@ def _divergences(
 
     args = dense_weights, weights, policy, cache, live, tokens
     cut = (share.weight_specs(x) for x in (dense_weights, weights))
-    specs = *cut, field_specs(policy), CACHE, ROWS, ROWS
+    specs = *cut, field_specs(policy), PAGES, ROWS, ROWS
     return share.over(follow, specs, (ROWS, ROWS, P()))(*args)

@@ -1,64 +1,108 @@
-"""What the devices run to score a batch: prefill, steps that are watched, a mask."""
+"""What the devices run to score a batch: prefill, forced decode steps, a mask."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from polarjax.cache import PagedCache
-from polarjax.engine.places import CACHE, ROWS, cache_places
+from pallas_kernels import put
+from polarjax.cache import PagedCache, Pieces
+from polarjax.engine.places import PAGES, ROWS
 from polarjax.mesh.cut import field_specs
-from polarjax.model import Decoder, extend, whole
+from polarjax.model import Decoder, extend, read, whole
 from polarjax.model import logits as logits_of
 from polarjax.policy import Policy, Tree
 
 # Positions of which the logits are in memory at once.
 _CHUNK = 128
+_PAGE = 64  # positions, as an engine's
+_TOKENS = 2048  # of contexts, that are read at once
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def prefill(
     weights: Tree, contexts: jax.Array, lengths: jax.Array, *, model: Decoder
 ) -> PagedCache:
-    """Read contexts, dense.
+    """Read contexts into pages, dense, as an engine reads prompts.
 
     Args:
       weights: the original ones.
-      contexts: int32[c, t], padded at the end.
+      contexts: int32[c, t], padded at the end; t is 0 where there is nothing to read.
       lengths: int32[c]; 0 for none.
       model: without score rows, as the weights.
+
+    Returns:
+      What `fork` goes on from. On a mesh each part of the batch has contexts of its
+      own, in pages of its own.
     """
     share = model.share
 
-    def read(weights: Tree, contexts: jax.Array, lengths: jax.Array) -> PagedCache:
-        rows, room = contexts.shape
-        empty = PagedCache.empty(share.own, rows, room, model.dtype)
-        return extend(model, weights, contexts, lengths, empty, fresh=True).cache
+    def read_all(weights: Tree, contexts: jax.Array, lengths: jax.Array) -> PagedCache:
+        c, t = contexts.shape
+        each = -(-t // _PAGE)
+        cache = PagedCache.pool(share.own, c, t, 1 + c * each, _PAGE, model.dtype)
+        if not t:
+            return cache
+        table = 1 + jnp.arange(c * each, dtype=jnp.int32).reshape(c, each)
+        size = min(_TOKENS, c * t)
+
+        def block(i: jax.Array, cache: PagedCache) -> PagedCache:
+            pieces = Pieces.among(lengths, i * size, size)
+            tokens = contexts[pieces.places(size)]
+            return read(model, weights, tokens, pieces, cache).cache
+
+        # As many on every device, for they speak to each other in each.
+        blocks = (share.largest(lengths.sum()) + size - 1) // size
+        cache = dataclasses.replace(cache, table=table)
+        return jax.lax.fori_loop(0, blocks, block, cache)
 
     specs = share.weight_specs(weights), ROWS, ROWS
-    return share.over(read, specs, CACHE)(weights, contexts, lengths)
+    return share.over(read_all, specs, PAGES)(weights, contexts, lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "mesh"))
-def copy_contexts(
-    cache: PagedCache, rows: jax.Array, capacity: int, mesh: Mesh | None = None
+@functools.partial(jax.jit, static_argnames=("room", "model"))
+def fork(
+    cache: PagedCache, rows: jax.Array, *, room: int, model: Decoder
 ) -> PagedCache:
-    """Give each row a copy of its context's cache.
+    """Let each row go on from its context.
+
+    Rows share the full pages of a context. Of the page that it ends in each has a copy
+    of its own, and behind that pages for what comes.
 
     Args:
-      cache: of the contexts, [c, k, t, d].
-      rows: int32[b], the context of each row, on whichever device it is.
-      capacity: positions of the new cache.
-      mesh: that both caches are cut over; None for one device.
+      cache: of `prefill`.
+      rows: int32[b], the context of each row, on a mesh among those of its part.
+      room: positions that each row may add.
+      model: that has read the contexts.
     """
-    found = cache.copies(rows, capacity)
-    if mesh is None:
-        return found
-    return jax.lax.with_sharding_constraint(found, cache_places(found, mesh))
+
+    def apart(cache: PagedCache, rows: jax.Array) -> PagedCache:
+        assert cache.table is not None
+        (c, shared), b = cache.table.shape, len(rows)
+        own = -(-(room + (_PAGE - 1 if shared else 0)) // _PAGE)
+        lengths = cache.lengths[rows]
+        full = lengths // _PAGE
+        first = 1 + c * shared + own * jnp.arange(b, dtype=jnp.int32)
+        # Entry by entry: a page of the context, or which of the row's own.
+        theirs = jnp.pad(cache.table, ((0, 0), (0, own)))[rows]
+        mine = jnp.arange(shared + own, dtype=jnp.int32) - full[:, None]
+        table = jnp.where(mine < 0, theirs, first[:, None] + mine)
+        table = jnp.where(mine < own, table, 0)
+        last = jnp.take_along_axis(theirs, full[:, None], axis=1)[:, 0]
+
+        def grow(pages: jax.Array) -> jax.Array:
+            more = jnp.pad(pages, ((0, b * own), *((0, 0),) * 3))
+            return put(more, (first,), pages[last], unique=True)
+
+        layers = jax.tree.map(grow, cache.apart())
+        grown = PagedCache.of_layers(layers, lengths)
+        return dataclasses.replace(grown, table=table)
+
+    return model.share.over(apart, (PAGES, ROWS), PAGES)(cache, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind"))
@@ -77,7 +121,7 @@ def decode(
     Args:
       weights: bound.
       policy: bound.
-      cache: of what comes before.
+      cache: of `fork`.
       tokens: int32[b, n + 1].
       counts: int32[b], how many of the n each row scores.
       model: with the policy's score rows.
@@ -96,12 +140,12 @@ def decode(
         def step(i: jax.Array, carry: tuple) -> tuple:
             cache, nll, greedy, use = carry
             live = i < counts
-            logits, cache, read = decode_step(
+            logits, cache, groups = decode_step(
                 model, weights, policy, tokens[:, i], cache, live
             )
             found, best = score(logits, tokens[:, i + 1])
             nll = nll.at[:, i].set(jnp.where(live, found, 0))
-            return cache, nll, greedy.at[:, i].set(best), use + read
+            return cache, nll, greedy.at[:, i].set(best), use + groups
 
         use = jnp.zeros((model.config.layers, model.config.kv_heads), jnp.int32)
         first = cache, jnp.zeros((b, n)), jnp.zeros((b, n), bool), use
@@ -111,7 +155,7 @@ def decode(
         return jax.lax.fori_loop(0, steps, step, first)[1:]
 
     args = weights, policy, cache, tokens, counts
-    specs = share.weight_specs(weights), field_specs(policy), CACHE, ROWS, ROWS
+    specs = share.weight_specs(weights), field_specs(policy), PAGES, ROWS, ROWS
     return share.over(follow, specs, (ROWS, ROWS, P()))(*args)
 
 
@@ -132,9 +176,9 @@ def mask(
     def follow(weights, policy, tokens, counts):
         b, n = tokens.shape[0], tokens.shape[1] - 1
         made = whole(model, weights, tokens[:, :-1], lengths=counts, policy=policy)
-        x, read = made.x, made.read
+        x, groups = made.x, made.read
         live = jnp.arange(n) < counts[:, None]
-        use = (read & live[None, ..., None]).sum(axis=(1, 2), dtype=jnp.int32)
+        use = (groups & live[None, ..., None]).sum(axis=(1, 2), dtype=jnp.int32)
 
         def chunks(array: jax.Array) -> jax.Array:
             # [b, n, ...] -> [n / 128, b, 128, ...]
@@ -183,8 +227,8 @@ def decode_step(
     found = extend(model, weights, token[:, None], counts, cache, policy=policy)
     every = jnp.stack([one.every for one in found.read])
     logits = model.share.gather_logits(found.logits)
-    read = model.share.add_up_batch(every.sum(axis=1, dtype=jnp.int32))
-    return logits, found.cache, read
+    groups = model.share.add_up_batch(every.sum(axis=1, dtype=jnp.int32))
+    return logits, found.cache, groups
 
 
 def score(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -22,11 +22,7 @@ from jax.sharding import NamedSharding
 
 from pallas_kernels import Implementation, runnable
 from polarjax.cache import PagedCache
-from polarjax.engine.places import (
-    cache_places,
-    empty_cache,
-    place_rows,
-)
+from polarjax.engine.places import PAGES, place_rows
 from polarjax.evaluation import programs
 from polarjax.evaluation.batches import Batch, Continuation, Mode, make_batches
 from polarjax.mesh.processes import to_host
@@ -95,7 +91,6 @@ class Scorer:
             params.config.architecture, params.weights, implementation=implementation
         )
         self._mesh, self._parts = self._model.mesh, self._model.share.dp
-        self._rows = self.batch + -self.batch % self._parts
         self._bound = {}
         for label, policy in policies.items():
             own = check_policy(policy).of(params.policy.learned).sized(self.batch)
@@ -145,16 +140,17 @@ class Scorer:
         for batch in distinct:
             contexts, arrays = self._arrays(batch)
             first, *others = self._keys(batch)
-            if batch.prefix and first not in self._programs:
-                jobs[first] = functools.partial(
-                    programs.prefill.lower,
-                    self.params.weights,
-                    *contexts[:2],
-                    model=self._model,
-                )
             function = programs.mask
             if self.mode != "mask":
-                function, arrays = programs.decode, (self._cache_shapes(batch), *arrays)
+                if first not in self._programs:
+                    jobs[first] = functools.partial(
+                        programs.prefill.lower,
+                        self.params.weights,
+                        *contexts[:2],
+                        model=self._model,
+                    )
+                shapes = self._cache_shapes(batch, *contexts)
+                function, arrays = programs.decode, (shapes, *arrays)
             for key, bound in zip(others, self._bound.values(), strict=True):
                 if key not in self._programs:
                     jobs[key] = functools.partial(
@@ -182,13 +178,11 @@ class Scorer:
         """
         contexts, arrays = self._arrays(batch)
         first, *others = self._keys(batch)
-        if batch.prefix:
+        if self.mode != "mask":
             *read, rows = contexts
             cache = self._programs[first](self.params.weights, *read)
-            cache = programs.copy_contexts(cache, rows, batch.capacity, self._mesh)
+            cache = programs.fork(cache, rows, room=batch.room, model=self._model)
             arrays = jax.block_until_ready(cache), *arrays
-        elif self.mode != "mask":
-            arrays = self._empty(batch), *arrays
         found = {}
         for key, (label, bound) in zip(others, self._bound.items(), strict=True):
             begin = time.perf_counter()
@@ -209,23 +203,31 @@ class Scorer:
 
     def _keys(self, batch: Batch) -> tuple:
         """Of a batch's programs: what reads its contexts, then each policy's."""
-        room = batch.steps, batch.capacity
         first = batch.contexts, batch.prefix
+        room = *first, batch.steps, batch.room
         return first, *((label, *room) for label in self._bound)
 
     def _arrays(self, batch: Batch) -> tuple[tuple, tuple]:
         """On the devices, each row where it is computed."""
         return place_rows(batch.arrays(self.batch, self._parts), self._mesh)
 
-    def _empty(self, batch: Batch) -> PagedCache:
-        return empty_cache(self._model, self._rows, batch.capacity)
-
-    def _cache_shapes(self, batch: Batch) -> PagedCache:
-        shapes = jax.eval_shape(functools.partial(self._empty, batch))
-        if self._mesh is None:
+    def _cache_shapes(
+        self, batch: Batch, contexts: jax.Array, lengths: jax.Array, rows: jax.Array
+    ) -> PagedCache:
+        """Those of what rows go on from, on their devices."""
+        model = {"model": self._model}
+        read = programs.prefill.eval_shape(
+            self.params.weights, contexts, lengths, **model
+        )
+        shapes = programs.fork.eval_shape(read, rows, room=batch.room, **model)
+        mesh = self._mesh
+        if mesh is None:
             return shapes
 
-        def put(shape: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+        def place(spec: Any, tree: Any) -> Any:
+            where = NamedSharding(mesh, spec)
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree
+            )
 
-        return jax.tree.map(put, shapes, cache_places(shapes, self._mesh))
+        return jax.tree.map(place, PAGES, shapes)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Required, TypedDict, Unpack
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,43 +12,18 @@ import numpy as np
 
 from polarjax.config import ModelConfig
 from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
-from polarjax.model.causal import BLOCK, flash_serves
 from polarjax.params import Params
-from polarjax.planning.blocks import rows_of
 from polarjax.planning.cost import kv_row_bytes
 from polarjax.planning.host_memory import host_memory
-from polarjax.planning.sizes import bucket
 
-# A cache for which memory is short has a multiple of so many positions.
-_TIGHT = 64
+# Positions of a page of the cache.
+PAGE = 64
+# Tokens of prompts that one program reads: a GPU needs many to be busy, and where there
+# are fewer a CPU computes the rest in vain.
+PREFILL_TOKENS = {"gpu": 2048, "cpu": 128}
 # Of what XLA may take. The rest is for what is not counted: programs, gaps between
 # buffers.
 MEMORY_FRACTION = 0.95
-
-
-class Taken(TypedDict, total=False):
-    """What a batch needs beside its cache, and of which memory.
-
-    Attributes:
-      prefill_tokens: prompt tokens that are computed at once.
-      prompt_tokens: of the longest prompt.
-      memory_fraction: of the memory that XLA may take, in (0, 1].
-    """
-
-    prefill_tokens: Required[int]
-    prompt_tokens: Required[int]
-    memory_fraction: float
-
-
-def capacities(config: ModelConfig, tokens: int) -> tuple[int, int]:
-    """Positions of the cache that `generate` makes for so many tokens a request.
-
-    Returns:
-      A power of two, so that one program serves many lengths; and, where there is no
-      room for that, few more than the tokens.
-    """
-    roomy, tight = bucket(tokens), -(-tokens // _TIGHT) * _TIGHT
-    return min(roomy, config.context), min(roomy, tight, config.context)
 
 
 def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> int:
@@ -64,43 +39,23 @@ def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> i
     return rows * kv_row_bytes(config, dtype)
 
 
-def prefill_bytes(
-    config: ModelConfig,
-    batch: int,
-    width: int,
-    dtype: Any,
-    *,
-    platform: str,
-    prefill_tokens: int,
-) -> int:
-    """Bytes that prefill takes beside weights and cache.
+def prefill_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:
+    """Bytes that reading pieces of prompts takes beside weights and cache.
 
-    An estimate from above: what a call has of all its tokens, and of one block a layer
-    at its widest: either attention's products or the MLP's, which are float32 in small
-    blocks. Where attention is not flash attention its weights are counted too.
+    An estimate from above: what a program has of all its tokens, and what it has of
+    them in one layer at its widest, either attention's products or the MLP's.
 
     Args:
       config: of the model.
-      batch: sequences, b.
-      width: tokens of each prompt, padding included.
+      tokens: that one program reads, n.
       dtype: of the activations.
-      platform: of the device: "gpu", ...
-      prefill_tokens: that are computed at once.
     """
     c, size = config, jnp.dtype(dtype).itemsize
     q, kv = c.heads * c.head_dim, 2 * c.kv_heads * c.head_dim
-    # Keys and values come once more, before they are laid out as the cache has them.
     whole = size * (3 * c.dim + 2 * q + 2 * kv)
-    if platform != "gpu" or not flash_serves(size, width, c.head_dim):
-        whole += 3 * 4 * c.heads * min(width, BLOCK)
     mlp = c.neurons * (4 * (1 + c.gated_mlp) + size)
-    block = 4 * c.dim + max((q + kv) * (4 + size), mlp)
-    # A longer prompt is a call of its own.
-    rows = rows_of(batch, width, prefill_tokens)
-    tokens = max(width, min(rows * width, prefill_tokens))
-    # What a call has read is copied into the batch's cache, but on a GPU.
-    kept = 0 if platform == "gpu" else cache_bytes(config, 1, tokens, dtype)
-    return kept + tokens * whole + min(tokens, prefill_tokens) * block
+    layer = 4 * c.dim + max((q + kv) * (4 + size), mlp)
+    return tokens * (whole + layer)
 
 
 def cpu_step_bytes(
@@ -128,96 +83,6 @@ def cpu_step_bytes(
 def sampling_bytes(config: ModelConfig, batch: int) -> int:
     """Bytes of a step's logits, float32, and of as much thrice to draw from them."""
     return 4 * 4 * batch * config.vocab_size
-
-
-def cache_capacity(
-    params: Params, batch: int, tokens: int, **taken: Unpack[Taken]
-) -> int:
-    """The first of `capacities` with which a batch fits into its devices' memory.
-
-    CPU devices share this machine's memory. What tells nothing of its own is taken to
-    have enough.
-
-    Args:
-      params: the model, in its devices' memory.
-      batch: sequences, b.
-      tokens: most of a request, prompt and continuation.
-      **taken: what else there has to be room for, and of which memory.
-
-    Returns:
-      Positions of the cache, s.
-
-    Raises:
-      ValueError: if it does not fit; it names what would.
-    """
-    shapes = [(batch, s) for s in capacities(params.config, tokens)]
-    return _first_that_fits(params, shapes, **taken)[1]
-
-
-def room_for(
-    params: Params, batch: int, tokens: int, **taken: Unpack[Taken]
-) -> tuple[int, int]:
-    """Slots and context of an engine for a batch: powers of two where there is room.
-
-    Args:
-      params: the model, in its devices' memory.
-      batch: sequences, b.
-      tokens: most of a request, prompt and continuation.
-      **taken: what else there has to be room for, and of which memory.
-
-    Raises:
-      ValueError: if the batch does not fit; it names what would.
-    """
-    roomy, tight = capacities(params.config, tokens)
-    shapes = [(bucket(batch, 1), roomy), (batch, roomy), (batch, tight)]
-    return _first_that_fits(params, shapes, **taken)
-
-
-def _first_that_fits(
-    params: Params,
-    shapes: Sequence[tuple[int, int]],
-    *,
-    prefill_tokens: int,
-    prompt_tokens: int,
-    memory_fraction: float = MEMORY_FRACTION,
-) -> tuple[int, int]:
-    """Of some sequences and positions of a cache, the first that there is room for.
-
-    Args:
-      params: the model, in its devices' memory.
-      shapes: (b, s) each, the smallest last, which an error is about.
-      prefill_tokens: prompt tokens, padding included, that are computed at once.
-      prompt_tokens: of the longest prompt.
-      memory_fraction: of the memory that XLA may take, in (0, 1].
-    """
-    room = _Room.of(params, memory_fraction)
-    width = min(bucket(prompt_tokens), params.config.context)
-
-    def needed(batch: int, capacity: int) -> float:
-        batch = room.part(batch)
-        prefill = room.prefill_bytes(params, batch, width, prefill_tokens)
-        cache = cache_bytes(room.own, batch, capacity, params.dtype)
-        return cache + room.working_bytes(params, batch, capacity, prefill)
-
-    free = room.free
-    for shape in shapes:
-        if needed(*shape) <= free:
-            return shape
-    batch, capacity = shapes[-1]
-    need = needed(batch, capacity)
-    smaller = largest(lambda b: needed(b, capacity) <= free, batch)
-    most = -(-capacity // _TIGHT)
-    shorter = _TIGHT * largest(lambda n: needed(batch, n * _TIGHT) <= free, most)
-    fits = [f"batch {smaller}"] if smaller else []
-    if shorter > prompt_tokens:
-        fits.append(f"max_new_tokens={shorter - prompt_tokens}")
-    raise ValueError(
-        f"batch {batch} with {capacity} tokens of context needs {need / 1e9:.2f} GB "
-        f"for its cache and working memory, and the device has "
-        f"{max(free, 0) / 1e9:.2f} GB left (memory_fraction {memory_fraction:g}): "
-        + (f"{' or '.join(fits)} would fit" if fits else "not even batch 1 would fit")
-        + "; `polarjax plan` shows what does"
-    )
 
 
 def pages_that_fit(
@@ -248,7 +113,7 @@ def pages_that_fit(
     room = _Room.of(params, memory_fraction)
     each = -(-context // page)
     batch = room.part(slots)
-    prefill = room.prefill_bytes(params, 1, prefill_tokens, prefill_tokens)
+    prefill = prefill_bytes(room.own, prefill_tokens, params.dtype)
     working = room.working_bytes(params, batch, each * page, prefill)
     one = cache_bytes(room.own, 1, page, params.dtype)
     free = room.free - working
@@ -257,12 +122,17 @@ def pages_that_fit(
     found = most if free == float("inf") else min(most, int(max(free, 0) // one))
     if found > each:
         return found
+    shorter = page * max(found - 1, 0)
+    fits = ["fewer slots"] * (slots > room.dp) + [f"a context of {shorter}"] * (
+        shorter > 0
+    )
     raise ValueError(
         f"a request of {context} tokens needs {each + 1} pages of {page} positions, "
         f"{(each + 1) * one / 1e9:.2f} GB, and beside {working / 1e9:.2f} GB of "
         f"working memory for {slots} slots the device has {max(free, 0) / 1e9:.2f} GB "
-        f"left (memory_fraction {memory_fraction:g}): make the engine with fewer slots "
-        "or a smaller context"
+        f"left (memory_fraction {memory_fraction:g}): "
+        + (f"{' or '.join(fits)} would fit" if fits else "not even one token would fit")
+        + "; `polarjax plan` shows what does"
     )
 
 
@@ -316,19 +186,6 @@ class _Room:
     def part(self, batch: int) -> int:
         """Sequences of one part of the batch."""
         return -(-batch // self.dp)
-
-    def prefill_bytes(
-        self, params: Params, batch: int, width: int, prefill_tokens: int
-    ) -> int:
-        """See the function of this name."""
-        return prefill_bytes(
-            self.own,
-            batch,
-            width,
-            params.dtype,
-            platform=self.platform,
-            prefill_tokens=prefill_tokens,
-        )
 
     def working_bytes(
         self, params: Params, batch: int, capacity: int, prefill: int

@@ -115,6 +115,8 @@ def step_sent_bytes(
     total = 2 * config.layers * _summed(_FLOAT32 * b * config.dim, tp)
     if local_config(config, tp).vocab_size != vocab:
         total += _summed(jnp.dtype(dtype).itemsize * b * config.embed_dim, tp)
+        # The log-sum-exp of the logits, then the best token.
+        total += _gathered(_FLOAT32 * b * tp, tp)
         total += _gathered(SAID_BYTES * b * tp, tp)
     for rows, picks in zip(score_rows, picks_neurons, strict=True):
         total += _gathered(_FLOAT32 * b * tp * -(-rows // tp), tp)

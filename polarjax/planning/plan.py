@@ -15,14 +15,15 @@ import jax.numpy as jnp
 
 from polarjax.config import ModelConfig
 from polarjax.mesh.cut import check_tp
-from polarjax.model import BLOCK_TOKENS, weight_shapes
+from polarjax.model import weight_shapes
 from polarjax.params import Params
 from polarjax.planning.cost import StepCost, tree_bytes
 from polarjax.planning.devices import Memory, check_link, known_gpu, live, sending_ms
 from polarjax.planning.memory import (
     MEMORY_FRACTION,
+    PAGE,
+    PREFILL_TOKENS,
     cache_bytes,
-    capacities,
     check_fraction,
     cpu_step_bytes,
     largest,
@@ -35,7 +36,7 @@ from polarjax.planning.per_device import (
     of_device,
     step_sent_bytes,
 )
-from polarjax.planning.sizes import at_least, bucket, positive
+from polarjax.planning.sizes import at_least, positive
 from polarjax.policies.adapter import as_stored, of_learned
 from polarjax.policies.budgets import check_density, check_parts, count, in_parts
 from polarjax.policies.routers import router_shapes
@@ -235,19 +236,11 @@ def plan(
     held_bytes = {density: weights + sum(added(density)) for density in densities}
 
     def needed(batch: int, context: int, density: float) -> int:
-        # As `generate` rounds them.
-        capacity, width = capacities(config, context)[1], bucket(context)
-        part, step = -(-batch // dp), 0
+        capacity, part, step = -(-context // PAGE) * PAGE, -(-batch // dp), 0
         if memory.platform == "cpu":
             step = cpu_step_bytes(own.config, part, capacity, dtype, weights)
-        prefill = prefill_bytes(
-            own.config,
-            part,
-            min(width, config.context),
-            dtype,
-            platform=memory.platform,
-            prefill_tokens=BLOCK_TOKENS,
-        )
+        tokens = PREFILL_TOKENS.get(memory.platform, PREFILL_TOKENS["cpu"])
+        prefill = prefill_bytes(own.config, tokens, dtype)
         return (
             held_bytes[density]
             + cache_bytes(own.config, part, capacity, dtype)

@@ -55,7 +55,6 @@ def write_blocks(
         policy=Dense(),
         slots=min(batch, blocks),
         context=length,
-        chunk=length,
         densities=False,
         max_waiting=blocks,
     )

@@ -18,6 +18,7 @@ from polarjax.bench import (
     arguments,
     decode,
     plots,
+    prefills,
     profiling,
     random_weights,
     rounds,
@@ -27,6 +28,8 @@ from polarjax.bench import (
 )
 from polarjax.bench.table import table
 from polarjax.cli import main
+from polarjax.engine import steps as engine
+from polarjax.mesh.cut import make_mesh, shard
 from polarjax.model import Share, make_decoder, weight_shapes
 from polarjax.model.layer import Layer
 from polarjax.planning.cost import step_weight_bytes
@@ -98,10 +101,10 @@ def test_what_is_compared_is_timed_in_turn(monkeypatch):
     """On a machine that gets twice as slow, what costs the same is found to."""
     clock, order, cost = [0.0], [], {"a": 3.0, "b": 3.0, "c": 2.0}
 
-    def follow(chunk, state, context):
-        order.append(chunk)
-        clock[0] += 64 * cost[chunk] * (1.0 if len(order) < 6 else 2.0)
-        return state, [chunk] * 4
+    def follow(step, state, context):
+        order.append(step)
+        clock[0] += 64 * cost[step] * (1.0 if len(order) < 6 else 2.0)
+        return state, [step] * 64
 
     monkeypatch.setattr(rounds, "follow", follow)
     monkeypatch.setattr(rounds, "rewind", lambda state, context: state)
@@ -109,7 +112,7 @@ def test_what_is_compared_is_timed_in_turn(monkeypatch):
     _, (a, b), drawn = rounds.times(["a", "b"], 0, 128, 5)
     assert order == [*"baab" * 3]
     assert a == [3, 6, 6, 6, 6] and b == [3, 3, 6, 6, 6]
-    assert drawn == [["a"] * 4, ["b"] * 4]
+    assert drawn == [["a"] * 64, ["b"] * 64]
     found = rows.ratio("over_dense", a, b)
     assert found["over_dense"] == 1 and found["over_dense_rounds"] == 5
     order.clear()
@@ -221,8 +224,8 @@ def test_layers_alone_compute_what_the_layers_compute():
     params = random_weights.random_params(config, jnp.float32, alone=True)
     assert "layers_0" not in params.weights and params.config.layers == 3
     weights, bound = polarjax.Polar(0.5).bind(params)
-    chunk = steps.make_chunk(params, weights, bound, 2, alone=True)
-    state = steps.rewind(steps.make_state(params, 2, 32, alone=True), 32)
+    own = steps.make_step(params, weights, bound)
+    state = steps.rewind(steps.make_state(params, 2, 100, alone=True), 100)
     zeros = jnp.zeros(2, jnp.int32)
     seen = Seen(jnp.ones(2, bool), jnp.zeros(2), zeros, jnp.arange(2))
 
@@ -246,17 +249,53 @@ def test_layers_alone_compute_what_the_layers_compute():
         return x, cache.grown(zeros + 1), read.groups
 
     x, cache = state.x, state.cache
-    for _ in range(steps.STEPS):
+    for _ in range(4):
         x, cache, read = step(x, cache)
         assert read.tolist() == [2, 2]  # of 4: no layer of these is dense
-    state, drawn = chunk(state)
+    for _ in range(4):
+        state, drawn = own(state)
     np.testing.assert_allclose(state.x, x, atol=1e-4)
-    assert state.cache.layers == 3 and state.cache.keys[0].shape[2] == 1  # but a number
+    assert state.cache.layers == 3 and len(state.cache.keys[0]) == 1  # but a number
     np.testing.assert_allclose(state.cache.keys[2], cache.keys[2], atol=1e-4)
-    assert drawn.visible[-1].tolist() == [32, 32]
+    assert drawn.visible.tolist() == [[40, 40]]
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     counted = step_weight_bytes(weights, config, bound)
     assert counted == whole - 4 * config.dim  # all but the row that says the dtype
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2)], ids=["one device", "mesh"])
+@pytest.mark.devices(8)
+def test_a_prefill_reads_its_prompts(mesh):
+    """Cut where a program is full: what is drawn is what follows each whole prompt."""
+    params = random_params(LLAMA)
+    cut = params if mesh is None else shard(params, make_mesh(*mesh))
+    drawn = {}
+    read = prefills.make_prefill(cut, 4, 70, 64)
+    for _ in range(2):  # what was read before is in the way of nobody
+        drawn.clear()
+
+        def call(function, *args, **options):
+            found = function(*args, **options)
+            if function is engine.begin:
+                pieces, lasts = (jax.tree.map(np.asarray, x) for x in args[2:4])
+                for i in np.flatnonzero(lasts):
+                    part = i // (2 if mesh else 4)
+                    drawn[2 * part + pieces.slots[i]] = int(found[1][0][0][0, i])
+            return found
+
+        read(call)
+    ids = jax.random.randint(jax.random.key(3), (4, 70), 0, LLAMA.vocab_size)
+    wanted = np.asarray(polarjax.logits(params, ids))[:, -1].argmax(axis=1)
+    assert [drawn[i] for i in range(4)] == wanted.tolist()
+
+
+def test_pages_lie_in_no_order():
+    for parts in (1, 2):
+        table = steps.shuffled_pages(4, 200, parts)
+        assert table.shape == (4, 4)
+        for own in np.split(table, parts):
+            pages = own.ravel().tolist()
+            assert sorted(pages) == [*range(1, len(pages) + 1)] != pages
 
 
 def test_flops_of_a_prefill_are_counted_as_they_are_said_to_be():
@@ -333,7 +372,7 @@ def test_lists_become_cases():
         (["--models", "mistral-7b", "--adapter", "a"], "--adapter goes with a"),
         (["--models", "folder", "--any-model"], "--any-model goes with --adapter"),
         (["--models", "folder", "--layers", "2"], "not folder"),
-        (["--models", "opt-30b", "--contexts", "16"], "above 16"),
+        (["--models", "opt-30b", "--contexts", "1"], "above 1"),
         (["--models", "opt-30b", "--densities", "1.5"], "above 0 and at most 1"),
         (["--toy", "--repeats", "0"], "--repeats must be a positive integer, got 0"),
         (["--toy", "--head-rank", "-1"], "--head-rank must be an integer of at least"),
@@ -442,9 +481,10 @@ def test_a_kernel_is_told_by_its_place_in_the_program():
     config = shapes.TOY_MODELS["toy-opt"]
     params = random_weights.random_params(config, jnp.float32)
     weights, bound = polarjax.Polar(0.5, 0.5).bind(params)
-    chunk = steps.make_chunk(params, weights, bound, 2)
-    state = steps.rewind(steps.make_state(params, 2, 32), 32)
-    places = profiling.op_names(chunk.lower(state).compile().as_text())
+    step = steps.make_step(params, weights, bound)
+    state = steps.make_state(params, 2, 32)
+    texts = [program.compile().as_text() for program in step.lower(state)]
+    places = profiling.op_names(*texts)
     groups = {
         profiling.group(profiling.Event("kernel", 0, 1, op), places) for op in places
     }
@@ -477,14 +517,13 @@ def test_layers_alone_lower_for_a_gpu(name):
     device = AbstractDevice("NVIDIA H100", 132, "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         weights, policy, state = jax.eval_shape(bound)
-        traced = steps.layers_chunk.trace(
+        traced = steps.layers_step.trace(
             weights,
             policy,
             state,
             model=make_decoder(
                 config, weights, policy.wants.scores, implementation="triton"
             ),
-            steps=steps.STEPS,
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @__gpu$xla.gpu.triton") >= 8  # attention alone

@@ -23,7 +23,7 @@ from polarjax.bench import (
 )
 from polarjax.bench.meshes import Devices
 from polarjax.cli import main
-from polarjax.engine import programs
+from polarjax.engine import steps as engine
 from polarjax.engine.programs import Drawn
 from polarjax.engine.stats import imbalance
 from polarjax.mesh.cut import make_mesh, placement, shard, whole
@@ -80,12 +80,12 @@ def test_rows_of_a_mesh_stand_beside_those_of_one_device(results):
         assert said == two["sent_bytes"] > 0
     dense, both, balanced = found[2:5]
     counts = {kind: each["count"] for kind, each in dense["collectives"].items()}
-    assert counts == {"all-reduce": 5, "all-gather": 1}
-    assert both["collectives"]["all-gather"]["count"] == 3
+    assert counts == {"all-reduce": 5, "all-gather": 2}
+    assert both["collectives"]["all-gather"]["count"] == 4
     # Each chooses among its own neurons: nobody has to ask.
-    assert balanced["collectives"]["all-gather"]["count"] == 2
-    # Two sums a layer and one of the embedding, and the best tokens.
-    assert dense["sent_bytes"] == 5 * 4 * B * M + 16 * B
+    assert balanced["collectives"]["all-gather"]["count"] == 3
+    # Two sums a layer and one of the embedding; log-sum-exps, and the best tokens.
+    assert dense["sent_bytes"] == 5 * 4 * B * M + (4 + 16) * B
     # Half of everything but norms, biases of sums and positions.
     half = V * M + 2 * (4 * M * M + 3 * M + F * (2 * M + 1))
     alike = 2 * (4 * M + 2 * M) + 2 * M
@@ -109,7 +109,7 @@ def test_columns_of_a_mesh_are_shown_where_there_are_such_rows(results, tmp_path
     table = readme.decode_table(results)
     report = rows.read(results)
     two = report["rows"][2]
-    cells = f"5 all-reduce, 1 all-gather | 0.0 MB, 0.00 ms | 1.00 | {two['ms']}"
+    cells = f"5 all-reduce, 2 all-gather | 0.0 MB, 0.00 ms | 1.00 | {two['ms']}"
     cells = cells.rpartition(" | ")[0] + " | not told apart ("  # of one round
     assert f"| toy-opt b 2 s 128 tp 2 | dense | 1 | {two['ms']:.2f}" in table
     assert cells in table and "over one device |" in table and "busiest" in table
@@ -157,14 +157,14 @@ def test_noise_is_made_where_it_lies_and_one_program_runs():
     keys = state.cache.keys[0]
     assert keys.sharding.spec == P("dp", "tp")
     parts = [np.asarray(part.data) for part in keys.addressable_shards]
-    assert parts[0].shape == (2, 2, 64, 16)
+    assert parts[0].shape == (3, 2, 64, 16)  # trash, and one page for each of two
     assert len({part.tobytes() for part in parts}) == 4
     weights, bound = polarjax.Polar(0.5, balanced=2).bind(params)
-    chunk = steps.make_chunk(params, weights, bound, 4)
+    step = steps.make_step(params, weights, bound)
     jax.clear_caches()
-    _, _, [drawn] = rounds.times([chunk], state, 64, 1)
-    assert programs.decode_chunk._cache_size() == 1
-    assert drawn[0].own.shape == (steps.STEPS, 2, 2, 2)
+    _, _, [drawn] = rounds.times([step], state, 64, 1)
+    assert engine.decode._cache_size() == engine.draw_tokens._cache_size() == 1
+    assert len(drawn) == 63 and drawn[0].own.shape == (1, 2, 2, 2)
 
 
 def test_the_floor_is_that_of_the_busiest():

@@ -30,17 +30,6 @@ def written(tmp_path_factory):
     return path
 
 
-def test_the_engine_over_pages_serves_the_same_load(written, tmp_path):
-    path = tmp_path / "pages.json"
-    assert command(*TOY, "--density", "1/2", "--paged", "--json", path) == 0
-    [pages], [rows, *_] = (
-        serve_results.read(each)[0]["results"] for each in (path, written)
-    )
-    assert pages["policy"] == "density 0.5, pages"
-    assert pages["reached"]["density"] == rows["reached"]["density"]
-    assert pages["served"]["new_tokens"] == rows["served"]["new_tokens"]
-
-
 def test_a_file_holds_every_result_and_where_it_comes_from(written):
     first, second = serve_results.read(written)
     for run in (first, second):

@@ -334,7 +334,7 @@ def test_a_window_goes_through_in_order(checkpoint, tmp_path):
     path = write(tmp_path / "in.jsonl", lines)
     params = polarjax.load(checkpoint)
     results, most, told = [], [], []
-    with polarjax.Engine(params, slots=2, context=32, chunk=4) as engine:
+    with polarjax.Engine(params, slots=2, context=32) as engine:
         read_so_far = 0
 
         def source():

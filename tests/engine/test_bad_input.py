@@ -12,7 +12,7 @@ import polarjax
 from polarjax import Polar, Random
 from polarjax.engine import Tokenizer
 from polarjax.engine.checks import settings_of
-from tests.models import LLAMA, random_params, write_checkpoint
+from tests.models import GREEDY, LLAMA, random_params, write_checkpoint
 
 CONFIG = dataclasses.replace(LLAMA, layers=2, vocab_size=257, context=32)
 GOOD = [[1, 2, 3], [4]]
@@ -93,8 +93,8 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
             for bad in (0, -1, 1.5, True, None, "8", float("nan"), [4, 0])
         ),
         *(
-            ({"chunk": bad}, "chunk must be a positive integer")
-            for bad in (0, -1, 1.5, True, None)
+            ({"prefill_tokens": bad}, "prefill_tokens must be a positive integer")
+            for bad in (0, -1, 1.5, True)
         ),
         *(
             ({"temperature": bad}, "temperature must be a number from 0.0")
@@ -263,7 +263,7 @@ def test_settings_of_one_request_or_of_each():
 )
 def test_what_no_engine_does_is_refused(params, settings):
     [name] = settings
-    with polarjax.Engine(params, slots=1) as engine:
+    with polarjax.Engine(params, slots=1, **GREEDY) as engine:
         with pytest.raises(ValueError, match=rf"^{name} must be .*: no engine does"):
             engine.add([1], polarjax.Settings(**settings))
         with pytest.raises(ValueError, match=rf"^{name} must be .*: no engine does"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from tests.models import LLAMA, random_params
+from tests.models import GREEDY, LLAMA, random_params
 from tests.policies.reference import assert_same, decode, random_prompts
 
 CONFIG = dataclasses.replace(LLAMA, layers=3)
@@ -72,21 +72,10 @@ def test_what_padding_holds_does_not_matter(params, prompts, out):
     assert_same(got, expected, CONFIG)
 
 
-def steps_taken(new, chunk=16):
-    """None after the last token, but that a GPU ends its last chunk."""
-    steps = new - 1
-    if jax.default_backend() == "gpu":
-        chunk = min(chunk, 1 << max(steps - 1, 0).bit_length())
-        steps += -steps % chunk
-    return steps
-
-
-@pytest.mark.parametrize("chunk", [1, 5])
-def test_the_chunk_size_changes_nothing(params, prompts, out, chunk):
-    other = polarjax.generate(params, prompts, max_new_tokens=NEW, chunk=chunk)
+def test_how_prompts_are_cut_into_pieces_changes_nothing(params, prompts, out):
+    other = polarjax.generate(params, prompts, max_new_tokens=NEW, prefill_tokens=5)
     assert_close(other, out)
     assert other.stats.kv_bytes == out.stats.kv_bytes
-    assert other.stats.steps == steps_taken(NEW, chunk)
 
 
 @pytest.mark.parametrize("most", [1, 2, 9, 16])
@@ -99,7 +88,7 @@ def test_max_new_tokens_is_kept(params, most):
     assert [len(tokens) for tokens in out.tokens] == [most] * 4
     assert out.finish_reasons == ["length"] * 4
     # The first token comes with the prompt.
-    assert out.stats.steps == steps_taken(most)
+    assert out.stats.steps == most - 1
     assert out.stats.new_tokens == 4 * most
 
 
@@ -157,7 +146,8 @@ def test_a_batch_that_ends_at_once_decodes_nothing(params, prompts, expected):
     first = [tokens[0] for tokens in expected.tokens]
     out = polarjax.generate(params, prompts, max_new_tokens=NEW, stop_ids=first)
     assert out.tokens == [[]] * 4 and out.finish_reasons == ["stop"] * 4
-    assert out.stats.steps == 0 and out.stats.kv_bytes == 0
+    # The first step is sent before the host looks at what was drawn.
+    assert out.stats.steps <= 2 and out.stats.kv_bytes == 0
     assert out.stats.tokens_per_second == 0 and str(out.stats)
 
 
@@ -213,7 +203,7 @@ def test_stats_are_consistent(out, prompts):
     stats = out.stats
     assert stats.policy == "Dense" and stats.notes == ()
     assert stats.prompt_tokens == sum(LENGTHS) and stats.new_tokens == 4 * NEW
-    assert stats.steps == steps_taken(NEW)
+    assert stats.steps == NEW - 1
     assert stats.decode_seconds > 0 and stats.bandwidth > 0
     per_second = 4 * (NEW - 1) / stats.decode_seconds
     np.testing.assert_allclose(stats.tokens_per_second, per_second)
@@ -225,22 +215,22 @@ def test_stats_are_consistent(out, prompts):
     assert "tokens/s" in str(stats) and "density 1.000" in str(stats)
 
 
-def test_in_16_bit_longer_mates_of_other_widths_change_nothing():
-    if jax.default_backend() == "gpu":
-        pytest.skip("needs a CPU (JAX_PLATFORMS=cpu): a GPU splits by capacity")
-    config = dataclasses.replace(CONFIG, context=2048)
+def test_in_16_bit_too_a_request_is_the_request_alone():
+    config = dataclasses.replace(CONFIG, context=512)
     params = random_params(config, SEED, routers=True)
     weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.weights)
     params = dataclasses.replace(params, weights=weights)
-    [prompt] = random_prompts(config, (40,), SEED)  # none of its mates is as wide
+    [prompt] = random_prompts(config, (40,), SEED)
+    engine = polarjax.Engine(
+        params, slots=4, prefill_tokens=64, prefix_cache=False, **GREEDY
+    )
 
     def first(*mates, new=NEW):
         prompts = [prompt, *random_prompts(config, mates, 4)]
-        out = polarjax.generate(params, prompts, max_new_tokens=new, density=0.5)
+        out = engine.generate(prompts, max_new_tokens=new, density=0.5)
         return out.tokens[0][:NEW], out.logprobs[0][:NEW]
 
-    short = first(3, 1, 7, 9)
-    # Calls of other widths, and other capacities of the cache.
-    assert first(3, 1, 30, 9) == short
-    assert first(700, 800, 900, 9) == short
-    assert first(3, 1, 7, 9, new=300) == short
+    alone = first()
+    assert first(3, 1, 30, 9) == alone
+    assert first(100, 170, 200, 9, 40) == alone
+    assert first(3, 1, 7, 9, new=100) == alone

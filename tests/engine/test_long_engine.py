@@ -9,7 +9,7 @@ import pytest
 
 import polarjax
 from polarjax.policies import with_learned
-from tests.models import LLAMA, OPT, random_params
+from tests.models import GREEDY, LLAMA, OPT, random_params
 from tests.policies.reference import assert_same, decode, random_prompts, uniform
 
 # A shape of its own, so that no other test has compiled its programs before.
@@ -38,7 +38,7 @@ def alone(params, prompts):
 
 @pytest.fixture(scope="module")
 def engine(params):
-    with polarjax.Engine(params, slots=2, context=64, chunk=5) as engine:
+    with polarjax.Engine(params, slots=2, context=64, **GREEDY) as engine:
         yield engine
 
 
@@ -69,8 +69,9 @@ def test_requests_come_and_go(engine, prompts, alone):
         return engine.add(prompts[i], settings)
 
     first, second, third = map(add, (0, 1, 2))
-    engine.step()  # two begin, the third waits
-    assert [len(one.tokens) for one in (first, second, third)] == [1, 1, 0]
+    while not first.tokens or not second.tokens:
+        engine.step()  # two begin, the third waits
+    assert third.tokens == []
     second.cancel()  # amid what is computed
     engine.cancel(third)  # before it began
     fourth, fifth = add(3), add(4)
@@ -113,7 +114,7 @@ def test_what_an_engine_cannot_take(engine, params, prompts, alone):
         engine.generate(prompts, stream=stream)
     before = engine.generate(prompts[:1], max_new_tokens=NEW, density=1.0)
     assert before.tokens == alone.tokens[:1] and engine.idle
-    options = {"slots": 2, "context": 32}
+    options = {"slots": 2, "context": 32, **GREEDY}
     budgeted = with_learned(params, budgets=(4, 2))
     with polarjax.Engine(budgeted, densities=False, **options) as fixed:
         with pytest.raises(ValueError, match=r"density 0.5: this engine's .* none"):
@@ -154,7 +155,7 @@ def test_calls_of_the_same_powers_of_two_compile_once(params):
         return out.stats
 
     first = call(0)
-    assert compiled["jit(decode_chunk)"] == 1 and first.compile_seconds > 0
+    assert compiled["jit(decode)"] == 1 and first.compile_seconds > 0
     compiled.clear()
     for number in range(1, 4):
         stats = call(number)

@@ -12,7 +12,7 @@ import polarjax
 from polarjax import Settings
 from polarjax.engine.follow import finish
 from polarjax.engine.request import Request
-from tests.models import LLAMA, random_params, write_checkpoint
+from tests.models import GREEDY, LLAMA, random_params, write_checkpoint
 
 CONFIG = dataclasses.replace(
     LLAMA, layers=1, vocab_size=257, context=32, tied_embeddings=False
@@ -35,7 +35,7 @@ def params(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(params):
-    with polarjax.Engine(params, slots=2, context=24, chunk=4) as engine:
+    with polarjax.Engine(params, slots=2, context=24, **GREEDY) as engine:
         yield engine
 
 
@@ -134,7 +134,9 @@ def test_the_bar_is_shown_when_asked_for(engine, monkeypatch):
 
 
 def test_a_full_queue_says_so(params):
-    with polarjax.Engine(params, slots=1, context=16, max_waiting=2) as engine:
+    with polarjax.Engine(
+        params, slots=1, context=16, max_waiting=2, **GREEDY
+    ) as engine:
         first, second = engine.add([1]), engine.add([2])
         with pytest.raises(polarjax.QueueFull, match="2 requests wait for this engine"):
             engine.add([3])
@@ -149,12 +151,12 @@ def test_a_full_queue_says_so(params):
         assert len(engine.generate([[1]] * 9, **ASKED).tokens) == 9
 
 
-def test_a_request_that_ended_itself_takes_no_row(engine):
+def test_a_request_that_ended_itself_takes_no_slot(engine):
     waiting = [engine.add([i], Settings(max_new_tokens=3)) for i in range(4)]
     for one in waiting[:3]:
         one.cancel()
     engine.step()
-    assert sum(row is not None for row in engine._rows) == 1
+    assert engine._runner.scheduler.live == 1
     while not engine.idle:
         engine.step()
     assert [len(one.tokens) for one in waiting] == [0, 0, 0, 3]
@@ -204,7 +206,7 @@ def test_following_many_requests_takes_time_in_proportion():
 def test_cancelling_many_requests_takes_time_in_proportion(params):
     def once(count):
         with polarjax.Engine(
-            params, slots=1, context=16, max_waiting=count + 1
+            params, slots=1, context=16, max_waiting=count + 1, **GREEDY
         ) as engine:
             requests = [engine.add([1]) for _ in range(count)]
             start = time.process_time()

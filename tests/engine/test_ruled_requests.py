@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax.engine.sampling import Variant
 from tests.engine.rules_by_hand import CONFIG, EVERYTHING, NOTHING, by_hand
-from tests.models import random_params
+from tests.models import GREEDY, random_params
 from tests.policies.reference import random_prompts
 
 LENGTHS = (3, 9, 1, 6, 4, 2)
@@ -48,7 +49,9 @@ def test_requests_with_rules_take_and_leave_rows(params):
     plain = polarjax.generate(params, prompts, max_new_tokens=LIMITS).tokens
     assert sum(a != b for a, b in zip(expected, plain, strict=True)) >= 4
     # Two rows for all: each begins while another goes on, in a row that others had.
-    with polarjax.Engine(params, slots=2, chunk=3) as engine:
+    with polarjax.Engine(
+        params, slots=2, **{**GREEDY, "variants": [Variant.FULL]}
+    ) as engine:
         requests = [
             engine.add(prompt, polarjax.Settings(max_new_tokens=limit, **asked))
             for prompt, asked, limit in zip(prompts, ASKED, LIMITS, strict=True)

@@ -150,10 +150,13 @@ def test_a_request_is_reproducible_whatever_its_batch_mates(params, prompts):
     out = generate(params, prompts)
     assert generate(params, prompts).tokens == out.tokens
     assert len({tuple(tokens) for tokens in out.tokens}) == 4
-    # Other mates, another row, another chunk size.
+    # Other mates, another row, prompts in other pieces.
     order = [3, 1, 0, 2]
     moved = generate(
-        params, [prompts[i] for i in order], seed=[11 + i for i in order], chunk=5
+        params,
+        [prompts[i] for i in order],
+        seed=[11 + i for i in order],
+        prefill_tokens=5,
     )
     assert moved.tokens == [out.tokens[i] for i in order]
     for i, mine in zip(order, moved.logprobs, strict=True):

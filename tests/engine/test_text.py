@@ -93,9 +93,8 @@ def generate(params, prompts=PROMPTS, **settings):
     return out, events
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 16])
-def test_texts_are_those_of_the_tokens(params, chunk):
-    out, events = generate(params, chunk=chunk)
+def test_texts_are_those_of_the_tokens(params):
+    out, events = generate(params)
     assert out.tokens == [expected_bytes(prompt) for prompt in PROMPTS]
     assert out.texts == [byte_tokenizer().decode(tokens) for tokens in out.tokens]
     # Characters are streamed whole: only the limit may have cut one in the middle.
@@ -105,7 +104,6 @@ def test_texts_are_those_of_the_tokens(params, chunk):
         assert not any("\ufffd" in text for text, _ in pieces[:-1])
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 16])
 @pytest.mark.parametrize(
     "stop",
     [
@@ -122,9 +120,9 @@ def test_texts_are_those_of_the_tokens(params, chunk):
         ("bc", "abc", "abcd"),
     ],
 )
-def test_stop_strings_cut_text_and_tokens_alike(params, stop, chunk):
+def test_stop_strings_cut_text_and_tokens_alike(params, stop):
     stops = (stop,) if isinstance(stop, str) else stop
-    out, events = generate(params, stop=stop, chunk=chunk)
+    out, events = generate(params, stop=stop)
     for i, prompt in enumerate(PROMPTS):
         text, tokens, reason = cut(prompt, stops)
         assert out.texts[i] == text
@@ -154,9 +152,9 @@ def test_stop_ids_and_stop_strings_together(params):
 
 
 def test_a_stop_string_frees_the_batch(params):
-    # All requests end within the first chunk: no other one is computed.
+    # "d" is the sixth token, and the host looks one step late.
     out, _ = generate(params, ["a"] * 4, stop="d")
-    assert out.texts == ["bc€"] * 4 and out.stats.steps == 16
+    assert out.texts == ["bc€"] * 4 and out.stats.steps <= 7 < NEW - 1
 
 
 def test_prompts_may_be_texts_or_ids(params):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax import Engine
 from polarjax.engine import steps
 from polarjax.engine.alternatives import TopTokens, alternatives
 from polarjax.engine.detokenize import Pieces
-from polarjax.engine.paged import PagedEngine
 from polarjax.engine.request import Request
 from polarjax.engine.scoring import Asked
 from polarjax.engine.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def engine(params):
-    return PagedEngine(
+    return Engine(
         params,
         policy=polarjax.Dense(),
         slots=4,
@@ -46,7 +46,7 @@ def finish(engine, *asked):
     requests = [engine.add(prompt, one) for prompt, one in asked]
     while not engine.idle:
         engine.step()
-        engine._scheduler.check()
+        engine._runner.scheduler.check()
     return requests
 
 
@@ -106,7 +106,7 @@ def test_a_stop_string_cuts_alternatives_too():
 
 
 def test_samples_are_those_of_requests_of_one_and_share_pages(params):
-    engine = PagedEngine(
+    engine = Engine(
         params, policy=polarjax.Dense(), slots=4, page=16, prefill_tokens=32
     )
     prompts = [list(range(3, 43)), [7, 8, 9]]
@@ -120,7 +120,7 @@ def test_samples_are_those_of_requests_of_one_and_share_pages(params):
     assert out.prompts == [0, 0, 0, 1, 1] and out.samples == [1, 2, 3, 1, 2]
     assert len({tuple(tokens) for tokens in out.tokens}) == 5
     assert [streamed[i] for i in range(5)] == out.tokens
-    [pool] = engine._scheduler.pools
+    [pool] = engine._runner.scheduler.pools
     assert pool.hits > 0
     for i, (prompt, j) in enumerate(zip(out.prompts, out.samples, strict=True)):
         one = polarjax.Settings(
@@ -153,7 +153,7 @@ def test_one_request_is_one_sample(engine):
 def test_prompts_are_scored_as_logits_has_them(params, engine, length):
     prompt = np.random.default_rng(length).integers(1, 300, length).tolist()
     plain: Any = dict(max_new_tokens=2, stop_ids=())
-    [pool] = engine._scheduler.pools
+    [pool] = engine._runner.scheduler.pools
     [first] = finish(engine, (prompt, polarjax.Settings(**plain)))
     before = pool.hits
     asked = [polarjax.Settings(**plain, prompt_logprobs=k) for k in (0, 4, 20)]
@@ -223,7 +223,7 @@ def test_generate_tells_of_prompts_that_ask(engine):
 
 
 def test_an_engine_may_be_made_without_scores_of_prompts(params, engine):
-    without = PagedEngine(
+    without = Engine(
         params,
         policy=polarjax.Dense(),
         slots=4,

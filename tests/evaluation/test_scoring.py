@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.evaluation import Continuation, Scorer, measure
+from polarjax.evaluation import Continuation, Scorer, measure, programs
 from polarjax.evaluation.batches import make_batches
 from tests.models import LLAMA, OPT, OPT_AFTER, random_params
 
@@ -117,6 +117,27 @@ def test_decode_equals_generate(config, policy):
     found = per_token(params, items, {"it": policy}, "decode", batch=4)["it"]
     for i, logprobs in enumerate(out.logprobs):
         np.testing.assert_allclose(found[i], -np.array(logprobs[1:]), atol=2e-5)
+
+
+def test_contexts_of_several_pages(monkeypatch):
+    """Whose full pages rows share, read by several programs' worth of tokens."""
+    monkeypatch.setattr(programs, "_TOKENS", 48)
+    params = random_params(LLAMA, routers=True)
+    rng = np.random.default_rng(3)
+
+    def draw(n):
+        return rng.integers(LLAMA.vocab_size, size=n).tolist()
+
+    # The last token of a context is decoded: 63, 64, 65 and 100 are read dense.
+    contexts = [draw(n) for n in (64, 65, 66, 101)]
+    pairs = [(context, draw(n)) for context in contexts for n in (2, 7, 20)]
+    items = [Continuation((*c, *new), len(new)) for c, new in pairs]
+    policies = {name: POLICIES[name] for name in ("Whole", "Polar")}
+    found = per_token(params, items, policies, "decode", batch=6)
+    mask = per_token(params, items, {"Whole": POLICIES["Whole"]}, "mask", batch=6)
+    assert largest_difference(found["Whole"], mask["Whole"]) < 1e-4
+    alone = per_token(params, items, {"Polar": POLICIES["Polar"]}, "decode", batch=1)
+    assert largest_difference(found["Polar"], alone["Polar"]) < 2e-5
 
 
 def test_everything_selected_is_dense():

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax.bench import steps
 from polarjax.bench.shapes import MODELS
 from polarjax.cache import PagedCache
 from polarjax.cli import main, plan
-from polarjax.engine import places, programs
-from polarjax.engine.sampling import Sampling, Variant
+from polarjax.engine import places
+from polarjax.engine import steps as engine
+from polarjax.engine.sampling import Variant
 from polarjax.mesh.cut import local_config, make_mesh, shard
 from polarjax.model import make_decoder
 from polarjax.params import Params
@@ -144,7 +146,8 @@ def by_hand(config, tp, dp, batch, read, sent, **settings):
 def test_two_devices_have_half_each():
     # Norms alone are whole on both. A ring of two sends each byte that is summed once.
     m, layers, b, v = 4096, 32, 16, 32000
-    best = 16  # a token, its score and logit, and all logits' sum
+    # A token, its score and logit, and its device's log-sum-exp, which went before it.
+    best = 16 + 4
     norms = 2 * (2 * layers + 1) * m
     weights = (2 * 6_738_415_616 - norms) // 2 + norms
     reductions = layers * 2 * 4 * b * m + 2 * b * m
@@ -175,7 +178,7 @@ def test_fewer_groups_than_devices_lie_on_several():
     weights = 2 * (32 * layer + 2 * 8016 * m + m)
     cache = 32 * b * 1024 * 2 * 2 * 128
     dense = weights - 2 * 8016 * m + cache
-    sent = (32 * 2 * 4 * b * m + 2 * b * m) * 30 // 16 + 16 * b * 15
+    sent = (32 * 2 * 4 * b * m + 2 * b * m) * 30 // 16 + 20 * b * 15
     # 8 + 64 rows of routers: 5 a device, 80 with those that fill up. The other half of
     # the head router's quadratic form is whole.
     added = 31 * 2 * (5 * (m + 1) + 4 * 128 + 8 * 64)
@@ -209,7 +212,7 @@ def test_devices_share_neurons_and_their_routers(vocabulary):
     # Rows of the head and the neuron router; the second matrices, cut by neurons alone.
     added = 31 * 2 * (560 * (m + 1) + 32 * 64 + f // 2 * 1024)
     sparse = dense + added - 31 * 2 * neurons // 2 - 31 * b * 1024 * 2**12
-    sent = 32 * 2 * 4 * b * m + cut * (2 * b * m + 16 * b)
+    sent = 32 * 2 * 4 * b * m + cut * (2 * b * m + 20 * b)
     more = 31 * (4 * b * 1120 // 2 + 4 * f // 2 + 4 * f // 2)
     found = by_hand(
         config,
@@ -290,8 +293,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     [row] = found.rows
     assert found.weight_bytes == on_first_device(params.weights)
     capacity = capacities(config, context)[1]
-    rows = bound.wants.scores
-    model = make_decoder(config, params.weights, rows, implementation="xla")
+    model = make_decoder(config, params.weights)
     cache = places.empty_cache(model, batch, capacity)
     held = on_first_device((cache.keys, cache.values))
     if isinstance(policy, polarjax.Dense):
@@ -308,27 +310,17 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     )
     assert row.memory_bytes == held
 
-    numbers = jnp.zeros(batch, jnp.int32)
-    live = numbers == 0
-    cache = dataclasses.replace(cache, lengths=numbers + context - 1)
-    args = (
-        weights,
-        bound,
-        programs.State(cache, numbers + 0, live | live, numbers + 9),  # donated
-        live,
-        programs.SlotData(
-            jnp.zeros(batch),
-            Sampling(numbers, numbers, numbers, numbers, numbers, numbers),
-            jnp.full((batch, 1), -1),
-            Variant.GREEDY,
-        ),
-    )
-    settings = {"steps": 1, "model": model}
-    traced = programs.decode_chunk.trace(*args, **settings)
-    assert sent_by(traced.jaxpr, mesh.shape) == row.sent_bytes > 0
+    step = steps.make_step(params, weights, bound, "xla")
+    state = steps.make_state(params, batch, context)
+    read_on = engine.decode.trace(weights, bound, state, model=step.model)
+    drawing = engine.draw_tokens.trace(state, model=model, variant=Variant.GREEDY)
+    sent = sum(sent_by(each.jaxpr, mesh.shape) for each in (read_on, drawing))
+    assert sent == row.sent_bytes > 0
 
     # A bias that two kinds of rows share is counted for both.
-    _, drawn = programs.decode_chunk(*args, **settings)
+    full = jnp.full(batch, context - 1, device=state.cache.lengths.sharding)
+    cache = dataclasses.replace(state.cache, lengths=full)
+    _, drawn = step(dataclasses.replace(state, cache=cache))
     # Of each device, over layers and requests.
     groups = np.asarray(drawn.own, np.int64).sum(axis=(0, 1))
     own = jax.tree.map(lambda x: x.addressable_shards[0].data, (weights, bound))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax import Engine
 from polarjax.engine.errors import RequestFailed
-from polarjax.engine.paged import PagedEngine
 from polarjax.mesh.cut import make_mesh
 from tests.models import LLAMA, MHA, OPT, random_params
 
@@ -29,7 +29,7 @@ def params():
 
 
 def make_engine(params, **options):
-    return PagedEngine(params, **{**SHAPE, "prefill_tokens": 32, **options})
+    return Engine(params, **{**SHAPE, "prefill_tokens": 32, **options})
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def spoil(cache, pages):
 
 def poison(engine):
     """NaN in the trash page, and in all that nobody has and nothing is known of."""
-    batch, pages = engine._batch, np.zeros(SHAPE["pages"], np.int32)
-    free = engine._scheduler.pools[0]._free
+    batch, pages = engine._runner.batch, np.zeros(SHAPE["pages"], np.int32)
+    free = engine._runner.scheduler.pools[0]._free
     pages[: len(free)] = free
     cache = spoil(batch.slots.cache, pages)
     batch.slots = dataclasses.replace(batch.slots, cache=cache)
@@ -129,7 +129,7 @@ def play(engine, seed, alone):
                 asked.append((prompt, one, engine.add(prompt, one)))
             left -= 1
         engine.step()
-        engine._scheduler.check()
+        engine._runner.scheduler.check()
         if spoils:
             poison(engine)
         if asked and rng.random() < 0.03:
@@ -160,11 +160,11 @@ def test_a_request_is_the_request_alone_in_any_load(params, alone, compiled, see
     compiled.clear()
     asked = sum(play(engines[seed % 3], seed, alone) for seed in seeds)
     assert not compiled
-    pools = [engine._scheduler.pools[0] for engine in engines]
-    assert sum(engine._scheduler.preemptions for engine in engines) > 0.2 * asked
+    pools = [engine._runner.scheduler.pools[0] for engine in engines]
+    assert sum(engine._runner.scheduler.preemptions for engine in engines) > 0.2 * asked
     assert sum(pool.hits for pool in pools) > 0.1 * sum(pool.queries for pool in pools)
     for engine in engines:
-        assert len(engine._scheduler) == 0 and not engine._kept
+        assert len(engine._runner.scheduler) == 0 and not engine._runner.kept
 
 
 def test_tokens_are_those_that_were_recorded():
@@ -175,7 +175,7 @@ def test_tokens_are_those_that_were_recorded():
         if options.pop("dense", False):
             options["policy"] = polarjax.Dense()
         policy = options.pop("policy", None)
-        with PagedEngine(model, policy=policy, slots=4, page=16) as engine:
+        with Engine(model, policy=policy, slots=4, page=16) as engine:
             out = engine.generate(case["prompts"], **options)
         assert out.tokens == case["tokens"]
 
@@ -188,7 +188,7 @@ def test_devices_share_a_batch(params, alone, tp, dp):
     requests = [engine.add(*one) for one in asked]
     while not engine.idle:
         engine.step()
-        engine._scheduler.check()
+        engine._runner.scheduler.check()
     for (prompt, settings), request in zip(asked, requests, strict=True):
         tokens, (logprobs, tops, scores, _), reason = alone(prompt, settings)
         assert (request.tokens, request.finish_reason) == (tokens, reason)

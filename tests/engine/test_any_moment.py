@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import polarjax
+from polarjax import Engine
 from polarjax.engine.batch import Batch, Flight
-from polarjax.engine.paged import PagedEngine
 from polarjax.engine.sampling import Variant
 from tests.models import LLAMA, random_params
 
@@ -23,7 +23,7 @@ def params():
 
 def make_engine(params, **options):
     shape = {"slots": 2, "context": CONTEXT, "page": 16, "pages": 11}
-    return PagedEngine(params, **{**shape, "prefill_tokens": 32, **options})
+    return Engine(params, **{**shape, "prefill_tokens": 32, **options})
 
 
 def run(engine, most=500):
@@ -31,7 +31,7 @@ def run(engine, most=500):
         if engine.idle:
             return
         engine.step()
-        engine._scheduler.check()
+        engine._runner.scheduler.check()
     pytest.fail("the engine never gets idle")
 
 
@@ -46,7 +46,7 @@ def test_a_stream_that_is_closed_leaves_its_slot(params, steps):
     engine.stream([3, 4, 5], PLAIN)  # which nobody holds
     engine.add([4], PLAIN).cancel()
     run(engine, most=3)
-    assert len(engine._scheduler) == 0
+    assert len(engine._runner.scheduler) == 0
     assert engine.generate([[5, 6]] * 3).finish_reasons == ["length"] * 3
 
 
@@ -105,9 +105,9 @@ def test_one_comes_back_while_its_newest_tokens_are_on_their_way(params, ahead):
         second = engine.add([7, 8, 9], dataclasses.replace(settings, stop_ids=ends))
         while not engine.idle:
             engine.step()
-            if engine._kept:
+            if engine._runner.kept:
                 engine.cancel(first)
-        assert engine._scheduler.preemptions or len(expected) < 29
+        assert engine._runner.scheduler.preemptions or len(expected) < 29
         assert second.tokens == expected
 
 
@@ -118,7 +118,7 @@ def test_first_tokens_are_not_kept_waiting(params):
     for _ in range(3):
         engine.step()
     assert short.finish_reason == "length"
-    assert len(engine._flights) <= 2
+    assert len(engine._runner.flights) <= 2
     run(engine)
 
 
@@ -129,11 +129,11 @@ def test_who_gave_way_leaves_the_devices(params):
         engine.add(prompt, dataclasses.replace(PLAIN, max_new_tokens=100))
     seen = 0
     while not engine.idle:
-        before = set(engine._kept)
+        before = set(engine._runner.kept)
         engine.step()
-        for id in before & set(engine._kept):
+        for id in before & set(engine._runner.kept):
             seen += 1
-            kept = engine._kept[id]
+            kept = engine._runner.kept[id]
             leaves = jax.tree.leaves((kept.pages, kept.row))
             assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
     assert seen
@@ -171,14 +171,14 @@ def test_an_interruption_loses_nothing_or_ends_all(params, monkeypatch, ahead):
                     engine.step()
             else:
                 run(engine)
-                assert engine._scheduler.preemptions
+                assert engine._runner.scheduler.preemptions
                 assert [one.tokens for one in requests] == expected
 
 
 def test_an_interruption_amid_a_return_ends_all(params, monkeypatch):
     engine = make_engine(params, pages=9, page=8, ahead=2, prefix_cache=False)
     first, second = engine.add([3, 4, 5, 6], PLAIN), engine.add([7, 8, 9], PLAIN)
-    while not engine._kept:
+    while not engine._runner.kept:
         engine.step()
     engine.cancel(first)
 

@@ -1,0 +1,121 @@
+"""How large an engine is: what is asked for, and what the memory has room for."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from polarjax.engine.batch import Sizes
+from polarjax.engine.programs import device_of
+from polarjax.mesh.cut import DP, axis_size, mesh_of
+from polarjax.mesh.processes import from_main
+from polarjax.params import Params
+from polarjax.planning.memory import (
+    MEMORY_FRACTION,
+    PAGE,
+    PREFILL_TOKENS,
+    check_fraction,
+    pages_that_fit,
+)
+from polarjax.planning.sizes import at_least, bucket, positive
+
+# Requests that one call of `generate` continues at once. More would hardly be faster,
+# and the host has work to do for each.
+_MOST_SLOTS = 512
+
+
+def prefill_tokens_of(params: Params) -> int:
+    """Prompt tokens that one program reads, where nobody says how many."""
+    return PREFILL_TOKENS.get(device_of(params.weights).platform, 128)
+
+
+def sizes_of(
+    params: Params,
+    slots: int,
+    context: int,
+    *,
+    page: int,
+    pages: int | None,
+    prefill_tokens: int | None,
+    memory_fraction: float,
+) -> Sizes:
+    """The sizes of an engine.
+
+    Args:
+      params: the model, in its devices' memory.
+      slots: of all parts of the batch.
+      context: positions of a request.
+      page: positions of a page.
+      pages: of each part's cache; None for as many as all slots can fill, or as fit.
+      prefill_tokens: that one program reads; None for what the device is good at.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
+
+    Raises:
+      ValueError: if one is out of range, or there is no room for a request.
+    """
+    mesh, page = mesh_of(params.weights), positive("page", page)
+    check_fraction(memory_fraction)
+    tokens = prefill_tokens_of(params)
+    if prefill_tokens is not None:
+        tokens = positive("prefill_tokens", prefill_tokens)
+    if pages is None:
+        pages = pages_that_fit(
+            params,
+            slots,
+            context,
+            page,
+            prefill_tokens=tokens,
+            memory_fraction=memory_fraction,
+        )
+        if mesh is not None and mesh.is_multi_process:  # whose hosts may differ
+            pages = from_main(pages)
+    else:
+        pages = at_least("pages", pages, 2)
+    pieces = min(slots // axis_size(mesh, DP), max(tokens // 32, 8))
+    return Sizes(slots, context, pages, page, tokens, pieces)
+
+
+def room_for(
+    params: Params,
+    tokens: Sequence[int],
+    *,
+    prefill_tokens: int,
+    memory_fraction: float = MEMORY_FRACTION,
+) -> tuple[int, int]:
+    """Slots and context of an engine for one call: powers of two where there is room.
+
+    Args:
+      params: the model, in its devices' memory.
+      tokens: most of each request, prompt and answer.
+      prefill_tokens: prompt tokens that one program reads.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
+
+    Returns:
+      As many slots as there are requests, or fewer, if the pages for all of them do
+      not fit into the memory.
+
+    Raises:
+      ValueError: if not even the longest request fits; it says what would.
+    """
+    parts, batch = axis_size(mesh_of(params.weights), DP), len(tokens)
+    most = params.config.context
+    context = min(bucket(max(tokens)), most)
+    room = {"prefill_tokens": prefill_tokens, "memory_fraction": memory_fraction}
+    slots = min(bucket(batch, 1), _MOST_SLOTS)
+    for tried in _fewer(slots, batch):
+        try:
+            pages = pages_that_fit(params, tried, context, PAGE, **room)
+        except ValueError:
+            continue
+        each = -(-tried // parts)
+        if pages > sum(-(-n // PAGE) for n in heapq.nlargest(each, tokens)):
+            return tried, context
+    tight = min(-(-max(tokens) // PAGE) * PAGE, context)
+    pages_that_fit(params, 1, tight, PAGE, **room)
+    return 1, tight
+
+
+def _fewer(slots: int, batch: int) -> list[int]:
+    """Numbers of slots to try, the largest first."""
+    halves = [slots >> i for i in range(slots.bit_length())]
+    return sorted({*halves, min(batch, slots)}, reverse=True)

@@ -1,0 +1,218 @@
+"""What runs the steps of an engine: plans go to the devices, tokens come back.
+
+In each step a plan of the scheduler is sent to the devices: at most one program that
+reads pieces of prompts, then one decode step of all slots. The host looks at what a
+step has drawn while the next is under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+from polarjax.config import ModelConfig
+from polarjax.engine.batch import Batch, Kept
+from polarjax.engine.clock import Clock
+from polarjax.engine.errors import RequestFailed
+from polarjax.engine.flight import Flight
+from polarjax.engine.plans import Plan
+from polarjax.engine.programs import Drawn
+from polarjax.engine.request import Request
+from polarjax.engine.scheduler import Scheduler
+from polarjax.engine.stats import Tally
+
+
+class Runner:
+    """Requests on their way through a running batch.
+
+    Args:
+      scheduler: that says who reads and who decodes.
+      batch: that does it.
+      config: what the model is.
+      ahead: steps that are sent to the devices before the host looks at what one has
+        brought.
+      prefix_cache: whether prompts share the pages of what they begin with.
+
+    Attributes:
+      scheduler: as above.
+      batch: as above, until `end`.
+      kept: what the host has of requests that gave way, by id.
+      flights: what the devices have begun, in order.
+      half_way: whether a step was interrupted that cannot be taken up again.
+      clock: where the time goes.
+      tally: of the decode steps that count.
+      counting: whether they do.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        batch: Batch,
+        config: ModelConfig,
+        *,
+        ahead: int,
+        prefix_cache: bool,
+    ) -> None:
+        self.scheduler, self.batch = scheduler, batch
+        self._config, self._ahead, self._prefix_cache = config, ahead, prefix_cache
+        self._requests: dict[Hashable, Request] = {}  # by id, until they end
+        self._owners: dict[int, Request] = {}  # by slot
+        self.kept: dict[Hashable, Kept] = {}
+        self.flights: deque[Flight] = deque()
+        self._left: deque[Request] = deque()  # cancelled, and not yet looked at
+        self._ids = self._calls = 0
+        self.half_way = self.counting = False
+        self.clock, self.tally = Clock(), Tally(config)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot, those that gave way among them."""
+        return self.scheduler.waiting if self._requests else 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or goes on."""
+        return not self._requests
+
+    def admit(self, request: Request) -> None:
+        """A request waits from now on."""
+        request.id, self._ids = self._ids, self._ids + 1
+        request.left_by = self._left
+        # What is wanted of every position must be computed at every position.
+        prefix = self._prefix_cache and request.settings.told_of_prompt is None
+        self.scheduler.add(request.id, request.prompt, request.limit, prefix=prefix)
+        self._requests[request.id] = request
+
+    def has(self, request: Request) -> bool:
+        """Whether it waits or goes on here."""
+        return self._requests.get(request.id) is request
+
+    def cancel(self, request: Request) -> None:
+        """End a request."""
+        request.cancel()
+        self._forget(request)
+
+    def end(self, why: str) -> None:
+        """Cancel what is open; the arrays go, whatever became of them."""
+        for request in self._requests.values():
+            request.cancel(why)
+        self._requests, self._owners, self.kept = {}, {}, {}
+        self.flights.clear()
+        del self.batch
+
+    @contextlib.contextmanager
+    def count(self) -> Iterator[Tally]:
+        """Count what decode steps bring that are begun and handed on within."""
+        self.tally = Tally(self._config)
+        self.counting, self._calls = True, self._calls + 1
+        try:
+            yield self.tally
+        finally:
+            self.counting = False
+
+    def _forget(self, request: Request) -> None:
+        """It has ended: nothing more is computed for it."""
+        if self.has(request):
+            del self._requests[request.id]
+            self.kept.pop(request.id, None)
+            self.scheduler.ended(request.id)
+
+    def step(self) -> list[Request]:
+        """Go on, see `polarjax.Engine.step`.
+
+        Raises:
+          RequestFailed: if the model yields NaN for requests.
+        """
+        self.half_way = False
+        while self._left:
+            self._forget(self._left.popleft())
+        # Who gave way may come back at once: not before its newest token is here.
+        gone = [kept.request for kept in self.kept.values()]
+        pending = [i for i, one in enumerate(self.flights) if one.has(gone)]
+        news = self._take_home(pending[-1] + 1 if pending else 0)
+        with self._all_or_nothing():
+            self._send(plan := self.scheduler.plan())
+        ahead = self._ahead if plan.reads or plan.decodes else 0
+        # What has been sent is under way while the host looks at what came before.
+        news += self._take_home(self._due(ahead))
+        if not self._requests:  # what is still under way is nobody's
+            self.flights.clear()
+        for kept in self.kept.values():  # what they had shall not fill the devices
+            kept.come_home()
+        news = list(dict.fromkeys(news))
+        if failed := [one for one in news if one.finish_reason == "error"]:
+            raise RequestFailed(failed)
+        return news
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What is done within cannot be taken up again where it was interrupted."""
+        self.half_way = True
+        yield
+        self.half_way = False
+
+    def _send(self, plan: Plan) -> None:
+        """Have the devices do what a plan says."""
+        for gone in plan.swaps_out:
+            owner = self._owners[gone.slot]
+            self.kept[gone.sequence] = self.batch.keep(gone, owner)
+        for slot in plan.frees:
+            self._owners.pop(slot, None)
+        rows = []
+        for back in plan.swaps_in:
+            kept = self.kept.pop(back.sequence)
+            request = self._owners[back.slot] = kept.request
+            token, live, remaining = self.batch.restore(back, kept)
+            going = live and request.going
+            row = self.batch.row(request, back.positions, token, going, remaining)
+            rows.append((back.slot, row))
+        for one in plan.begins:
+            request = self._owners[one.slot] = self._requests[one.sequence]
+            request.cached = one.cached
+            rows.append((one.slot, self.batch.row(request, one.cached)))
+        if plan.frees or rows or plan.tables:
+            self.batch.change(plan.frees, rows, plan.tables)
+        if plan.reads:
+            self._fly(self.batch.read(plan.reads, self._owners), not plan.decodes)
+        if plan.decodes:
+            self._fly(self.batch.decode(plan.decodes, self._owners), True)
+
+    def _fly(self, flight: Flight, last: bool) -> None:
+        flight.last = last
+        flight.call = self._calls if self.counting else None
+        self.flights.append(flight)
+
+    def _due(self, ahead: int) -> int:
+        """How many flights the host waits for, so that so many plans stay under way."""
+        if not ahead:
+            return len(self.flights)
+        # Where nobody decodes, the host is not to run off, prompt after prompt.
+        lasts = [i for i, one in enumerate(self.flights) if one.last]
+        return lasts[-ahead] if len(lasts) > ahead else 0
+
+    def _take_home(self, number: int) -> list[Request]:
+        """Hand on what the first flights have brought.
+
+        Returns:
+          The requests that got tokens or ended, some perhaps more than once.
+        """
+        news: list[Request] = []
+        for _ in range(number):
+            flight = self.flights[0]
+            new = flight.home()  # which may take a while
+            self.clock.lap("prefill" if new.counts is None else "decode")
+            with self._all_or_nothing():
+                self.flights.popleft()
+                counting = self.counting and flight.call == self._calls
+                if new.counts is not None and counting:
+                    one: Any = new.token, new.logprob, new.valid
+                    drawn = (x[None] for x in one)
+                    self.tally.add(Drawn(*drawn, *new.counts), 1)
+                got = new.hand_on(flight.requests, flight.spans)
+                for request in got:
+                    if not request.going:
+                        self._forget(request)
+                news += got
+        return news
