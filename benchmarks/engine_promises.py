@@ -14,8 +14,8 @@ LLaMA-3.1-8B in bfloat16:
   with half of the rows at each density it is within 3 % of the mean of the two. The
   device does nothing for at most 2 % of the time, in these steps and amid chats.
 * prefill: 8 prompts of 2,048 tokens are read at 0.90 of the 43,043 tokens a second of
-  contiguous caches, from their arrival to the last one's first token. The engine's
-  program alone, back to back, is timed beside it.
+  contiguous caches, from their arrival to the last one's first token. The
+  programs alone, back to back, are timed beside it.
 * prefix: the first token of a prompt of 4,096 tokens comes 8 times sooner when all but
   the last piece of it is cached.
 * invariant: 50 copies of each of 20 prompts, at two densities in turn, 128 tokens each,

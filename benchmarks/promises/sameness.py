@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections import defaultdict
@@ -142,15 +141,14 @@ def preempt(bench: Bench) -> dict[str, Any]:
         density = DENSITIES[number % len(DENSITIES)]
         asked.append((bench.ids(rng, prompt), settings(answer, density)))
     # Of all tokens but an answer's last one the cache holds something.
-    pool = bench.engine._scheduler.pools[0]
+    pool = bench.engine._runner.scheduler.pools[0]
     ends = [len(prompt) + one.max_new_tokens - 1 for prompt, one in asked]
     need = sizes.slots * float(np.mean([pool.pages_for(end) for end in ends]))
     pages = round(SHORT * need)
     whole, whole_steps, gave_way = _play(bench.engine, asked)
     if gave_way:
         raise RuntimeError(f"{gave_way} requests gave way although all pages are there")
-    # One more, the trash page.
-    with contextlib.closing(bench.make_engine(pages + 1)) as engine:
+    with bench.make_engine(pages + 1) as engine:  # one is the trash page
         short, short_steps, gave_way = _play(engine, asked)
     pairs = zip(whole, short, strict=True)
     seconds, swapping = _seconds(short_steps), swap_seconds(short_steps)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from benchmarks.promises.common import (
@@ -20,10 +18,8 @@ from benchmarks.promises.common import (
     settings,
 )
 from benchmarks.promises.sizes import FIRST, Wanted
-from polarjax.bench import profiling
+from polarjax.bench import profiling, rounds
 from polarjax.bench.loads import Ask
-from polarjax.engine import steps
-from polarjax.engine.plans import Piece
 from polarjax.engine.request import Request
 
 # Steps over contiguous caches took 12.53 and 8.94 ms, before there were pages.
@@ -101,7 +97,7 @@ def _idle(engine: Engine, number: int, name: str) -> dict[str, Any]:
         for _ in range(number):
             engine.step()
 
-    summary = profiling.profile(run, number, "")
+    summary = profiling.profile(run, number, ())
     if "error" in summary:
         return {name: None, f"{name}_note": summary["error"]}
     shares = {name: summary["gap_share"], f"{name}_long": summary["long_gap_share"]}
@@ -132,8 +128,8 @@ def prefill(bench: Bench) -> dict[str, Any]:
     """Time prompts that come together, to the last one's first token.
 
     Returns:
-      The medians of tokens a second and of milliseconds; the same of the engine's
-      program alone, called for the same pieces without waiting; and their ratio.
+      The medians of tokens a second and of milliseconds; the same of the programs
+      alone, called for as many prompts without waiting; and their ratio.
     """
     engine, sizes = bench.engine, bench.sizes
     rng = bench.rng(2)
@@ -150,54 +146,18 @@ def prefill(bench: Bench) -> dict[str, Any]:
                 seconds.append(time.perf_counter() - start)
         finish(engine)
         programs = sum(bool(plan.reads) for plan in plans.made)
-    alone = _program_seconds(bench, rng)
-    taken = float(np.median(seconds))
+    with bench.building():
+        each, _ = rounds.prefill_times(
+            bench.params, sizes.prompts, sizes.prompt_tokens, sizes.repeats
+        )
+    taken, alone = float(np.median(seconds)), float(np.median(each))
     return {
         "tokens_per_second": total / taken,
         "ms": 1e3 * taken,
         "programs": programs,
-        "program_tokens_per_second": total / alone,
-        "of_program": alone / taken,
+        "programs_tokens_per_second": total / alone,
+        "of_programs": alone / taken,
     }
-
-
-def _program_seconds(bench: Bench, rng: np.random.Generator) -> float:
-    """How long the program that reads takes for the prompts, back to back."""
-    engine, sizes = bench.engine, bench.sizes
-    batch = engine._batch
-    with Plans(engine) as plans:
-        # They go on to decode, and so keep slots and pages until they are cancelled.
-        room = engine.context - sizes.prompt_tokens
-        asked = [
-            engine.add(bench.ids(rng, sizes.prompt_tokens), settings(room))
-            for _ in range(sizes.prompts)
-        ]
-        while not all(one.tokens for one in asked):
-            engine.step()
-    owners = dict(engine._owners)
-    reads = [plan.reads for plan in plans.made if plan.reads]
-    calls = [_arguments(batch, each, owners) for each in reads]
-    seconds = []
-    for _ in range(1 + sizes.repeats):
-        jax.block_until_ready(batch.slots)
-        start = time.perf_counter()
-        # The same again on the same pages: what is written there is there already.
-        for arguments in calls:
-            batch.slots, *_ = steps.read_pieces(
-                batch._original, *arguments, batch.slots, model=batch._dense
-            )
-        jax.block_until_ready(batch.slots)
-        seconds.append(time.perf_counter() - start)
-    drop(engine, asked)
-    return float(np.median(seconds[1:]))
-
-
-def _arguments(
-    batch: Any, reads: Sequence[Piece], owners: Mapping[int, Request]
-) -> tuple[Any, Any]:
-    """Tokens and pieces of a plan, on the devices."""
-    tokens, pieces, *_ = batch._reading(reads, owners)
-    return tokens, pieces
 
 
 def prefix(bench: Bench) -> dict[str, Any]:
