@@ -57,8 +57,8 @@ class Config:
 
 # Numbers in the accumulator: 128 rows of 128.
 _ACCUMULATOR = 128 * 128
-# Bytes of one tile of keys: 64 positions of 128 bfloat16.
-_TILE_BYTES = 16 * 1024
+# Bytes of one tile of keys: 128 positions of 128 bfloat16.
+_TILE_BYTES = 32 * 1024
 
 
 def heuristic(*, g: int, d: int, itemsize: int) -> Config:
@@ -69,7 +69,7 @@ def heuristic(*, g: int, d: int, itemsize: int) -> Config:
     block_q = max(min(most, 128), ceil_power_of_two(g), 16)
     block_k = floor_power_of_two(_TILE_BYTES // (padded * itemsize))
     num_warps = 8 if block_q >= 128 or padded > 128 else 4
-    return Config(block_q, min(max(block_k, 16), 64), num_warps, num_stages=3)
+    return Config(block_q, min(max(block_k, 16), 128), num_warps, num_stages=2)
 
 
 @once("scale", "window", "softcap", "interpret", "config")

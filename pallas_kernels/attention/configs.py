@@ -32,7 +32,7 @@ class PagedConfig:
     Attributes:
         block: cache positions per tile; a power of two, at least 16, and a divisor of
             a page.
-        piece: tiles per piece of a list, see `pieces`; a power of two.
+        piece: most tiles per piece of a list, see `pieces`; a power of two.
         programs: programs that share all pieces of the call evenly.
         num_warps: warps per program.
         num_stages: tiles whose loads are in flight at once.
@@ -49,9 +49,8 @@ class PagedConfig:
 _PROGRAMS = 264
 # Tiles of a whole cache below which a program computes a group alone.
 _FEW_TILES = 4
-# Tiles of the longest pieces, 512 positions. What a piece leaves for the second kernel
-# is 1.5 % of what it reads, with 4 query heads a group.
-_PIECE = 8
+# Tiles of the longest pieces, 1,024 positions.
+_PIECE = 16
 # Bytes of one tile of keys: 64 positions of 128 bfloat16. The tiles of keys and
 # values of all stages lie in shared memory together.
 _TILE_BYTES = 16 * 1024
@@ -90,7 +89,7 @@ def paged_heuristic(
         block = min(block, page & -page)  # the largest power of two that divides it
     tiles = b * n * -(-s // block)
     # Long pieces where there is enough to do, short ones where programs would idle.
-    piece = min(floor_power_of_two(max(tiles // (2 * _PROGRAMS), 1)), _PIECE)
+    piece = min(floor_power_of_two(max(tiles // 256, 1)), _PIECE)
     # The accumulator is rows x d in float32 registers of the program's warps.
     num_warps = 4 if max(g, 16) * padded <= 64 * 128 else 8
     programs = min(_PROGRAMS, tiles)

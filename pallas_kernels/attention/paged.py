@@ -27,6 +27,7 @@ from pallas_kernels._dot import dot
 from pallas_kernels.attention.configs import PagedConfig, paged_heuristic
 from pallas_kernels.attention.fold import fold_pieces
 from pallas_kernels.attention.pieces import Work
+from pallas_kernels.attention.sums import Sums
 
 _MAX_GROUP = 128
 _MAX_HEAD_DIM = 256
@@ -111,8 +112,8 @@ def attend(
         shape = (b, n, work.most_pieces, g)
         several = (
             jax.ShapeDtypeStruct((*shape, d), jnp.float32),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct((b, n, 2), jnp.int32),
+            jax.ShapeDtypeStruct((*shape, 2), jnp.float32),
+            jax.ShapeDtypeStruct((b, n, 3), jnp.int32),
         )
     caches, aliases = None, {}
     if new is not None:  # written in place
@@ -130,9 +131,7 @@ def attend(
         ),
     )(inputs)
     if pieces is not None:
-        options = {"num_stages": config.num_stages, "interpret": interpret}
-        partials, logs, counts = pieces
-        out = fold_pieces(partials, logs, counts, out, **options)
+        out = fold_pieces(*pieces, out, interpret=interpret)
     return out, *(written or (k_cache, v_cache))
 
 
@@ -279,18 +278,23 @@ def _attend_share(
         # The next one's indices and queries are on their way meanwhile.
         following = look_up(stop)
         span = tile - first, stop - first, behind - first
-        acc, log = _attend_tiles(inputs, piece_refs, loaded, *span, static)
-        whole = behind - first <= work.piece_tiles(behind - first)
+        found = _attend_tiles(inputs, piece_refs, loaded, *span, static)
+        whole = (tile == first) & (stop == behind)
 
         @pl.when(whole)
         def _():
-            _store_group(out_ref, loaded, acc, static)
+            _store_group(out_ref, loaded, found, static)
 
         if piece_refs is not None:
 
             @pl.when(jnp.logical_not(whole))
             def _():
-                _store_piece(piece_refs, loaded, span[1] - 1, span[2], acc, log, static)
+                _store_sums(piece_refs, loaded, span[1] - 1, span[2], found, static)
+
+            # Who begins a list says what is left to add up of it.
+            @pl.when(tile == first)
+            def _():
+                _store_count(piece_refs[2], loaded, span[1], span[2], work)
 
         return stop, *following
 
@@ -302,7 +306,10 @@ def _attend_share(
         sequence = program + i * work.programs
         tiles = _finish_groups(inputs, out_ref, sequence, static)
         if piece_refs is not None:
-            _count_pieces(inputs, piece_refs[2], sequence, tiles, static)
+            slots = jnp.arange(tiles.shape[0], dtype=jnp.int32)
+            nothing = (slots < work.n) & (tiles == 0)
+            at = piece_refs[2].at[sequence, slots, 0]
+            pltriton.store(at, jnp.zeros_like(slots), mask=nothing)
         _append(inputs, cache_refs, sequence, static)
 
     lax.fori_loop(0, pl.cdiv(static.b - program, work.programs), finish, None)
@@ -336,7 +343,8 @@ def _load_group(inputs, sequence, slot, static) -> _Group:
 def _attend_tiles(inputs, piece_refs, loaded, start, stop, tiles, static):
     """Attention of one group over some pieces of its list.
 
-    All but the last are stored where `fold_pieces` finds them.
+    Pieces from the beginning of the list on are added up. Others are stored, all but
+    the last, where `fold_pieces` finds them, which adds them up in the same way.
 
     Args:
         inputs: of the kernel.
@@ -348,8 +356,7 @@ def _attend_tiles(inputs, piece_refs, loaded, start, stop, tiles, static):
         static: of the kernel.
 
     Returns:
-        The output of the last piece alone, [rows, cols] float32, and the log2 of its
-        sum of weights, [rows].
+        The `Sums` of all pieces, where they begin the list, or else of the last.
     """
     work = static.work
     _, _, group, length, q, new = loaded
@@ -359,9 +366,10 @@ def _attend_tiles(inputs, piece_refs, loaded, start, stop, tiles, static):
     rows, cols, _ = _head_tile(static.g, static.d)
     steps = jnp.arange(work.block, dtype=jnp.int32)
     size = work.piece_tiles(tiles)
+    nothing = Sums.nothing(rows.shape[0], cols.shape[0])
 
     def step(index, carry):
-        top, total, acc, (tile, page) = carry  # [rows], [rows], [rows, cols], scalars
+        sums, before, (tile, page) = carry
         # Where the next one lies is on its way before it is needed.
         following = _find_tile(inputs, loaded, index + 1, static)
         positions = tile * work.block + steps
@@ -380,37 +388,42 @@ def _attend_tiles(inputs, piece_refs, loaded, start, stop, tiles, static):
         values = pltriton.load(inputs.v_cache.at[at], mask=mask, other=0)
         scores = _scale_scores(dot(q, keys, 1), static)
         scores = jnp.where(seen[None, :], scores, -jnp.inf)
-        weights, carry = _weigh(scores, jnp.max(scores, axis=1), top, total, acc)
-        top, total, acc = carry
-        total = total + jnp.sum(weights, axis=1)
-        acc = acc + dot(weights.astype(values.dtype), values, 0)
+        top, total, acc = sums.raised(jnp.max(scores, axis=1))
+        # The total is of the rounded weights, so that the output is a mean.
+        weights = jnp.exp2(scores - top[:, None]).astype(values.dtype)
+        total = total + jnp.sum(weights.astype(jnp.float32), axis=1)
+        acc = acc + dot(weights, values, 0)
+        sums = Sums(top, total, acc)
         if piece_refs is not None:
+
+            def close():
+                found = before.plus(sums)
+
+                @pl.when(start > 0)
+                def _():
+                    _store_sums(piece_refs, loaded, index, tiles, found, static)
+
+                found = jax.tree.map(
+                    lambda x, y: jnp.where(start > 0, x, y), nothing, found
+                )
+                return nothing, found
+
             ends = (lax.rem(index + 1, size) == 0) & (index + 1 < stop)
+            sums, before = lax.cond(ends, close, lambda: (sums, before))
+        return sums, before, following
 
-            @pl.when(ends)
-            def _():
-                piece = _normalized(top, total, acc)
-                _store_piece(piece_refs, loaded, index, tiles, *piece, static)
-
-            top = jnp.where(ends, -jnp.inf, top)
-            total = jnp.where(ends, 0.0, total)
-            acc = jnp.where(ends, 0.0, acc)
-        return top, total, acc, following
-
-    top = jnp.full(rows.shape, -jnp.inf, jnp.float32)
-    total = jnp.zeros(rows.shape, jnp.float32)
-    acc = jnp.zeros((rows.shape[0], cols.shape[0]), jnp.float32)
     first = _find_tile(inputs, loaded, start, static)
-    carry = lax.fori_loop(start, stop, step, (top, total, acc, first))
-    top, total, acc, _ = carry
+    before = nothing if piece_refs is not None else None
+    carry = lax.fori_loop(start, stop, step, (nothing, before, first))
+    sums, before, _ = carry
     if new is not None:
         key, value = (array.astype(jnp.float32)[None, :] for array in new)
         scores = _scale_scores(jnp.sum(q.astype(jnp.float32) * key, axis=1), static)
         scores = jnp.where(stop == tiles, scores, -jnp.inf)
-        weights, carry = _weigh(scores[:, None], scores, top, total, acc)
-        top, total, acc = carry
-        total, acc = total + jnp.sum(weights, axis=1), acc + weights * value
-    return _normalized(top, total, acc)
+        top, total, acc = sums.raised(scores)
+        weights = jnp.exp2(scores - top)
+        sums = Sums(top, total + weights, acc + weights[:, None] * value)
+    return sums if before is None else before.plus(sums)
 
 
 def _find_tile(inputs, loaded, index, static):
@@ -430,33 +443,6 @@ def _find_tile(inputs, loaded, index, static):
     entry = jnp.clip(lax.div(tile, work.parts), 0, inputs.table.shape[1] - 1)
     page = inputs.table[loaded.sequence, entry]
     return tile, jnp.clip(page, 0, inputs.k_cache.shape[0] - 1)
-
-
-def _weigh(scores, highest, top, total, acc):
-    """The online softmax: weights of scores [rows, n], and what was before, rescaled.
-
-    Args:
-        scores: in units of log2, -inf for what is not seen.
-        highest: of each row.
-        top: the highest so far, [rows].
-        total: of the weights so far, [rows].
-        acc: weighted sums so far, [rows, cols].
-
-    Returns:
-        Weights [rows, n], and (top, total, acc) without them.
-    """
-    new_top = jnp.maximum(top, highest)
-    # Where nothing has been seen yet: 0, not NaN.
-    base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-    weights = jnp.exp2(scores - base[:, None])
-    rescale = jnp.exp2(top - base)
-    return weights, (new_top, total * rescale, acc * rescale[:, None])
-
-
-def _normalized(top, total, acc):
-    """The output of a piece, 0 where nothing is seen, and log2 of its weights' sum."""
-    some = jnp.where(total == 0.0, 1.0, total)
-    return acc / some[:, None], top + jnp.log2(total)
 
 
 def _scale_scores(scores, static):
@@ -495,18 +481,6 @@ def _finish_groups(inputs, out_ref, sequence, static):
     return tiles
 
 
-def _count_pieces(inputs, counts_ref, sequence, tiles, static):
-    """Say what is left to add up of a sequence."""
-    work = static.work
-    slots = jnp.arange(pl.next_power_of_2(work.n), dtype=jnp.int32)
-    there = slots < work.n
-    groups = inputs.group(sequence, slots, static, there)
-    pieces = work.pieces(tiles)
-    pieces = jnp.where(pieces > 1, pieces, 0)
-    pltriton.store(counts_ref.at[sequence, slots, 0], pieces, mask=there)
-    pltriton.store(counts_ref.at[sequence, slots, 1], groups, mask=there)
-
-
 def _append(inputs, cache_refs, sequence, static):
     """Write a sequence's new keys and values, of all groups, into the caches."""
     if inputs.new is None:
@@ -529,23 +503,33 @@ def _append(inputs, cache_refs, sequence, static):
         pltriton.store(at, new, mask=mask)
 
 
-def _store_piece(piece_refs, loaded, index, tiles, acc, log, static):
-    """Store what the piece with a tile of a list comes to, see `fold_pieces`."""
-    partials_ref, logs_ref, _ = piece_refs
+def _store_sums(piece_refs, loaded, index, tiles, sums, static):
+    """Store the sums that end in a piece, which has a tile of the list."""
+    partials_ref, scales_ref, _ = piece_refs
     piece = lax.div(index, static.work.piece_tiles(tiles))
     rows, cols, mask = _head_tile(static.g, static.d)
     at = loaded.sequence, loaded.slot, piece, rows
-    pltriton.store(logs_ref.at[at], log, mask=rows < static.g)
+    pltriton.store(scales_ref.at[*at, 0], sums.top, mask=rows < static.g)
+    pltriton.store(scales_ref.at[*at, 1], sums.total, mask=rows < static.g)
     at = (*at[:3], rows[:, None], cols[None, :])
-    pltriton.store(partials_ref.at[at], acc, mask=mask)
+    pltriton.store(partials_ref.at[at], sums.acc, mask=mask)
 
 
-def _store_group(out_ref, loaded, acc, static):
+def _store_count(counts_ref, loaded, stop, tiles, work):
+    """Say which pieces `fold_pieces` finds of a list whose beginning is added up."""
+    pieces = work.pieces(tiles)
+    at = loaded.sequence, loaded.slot
+    counts_ref[*at, 0] = jnp.where(stop < tiles, pieces, 0)
+    counts_ref[*at, 1] = loaded.group
+    counts_ref[*at, 2] = lax.div(stop - 1, work.piece_tiles(tiles))
+
+
+def _store_group(out_ref, loaded, sums, static):
     """Store the outputs of a group's query heads."""
     rows, cols, mask = _head_tile(static.g, static.d)
     heads = (loaded.group * static.g + rows)[:, None]
     at = out_ref.at[loaded.sequence, heads, cols[None, :]]
-    pltriton.store(at, acc.astype(out_ref.dtype), mask=mask)
+    pltriton.store(at, sums.mean().astype(out_ref.dtype), mask=mask)
 
 
 def _head_tile(count, d):

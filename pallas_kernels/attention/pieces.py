@@ -2,11 +2,11 @@
 
 The tiles that a call has to read stand in one line: sequence by sequence, selected
 group by selected group, and within each the entries of its list in order. A list is
-cut into pieces of a fixed number of tiles, counted from its own beginning, whatever
-its batch-mates have: what a piece adds up to is then the same bits in any batch. Every
-program computes the pieces that begin in its equal share of the line, so that ragged
-lengths and few groups leave none of them idle (as Stream-K does, arXiv 2301.03598,
-which cuts anywhere).
+cut into pieces, from its own beginning, whose number of tiles depends on its own length
+alone, whatever its batch-mates have: what a piece adds up to is then the same bits in
+any batch. Every program computes the pieces that begin in its equal share of the line,
+so that ragged lengths and few groups leave none of them idle (as Stream-K does, arXiv
+2301.03598, which cuts anywhere).
 """
 
 import dataclasses
@@ -16,6 +16,9 @@ from jax import lax
 
 # Pieces of a list, at most: longer lists have longer pieces.
 _MOST_PIECES = 64
+# Pieces of a list, at least: the shares of programs differ by a piece, which would be
+# much where lists are short. A list of so many tiles or less has pieces of one.
+_LEAST_PIECES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Work:
         s: positions that a sequence may have.
         n: groups that can be selected per sequence.
         block: positions per tile.
-        piece: tiles of a piece of a list that has no more than 64 pieces.
+        piece: most tiles of a piece of a list that has no more than 64 pieces.
         programs: how many share the work.
         entries: of the longest list of pages, each of `parts` tiles; None where every
             sequence reads all its positions.
@@ -78,13 +81,16 @@ class Work:
 
     @property
     def most_pieces(self) -> int:
-        """Pieces of the longest list."""
-        return min(-(-self.most_tiles // self.piece), _MOST_PIECES)
+        """Pieces that a list can have."""
+        short = min(self.most_tiles, 2 * _LEAST_PIECES)
+        return max(min(-(-self.most_tiles // self.piece), _MOST_PIECES), short)
 
     def piece_tiles(self, tiles):
         """Tiles of each piece of a list of so many, the last perhaps apart."""
-        size = jnp.full_like(tiles, self.piece)
-        longer = self.piece
+        size, longer = jnp.ones_like(tiles), 1
+        while longer < self.piece:
+            longer *= 2
+            size = jnp.where(tiles >= longer * _LEAST_PIECES, longer, size)
         while longer * _MOST_PIECES < self.most_tiles:
             size = jnp.where(tiles > longer * _MOST_PIECES, 2 * longer, size)
             longer *= 2

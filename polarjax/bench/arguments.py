@@ -136,13 +136,13 @@ def _add_devices(add: Any) -> None:
 def _add_runs(add: Any, folder: str) -> None:
     """How it is timed, and where the results go."""
     add(
-        "--profile", action="store_true", help="trace some chunks of each and sum it up"
+        "--profile", action="store_true", help="trace some steps of each and sum it up"
     )
     add(
         "--repeats",
         type=int,
         default=5,
-        help="warm rounds of chunks, or prefills, timed",
+        help="warm rounds of steps, or prefills, timed",
     )
     add("--head-rank", type=int, default=0, help="of random head routers; 0 is linear")
     add(

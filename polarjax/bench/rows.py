@@ -193,7 +193,7 @@ def prefill_row(
 def profile_row(
     name: str, case: Case, policy: str, found: dict[str, Any], where: Devices = ONE
 ) -> Row:
-    """What a profile of some chunks showed, of one device."""
+    """What a profile of some steps showed, of one device."""
     return {**about("profile", name, case, policy, where), **found}
 
 

@@ -118,6 +118,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--slots", type=int, default=64, help="requests that are continued at once")
     add(
+        "--prefill-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens that one program reads (default: the engine's own)",
+    )
+    add(
         "--context",
         type=int,
         help="most tokens of a request; what is longer is cut (default: those of the "

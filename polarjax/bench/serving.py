@@ -207,7 +207,13 @@ def continuous(
       context: of the engine.
     """
     warmup = 2 * args.slots if args.warmup is None else args.warmup
-    with Engine(params, policy=way.policy, slots=args.slots, context=context) as engine:
+    with Engine(
+        params,
+        policy=way.policy,
+        slots=args.slots,
+        context=context,
+        prefill_tokens=args.prefill_tokens,
+    ) as engine:
         if warmup:
             load = choose_load(args, params.config, len(args.rate))
             serve.warm(engine, load[:warmup], way.density)

@@ -114,7 +114,7 @@ class Case:
     Attributes:
       model: name in `MODELS`, with ":n" for its layers 1 to n alone; or a checkpoint.
       batch: sequences.
-      context: tokens in the cache of each at the end of a chunk of steps.
+      context: tokens in the cache of each at the end of the steps.
       sparse: policies.
       floor: wanted floor / time of the dense one.
       prefill: (prompts, tokens of each) to time too, if any.

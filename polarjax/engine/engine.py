@@ -81,8 +81,9 @@ class Engine:
         for as many as all slots can fill, or as fit into the memory. Where there are
         fewer, requests wait, or give way to others and come back.
       page: positions of each.
-      prefill_tokens: prompt tokens that one program reads, of each part of the batch;
-        None for what the device is good at.
+      prefill_tokens: prompt tokens that one program reads, of each part of the batch,
+        while those who decode wait; None for 512 on a GPU. 2,048 are read about 1.13
+        times as fast, and let others wait almost four times as long.
       ahead: steps that are sent to the device before the host looks at what one has
         brought.
       prefix_cache: whether prompts share the pages of what they begin with.
@@ -174,6 +175,8 @@ class Engine:
             page=sizes.page,
             prefill_tokens=sizes.tokens,
             pieces=sizes.pieces,
+            # About as many decode steps as take as long as such a program.
+            rest=sizes.tokens // 512,
             parts=parts,
         )
         start = time.perf_counter()

@@ -61,6 +61,15 @@ class Part:
         return self._tokens > 0 and self._pieces > 0
 
     @property
+    def unread(self) -> int:
+        """Tokens of prompts that have a slot and are still to be read."""
+        return sum(each.prompt.length - each.done for *_, each in self._readers)
+
+    def rest(self) -> None:
+        """No prompt is read in this plan."""
+        self._tokens = 0
+
+    @property
     def reader(self) -> Sequence | None:
         """Whose prompt is read next; None if all have been read."""
         return self._readers[0][2] if self._readers else None

@@ -35,7 +35,7 @@ from polarjax.engine.plans import Draft, Plan
 from polarjax.engine.running import Part
 from polarjax.engine.sequence import State
 from polarjax.engine.waiting import Waiting
-from polarjax.planning.sizes import positive
+from polarjax.planning.sizes import at_least, positive
 
 
 class Scheduler:
@@ -47,6 +47,8 @@ class Scheduler:
       page: positions of each.
       prefill_tokens: that one prefill program reads, in each part.
       pieces: of prompts that one prefill program reads, in each part.
+      rest: plans without one that follow a prefill program, while others decode, unless
+        the next would be full: what it costs does not depend on what is in it.
       parts: equal parts that a mesh cuts the batch into. Part i has the slots from
         i * slots / parts on and pages of its own, which its rows of the table number.
       root: what the pages' contents depend on, see `PagePool`.
@@ -66,6 +68,7 @@ class Scheduler:
         page: int = 64,
         prefill_tokens: int = 512,
         pieces: int = 16,
+        rest: int = 0,
         parts: int = 1,
         root: bytes = b"",
     ) -> None:
@@ -74,6 +77,8 @@ class Scheduler:
             raise ValueError(f"{slots} slots cannot be cut into {parts} equal parts")
         tokens = positive("prefill_tokens", prefill_tokens)
         pieces = positive("pieces", pieces)
+        self._tokens, self._rest = tokens, at_least("rest", rest, 0)
+        self._reads_from = 0  # number of the plan from which on prompts are read again
         each = self.slots // self.parts
         self._parts = [
             Part(
@@ -208,6 +213,9 @@ class Scheduler:
         for sequence in preempted:
             self._waiting.put_back(sequence)
         self.preemptions += len(preempted)
+        if not self._reads_now():
+            for part in self._parts:
+                part.rest()
         if not preempted:  # or they would come back at once
             self._admit(draft)
         for part in self._parts:
@@ -224,10 +232,24 @@ class Scheduler:
             tuple(draft.reads),
             tuple(chain.from_iterable(part.decodes for part in self._parts)),
         )
+        if plan.reads:
+            self._reads_from = plan.number + 1 + self._rest
         self._draft = Draft()
         for part in self._parts:
             part.next_plan()
         return plan
+
+    def _reads_now(self) -> bool:
+        """Whether this plan may read prompts."""
+        if self._parts[0].number >= self._reads_from:
+            return True
+        if not any(part.decodes for part in self._parts):
+            return True  # nobody is kept from anything else
+        # About what those who wait would bring, as far as there are slots for them.
+        free, waiting = sum(len(part.free) for part in self._parts), self.waiting
+        new = self._waiting.tokens * min(free, waiting) // max(waiting, 1)
+        unread = sum(part.unread for part in self._parts)
+        return unread + new >= self._tokens * self.parts
 
     def _admit(self, draft: Draft) -> None:
         """Give slots to those who wait, in order, while there is room for the next."""

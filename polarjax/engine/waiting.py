@@ -125,9 +125,14 @@ class _Level:
 
 
 class Waiting:
-    """The queue: `len` of it are all that wait, the preempted ones among them."""
+    """The queue: `len` of it are all that wait, the preempted ones among them.
+
+    Attributes:
+      tokens: of all their prompts.
+    """
 
     def __init__(self) -> None:
+        self.tokens = 0
         self._levels: dict[int, _Level] = {}
         self._priorities: list[int] = []  # of the levels, in order
         self._count = 0
@@ -188,4 +193,5 @@ class Waiting:
 
     def _queue(self, sequence: Sequence, queued: bool) -> None:
         self._count += 1 if queued else -1
+        self.tokens += sequence.prompt.length * (1 if queued else -1)
         sequence.queued = queued

@@ -125,7 +125,7 @@ def decode(
       tokens: int32[b, n + 1].
       counts: int32[b], how many of the n each row scores.
       model: with the policy's score rows.
-      kind: class of the policy, see `polarjax.engine.programs.SlotData`.
+      kind: class of the policy, see `polarjax.engine.steps.decode`.
 
     Returns:
       Negative log-likelihoods float32[b, n]; whether each token was the most probable,

@@ -68,6 +68,33 @@ def test_no_more_pieces_than_a_program_has():
     assert [len(one.step().reads) for _ in range(5)] == [2, 2, 2, 2, 0]
 
 
+def test_a_prefill_program_that_would_not_be_full_rests():
+    one = run(slots=8, prefill_tokens=10, rest=2)
+    one.add("a", range(4), 20)
+    reads = [one.step().reads]
+    one.add("b", range(20, 25), 20)  # "a" decodes meanwhile
+    reads += [one.step().reads for _ in range(2)]
+    one.add("c", range(30, 33), 20)  # and goes with "b", in the third plan from then
+    reads += [one.step().reads]
+    one.add("d", range(40, 52), 20)  # more than a whole program, at once
+    reads += [one.step().reads for _ in range(5)]
+    pieces = [[(piece.slot, piece.count) for piece in each] for each in reads]
+    assert pieces == [
+        [(0, 4)], [], [], [(1, 5), (2, 3)], [(3, 10)], [], [], [(3, 2)], []
+    ]  # fmt: skip
+    one.finish()
+
+
+def test_it_rests_for_nobody_where_nobody_decodes_and_not_for_those_without_a_slot():
+    one = run(slots=2, prefill_tokens=10, rest=3)
+    one.add("a", range(23), 1)
+    assert [len(one.step().reads) for _ in range(3)] == [1, 1, 1]
+    for id in range(4):  # two have slots: 8 tokens of 10
+        one.add(id, [id] * 4, 9)
+    assert [len(one.step().reads) for _ in range(4)] == [2, 0, 0, 0]
+    one.finish()
+
+
 def test_equal_prompts_in_one_plan_share_pages():
     one = run(slots=4, prefill_tokens=100)
     for id in range(3):  # as for three samples of one prompt
