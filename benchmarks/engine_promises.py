@@ -99,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each request while steps are timed; the engine's context is a little "
         "more. 4096 by default, 320 of a toy",
     )
+    add(
+        "--prefill-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens that one program reads (default: the engine's own)",
+    )
     add("--repeats", type=int, help="of what is timed several times; 5, of a toy 2")
     add("--minutes", type=float, help="of soak; 6 by default, 0.05 of a toy")
     add("--seed", type=int, default=0, help="of prompts and loads")
@@ -117,11 +123,11 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
       ValueError: if a number is out of range, or the shape has no room.
     """
     sizes = TOY if args.shape in TOY_MODELS else Sizes()
-    names = ("slots", "positions", "repeats", "minutes")
+    names = ("slots", "positions", "prefill_tokens", "repeats", "minutes")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     for name, number in given.items():
         if name != "minutes":
-            positive(f"--{name}", number)
+            positive(f"--{name.replace('_', '-')}", number)
         elif not 0 < number < math.inf:
             raise ValueError(f"--minutes must be above 0, and finite, got {number}")
     at_least("--seed", args.seed, 0)
@@ -195,7 +201,7 @@ def measure(args: argparse.Namespace, command: Sequence[str]) -> bool:
             write_json(args.output, {"engine": runs})
 
     if "ready" in args.promises:
-        keep("ready", ready.READY, ready.ready(args.shape, sizes.slots, sizes.context))
+        keep("ready", ready.READY, ready.ready(args.shape, sizes))
     if others := [name for name in MEASURED if name in args.promises]:
         bench = Bench(args.shape, sizes, args.seed)
         jax.block_until_ready(bench.params)

@@ -56,9 +56,7 @@ class Bench:
           pages: of its cache; None for as many as all slots can fill.
         """
         with self.building():
-            return make_engine(
-                self._shape, self.params, self.sizes.slots, self.sizes.context, pages
-            )
+            return make_engine(self._shape, self.params, self.sizes, pages)
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
@@ -107,16 +105,17 @@ def make_params(shape: str) -> Params:
 
 
 def make_engine(
-    shape: str, params: Params, slots: int, context: int, pages: int | None = None
+    shape: str, params: Params, sizes: Sizes, pages: int | None = None
 ) -> Engine:
     """As users make it: for all ways of drawing, but a toy for the simple ones."""
     simple = Variant.GREEDY, Variant.SAMPLED
     return Engine(
         params,
         policy=params.policy,
-        slots=slots,
-        context=context,
+        slots=sizes.slots,
+        context=sizes.context,
         pages=pages,
+        prefill_tokens=sizes.prefill_tokens,
         variants=simple if shape in TOY_MODELS else tuple(Variant),
     )
 
@@ -185,6 +184,11 @@ def pages_lost(engine: Engine) -> dict[str, Any]:
     except AssertionError as error:
         return {**found, "books_wrong": 1, "books": str(error)}
     return found
+
+
+def tokens_at_once(engine: Engine) -> int:
+    """Prompt tokens that one program of an engine reads."""
+    return engine._runner.batch.sizes.tokens
 
 
 def preemptions(engine: Engine) -> int:

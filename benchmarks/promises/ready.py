@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,21 +21,20 @@ from benchmarks.promises.common import (
     make_params,
     settings,
 )
-from benchmarks.promises.sizes import Wanted
+from benchmarks.promises.sizes import Sizes, Wanted
 from polarjax.bench import counts
 
 READY = (Wanted("cold_seconds", most=90), Wanted("cached_seconds", most=20))
 
 
-def ready(shape: str, slots: int, context: int) -> dict[str, Any]:
+def ready(shape: str, sizes: Sizes) -> dict[str, Any]:
     """Make an engine with no compiled program at hand, and again with all of them.
 
     No other program of this process may hold the device's memory meanwhile.
 
     Args:
       shape: of the model.
-      slots: of the engine.
-      context: likewise.
+      sizes: of the engine.
 
     Returns:
       Seconds from the call of the constructor to its return, both times; the bytes of
@@ -45,7 +45,7 @@ def ready(shape: str, slots: int, context: int) -> dict[str, Any]:
       RuntimeError: if such a process fails, with the end of what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cold, cached = (_process(shape, slots, context, folder) for _ in range(2))
+        cold, cached = (_process(shape, sizes, folder) for _ in range(2))
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
     return {
@@ -58,7 +58,7 @@ def ready(shape: str, slots: int, context: int) -> dict[str, Any]:
     }
 
 
-def _process(shape: str, slots: int, context: int, folder: str) -> dict[str, Any]:
+def _process(shape: str, sizes: Sizes, folder: str) -> dict[str, Any]:
     """What another process says of its engine, which keeps programs in a folder."""
     known = {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
@@ -66,9 +66,9 @@ def _process(shape: str, slots: int, context: int, folder: str) -> dict[str, Any
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "CUDA_CACHE_PATH": str(Path(folder) / "cuda"),
     }
-    numbers = [str(slots), str(context)]
+    numbers = json.dumps(dataclasses.asdict(sizes))
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.promises.ready", shape, *numbers],
+        [sys.executable, "-m", "benchmarks.promises.ready", shape, numbers],
         cwd=Path(__file__).resolve().parents[2],
         env=os.environ | known,
         capture_output=True,
@@ -87,13 +87,12 @@ def main(argv: list[str] | None = None) -> int:
         description="Make an engine, and print how long that took as a line of JSON.",
     )
     parser.add_argument("shape")
-    parser.add_argument("slots", type=int)
-    parser.add_argument("context", type=int)
+    parser.add_argument("sizes", type=json.loads, help="fields of Sizes, as JSON")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     params = jax.block_until_ready(make_params(args.shape))
     drawn = time.perf_counter()
-    engine = make_engine(args.shape, params, args.slots, args.context)
+    engine = make_engine(args.shape, params, Sizes(**args.sizes))
     made = time.perf_counter()
     with counts.compilations() as compiled:
         request = engine.add([1, 2, 3], settings(2))

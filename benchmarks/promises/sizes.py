@@ -16,6 +16,8 @@ class Sizes:
 
     Attributes:
       slots: of the engine.
+      prefill_tokens: prompt tokens that one of its programs reads; None for its own
+        choice.
       positions: that each request has in the middle of the timed decode steps.
       room: positions that the engine's context has beyond those.
       warm: steps before the timed ones.
@@ -37,6 +39,7 @@ class Sizes:
     """
 
     slots: int = 64
+    prefill_tokens: int | None = None
     positions: int = 4096
     room: int = 256
     warm: int = 16

@@ -63,7 +63,7 @@ def test_figures_are_of_what_they_say(results):
     assert step["idle_share"] is None and "cpu" in step["idle_share_note"]
     rate = toy.prompts * toy.prompt_tokens / prefill["ms"] * 1e3
     assert prefill["tokens_per_second"] == pytest.approx(rate)
-    assert prefill["programs"] == 3  # of 128 tokens each
+    assert (prefill["programs"], prefill["tokens_at_once"]) == (3, 128)
     assert prefix["cached_tokens"] == 384  # of 448, all whole pages but the last
     assert invariant["answers"] == 6 and invariant["requests"] == 3 * 6 + 6
     assert 0 < invariant["from_cached_prompts"] < 18
@@ -170,6 +170,7 @@ def test_times_are_promised_of_one_gpu_at_the_whole_size_alone():
         (["step", "--positions", "400"], "more than the context of toy-llama, 512"),
         (["step", "--positions", "5"], "--positions is 5"),
         (["prefix", "--positions", "200"], "it must be at least 264"),
+        (["step", "--prefill-tokens", "0"], "--prefill-tokens must be a positive"),
         (["soak", "--minutes", "0"], "--minutes must be above 0, and finite, got 0.0"),
     ],
 )
