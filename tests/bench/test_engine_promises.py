@@ -1,5 +1,6 @@
 """The engine's promises, measured at toy size: each of them, and what breaks one."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 from benchmarks import engine_promises, promises_table
 from benchmarks.promises import common, sameness, sizes, soak
 from benchmarks.promises.sameness import Step
-from polarjax.engine.batch import Batch
 from polarjax.engine.flight import Landed
 from polarjax.engine.pages import PagePool
+from polarjax.engine.scheduler import Scheduler
 
 SMALL = ("--shape", "toy-llama", "--repeats", "1", "--minutes", "0.03")
 
@@ -108,13 +109,20 @@ def test_an_answer_that_depends_on_others_is_seen(monkeypatch, capsys):
 
 
 def test_what_gives_way_and_comes_back_wrong_is_seen(monkeypatch, capsys):
-    restore = Batch.restore
+    """Its pages come back in another order."""
+    plan = Scheduler.plan
 
-    def other(self, back, kept):
-        token, live, remaining = restore(self, back, kept)
-        return token + 1, live, remaining
+    def mixed(back):
+        indices, pages = zip(*back.copies, strict=True)
+        copies = tuple(zip(indices, reversed(pages), strict=True))
+        return dataclasses.replace(back, copies=copies)
 
-    monkeypatch.setattr(Batch, "restore", other)
+    def other(self, *args):
+        made = plan(self, *args)
+        back = tuple(mixed(one) if one.copies else one for one in made.swaps_in)
+        return dataclasses.replace(made, swaps_in=back)
+
+    monkeypatch.setattr(Scheduler, "plan", other)
     assert engine_promises.main(["preempt", *SMALL]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["wanted"][0] == {
