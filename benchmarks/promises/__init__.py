@@ -1,0 +1,1 @@
+"""What the engine promises, measured: one function for each promise."""
