@@ -322,7 +322,7 @@ def test_no_copy_of_the_pool(dtype):
 def test_heuristic_fits_the_hardware(g, d, itemsize):
     config = heuristic(g=g, d=d, itemsize=itemsize)
     assert config.block_q >= max(g, 16) and config.block_q.bit_count() == 1
-    assert 16 <= config.block_k <= 64 and config.block_k.bit_count() == 1
+    assert 16 <= config.block_k <= 128 and config.block_k.bit_count() == 1
     padded = 1 << (d - 1).bit_length()
     tiles = 2 * config.block_k * padded * itemsize * config.num_stages
     assert tiles + config.block_q * padded * itemsize <= 227 * 1024
