@@ -19,7 +19,7 @@ from polarjax.bench.random_weights import load_model
 from polarjax.bench.serve_results import Result, Runs
 from polarjax.bench.shapes import TOY_MODELS, parse_model
 from polarjax.engine import Tokenizer
-from polarjax.engine.paged import PagedEngine as Engine
+from polarjax.engine.engine import Engine
 from polarjax.evaluation.record import environment, now
 from polarjax.loading import read_config
 from polarjax.mesh.cut import check_tp, make_mesh
