@@ -135,9 +135,7 @@ def _add_devices(add: Any) -> None:
 
 def _add_runs(add: Any, folder: str) -> None:
     """How it is timed, and where the results go."""
-    add(
-        "--profile", action="store_true", help="trace some steps of each and sum it up"
-    )
+    add("--profile", action="store_true", help="trace some steps of each and sum it up")
     add(
         "--repeats",
         type=int,

@@ -207,7 +207,7 @@ def _divergences(
     Returns float32[b, n - 1], KL divergences of what follows token i; bool[b, n - 1],
     whether the best token is the same; and int32[], KV groups that the policy read.
     """
-    del kind  # see `polarjax.engine.programs.SlotData`
+    del kind  # see `polarjax.engine.steps.decode`
     dense_model, share = model.clone(score_rows=()), model.share
 
     def follow(dense_weights, weights, policy, cache, live, tokens):
