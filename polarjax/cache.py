@@ -229,7 +229,7 @@ class PagedCache:
         return PagedCache(keys, values, self.lengths[rows])
 
     def apart(self) -> list[Any]:
-        """The arrays of each layer, for `put_rows` and `of_layers`."""
+        """The arrays of each layer, for `of_layers`."""
         return list(zip(self.keys, self.values, strict=True))
 
     @classmethod
@@ -450,26 +450,6 @@ def _fill(
     shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None
 ) -> Callable[[], jax.Array]:
     return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
-
-
-def put_rows(whole: Any, part: Any, rows: jax.Array) -> Any:
-    """Arrays with some of their rows from others.
-
-    Args:
-      whole: arrays [b, ...]; donate them.
-      part: as many, [r, ...]; those of a cache may have room for more or fewer
-        positions: what both have is written.
-      rows: int32[r], distinct, where each goes; beyond b, nowhere.
-    """
-
-    def one(whole: jax.Array, part: jax.Array) -> jax.Array:
-        if whole.ndim < 4:
-            return put(whole, rows, part, unique=True)
-        both = min(whole.shape[2], part.shape[2])
-        at = rows, slice(None), slice(both)
-        return put(whole, at, part[:, :, :both], unique=True)
-
-    return jax.tree.map(one, whole, part)
 
 
 def _attend_from(

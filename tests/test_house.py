@@ -301,8 +301,6 @@ def test_functions_have_few_parameters_and_are_short():
         # What users call may have many.
         if each.name not in public(path)
         if each.name != "__init__" or "Engine" not in public(path)
-        # What is to become that.
-        if path != "polarjax/engine/paged.py" or each.name != "__init__"
     ]
     assert not found, "group the parameters, split the function"
 

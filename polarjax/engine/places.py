@@ -1,41 +1,29 @@
-"""Where the arrays of a batch lie on a mesh, and how rows get into them."""
+"""Where the arrays of a batch lie on a mesh."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from polarjax.cache import PagedCache, put_rows, zeros
-from polarjax.mesh.cut import DP, TP, over_mesh
+from polarjax.cache import PagedCache, zeros
+from polarjax.mesh.cut import DP, TP
 from polarjax.model import Decoder
 from polarjax.params import Params
 
 # How a cache on a mesh is cut: batch, and KV groups.
 GROUPS: Any = P(DP, TP)
 ROWS: Any = P(DP)
-CACHE: Any = PagedCache.cut(ROWS, GROUPS)
 PAGES: Any = PagedCache.cut(ROWS, GROUPS, paged=True)
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays [b, ...] on the devices, cut along "dp" over a mesh."""
     return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, ROWS))
-
-
-def cache_places(cache: PagedCache, mesh: Mesh) -> Any:
-    """Where the arrays of a cache lie on a mesh, as a tree like the cache's."""
-    groups: Any = NamedSharding(mesh, GROUPS)
-    each = [jax.tree.map(lambda _: groups, layer) for layer in cache.apart()]
-    rows: Any = NamedSharding(mesh, ROWS)
-    return PagedCache.of_layers(each, rows)
 
 
 def empty_cache(model: Decoder, batch: int, capacity: int) -> PagedCache:
@@ -62,50 +50,3 @@ def on_devices(params: Params) -> Params:
         return leaf if leaf.committed else jax.device_put(leaf, leaf.sharding)
 
     return jax.tree.map(put, params)
-
-
-@functools.partial(jax.jit, static_argnames=("cut", "mesh"), donate_argnames=("whole",))
-def insert(
-    whole: Any, part: Any, rows: jax.Array, *, cut: P = ROWS, mesh: Mesh | None = None
-) -> Any:
-    """Put the rows of some arrays into larger ones, in place.
-
-    Args:
-      whole: arrays [b, ...]; donated.
-      part: as many, [r, ...], as in `polarjax.cache.put_rows`.
-      rows: int32[r], where each goes, as in `prefill.prefill`.
-      cut: how all of them lie on a mesh.
-      mesh: that rows lie on; None for one device.
-    """
-    return over_mesh(put_rows, mesh, (cut, cut, ROWS), cut)(whole, part, rows)
-
-
-def insert_all(
-    model: Decoder,
-    cache: PagedCache,
-    logits: jax.Array,
-    part: PagedCache,
-    last: jax.Array,
-    rows: np.ndarray,
-    call: Callable[..., Any],
-) -> tuple[PagedCache, jax.Array]:
-    """Put what a call of prefill read into the cache and the logits of the batch.
-
-    Args:
-      model: that read it, on whose mesh all of them lie.
-      cache: of the batch; donated.
-      logits: float32[b, v]; donated.
-      part: the call's cache, of r rows.
-      last: float32[r, v].
-      rows: int32[r], where each goes, as in `prefill.prefill`.
-      call: runs each compiled program, as call(function, *args, **kwargs).
-    """
-    # A layer at a time: the program, one for each size of both, is small so.
-    layers = [
-        call(insert, whole, new, rows, cut=GROUPS, mesh=model.mesh)
-        for whole, new in zip(cache.apart(), part.apart(), strict=True)
-    ]
-    lengths, logits = call(
-        insert, (cache.lengths, logits), (part.lengths, last), rows, mesh=model.mesh
-    )
-    return PagedCache.of_layers(layers, lengths), logits

@@ -59,7 +59,7 @@ def sizes_of(
     if prefill_tokens is not None:
         tokens = positive("prefill_tokens", prefill_tokens)
     if pages is None:
-        pages = pages_that_fit(
+        count = pages_that_fit(
             params,
             slots,
             context,
@@ -68,11 +68,11 @@ def sizes_of(
             memory_fraction=memory_fraction,
         )
         if mesh is not None and mesh.is_multi_process:  # whose hosts may differ
-            pages = from_main(pages)
+            count = from_main(count)
     else:
-        pages = at_least("pages", pages, 2)
+        count = at_least("pages", pages, 2)
     pieces = min(slots // axis_size(mesh, DP), max(tokens // 32, 8))
-    return Sizes(slots, context, pages, page, tokens, pieces)
+    return Sizes(slots, context, count, page, tokens, pieces)
 
 
 def room_for(

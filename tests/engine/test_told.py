@@ -138,6 +138,31 @@ def test_each_sample_of_a_wrong_prompt_says_why(engine):
     assert out.errors[2:] == [None, None] and out.alternatives == [None] * 4
 
 
+def test_a_call_is_made_for_what_its_requests_ask(params):
+    prompts: Any = [[3, 4, 5], [1] * 70, [6, 7]]
+    out = polarjax.generate(
+        params,
+        prompts,
+        n=[2, 2, 1],
+        temperature=1.0,
+        max_new_tokens=4,
+        stop_ids=(),
+        logprobs=[2, None, None],
+        prompt_logprobs=[None, None, 0],
+        errors="keep",
+    )
+    assert out.prompts == [0, 0, 1, 1, 2] and out.samples == [0, 1, 0, 1, 0]
+    assert [error is None for error in out.errors] == [True] * 2 + [False] * 2 + [True]
+    assert out.errors[3].startswith("prompt 1 has 70 tokens; the model's context")
+    assert out.tokens[0] != out.tokens[1]
+    assert [len(top.ids) for top in out.alternatives[1]] == [2] * 4
+    assert out.alternatives[4] is None and out.prompt_logprobs[0] is None
+    own = expected(params, prompts[2])[0, 7]
+    np.testing.assert_allclose(out.prompt_logprobs[4][1], own, atol=1e-4)
+    with pytest.raises(ValueError, match="echo needs a tokenizer"):
+        polarjax.generate(params, [[1]], echo=True)
+
+
 def test_one_request_is_one_sample(engine):
     settings = polarjax.Settings(n=3)
     with pytest.raises(ValueError, match=r"n must be 1 .* got 3: add each of settings"):

@@ -5,7 +5,6 @@ import re
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -13,14 +12,14 @@ from safetensors import safe_open
 
 import polarjax
 from polarjax import Polar
-from polarjax.engine import places, programs
+from polarjax.engine import steps
 from polarjax.engine.checks import (
     make_sampling,
     settings_of,
-    stop_table,
     variant_of,
 )
 from polarjax.engine.sampling import draw
+from polarjax.engine.slots import empty_slots
 from polarjax.mesh.cut import (
     default_mesh,
     make_mesh,
@@ -266,30 +265,17 @@ def test_the_step_says_to_other_devices_what_it_must(sparse, temperature, top_p)
     policy = Polar(0.5, 0.4) if sparse else polarjax.Dense()
     weights, bound = policy.bind(params)
     config, rows = params.config.architecture, bound.wants.scores
-    model = make_decoder(config, params.weights, rows, implementation="xla")
-    cache = places.empty_cache(model, 2, 16)
-    state = programs.State(
-        cache, jnp.zeros(2, jnp.int32), jnp.ones(2, bool), jnp.ones(2, jnp.int32)
-    )
+    dense = make_decoder(config, params.weights, implementation="xla")
+    slots = empty_slots(dense, 2, 16, 3, 16, params.weights)
     asked = {"temperature": temperature, "top_p": top_p, "stop_ids": ()}
-    settings = settings_of(config, None, 2, asked)
-    text = (
-        programs.decode_chunk.lower(
-            weights,
-            bound,
-            state,
-            jnp.ones(2, bool),
-            programs.SlotData(
-                jnp.zeros(2),
-                make_sampling(config, settings),
-                stop_table(settings),
-                variant_of(settings),
-            ),
-            model=model,
-            steps=2,
+    variant = variant_of(settings_of(config, None, 2, asked))
+    model = dense.clone(score_rows=rows)
+    text = "".join(
+        lowered.compile().as_text()
+        for lowered in (
+            steps.decode.lower(weights, bound, slots, model=model),
+            steps.draw_tokens.lower(slots, model=dense, variant=variant),
         )
-        .compile()
-        .as_text()
     )
     reduced, gathered = (
         len(re.findall(rf"= \S+ {name}(?:-start)?\(", text))

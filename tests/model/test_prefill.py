@@ -1,7 +1,6 @@
 """Reading prompts into a cache, in blocks, is one pass over them."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +8,15 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.cache import PagedCache
-from polarjax.engine import prefill
+from polarjax.cache import PagedCache, Pieces
+from polarjax.engine import steps
+from polarjax.engine.slots import empty_slots
 from polarjax.model import (
     Decoder,
     causal,
     extend,
     logits,
     make_decoder,
-    weight_shapes,
     whole,
 )
 from tests.models import LLAMA, MHA, OPT, OPT_AFTER, random_params
@@ -154,7 +153,9 @@ def test_prompts_do_not_depend_on_how_they_are_cut():
     params = random_params(MISTRAL)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 331, n).tolist() for n in (3, 40, 5)]
-    settings = {"max_new_tokens": 4, "chunk": 3}
+    settings = {
+        "max_new_tokens": 4,
+    }
     temperatures = [0.0, 1.0, 2.0]
     whole, cut = (
         polarjax.generate(
@@ -170,78 +171,19 @@ def test_prompts_do_not_depend_on_how_they_are_cut():
 
 def test_a_long_prompt_needs_little_memory():
     # 8 heads: 32k x 32k weights of one would be 4 GiB.
-    t, size = 32_768, 4096
+    t, size = 32_768, 1024
     config = dataclasses.replace(LLAMA, layers=2, neurons=4096, context=t)
-    cache = jax.eval_shape(lambda: PagedCache.empty(config, 1, t, jnp.float32))
+    params = random_params(config)
+    model = make_decoder(config.architecture, params.weights, implementation="xla")
+    slots = empty_slots(model, 1, t, t // 64 + 1, 64, params.weights)
     numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
-    weights = weight_shapes(config)
-    program = prefill.prefill.lower(
-        *(weights, jax.ShapeDtypeStruct((1, t), jnp.int32)),
-        *(numbers, numbers, cache),
-        jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
-        model=make_decoder(config.architecture, weights, implementation="xla"),
-        prefill_tokens=size,
-    ).compile()
-    memory = program.memory_analysis()
-    held = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))
-    assert memory.alias_size_in_bytes >= held
-    # The prompt's activations, by position: residual stream, Q, K, V and what attention
-    # puts out, some of them twice; of the MLP a block's alone.
+    ids = jax.ShapeDtypeStruct((size,), jnp.int32)
+    pieces = Pieces(numbers, numbers, numbers, numbers)
+    program = steps.read_pieces.lower(params.weights, ids, pieces, slots, model=model)
+    memory = program.compile().memory_analysis()
+    cache = sum(leaf.nbytes for leaf in (*slots.cache.keys, *slots.cache.values))
+    assert memory.alias_size_in_bytes >= cache
+    # The activations of a piece: residual stream, Q, K, V and what attention puts out,
+    # some of them twice; and the MLP's.
     positions = config.dim + 2 * (config.heads + config.kv_heads) * config.head_dim
-    hidden = config.neurons * size
-    assert memory.temp_size_in_bytes < 4 * (2 * positions * t + 4 * hidden)
-
-
-LLAMA_8B = dataclasses.replace(
-    LLAMA,
-    vocab_size=128_256,
-    dim=4096,
-    embed_dim=4096,
-    layers=2,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    neurons=14_336,
-    context=131_072,
-    tied_embeddings=False,
-)
-
-
-@pytest.mark.parametrize(
-    ("rows", "t", "window"), [(8, 2048, 0), (1, 32_768, 0), (1, 32_768, 4096)]
-)
-def test_real_sizes_lower_for_cuda(rows, t, window, monkeypatch):
-    if not hasattr(jax.sharding, "AbstractDevice"):
-        pytest.skip("needs a jax with AbstractDevice: pip install -U jax")
-    # jax asks the library that the lowered program will call, and it is not here.
-    where = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
-    monkeypatch.setattr(where, lambda: 91_000)
-    config = dataclasses.replace(LLAMA_8B, windows=(window, window))
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    weights = weight_shapes(config, jnp.bfloat16)
-    cache = jax.eval_shape(lambda: PagedCache.empty(config, rows, 2 * t, jnp.bfloat16))
-    device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = prefill.prefill.trace(
-            *(weights, shape((rows, t))),
-            *(shape((rows,)), shape((rows,)), cache),
-            jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32),
-            model=make_decoder(config.architecture, weights),
-            prefill_tokens=16_384,
-        )
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
-    assert len(calls) == config.layers
-    for call in calls:
-        said = call.replace("\\22", "")
-        assert "mask_type: CAUSAL" in said
-        assert f"sliding_window_length: {window}" in said
-        assert f"tensor<{rows}x{t}x8x128xbf16>" in call  # keys and values as they are
-    # Products write 16 bit, those of the last tokens apart; none is of t x t weights.
-    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    wide = [line for line in products if line.endswith("xf32>")]
-    assert len(products) > 2 * config.layers
-    assert all(f"tensor<{rows}x" in line.split("->")[1] for line in wide)
-    assert f"{t}x{t}x" not in text
-    assert text.count("tf.aliasing_output") == 2 * config.layers + 2
+    assert memory.temp_size_in_bytes < 4 * size * (2 * positions + 4 * config.neurons)

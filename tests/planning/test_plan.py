@@ -22,8 +22,8 @@ from polarjax.params import Params
 from polarjax.planning import devices
 from polarjax.planning.cost import kv_row_bytes, step_weight_bytes, tree_bytes
 from polarjax.planning.memory import (
+    PAGE,
     cache_bytes,
-    capacities,
     prefill_bytes,
     sampling_bytes,
 )
@@ -96,13 +96,11 @@ def test_bytes_are_those_of_the_arrays(config, policy, ranks):
     if isinstance(policy, polarjax.Dense):
         leaves = jax.tree.leaves(params.weights)
     held = sum({id(leaf): leaf.nbytes for leaf in leaves}.values())
-    _, capacity = capacities(config, context)
+    capacity = -(-context // PAGE) * PAGE
     cache = PagedCache.empty(config, batch, capacity, jnp.bfloat16)
     held += tree_bytes((cache.keys, cache.values))
     held += sampling_bytes(config, batch)
-    held += prefill_bytes(
-        config, batch, 32, jnp.bfloat16, platform="gpu", prefill_tokens=2**14
-    )
+    held += prefill_bytes(config, 2048, jnp.bfloat16)
     assert row.memory_bytes == held
 
 
@@ -189,12 +187,7 @@ def test_fewer_groups_than_devices_lie_on_several():
     # Each has an eighth of the cache of its part of the batch.
     held = cache_bytes(config, b, 1024, jnp.bfloat16) // 8
     work = sampling_bytes(config, b) + prefill_bytes(
-        local_config(config, 16),
-        b,
-        1024,
-        jnp.bfloat16,
-        platform="gpu",
-        prefill_tokens=2**14,
+        local_config(config, 16), 2048, jnp.bfloat16
     )
     assert found.rows[0].memory_bytes == weights + held + work
 
@@ -292,7 +285,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     )
     [row] = found.rows
     assert found.weight_bytes == on_first_device(params.weights)
-    capacity = capacities(config, context)[1]
+    capacity = -(-context // PAGE) * PAGE
     model = make_decoder(config, params.weights)
     cache = places.empty_cache(model, batch, capacity)
     held = on_first_device((cache.keys, cache.values))
@@ -301,12 +294,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     else:
         held += on_first_device((params.weights, params.routers, weights))
     held += sampling_bytes(config, batch // dp) + prefill_bytes(
-        local_config(config, tp),
-        batch // dp,
-        32,
-        jnp.bfloat16,
-        platform="gpu",
-        prefill_tokens=2**14,
+        local_config(config, tp), 2048, jnp.bfloat16
     )
     assert row.memory_bytes == held
 
