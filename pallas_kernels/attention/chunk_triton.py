@@ -67,7 +67,8 @@ def heuristic(*, g: int, d: int, itemsize: int) -> Config:
     # float32 is multiplied without matrix units, from registers.
     most = _ACCUMULATOR // padded // (1 if itemsize == 2 else 4)
     block_q = max(min(most, 128), ceil_power_of_two(g), 16)
-    block_k = floor_power_of_two(_TILE_BYTES // (padded * itemsize))
+    tile_bytes = _TILE_BYTES if itemsize == 2 else _TILE_BYTES // 2
+    block_k = floor_power_of_two(tile_bytes // (padded * itemsize))
     num_warps = 8 if block_q >= 128 or padded > 128 else 4
     return Config(block_q, min(max(block_k, 16), 128), num_warps, num_stages=2)
 

@@ -9,12 +9,13 @@ import numpy as np
 
 from pallas_kernels import Implementation
 from polarjax import Params
-from polarjax.bench.steps import PAGE, shuffled_pages, with_table
+from polarjax.bench.steps import shuffled_pages, with_table
 from polarjax.cache import Pieces
 from polarjax.engine import places, steps
 from polarjax.engine.sampling import Variant
 from polarjax.engine.slots import empty_slots
 from polarjax.model import make_decoder
+from polarjax.planning.memory import PAGE
 
 
 def make_prefill(

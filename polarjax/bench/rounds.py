@@ -10,10 +10,8 @@ import jax
 from polarjax import Params
 from polarjax.bench.prefills import make_prefill
 from polarjax.bench.steps import Step, rewind, steps_in
-from polarjax.engine.programs import Drawn, device_of
-
-# Tokens of prompts that one program of an engine reads.
-PREFILL_TOKENS = {"gpu": 2048, "cpu": 128}
+from polarjax.engine.programs import Drawn
+from polarjax.engine.room import prefill_tokens_of
 
 
 def follow(step: Step, state: Any, context: int) -> tuple[Any, list[Drawn]]:
@@ -107,8 +105,7 @@ def prefill_times(
     def plainly(function: Any, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    at_once = PREFILL_TOKENS.get(device_of(params.weights).platform, 128)
-    read = make_prefill(params, prompts, tokens, at_once)
+    read = make_prefill(params, prompts, tokens, prefill_tokens_of(params))
     read(compiled)
     seconds = []
     for _ in range(repeats):

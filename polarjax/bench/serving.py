@@ -12,14 +12,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from polarjax import Dense, ModelConfig, Params
+from polarjax import Dense, Engine, ModelConfig, Params
 from polarjax.bench import counts, latencies, serve, serve_results
 from polarjax.bench.loads import Ask, arrivals, make_load, sizes
 from polarjax.bench.random_weights import load_model
 from polarjax.bench.serve_results import Result, Runs
 from polarjax.bench.shapes import TOY_MODELS, parse_model
 from polarjax.engine import Tokenizer
-from polarjax.engine.engine import Engine
 from polarjax.evaluation.record import environment, now
 from polarjax.loading import read_config
 from polarjax.mesh.cut import check_tp, make_mesh

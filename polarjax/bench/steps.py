@@ -34,12 +34,12 @@ from polarjax.model import Decoder, make_decoder
 from polarjax.model.layer import Layer
 from polarjax.planning.cost import kv_row_bytes, step_weight_bytes
 from polarjax.planning.crossover import settle
+from polarjax.planning.memory import PAGE
 from polarjax.planning.per_device import step_sent_bytes
 from polarjax.policies import named
 from polarjax.policy import Dense, Load, Policy, Seen
 
 STEPS = 64  # timed at once, each sent to the device before the one before has ended
-PAGE = 64  # positions, as in an engine
 MANY = 10**8  # tokens that a request may draw: none of them ends
 
 
@@ -110,7 +110,7 @@ class Step:
         if isinstance(state, Stream):
             return [layers_step.lower(*args, model=self.model)]
         drawing = engine.draw_tokens.lower(state, **self._drawing)
-        return [engine.decode.lower(*args, model=self.model), drawing]
+        return [engine.decode.lower(*args, **self._decoding), drawing]
 
     def __call__(self, state: Any) -> tuple[Any, Drawn]:
         """The next state, and what the step brought; the old one is donated."""
@@ -119,9 +119,13 @@ class Step:
             state, (reads, visible) = layers_step(*args, model=self.model)
             none = jnp.zeros(visible.shape, jnp.int32)
             return state, Drawn(none, none, none, reads, visible)
-        state, counts = engine.decode(*args, model=self.model)
+        state, counts = engine.decode(*args, **self._decoding)
         state, (drawn, _) = engine.draw_tokens(state, **self._drawing)
         return state, Drawn(*drawn, *counts)
+
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        return {"model": self.model, "kind": type(self.policy)}
 
     @property
     def _drawing(self) -> dict[str, Any]:

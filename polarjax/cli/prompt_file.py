@@ -18,6 +18,7 @@ from polarjax.engine.engine import Engine
 from polarjax.engine.offline import Counted, continue_lines
 from polarjax.engine.progress import token_bar
 from polarjax.engine.prompt_lines import Line, Reader, Survey, read_lines, survey
+from polarjax.engine.sampling import Variant
 from polarjax.evaluation.record import model
 from polarjax.loading import find_adapter, load, read_config
 from polarjax.params import Params
@@ -61,6 +62,10 @@ def continue_file(args: argparse.Namespace) -> None:
         load=Load(min(slots, found.count), found.mean, reader.defaults.density),
         densities=found.densities,
         memory_fraction=args.memory_fraction,
+        # No line has a field for more.
+        variants=(Variant.GREEDY, Variant.SAMPLED, Variant.FILTERED),
+        logprobs=False,
+        prompt_logprobs=False,
     ) as engine:
         facts = {
             "input": found.sha256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -90,6 +91,9 @@ class Batch:
       sizes: that it has.
       drawing: that requests may need.
       implementation: of the kernels; None chooses by device.
+
+    Attributes:
+      compile_seconds: that its programs took, 0 where they were there already.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class Batch:
         # Most edits begin no slot: what says so is on the devices once and for all.
         self._blank = self._no_edit()
         self._blank_placed = self._placed(self._blank)
+        self.compile_seconds = 0.0
         self._compile_once()
 
     def _variant(self, requests: Sequence[Request]) -> Variant:
@@ -150,7 +155,9 @@ class Batch:
         sizes = self.sizes, self._drawing, self._device
         key = self._dense, self._model, type(policy), shapes, sizes
         if not are_known(_PROGRAMS, key):
+            start = time.perf_counter()
             self._compile()
+            self.compile_seconds = time.perf_counter() - start
             noted(key)
 
     def _compile(self) -> None:

@@ -160,7 +160,6 @@ class Survey:
     Attributes:
       sha256: of the file.
       count: prompts.
-      prompt_tokens: of the longest prompt that the model takes; at least 1.
       tokens: most of a request, prompt and answer together; at least 1.
       mean: positions in the cache of a request, half-way through its answer.
       densities: whether a line asks for a density.
@@ -168,7 +167,6 @@ class Survey:
 
     sha256: str
     count: int
-    prompt_tokens: int
     tokens: int
     mean: int
     densities: bool
@@ -198,7 +196,7 @@ def survey(
     """
     path = Path(path)
     check_file(path)
-    count = longest = most = 0
+    count = most = 0
     middles, good, densities = 0.0, 0, False
     for line in read_lines(path):
         count += 1
@@ -215,11 +213,11 @@ def survey(
         limit = asked.max_new_tokens
         limit = limit if type(limit) is int and limit > 0 else 1
         limit = min(limit, context - length)
-        longest, most = max(longest, length), max(most, length + limit)
+        most = max(most, length + limit)
         middles, good = middles + length + limit / 2, good + 1
     if not count:
         raise FileError(f"{path} has no prompts: write one JSON object a line")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     mean = max(1, round(middles / max(good, 1)))
-    return Survey(digest, count, max(longest, 1), max(most, 1), mean, densities)
+    return Survey(digest, count, max(most, 1), mean, densities)

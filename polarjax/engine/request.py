@@ -54,7 +54,6 @@ class Request:
       finish_reason: "stop", "length", "cancelled" or "error", once it has ended.
       error: why the engine ended it, if it did: it failed, or the engine was closed.
       settings: how it is continued, `polarjax.engine.checks.Settings`.
-      left: tokens that the device may still be asked for.
       number: of its prompt among those that came with it, for messages.
       id: of it in its engine.
       repeats: tokens that are drawn again before new ones, as it had to begin anew.
@@ -82,7 +81,6 @@ class Request:
     finish_reason: str = ""
     error: str = ""
     settings: Any = None
-    left: int = 0
     number: int = 0
     id: int = -1
     cached: int = 0
@@ -118,7 +116,7 @@ class Request:
         ended: bool,
         alternatives: Sequence[TopTokens] = (),
     ) -> None:
-        """Take in a chunk.
+        """Take in what a program has drawn.
 
         Args:
           tokens: new ids, stop tokens left out.

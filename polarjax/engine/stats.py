@@ -28,8 +28,8 @@ class Stats:
       policy: name of the selection policy.
       prompt_tokens: read by prefill, padding not counted.
       new_tokens: in the output, all requests together.
-      steps: decode steps computed, those after a stop token of the last request, up to
-        its chunk's end, included.
+      steps: decode steps computed, those included that were sent before the host knew
+        of the last request's end.
       compile_seconds: spent compiling; 0 when the programs were there already.
       prefill_seconds: wall time, first token of each request included.
       decode_seconds: wall time of all decode steps.
@@ -103,7 +103,7 @@ def seen_tokens(drawn: Drawn, config: ModelConfig) -> np.ndarray:
 
 
 def imbalance(chunks: Sequence[Drawn]) -> float:
-    """See `Stats`, of what chunks of steps brought."""
+    """See `Stats`, of what some steps brought."""
     both = [busiest_reads(drawn) for drawn in chunks]
     busiest, mean = (sum(each) for each in zip(*both, strict=True))
     return float(busiest / mean) if mean else 1.0
@@ -113,7 +113,7 @@ def busiest_reads(drawn: Drawn) -> tuple[float, float]:
     """KV groups that the busiest of the devices that share the model read, and a mean.
 
     Args:
-      drawn: what a chunk of decode steps brought.
+      drawn: what some decode steps brought.
 
     Returns:
       Over steps, layers and parts of the batch: the sums; 0 on one device.
@@ -125,7 +125,7 @@ def busiest_reads(drawn: Drawn) -> tuple[float, float]:
 
 
 def kv_rows(drawn: Drawn, config: ModelConfig) -> tuple[int, int]:
-    """Keys (and as many values) that a chunk of decode steps had to read.
+    """Keys (and as many values) that some decode steps had to read.
 
     Args:
       drawn: what the steps brought.
@@ -213,7 +213,7 @@ def make_stats(
     new_tokens: int,
     notes: Sequence[str] = (),
 ) -> Stats:
-    """Count what the decode chunks read, and set it beside what they took.
+    """Count what the decode steps read, and set it beside what they took.
 
     Args:
       params: the model.

@@ -15,11 +15,11 @@ from polarjax.engine.places import PAGES, ROWS
 from polarjax.mesh.cut import field_specs
 from polarjax.model import Decoder, extend, read, whole
 from polarjax.model import logits as logits_of
+from polarjax.planning.memory import PAGE
 from polarjax.policy import Policy, Tree
 
 # Positions of which the logits are in memory at once.
 _CHUNK = 128
-_PAGE = 64  # positions, as an engine's
 _TOKENS = 2048  # of contexts, that are read at once
 
 
@@ -43,8 +43,8 @@ def prefill(
 
     def read_all(weights: Tree, contexts: jax.Array, lengths: jax.Array) -> PagedCache:
         c, t = contexts.shape
-        each = -(-t // _PAGE)
-        cache = PagedCache.pool(share.own, c, t, 1 + c * each, _PAGE, model.dtype)
+        each = -(-t // PAGE)
+        cache = PagedCache.pool(share.own, c, t, 1 + c * each, PAGE, model.dtype)
         if not t:
             return cache
         table = 1 + jnp.arange(c * each, dtype=jnp.int32).reshape(c, each)
@@ -83,9 +83,9 @@ def fork(
     def apart(cache: PagedCache, rows: jax.Array) -> PagedCache:
         assert cache.table is not None
         (c, shared), b = cache.table.shape, len(rows)
-        own = -(-(room + (_PAGE - 1 if shared else 0)) // _PAGE)
+        own = -(-(room + (PAGE - 1 if shared else 0)) // PAGE)
         lengths = cache.lengths[rows]
-        full = lengths // _PAGE
+        full = lengths // PAGE
         first = 1 + c * shared + own * jnp.arange(b, dtype=jnp.int32)
         # Entry by entry: a page of the context, or which of the row's own.
         theirs = jnp.pad(cache.table, ((0, 0), (0, own)))[rows]

@@ -63,9 +63,8 @@ def cpu_step_bytes(
 ) -> int:
     """Bytes that a decode step takes on a CPU beside weights, cache and logits.
 
-    An estimate from above: a layer's values come once more, masked. Of 16-bit numbers
-    XLA makes float32 ones, a layer's values at a time and all weights for a chunk, and
-    keeps a copy of all keys, or of all values.
+    An estimate from above: a layer's keys or values come once more, in the order of the
+    tables. Of 16-bit numbers XLA makes float32 ones, and keeps some of every layer.
 
     Args:
       config: of the model.
@@ -76,8 +75,8 @@ def cpu_step_bytes(
     """
     layer = cache_bytes(config, batch, capacity, dtype) // config.layers
     narrow = jnp.dtype(dtype).itemsize == 2
-    copies = config.layers * layer // 2 + 2 * weight_bytes
-    return layer + copies if narrow else layer
+    copies = 3 * config.layers * layer // 4 + 2 * weight_bytes
+    return 3 * layer // 2 + (copies if narrow else 0)
 
 
 def sampling_bytes(config: ModelConfig, batch: int) -> int:
@@ -111,27 +110,31 @@ def pages_that_fit(
       ValueError: if not even one request of the context fits; it says what would.
     """
     room = _Room.of(params, memory_fraction)
-    each = -(-context // page)
-    batch = room.part(slots)
+    each, batch = -(-context // page), room.part(slots)
     prefill = prefill_bytes(room.own, prefill_tokens, params.dtype)
-    working = room.working_bytes(params, batch, each * page, prefill)
     one = cache_bytes(room.own, 1, page, params.dtype)
-    free = room.free - working
-    most = batch * each + 1
-    most = min(most, most_pages(room.own, page))
+
+    def working(batch: int, each: int) -> float:
+        return room.working_bytes(params, batch, each * page, prefill)
+
+    free = room.free - working(batch, each)
+    most = min(batch * each + 1, most_pages(room.own, page))
     found = most if free == float("inf") else min(most, int(max(free, 0) // one))
     if found > each:
         return found
-    shorter = page * max(found - 1, 0)
-    fits = ["fewer slots"] * (slots > room.dp) + [f"a context of {shorter}"] * (
-        shorter > 0
-    )
+
+    def fits(each: int) -> bool:
+        return (each + 1) * one + working(1, each) <= room.free
+
+    shorter = page * largest(fits, each)
+    would = [f"a context of {shorter}"] if 0 < shorter < context else []
+    would += ["fewer slots"] * (batch > 1)
     raise ValueError(
         f"a request of {context} tokens needs {each + 1} pages of {page} positions, "
-        f"{(each + 1) * one / 1e9:.2f} GB, and beside {working / 1e9:.2f} GB of "
-        f"working memory for {slots} slots the device has {max(free, 0) / 1e9:.2f} GB "
-        f"left (memory_fraction {memory_fraction:g}): "
-        + (f"{' or '.join(fits)} would fit" if fits else "not even one token would fit")
+        f"{(each + 1) * one / 1e9:.3g} GB, and beside {working(batch, each) / 1e9:.3g} "
+        f"GB of working memory for {slots} slots the device has "
+        f"{max(free, 0) / 1e9:.3g} GB left (memory_fraction {memory_fraction:g}): "
+        + (f"{' or '.join(would)} would fit" if would else "not one page would fit")
         + "; `polarjax plan` shows what does"
     )
 

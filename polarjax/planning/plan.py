@@ -36,7 +36,7 @@ from polarjax.planning.per_device import (
     of_device,
     step_sent_bytes,
 )
-from polarjax.planning.sizes import at_least, positive
+from polarjax.planning.sizes import at_least, bucket, positive
 from polarjax.policies.adapter import as_stored, of_learned
 from polarjax.policies.budgets import check_density, check_parts, count, in_parts
 from polarjax.policies.routers import router_shapes
@@ -239,7 +239,9 @@ def plan(
         capacity, part, step = -(-context // PAGE) * PAGE, -(-batch // dp), 0
         if memory.platform == "cpu":
             step = cpu_step_bytes(own.config, part, capacity, dtype, weights)
+        # As many prompt tokens as `generate` reads at once, at most.
         tokens = PREFILL_TOKENS.get(memory.platform, PREFILL_TOKENS["cpu"])
+        tokens = min(tokens, bucket(part * context))
         prefill = prefill_bytes(own.config, tokens, dtype)
         return (
             held_bytes[density]

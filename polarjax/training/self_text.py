@@ -8,6 +8,7 @@ import numpy as np
 
 from polarjax.engine.checks import Settings
 from polarjax.engine.engine import Engine
+from polarjax.engine.sampling import Variant
 from polarjax.params import Params
 from polarjax.policy import Dense
 
@@ -56,6 +57,9 @@ def write_blocks(
         slots=min(batch, blocks),
         context=length,
         densities=False,
+        variants=(Variant.SAMPLED,),
+        logprobs=False,
+        prompt_logprobs=False,
         max_waiting=blocks,
     )
     with engine:

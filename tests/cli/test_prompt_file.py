@@ -19,7 +19,7 @@ from polarjax.engine.engine import Engine
 from polarjax.engine.offline import continue_lines
 from polarjax.engine.prompt_lines import Reader, read_lines
 from polarjax.policies import save_adapter
-from tests.models import LLAMA, random_params, write_checkpoint
+from tests.models import GREEDY, LLAMA, random_params, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = dataclasses.replace(
@@ -334,7 +334,7 @@ def test_a_window_goes_through_in_order(checkpoint, tmp_path):
     path = write(tmp_path / "in.jsonl", lines)
     params = polarjax.load(checkpoint)
     results, most, told = [], [], []
-    with polarjax.Engine(params, slots=2, context=32) as engine:
+    with polarjax.Engine(params, slots=2, context=32, **GREEDY) as engine:
         read_so_far = 0
 
         def source():
@@ -374,7 +374,7 @@ def test_a_request_of_nan_is_a_line_of_its_own(checkpoint, tmp_path):
     config = dataclasses.replace(params.config, tied_embeddings=False)
     broken = dataclasses.replace(params, weights=weights, config=config)
     results: list[str] = []
-    with polarjax.Engine(broken, slots=2, context=32) as engine:
+    with polarjax.Engine(broken, slots=2, context=32, **GREEDY) as engine:
         reader = Reader(config, engine.tokenizer, Settings(max_new_tokens=3))
         continue_lines(engine, read_lines(path), reader, results.extend)
     one, wrong, two = map(json.loads, results)

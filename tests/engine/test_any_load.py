@@ -1,4 +1,4 @@
-"""The engine over pages: the same answer under any load, and nothing lost."""
+"""The same answer under any load, and nothing lost."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from polarjax.engine.errors import RequestFailed
 from polarjax.engine.plans import SWAP_PAGES
 from polarjax.mesh.cut import make_mesh
 from polarjax.planning.memory import cache_bytes
-from tests.models import LLAMA, MHA, OPT, random_params
+from tests.models import GREEDY, LLAMA, MHA, OPT, random_params
 
 CONTEXT, PAGE = 128, 16
 # What all engines of this file have, so that they share their programs: four slots, and
@@ -199,8 +199,7 @@ def test_tokens_are_those_that_were_recorded():
         if options.pop("dense", False):
             options["policy"] = polarjax.Dense()
         policy = options.pop("policy", None)
-        with Engine(model, policy=policy, slots=4, page=16) as engine:
-            out = engine.generate(case["prompts"], **options)
+        out = polarjax.generate(model, case["prompts"], policy=policy, **options)
         assert out.tokens == case["tokens"]
 
 
@@ -226,10 +225,10 @@ def test_devices_share_a_batch(params, alone, tp, dp):
 def test_what_chance_picks_depends_on_a_requests_seed_alone(params):
     policy = polarjax.Random(0.5)
     prompts = [[i + 1, 5, 9] for i in range(6)]
-    few = make_engine(params, policy=policy, slots=2)
+    few = make_engine(params, policy=policy, slots=2, **GREEDY)
     out = few.generate(prompts, max_new_tokens=8)
     mesh = make_mesh(1, 2)
-    many = make_engine(params, policy=policy, slots=6, pages=40, mesh=mesh)
+    many = make_engine(params, policy=policy, slots=6, pages=40, mesh=mesh, **GREEDY)
     assert many.generate(prompts, max_new_tokens=8).tokens == out.tokens
 
 
@@ -240,7 +239,7 @@ def test_a_request_of_nan_fails_alone():
     tokens = weights["embed"]["tokens"].at[7].set(jnp.nan)
     weights["embed"] = {**weights["embed"], "tokens": tokens}
     model = dataclasses.replace(model, weights=weights)
-    engine = make_engine(model, policy=polarjax.Dense())
+    engine = make_engine(model, policy=polarjax.Dense(), **GREEDY)
     plain = polarjax.Settings(stop_ids=())
     good, bad = (engine.add(ids, plain) for ids in ([3, 4, 5], [7, 5]))
     with pytest.raises(RequestFailed, match="NaN for prompt 1"):
@@ -253,7 +252,7 @@ def test_a_request_of_nan_fails_alone():
 
 
 def test_what_could_never_run_is_refused(params):
-    engine = make_engine(params, pages=4)
+    engine = make_engine(params, pages=4, **GREEDY)
     with pytest.raises(
         ValueError, match="needs 5 pages of 16 positions, and there are"
     ):

@@ -1,4 +1,4 @@
-"""What users do to the engine over pages at any moment: cancel, stream, interrupt."""
+"""What users do to an engine at any moment: cancel, stream, interrupt."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from polarjax.engine.errors import RequestFailed
 from polarjax.engine.plans import SWAP_PAGES
 from polarjax.engine.sampling import Variant
 from polarjax.planning.memory import cache_bytes
-from tests.models import LLAMA, random_params
+from tests.models import GREEDY, LLAMA, random_params
 
 CONTEXT = 128
 WHOLE = {"max_new_tokens": 100, "stop_ids": ()}
@@ -56,7 +56,7 @@ def test_a_stream_that_is_closed_leaves_its_slot(params, steps):
 
 
 def test_what_can_never_run_fails_alone(params):
-    engine = make_engine(params, pages=4)
+    engine = make_engine(params, pages=4, **GREEDY)
     prompts, more = [[1] * 40, [2]], {"max_new_tokens": 40, "stop_ids": ()}
     out = engine.generate(prompts, errors="keep", **more)
     assert out.finish_reasons == ["error", "length"]
@@ -100,13 +100,16 @@ def test_wrong_settings_are_named(params, options, error, match):
 @pytest.mark.parametrize("ahead", [0, 1, 2, 4])
 def test_one_comes_back_while_its_newest_tokens_are_on_their_way(params, ahead):
     # It gives way, and the next plan has room for it: it may have ended by then.
+    full = {**GREEDY, "variants": [Variant.FULL]}
     drawn = {"temperature": 1.0, "repetition_penalty": 1.5, "max_new_tokens": 60}
     settings = dataclasses.replace(PLAIN, **drawn)
     tokens = make_engine(params).generate([[7, 8, 9]], stop_ids=(), **drawn).tokens[0]
     for last in [*range(24, 32), None]:
         ends = () if last is None else (tokens[last],)
         expected = tokens if last is None else tokens[: tokens.index(tokens[last])]
-        engine = make_engine(params, pages=9, page=8, ahead=ahead, prefix_cache=False)
+        engine = make_engine(
+            params, pages=9, page=8, ahead=ahead, prefix_cache=False, **full
+        )
         first = engine.add([3, 4, 5, 6], settings)
         second = engine.add([7, 8, 9], dataclasses.replace(settings, stop_ids=ends))
         while not engine.idle:
@@ -118,7 +121,7 @@ def test_one_comes_back_while_its_newest_tokens_are_on_their_way(params, ahead):
 
 
 def test_first_tokens_are_not_kept_waiting(params):
-    engine = make_engine(params, prefill_tokens=4, prefix_cache=False)
+    engine = make_engine(params, prefill_tokens=4, prefix_cache=False, **GREEDY)
     short = engine.add([3], dataclasses.replace(PLAIN, max_new_tokens=1))
     engine.add([3] * 90, dataclasses.replace(PLAIN, max_new_tokens=1))
     for _ in range(3):
@@ -158,7 +161,9 @@ def test_an_interruption_loses_nothing_or_ends_all(params, monkeypatch, ahead):
     # Wherever it comes: either the requests go on, or the engine says what it is.
     prompts = [[3, 4, 5], [7, 8, 9], [2] * 30]
     whole = {"max_new_tokens": 90, "stop_ids": ()}
-    expected = make_engine(params, pages=None).generate(prompts, **whole).tokens
+    expected = (
+        make_engine(params, pages=None, **GREEDY).generate(prompts, **whole).tokens
+    )
     places = [(Flight, "home"), (Batch, "restore"), (Batch, "change")]
     for where, name in places:
         for after in (0, 2, 30):
@@ -244,7 +249,7 @@ def test_swaps_are_counted(params):
 
 
 def test_an_interruption_amid_a_return_ends_all(params, monkeypatch):
-    engine = make_engine(params, pages=9, page=8, ahead=2, prefix_cache=False)
+    engine = make_engine(params, pages=9, page=8, ahead=2, prefix_cache=False, **GREEDY)
     first, second = engine.add([3, 4, 5, 6], PLAIN), engine.add([7, 8, 9], PLAIN)
     while not engine._runner.kept:
         engine.step()
@@ -263,7 +268,9 @@ def test_an_interruption_amid_a_return_ends_all(params, monkeypatch):
 
 def test_chance_goes_with_the_request(params):
     # Which heads chance reads is the seed's affair, not the slot's.
-    engine = make_engine(params, policy=polarjax.Random(0.5), slots=3, pages=None)
+    engine = make_engine(
+        params, policy=polarjax.Random(0.5), slots=3, pages=None, **GREEDY
+    )
     seeds = [4, 5, 4, 2**32 - 1, 5, 4]
     settings = [dataclasses.replace(PLAIN, seed=seed) for seed in seeds]
     requests = [engine.add([3, 4, 5], one) for one in settings]

@@ -258,16 +258,20 @@ def test_settings_of_one_request_or_of_each():
         assert settings_of(CONFIG, None, 1, dataclasses.asdict(one)) == [one]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"n": 2}, {"echo": True}, {"logprobs": 0}, {"prompt_logprobs": 5}]
-)
-def test_what_no_engine_does_is_refused(params, settings):
-    [name] = settings
+def test_what_an_engine_is_not_made_for_is_refused(params):
     with polarjax.Engine(params, slots=1, **GREEDY) as engine:
-        with pytest.raises(ValueError, match=rf"^{name} must be .*: no engine does"):
-            engine.add([1], polarjax.Settings(**settings))
-        with pytest.raises(ValueError, match=rf"^{name} must be .*: no engine does"):
-            engine.generate(GOOD, **settings)
+        for settings, error in (
+            ({"echo": True}, "^echo needs a tokenizer"),
+            ({"logprobs": 0}, "^this engine tells no .* make it with logprobs=True"),
+            ({"prompt_logprobs": 5}, "^this engine .* with prompt_logprobs=True"),
+            ({"temperature": 1.0}, "^prompt 0 needs sampled drawing, and this engine"),
+        ):
+            with pytest.raises(ValueError, match=error):
+                engine.add([1], polarjax.Settings(**settings))
+            with pytest.raises(ValueError, match=error):
+                engine.generate(GOOD, **settings)
+        with pytest.raises(ValueError, match=r"^n must be 1 for one request, got 2"):
+            engine.add([1], polarjax.Settings(n=2))
 
 
 def test_settings_of_another_kind(params):

@@ -95,7 +95,6 @@ def generate_together(folder: Path) -> None:
         TOKENS if processes.is_main() else [[1]],
         density=[0.5, 0.25, 0.9],
         max_new_tokens=6,
-        chunk=4,
         mesh=make_mesh(4, 2),
     )
     numbers = [found.tokens, found.stats.density]

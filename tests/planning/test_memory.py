@@ -67,30 +67,22 @@ def test_what_can_never_fit_is_refused_and_what_would_is_named(params, device):
     fits = int(re.findall(r": a context of (\d+) would fit", message)[0])
     # What it says would fit does, and a little more does not.
     options = {"slots": 1, "page": PAGE, "pages": None, "memory_fraction": 0.95}
-    assert sizes_of(params, context=fits, prefill_tokens=16, **options).pages > 1
+    options["prefill_tokens"] = 32
+    assert sizes_of(params, context=fits, **options).pages > 1
     with pytest.raises(ValueError, match="needs"):
-        sizes_of(params, context=fits + 1, prefill_tokens=16, **options)
+        sizes_of(params, context=fits + 1, **options)
 
 
 def test_the_fraction_is_a_setting(params, device):
     device(limit=4_000_000)
     prompts = [[1, 2, 3]]
     polarjax.generate(params, prompts, max_new_tokens=2)
-    with pytest.raises(ValueError, match="not even one token would fit"):
+    with pytest.raises(ValueError, match="not one page would fit"):
         polarjax.generate(params, prompts, max_new_tokens=2, memory_fraction=0.01)
     with pytest.raises(ValueError, match="memory_fraction must be above 0"):
         polarjax.generate(params, prompts, max_new_tokens=2, memory_fraction=0)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"neurons": 2048},
-        {"heads": 32, "kv_heads": 32},
-        {"gated_mlp": False, "activation": "relu", "neurons": 1024},
-    ],
-)
 def reading(params, tokens, slots=2, context=256):
     """Bytes that XLA takes to read so many tokens, and what is expected of it."""
     model = make_decoder(params.config, params.weights)
@@ -182,12 +174,12 @@ def refused(params, prompts, **settings):
 
 def test_a_cpu_refuses_what_its_machine_has_no_room_for(params, machine):
     machine(limit=8_000_000, in_use=6_000_000)
-    message = refused(params, [[1] * 4000] * 100_000, max_new_tokens=9)
+    message = refused(params, [[1] * 4000] * 9, max_new_tokens=9)
     assert "a request of 4032 tokens needs" in message
-    assert "0.00 GB left (memory_fraction 0.95): a context of" in message
+    assert "0 GB left (memory_fraction 0.95): a context of " in message
     machine(limit=8_000_000_000, in_use=8_000_000_000)
     message = refused(params, [[1]], max_new_tokens=9, memory_fraction=0.7)
-    assert "0.00 GB left (memory_fraction 0.7): not even one token" in message
+    assert "0 GB left (memory_fraction 0.7): not one page" in message
 
 
 def test_this_machine_has_no_room_for_everything(params):
@@ -195,10 +187,10 @@ def test_this_machine_has_no_room_for_everything(params):
     if found is None:
         pytest.skip("needs a machine that says what memory it has (Linux)")
     assert 0 < found.in_use < found.limit
-    config = dataclasses.replace(CONFIG, context=2**31)
+    config = dataclasses.replace(CONFIG, context=2**24)
     large = dataclasses.replace(params, config=config)
-    message = refused(large, [[1]], max_new_tokens=2**31)
-    assert "a request of 2147483648 tokens needs" in message
+    message = refused(large, [[1]], max_new_tokens=2**24, memory_fraction=1e-3)
+    assert "a request of 16777216 tokens needs" in message
 
 
 @pytest.mark.devices(4)
@@ -206,7 +198,7 @@ def test_host_devices_share_the_machine(machine):
     config = dataclasses.replace(CONFIG, heads=12, kv_heads=4)
     params = cut.shard(random_params(config), cut.make_mesh(4))
     needed = memory.cache_bytes(config, 1000, 1024, params.dtype)
-    machine(limit=int(1.8 * needed))
+    machine(limit=int(2.4 * needed))
     assert pages(params) == 1000 * 16 + 1
     machine(limit=int(0.9 * needed))
     assert pages(params) < 1000 * 16
@@ -233,7 +225,7 @@ def test_the_estimate_of_a_cpus_step_is_above_what_xla_takes(
     estimate += memory.sampling_bytes(config, batch)
     assert taken < estimate < 4 * taken
     # No copy of the whole cache, such as one in float32.
-    assert taken < 0.75 * memory.cache_bytes(config, batch, capacity, dtype)
+    assert taken < 0.9 * memory.cache_bytes(config, batch, capacity, dtype)
 
 
 def test_what_the_machine_says(tmp_path):

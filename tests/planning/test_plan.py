@@ -27,6 +27,7 @@ from polarjax.planning.memory import (
     prefill_bytes,
     sampling_bytes,
 )
+from polarjax.planning.sizes import bucket
 from polarjax.policies.adapter import as_stored, of_learned
 from polarjax.policy import Learned, Load
 from tests.convert.checkpoints import LLAMA as PUBLISHED
@@ -100,7 +101,7 @@ def test_bytes_are_those_of_the_arrays(config, policy, ranks):
     cache = PagedCache.empty(config, batch, capacity, jnp.bfloat16)
     held += tree_bytes((cache.keys, cache.values))
     held += sampling_bytes(config, batch)
-    held += prefill_bytes(config, 2048, jnp.bfloat16)
+    held += prefill_bytes(config, bucket(batch * context), jnp.bfloat16)
     assert row.memory_bytes == held
 
 
@@ -294,7 +295,7 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     else:
         held += on_first_device((params.weights, params.routers, weights))
     held += sampling_bytes(config, batch // dp) + prefill_bytes(
-        local_config(config, tp), 2048, jnp.bfloat16
+        local_config(config, tp), bucket(batch // dp * context), jnp.bfloat16
     )
     assert row.memory_bytes == held
 
@@ -343,13 +344,13 @@ def test_what_fits_is_said_of_the_row_that_it_is_of(capsys):
     config = MODELS["llama-3.1-8b"]
     found = polarjax.plan(config, "rtx-4090", batches=[1], contexts=[2048])
     assert [row.fits for row in found.rows] == [True, False]
-    assert found.largest_batch == {2048: {1.0: 1, 0.5: 0}}
+    assert found.largest_batch == {2048: {1.0: 2, 0.5: 0}}
     more = found.rows[1].memory_bytes - found.rows[0].memory_bytes
     [note] = found.notes
     assert f"sparse rows hold {more / 1e9:.2f} GB more" in note and "QKV" in note
     plan._show(found)
     shown = capsys.readouterr().out
-    assert "fits, 2,048 tokens: 1 at density 1.000, 0 at density 0.500\n" in shown
+    assert "fits, 2,048 tokens: 2 at density 1.000, 0 at density 0.500\n" in shown
     assert f"note: {note}\n" in shown
     assert "tokens/s, at most" in shown and "are bounds" in shown
 
