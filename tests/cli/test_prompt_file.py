@@ -163,7 +163,7 @@ def stop_at(monkeypatch, number, error=KeyboardInterrupt):
 def test_stopped_work_goes_on(command, expected, tmp_path, capsys, monkeypatch):
     partial = tmp_path / "out.jsonl.partial"
     with monkeypatch.context() as patch:
-        stop_at(patch, 4)
+        stop_at(patch, 9)
         assert main.main(command) == 130
     said = capsys.readouterr().err
     assert f"interrupted: the same command goes on from {partial}\n" in said
@@ -198,7 +198,7 @@ def test_other_work_is_not_gone_on_with(
     change, named, command, checkpoint, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        stop_at(patch, 4)
+        stop_at(patch, 9)
         assert main.main(command) == 130
     before = (tmp_path / "out.jsonl.partial").read_bytes()
     capsys.readouterr()
@@ -223,7 +223,7 @@ def test_what_somebody_changed_is_not_gone_on_with(
     command, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        stop_at(patch, 4)
+        stop_at(patch, 9)
         assert main.main(command) == 130
     partial, facts = (tmp_path / f"out.jsonl.partial{x}" for x in ("", ".json"))
     lines = partial.read_bytes()

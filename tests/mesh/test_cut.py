@@ -119,7 +119,7 @@ def assert_same_as_on_one(params, tp, dp, policy=None):
     )
     assert np.linalg.norm(one - many) < 1e-5 * np.linalg.norm(one)
     asked = {"policy": policy} if policy else {"density": [1.0, 0.5, 0.25]}
-    settings = {"max_new_tokens": 8, "chunk": 8, **asked}
+    settings = {"max_new_tokens": 8, **asked}
     one, many = (
         polarjax.generate(p, PROMPTS, implementation="xla", **settings)
         for p in (params, cut)
@@ -145,7 +145,7 @@ def test_the_same_heads_and_neurons_are_chosen(asked, spied):
     def run(params):
         for counter in spied.values():
             counter.clear()
-        options = {"max_new_tokens": 4, "chunk": 4, "implementation": "xla"}
+        options = {"max_new_tokens": 4, "implementation": "xla"}
         found = polarjax.generate(params, PROMPTS, **asked, **options)
         jax.effects_barrier()
         neurons = {}
@@ -171,7 +171,7 @@ def test_how_uneven_the_work_is(balanced, monkeypatch):
     routers = {"layers_1": {"heads": {**params.routers["layers_1"]["heads"]}}}
     routers["layers_1"]["heads"]["bias"] = bias
     params = with_learned(params, routers=routers)
-    options = {"max_new_tokens": 5, "chunk": 4, "mesh": make_mesh(4)}
+    options = {"max_new_tokens": 5, "mesh": make_mesh(4)}
     policy = Polar(0.25, balanced=balanced)
     stats = polarjax.generate(params, PROMPTS, policy=policy, **options).stats
     # Layer 0 reads 2 a device; layer 1 2, 0, 0, 0, or one each where it is balanced.
@@ -182,7 +182,7 @@ def test_how_uneven_the_work_is(balanced, monkeypatch):
 
 def test_kernels_run_on_each_device():
     params, policy = make("opt"), Polar(0.5, 0.4)
-    options = {"max_new_tokens": 3, "chunk": 2, "implementation": "triton_interpret"}
+    options = {"max_new_tokens": 3, "implementation": "triton_interpret"}
     found = polarjax.generate(
         params, PROMPTS[:2], policy=policy, mesh=make_mesh(2, 2), **options
     )
@@ -281,10 +281,10 @@ def test_the_step_says_to_other_devices_what_it_must(sparse, temperature, top_p)
         len(re.findall(rf"= \S+ {name}(?:-start)?\(", text))
         for name in ("all-reduce", "all-gather")
     )
-    # Two a layer and the embedding; each device's best token, and of two sparse layers
-    # what the routers' rows yield and what neurons are needed.
+    # Two a layer and the embedding; the sum of each device's logits and its best token,
+    # and of two sparse layers what the routers' rows yield and what neurons are needed.
     assert reduced == 2 * 3 + 1
-    assert gathered == 1 + (2 * 2 if sparse else 0)
+    assert gathered == 2 + (2 * 2 if sparse else 0)
     # Logits of all the vocabulary are needed where a draw is from a part of it.
     everything = re.findall(rf"= f32\[2,{config.vocab_size}\]\S* all-gather", text)
     assert len(everything) == (top_p < 1)

@@ -111,7 +111,7 @@ def test_two_processes_share_devices_prompts_and_arrays(launch, tmp_path):
 def test_two_processes_say_what_one_says(launch, tmp_path):
     ended = launch("generate", devices=(4, 4))
     assert [code for code, _, _ in ended] == [0, 0], ended
-    options = {"density": [0.5, 0.25, 0.9], "max_new_tokens": 6, "chunk": 4}
+    options = {"density": [0.5, 0.25, 0.9], "max_new_tokens": 6}
     want = polarjax.generate(sharing_neurons(small_model(), 0.4), TOKENS, **options)
     for i in range(2):
         tokens, density = json.loads((tmp_path / f"{i}.json").read_text())
