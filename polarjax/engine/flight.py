@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +104,9 @@ class Landed:
           Those that got tokens or ended.
         """
         news = [span.request for span in spans if not self._score(span)]
+        # As lists: to ask an array for each number takes longer than all the rest.
+        tokens, logprobs = self.token.tolist(), self.logprob.tolist()
+        valid, live = self.valid.tolist(), self.live.tolist()
         for i, request in enumerate(requests):
             if request is None or not request.going:
                 continue
@@ -113,17 +117,17 @@ class Landed:
             news.append(request)
             if not request.going:
                 continue
-            valid, most = bool(self.valid[i]), request.settings.logprobs
-            logprobs = [float(self.logprob[i])] if valid else []
-            if np.isnan(logprobs).any():
+            if not valid[i]:
+                request.add([], [], ended=not live[i])
+                continue
+            if math.isnan(logprobs[i]):
                 request.fail(yields_nan(request.number))
                 continue
-            tops = []
-            if valid and most is not None:
+            tops, most = [], request.settings.logprobs
+            if most is not None:
                 assert self.told is not None, "nothing is told of a token"
                 tops = [self.told.top(i, most)]
-            new = [int(self.token[i])] if valid else []
-            request.add(new, logprobs, ended=not self.live[i], alternatives=tops)
+            request.add([tokens[i]], [logprobs[i]], not live[i], tops)
         return news
 
     def _repeats(self, request: Request, i: int) -> bool:

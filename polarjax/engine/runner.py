@@ -184,11 +184,19 @@ class Runner:
         gone = [self._requests[id] for id in (*self.kept, *self.anew)]
         pending = [i for i, one in enumerate(self.flights) if one.has(gone)]
         news = self._take_home(pending[-1] + 1 if pending else 0)
-        with self._all_or_nothing():
-            self._send(plan := self.scheduler.plan())
-        ahead = self._ahead if plan.reads or plan.decodes else 0
+        ahead = self._ahead
+        if self._under_way <= ahead:
+            with self._all_or_nothing():
+                self._send(plan := self.scheduler.plan())
+            if not plan.reads and not plan.decodes:
+                ahead = 0  # there is nothing else to do
         # What has been sent is under way while the host looks at what came before.
-        news += self._take_home(self._due(ahead))
+        while self.flights and (self._under_way > ahead or not ahead):
+            first = self.flights[0]
+            news += self._take_home(1)
+            # First tokens wait for no decode step, whatever comes next is sent already.
+            if news and not first.last and ahead:
+                break
         if not self._requests:  # what is still under way is nobody's
             self.flights.clear()
         for kept in self.kept.values():  # what they had shall not fill the devices
@@ -243,13 +251,10 @@ class Runner:
         flight.call = self._calls if self.counting else None
         self.flights.append(flight)
 
-    def _due(self, ahead: int) -> int:
-        """How many flights the host waits for, so that so many plans stay under way."""
-        if not ahead:
-            return len(self.flights)
-        # Where nobody decodes, the host is not to run off, prompt after prompt.
-        lasts = [i for i, one in enumerate(self.flights) if one.last]
-        return lasts[-ahead] if len(lasts) > ahead else 0
+    @property
+    def _under_way(self) -> int:
+        """Plans that were sent, and that not all has come home of."""
+        return sum(flight.last for flight in self.flights)
 
     def _take_home(self, number: int) -> list[Request]:
         """Hand on what the first flights have brought.

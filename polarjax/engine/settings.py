@@ -80,14 +80,13 @@ class Settings:
     @property
     def has_rules(self) -> bool:
         """Whether scores are changed even where nothing is drawn by chance."""
-        plain = Settings()
         return bool(
             self.logit_bias
             or self.allowed_token_ids is not None
             or self.min_tokens
-            or self.repetition_penalty != plain.repetition_penalty
-            or self.presence_penalty != plain.presence_penalty
-            or self.frequency_penalty != plain.frequency_penalty
+            or self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
         )
 
     @property

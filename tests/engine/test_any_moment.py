@@ -302,3 +302,16 @@ def test_what_is_counted_ends_with_the_counting(params):
     counted = tally.steps
     run(engine)
     assert tally.steps == counted
+
+
+def test_a_first_token_waits_for_no_decode_step(params):
+    engine = make_engine(params, ahead=1, **GREEDY)
+    request = engine.add([3, 4, 5], PLAIN)
+    seen = []
+    for _ in range(4):
+        engine.step()
+        seen.append((len(request.tokens), engine._runner._under_way))
+    # The second plan is under way before the first token is looked at; the third is
+    # sent when the first plan's decode step has come home.
+    assert seen == [(0, 1), (1, 2), (2, 1), (3, 1)]
+    run(engine)
