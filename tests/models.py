@@ -9,6 +9,7 @@ import numpy as np
 
 import polarjax
 from polarjax.cache import PagedCache, Pieces
+from polarjax.engine.checks import sampling_of, stop_table
 from polarjax.engine.sampling import Variant
 from polarjax.model import read, weight_shapes
 from polarjax.policies import of_learned
@@ -140,3 +141,11 @@ def read_prompts(model, weights, tokens, lengths, cache):
     n = tokens.size
     pieces = Pieces.among(lengths, 0, n)
     return read(model, weights, tokens[pieces.places(n)], pieces, cache)
+
+
+def make_sampling(config, settings):
+    """How each of a batch of requests draws; with rules where one of them has any."""
+    made = sampling_of(config, settings, stop_table(settings))
+    if not any(one.has_rules for one in settings):
+        made = dataclasses.replace(made, rules=None)
+    return jax.device_put(made)

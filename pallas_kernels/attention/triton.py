@@ -131,7 +131,8 @@ def attend(
         ),
     )(inputs)
     if pieces is not None:
-        out = fold_pieces(*pieces, out, interpret=interpret)
+        partials, scales, counts = pieces
+        out = fold_pieces(partials, scales, counts, out, interpret=interpret)
     return out, *(written or (k_cache, v_cache))
 
 
