@@ -354,8 +354,7 @@ def test_nothing_to_read(implementation):
 @pytest.mark.parametrize(("h", "k"), [(6, 6), (6, 3), (34, 2)])
 def test_sweep(dtype, d, h, k, implementation):
     for s in (15, 700):
-        case = case_for(
-            implementation,
+        case = make_case(
             h=h,
             k=k,
             s=s,
@@ -363,6 +362,7 @@ def test_sweep(dtype, d, h, k, implementation):
             dtype=dtype,
             n=max(k - 1, 1),
             n_active=None,
+            lengths=(s, 1, s - 2),
         )
         case.check(run(case.args, implementation))
 
