@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import os
 import re
@@ -86,7 +85,7 @@ def rotate(sets: list[tuple], small: list[tuple]) -> list[tuple]:
 def attention(name: str, case: Attention, dtype, names: Names) -> Iterator[Row]:
     """Ours at each count of groups, then the library's dense attention.
 
-    Ours with a page for each sequence, then with shuffled ones of 64 positions.
+    Ours over shuffled pages of 64 positions.
     """
     b, h, k, s, d = case.b, case.h, case.k, case.s, case.d
     itemsize = jnp.dtype(dtype).itemsize
@@ -114,24 +113,20 @@ def attention(name: str, case: Attention, dtype, names: Names) -> Iterator[Row]:
             implementation=implementation,
         )
 
-    # A page for each sequence, or shuffled ones. Which numbers are where does not
-    # matter.
+    # Which numbers are where does not matter.
     page = PAGE if s % PAGE == 0 else s
-    for paged, implementation in itertools.product((False, True), names):
-        if paged:
-            shape = (b * s // page, k, page, d)
-            pairs = [(x.reshape(shape), y.reshape(shape)) for x, y in pairs]
+    shape = (b * s // page, k, page, d)
+    pairs = [(x.reshape(shape), y.reshape(shape)) for x, y in pairs]
+    for implementation in names:
         for n in case.groups:
             nbytes = case.bytes(n, itemsize)
             small = []
             for _ in range(max(calls_to_time(nbytes), len(pairs))):
                 table = rng.permutation(b * s // page).reshape(b, -1).astype(np.int32)
-                table = jnp.asarray(table) if paged else None
-                small.append((table, lengths(), *heads(n)))
-            label = f"{implementation}, pages" if paged else implementation
+                small.append((jnp.asarray(table), lengths(), *heads(n)))
             function = functools.partial(attend, implementation=implementation)
             yield (
-                Result("attention", name, label, n, k, nbytes),
+                Result("attention", name, implementation, n, k, nbytes),
                 functools.partial(make_chain, function, q, rotate(pairs, small)),
             )
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import (
@@ -21,9 +20,6 @@ from pallas_kernels import (
 )
 from polarjax.config import ModelConfig
 from polarjax.policy import Groups, Pages
-
-# Queries of a chunk that are attended from at once.
-_QUERIES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -88,26 +84,21 @@ class PagedCache:
 
     Position x of a sequence lies in the page that its row of the table has for
     x // page, in row x % page there; a page belongs to as many sequences as name it.
-    Without a table each sequence has one page, all its own. A selected group of a page
-    is one contiguous stream. Positions at and beyond a sequence's length hold garbage
-    that nothing reads. Nobody else knows this layout but the attention kernels.
+    A selected group of a page is one contiguous stream. Positions at and beyond a
+    sequence's length hold garbage that nothing reads. Nobody else knows this layout but
+    the attention kernels.
 
     Attributes:
       keys: per layer, [pages, k, page, d], each a buffer of its own.
       values: per layer, [pages, k, page, d].
       lengths: int32[b], positions that each sequence has.
-      rows: int32[b], of a cache without a table, the page of each sequence, distinct;
-        numbers beyond the pages that there are stand for none: what is written for
-        them is dropped. None for page i of sequence i.
       table: int32[b, m], pages of each sequence in order, 0 for none: page 0 is trash.
-        None for one page a sequence.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     lengths: jax.Array
-    rows: jax.Array | None = None
-    table: jax.Array | None = None
+    table: jax.Array
 
     @property
     def page(self) -> int:
@@ -117,37 +108,12 @@ class PagedCache:
     @property
     def capacity(self) -> int:
         """Positions that a sequence has room for, s."""
-        return self.page if self.table is None else self.page * self.table.shape[1]
+        return self.page * self.table.shape[1]
 
     @property
     def layers(self) -> int:
         """Layers that are kept."""
         return len(self.keys)
-
-    @classmethod
-    def empty(
-        cls,
-        config: ModelConfig,
-        slots: int,
-        context: int,
-        dtype: Any,
-        sharding: jax.sharding.Sharding | None = None,
-    ) -> PagedCache:
-        """A cache of no positions.
-
-        Args:
-          config: what the model is.
-          slots: sequences, b.
-          context: positions that each has room for, s.
-          dtype: of keys and values.
-          sharding: of each layer's arrays; None for the default device.
-        """
-        shape = (slots, config.kv_heads, context, config.head_dim)
-        return cls(
-            keys=tuple(zeros(shape, dtype, sharding) for _ in range(config.layers)),
-            values=tuple(zeros(shape, dtype, sharding) for _ in range(config.layers)),
-            lengths=zeros((slots,), jnp.int32),
-        )
 
     @classmethod
     def pool(
@@ -171,77 +137,41 @@ class PagedCache:
           dtype: of keys and values.
           sharding: of each layer's arrays; None for the default device.
         """
-        # Each page as a sequence of its own has one.
-        cache = cls.empty(config, pages, page, dtype, sharding)
-        table = zeros((slots, -(-context // page)), jnp.int32)
-        lengths = zeros((slots,), jnp.int32)
-        return dataclasses.replace(cache, lengths=lengths, table=table)
+        shape = (pages, config.kv_heads, page, config.head_dim)
+        return cls(
+            keys=tuple(zeros(shape, dtype, sharding) for _ in range(config.layers)),
+            values=tuple(zeros(shape, dtype, sharding) for _ in range(config.layers)),
+            lengths=zeros((slots,), jnp.int32),
+            table=zeros((slots, -(-context // page)), jnp.int32),
+        )
 
     @classmethod
-    def cut(
-        cls, rows: PartitionSpec, groups: PartitionSpec, paged: bool = False
-    ) -> Any:
+    def cut(cls, rows: PartitionSpec, groups: PartitionSpec) -> Any:
         """How a cache lies on a mesh, a prefix of its tree.
 
         Args:
           rows: of arrays by sequence.
           groups: of keys and values.
-          paged: whether it has a table.
         """
         each: Any = groups
         lengths: Any = rows
-        return cls(each, each, lengths, table=lengths if paged else None)
-
-    def of_rows(self, rows: jax.Array, lengths: jax.Array | None = None) -> PagedCache:
-        """The same memory, seen by the sequences of some rows.
-
-        Args:
-          rows: int32[r], as in the class.
-          lengths: int32[r], positions that they have; None for none.
-        """
-        if lengths is None:
-            lengths = jnp.zeros(len(rows), jnp.int32)
-        return dataclasses.replace(self, lengths=lengths, rows=rows)
-
-    def back_in(self, whole: PagedCache) -> PagedCache:
-        """The cache that this one is a view of, with what was written through it.
-
-        Args:
-          whole: that `of_rows` was called on.
-        """
-        assert self.rows is not None
-        lengths = put(whole.lengths, self.rows, self.lengths, unique=True)
-        return dataclasses.replace(self, lengths=lengths, rows=None)
-
-    def copies(self, rows: jax.Array, context: int) -> PagedCache:
-        """A cache whose sequences begin as copies of this one's.
-
-        Args:
-          rows: int32[b], the sequence that each is a copy of.
-          context: positions that there is room for in it, at least as many as here.
-        """
-        room = ((0, 0), (0, 0), (0, context - self.capacity), (0, 0))
-
-        def take(part: jax.Array) -> jax.Array:
-            return jnp.pad(part[rows], room)
-
-        keys, values = (tuple(map(take, parts)) for parts in (self.keys, self.values))
-        return PagedCache(keys, values, self.lengths[rows])
+        return cls(each, each, lengths, lengths)
 
     def apart(self) -> list[Any]:
         """The arrays of each layer, for `of_layers`."""
         return list(zip(self.keys, self.values, strict=True))
 
     @classmethod
-    def of_layers(cls, layers: Sequence[Any], lengths: Any) -> PagedCache:
+    def of_layers(cls, layers: Sequence[Any], lengths: Any, table: Any) -> PagedCache:
         """The cache that has these arrays of each layer.
 
         Args:
           layers: as `apart` returns them.
           lengths: int32[b].
+          table: int32[b, m].
         """
         keys, values = zip(*layers, strict=True)
-        return cls(keys, values, lengths)
+        return cls(keys, values, lengths, table)
 
     def grown(self, counts: jax.Array) -> PagedCache:
         """The cache once so many new positions of each are in every layer.
@@ -290,12 +220,14 @@ class PagedCache:
                 "pages cannot be selected while decoding: no kernel reads lists of "
                 "them yet; measure the policy in mode mask"
             )
-        assert self.rows is None, "views are written by chunks"
         index, count = (None, None) if groups is None else groups
         keys, values = self.keys[layer], self.values[layer]
         visible = jnp.where(live, self.lengths + 1, 0)
-        options: Any = {"window": window, "implementation": implementation}
-        options["table"] = self.table
+        options: Any = {
+            "table": self.table,
+            "window": window,
+            "implementation": implementation,
+        }
         if k is None or v is None:
             o = select_head_attention(q, keys, values, visible, index, count, **options)
             return o, self
@@ -304,74 +236,6 @@ class PagedCache:
             q, k, v, keys, values, visible, index, count, **options
         )
         return o, self._with_layer(layer, keys, values)
-
-    def write(self, layer: int, k: jax.Array, v: jax.Array) -> PagedCache:
-        """The first positions of sequences that have none yet.
-
-        Args:
-          layer: from 0.
-          k: [b, t, k, d]; what there is no room for is dropped.
-          v: [b, t, k, d].
-        """
-        rows = jnp.arange(len(k)) if self.rows is None else self.rows
-
-        def store(whole: jax.Array, part: jax.Array) -> jax.Array:
-            part = part[:, : self.capacity].swapaxes(1, 2).astype(whole.dtype)
-            at = rows, slice(None), slice(part.shape[2])
-            return put(whole, at, part, unique=True)
-
-        keys, values = store(self.keys[layer], k), store(self.values[layer], v)
-        return self._with_layer(layer, keys, values)
-
-    def attend_chunk(
-        self,
-        layer: int,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        counts: jax.Array,
-        window: int | None = None,
-    ) -> tuple[jax.Array, PagedCache]:
-        """Attention of several new positions of each sequence, behind what it has.
-
-        Args:
-          layer: from 0.
-          q: [b, t, h, d].
-          k: [b, t, k, d].
-          v: [b, t, k, d].
-          counts: int32[b], new positions of each, at most t; the others mean nothing.
-          window: newest positions attended to, itself included; None for all.
-
-        Returns:
-          [b, t, h, d], and the cache with the positions written, as in `attend`.
-        """
-        b, t, h, d = q.shape
-        rows = jnp.arange(b) if self.rows is None else self.rows
-        place = self.lengths[:, None] + jnp.arange(t)
-        new = jnp.arange(t) < counts[:, None]
-        to = jnp.where(new, place, self.capacity)  # nowhere
-
-        def store(whole: jax.Array, part: jax.Array) -> jax.Array:
-            at = rows[:, None], slice(None), to
-            return put(whole, at, part.astype(whole.dtype))
-
-        keys, values = store(self.keys[layer], k), store(self.values[layer], v)
-        cache = self._with_layer(layer, keys, values)
-        if self.rows is not None:
-            keys, values = (jnp.take(x, rows, axis=0) for x in (keys, values))
-        size = min(t, _QUERIES)
-        pad = ((0, 0), (0, -t % size))
-        # Padding sees no more than the last new position does: beyond is garbage.
-        place = jnp.minimum(place, (self.lengths + counts - 1)[:, None])
-        places = jnp.pad(place, pad).reshape(b, -1, size).swapaxes(0, 1)
-        queries = jnp.pad(q, (*pad, (0, 0), (0, 0)))
-        queries = queries.reshape(b, -1, size, h, d).swapaxes(0, 1)
-
-        def read(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-            return _attend_from(*block, keys, values, window)
-
-        o = lax.map(read, (queries, places))
-        return o.swapaxes(0, 1).reshape(b, -1, h, d)[:, :t], cache
 
     def attend_pieces(
         self,
@@ -398,7 +262,6 @@ class PagedCache:
           [n, h, d], and the cache with the positions written. Its lengths are those of
           before.
         """
-        assert self.table is not None, "pieces are read into pages"
         slot, position = pieces.places(len(q))
         page = self.table[slot, position // self.page]
         page = jnp.where(slot < 0, len(self.keys[layer]), page)  # nowhere
@@ -450,32 +313,3 @@ def _fill(
     shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None
 ) -> Callable[[], jax.Array]:
     return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
-
-
-def _attend_from(
-    q: jax.Array,
-    places: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    window: int | None,
-) -> jax.Array:
-    """Attention of queries [b, n, h, d] at places int32[b, n] to all before them."""
-    b, n, h, d = q.shape
-    k, s = keys.shape[1:3]
-    einsum = functools.partial(
-        jnp.einsum,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    grouped = q.reshape(b, n, k, h // k, d)
-    scores = einsum("bnkgd,bksd->bkngs", grouped, keys)
-    at = jnp.arange(s)
-    seen = at <= places[..., None]
-    if window is not None:
-        seen &= at > places[..., None] - window
-    scores = jnp.where(seen[:, None, :, None], scores / d**0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    # What lies beyond is garbage, and no number times it need be 0.
-    there = jnp.where(seen.any(axis=1)[:, None, :, None], values, 0)
-    o = einsum("bkngs,bksd->bnkgd", weights, there.astype(jnp.float32))
-    return o.reshape(b, n, h, d).astype(q.dtype)

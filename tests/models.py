@@ -4,11 +4,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import polarjax
+from polarjax.cache import PagedCache, Pieces
+from polarjax.engine.checks import sampling_of, stop_table
 from polarjax.engine.sampling import Variant
-from polarjax.model import weight_shapes
+from polarjax.model import read, weight_shapes
 from polarjax.policies import of_learned
 from polarjax.policy import Learned
 
@@ -114,3 +117,35 @@ def write_checkpoint(folder, params) -> polarjax.Params:
     learned = params.policy.learned
     write_folder(folder, params.config, params.weights, learned, files)
     return polarjax.load(folder)
+
+
+def empty_cache(config, slots, context, dtype="float32", page=16):
+    """A cache of no positions, where each sequence has all pages that it may need."""
+    each = -(-context // page)
+    cache = PagedCache.pool(config, slots, context, 1 + slots * each, page, dtype)
+    pages = np.random.default_rng(0).permutation(slots * each) + 1
+    table = jnp.asarray(pages.reshape(slots, each), jnp.int32)
+    return dataclasses.replace(cache, table=table)
+
+
+def read_prompts(model, weights, tokens, lengths, cache):
+    """`read` of prompts in a cache that has none of them.
+
+    Args:
+      model: that reads.
+      weights: its own.
+      tokens: int32[b, t], padded at the end.
+      lengths: int32[b], tokens of each.
+      cache: of b sequences.
+    """
+    n = tokens.size
+    pieces = Pieces.among(lengths, 0, n)
+    return read(model, weights, tokens[pieces.places(n)], pieces, cache)
+
+
+def make_sampling(config, settings):
+    """How each of a batch of requests draws; with rules where one of them has any."""
+    made = sampling_of(config, settings, stop_table(settings))
+    if not any(one.has_rules for one in settings):
+        made = dataclasses.replace(made, rules=None)
+    return jax.device_put(made)

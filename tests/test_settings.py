@@ -10,13 +10,13 @@ import pytest
 
 import polarjax
 from polarjax.engine import stats
-from polarjax.engine.checks import Settings, make_sampling, variant_of
+from polarjax.engine.checks import Settings, variant_of
 from polarjax.engine.sampling import draw as draw_tokens
 from polarjax.evaluation import Continuation, Scorer
 from polarjax.policies.random import draw as draw_ranking
 from polarjax.settings import draw_key
 from polarjax.training.neurons import init_low_rank
-from tests.models import LLAMA, OPT, random_params
+from tests.models import LLAMA, OPT, make_sampling, random_params
 from tests.policies.reference import random_prompts
 
 CONFIG = dataclasses.replace(LLAMA, layers=2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._backend import Implementation, resolve
-from pallas_kernels.attention import paged, reference, triton
+from pallas_kernels.attention import reference, triton
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -32,8 +32,8 @@ def select_head_attention(
     computes all its `g` query heads. The softmax is in float32. What the caches
     hold at and beyond a sequence's length never reaches the output.
 
-    With a table nor do its batch-mates: with arrays of the same shapes a sequence's
-    output is the same bits whatever the others are, and whichever pages it has.
+    Nor do its batch-mates: with arrays of the same shapes a sequence's output is the
+    same bits whatever the others are, and whichever pages it has.
 
     Source: Select Head/Group Attention, Polar Sparsity section 4 (arXiv 2505.14884);
     pages as in PagedAttention (arXiv 2309.06180).
@@ -168,9 +168,7 @@ def _attend(args, where, scale, window, softcap, implementation):
         if implementation == "xla":
             return reference.attend(*args, *where, **options)
         interpret = implementation == "triton_interpret"
-        if where == (None, None):
-            return triton.attend(*args, **options, interpret=interpret)
-        return paged.attend(*args, *where, **options, interpret=interpret)
+        return triton.attend(*args, *where, **options, interpret=interpret)
 
 
 def _check(q, k_cache, v_cache, lengths, heads, n_active, paged: bool) -> None:

@@ -1,4 +1,4 @@
-"""The kernel that adds up what the pieces of `paged` have left (FlashDecoding)."""
+"""The kernel that adds up what the pieces of `triton` have left (FlashDecoding)."""
 
 import functools
 

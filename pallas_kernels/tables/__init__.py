@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -20,7 +19,6 @@ from pallas_kernels._sizes import ceil_power_of_two
 
 # The sections of a table and the facts that an entry's shape consists of.
 SHAPES = {
-    "attention": ("itemsize", "g", "d", "s", "bn"),
     "mlp": ("itemsize", "gated", "b", "m", "n"),
     "product": ("itemsize", "axis", "b", "m", "n"),
     "mlp_dense_above": ("itemsize", "gated", "b", "m", "f"),
@@ -54,24 +52,6 @@ class Table:
         """The entry of a shape."""
         found = (e for e in self.sections.get(section, ()) if e["shape"] == shape)
         return next(found, None)
-
-
-def attention_config(
-    default: Config, *, b: int, n: int, g: int, s: int, d: int, itemsize: int
-) -> Config:
-    """The Triton attention kernel's config on the default device.
-
-    Args:
-        default: the heuristic's, for shapes that were not measured.
-        b: batch.
-        n: selected KV groups.
-        g: query heads per group.
-        s: cache length in tokens.
-        d: head dim.
-        itemsize: bytes per element of the cache.
-    """
-    shape = attention_shape(b=b, n=n, g=g, s=s, d=d, itemsize=itemsize)
-    return lookup(shipped(device_kind()), "attention", shape, default)
 
 
 def mlp_config(
@@ -121,14 +101,6 @@ def mlp_dense_above(
     return None if entry is None else entry["fraction"]
 
 
-def attention_shape(
-    *, b: int, n: int, g: int, s: int, d: int, itemsize: int
-) -> dict[str, int]:
-    """The bucket of an attention call: b * n and s to the nearest power of two."""
-    near = {"s": nearest_power_of_two(s), "bn": nearest_power_of_two(b * n)}
-    return {"itemsize": itemsize, "g": g, "d": d, **near}
-
-
 def mlp_shape(*, b: int, n: int, m: int, gated: bool, itemsize: int) -> dict[str, int]:
     """The bucket of an MLP call: the batch up to the next power of two, else exact.
 
@@ -166,11 +138,6 @@ def dense_shape(
         "m": m,
         "f": f,
     }
-
-
-def nearest_power_of_two(x: int) -> int:
-    """The nearest one by ratio."""
-    return 1 << round(math.log2(x))
 
 
 def device_kind() -> str | None:

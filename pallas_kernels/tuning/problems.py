@@ -9,9 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import tables
-from pallas_kernels.attention import configs as attention_configs
-from pallas_kernels.attention import select_head_attention
-from pallas_kernels.attention import triton as attention_triton
 from pallas_kernels.mlp import configs as mlp_configs
 from pallas_kernels.mlp import gathered_mlp, partial_product
 from pallas_kernels.mlp import triton as mlp_triton
@@ -19,81 +16,6 @@ from pallas_kernels.tuning.timing import calls_to_time, normal, sets_to_rotate
 
 # What a chain of calls starts with, and the arguments of each.
 Inputs = tuple[jax.Array, list[tuple]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """Decode attention of b sequences with a cache of s over n of k KV groups."""
-
-    b: int
-    k: int
-    n: int
-    g: int
-    s: int
-    d: int
-    dtype: str = "bfloat16"
-
-    section: ClassVar[str] = "attention"
-
-    @property
-    def facts(self) -> dict[str, int]:
-        """What the heuristic and the table go by."""
-        itemsize = jnp.dtype(self.dtype).itemsize
-        facts = {"b": self.b, "n": self.n, "g": self.g, "s": self.s, "d": self.d}
-        return {**facts, "itemsize": itemsize}
-
-    @property
-    def shape(self) -> dict[str, int]:
-        """The table's key."""
-        return tables.attention_shape(**self.facts)
-
-    @property
-    def default(self) -> attention_configs.Config:
-        """The heuristic's config."""
-        return attention_configs.heuristic(**self.facts)
-
-    def candidates(self) -> list[attention_configs.Config]:
-        """What the kernel itself proposes to try."""
-        propose = getattr(attention_configs, "candidates", None)
-        return list(propose(**self.facts)) if propose else []
-
-    def inputs(self, most: int) -> Inputs:
-        """Random queries, caches and selections for at most so many calls.
-
-        Lengths are uniform in s / 2..s, as those of a batch in use are.
-        """
-        b, k, n, s, d = self.b, self.k, self.n, self.s, self.d
-        rng = np.random.default_rng(0)
-        nbytes = 2 * b * n * s * d * jnp.dtype(self.dtype).itemsize
-        caches = [
-            tuple(normal(2 * i + j, (b, k, s, d), self.dtype) for j in range(2))
-            for i in range(min(most, sets_to_rotate(nbytes)))
-        ]
-        arguments = []
-        for i in range(min(most, max(calls_to_time(nbytes), len(caches)))):
-            heads = rng.random((b, k)).argsort()[:, :n].astype(np.int32)
-            lengths = rng.integers(s // 2, s + 1, b).astype(np.int32)
-            small = (jnp.asarray(lengths), jnp.asarray(heads))
-            arguments.append((*caches[i % len(caches)], *small))
-        return normal(0, (b, k * self.g, d), self.dtype), arguments
-
-    def function(self, config: Any, interpret: bool = False) -> Callable[..., Any]:
-        """The call to time, of the reference if the config is None."""
-        scale = self.d**-0.5
-
-        def reference(q, keys, values, lengths, heads):
-            return select_head_attention(
-                q, keys, values, lengths, heads, scale=scale, implementation="xla"
-            )
-
-        def call(q, keys, values, lengths, heads):
-            args = (q, keys, values, lengths, heads, None)
-            out, *_ = attention_triton.attend(
-                *args, scale=scale, config=config, interpret=interpret
-            )
-            return out
-
-        return reference if config is None else call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,8 +164,8 @@ class Product:
         return reference if config is None else call
 
 
-Problem = Attention | Mlp | Product
-KINDS: tuple[type[Problem], ...] = (Attention, Mlp, Product)
+Problem = Mlp | Product
+KINDS: tuple[type[Problem], ...] = (Mlp, Product)
 
 
 def parse(text: str) -> Problem:

@@ -21,11 +21,6 @@ from pallas_kernels.tuning.search import Outcome, Search, dense_above, search
 
 # The shapes of OPT-66B, LLaMA-2-7B, LLaMA-3.1-8B and 70B, OPT-6.7B, LLaMA-3.1-8B.
 _SHAPES = (
-    *(f"attention:b=64,k=72,g=1,s=1920,d=128,n={n}" for n in (72, 36, 21, 7)),
-    *(f"attention:b=16,k=32,g=1,s=4096,d=128,n={n}" for n in (32, 16, 8)),
-    *(f"attention:b=64,k=8,g=4,s=4096,d=128,n={n}" for n in (8, 5, 2)),
-    *(f"attention:b=16,k=8,g=8,s=8192,d=128,n={n}" for n in (8, 5)),
-    *(f"attention:b=1,k=8,g=4,s=65536,d=128,n={n}" for n in (8, 4)),
     *(f"mlp:b=64,m=9216,f=36864,n={n}" for n in (18432, 11059, 3686)),
     *(f"mlp:b=16,m=4096,f=16384,n={n}" for n in (8192, 4915, 1638)),
     *(f"mlp:b=1,m=4096,f=16384,n={n}" for n in (8192, 4915, 1638)),
@@ -39,7 +34,6 @@ _SHAPES = (
     *(f"product:b={b},m=4096,n=4096,axis=0" for b in (1, 16, 32, 64)),
 )
 _TOY_SHAPES = (
-    "attention:b=2,k=2,g=2,s=64,d=64,n=1,dtype=float32",
     "mlp:b=2,m=64,f=128,n=64,dtype=float32",
     "product:b=2,m=64,n=32,axis=0,dtype=float32",
 )
@@ -58,15 +52,13 @@ examples:
   python -m pallas_kernels.tuning.tune
   python -m pallas_kernels.tuning.tune --kernels mlp --seconds 20 --out h200.json
   python -m pallas_kernels.tuning.tune \\
-      --shapes attention:b=8,k=8,g=4,s=2048,d=128,n=4 mlp:b=8,m=2048,f=8192,n=819
+      --shapes product:b=8,m=2048,n=3072 mlp:b=8,m=2048,f=8192,n=819
 
-A shape is the kernel's name and, for attention, b (batch), k (KV groups), n (selected),
-g (query heads per group), s (cache length), d (head dim); for mlp, b, m (model dim),
-f (neurons), n (selected), gated (0 or 1); for product, b, m (numbers of an input), n
-(outputs), axis (of the matrix, that is summed over: 1 or 0); and dtype (default
-bfloat16). It stands for its bucket: attention's s and b x n count to the nearest power
-of two, the others' b to the next one, product's n down to a multiple of 128, everything
-else as it is.
+A shape is the kernel's name and, for mlp, b (batch), m (model dim), f (neurons), n
+(selected), gated (0 or 1); for product, b, m (numbers of an input), n (outputs), axis
+(of the matrix, that is summed over: 1 or 0); and dtype (default bfloat16). It stands
+for its bucket: b counts to the next power of two, product's n down to a multiple of
+128, everything else as it is.
 """
 
 

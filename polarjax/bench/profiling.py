@@ -20,7 +20,12 @@ TOP = 12
 # Of a kernel's place in the model, else its name: the first that is found.
 PLACES = {
     "selection": ("top_heads", "_rank", "needed_neurons", "_needs", "_compact"),
-    "attention": ("select_head_attention", "_attend", "append_and_attend", "_combine"),
+    "attention": (
+        "select_head_attention",
+        "_attend",
+        "append_and_attend",
+        "fold_pieces",
+    ),
     "norm": ("add_norm",),
     "qkv": ("product_rows", "split_heads", "attention.project"),
     "out": ("product_columns", "attention.output"),

@@ -226,15 +226,14 @@ def make_state(params: Params, batch: int, context: int, alone: bool = False) ->
     if alone:  # there is no layer 0, but layers have its number
         nothing = jnp.zeros((1, *shape), params.dtype)
         drawn = [(nothing, jnp.zeros_like(nothing)), *drawn]
-        cache = PagedCache.of_layers(drawn, jnp.zeros(batch, jnp.int32))
-        cache = dataclasses.replace(cache, table=jnp.asarray(table))
+        lengths = jnp.zeros(batch, jnp.int32)
+        cache = PagedCache.of_layers(drawn, lengths, jnp.asarray(table))
         x = jax.random.normal(keys[0], (batch, config.dim), params.dtype)
         return Stream(cache, x)
     state = with_table(
         empty_slots(model, batch, context, 1, PAGE, params.weights), table
     )
-    cache = PagedCache.of_layers(drawn, state.cache.lengths)
-    cache = dataclasses.replace(cache, table=state.cache.table)
+    cache = PagedCache.of_layers(drawn, state.cache.lengths, state.cache.table)
     # Tokens that differ: equal ones would let every sequence choose the same heads.
     token = jax.random.randint(keys[0], (batch,), 0, config.vocab_size, jnp.int32)
     token = jax.device_put(token, state.token.sharding)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -264,19 +263,6 @@ def _of_one_mind(one: Settings, vocabulary: int) -> Settings:
             "allowed_token_ids are among the stop_ids"
         )
     return one
-
-
-def make_sampling(config: ModelConfig, requests: Sequence[Settings]) -> Sampling:
-    """How each of a batch of requests draws.
-
-    Args:
-      config: what the model is.
-      requests: settings of each, checked.
-    """
-    made = sampling_of(config, requests, stop_table(requests))
-    if not any(one.has_rules for one in requests):
-        made = dataclasses.replace(made, rules=None)
-    return jax.device_put(made)  # which compiles nothing
 
 
 def sampling_of(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from polarjax.cache import PagedCache, zeros
+from polarjax.cache import PagedCache
 from polarjax.mesh.cut import DP, TP
-from polarjax.model import Decoder
 from polarjax.params import Params
 
 # How a cache on a mesh is cut: batch, and KV groups.
@@ -22,7 +19,7 @@ GROUPS: Any = P(DP, TP)
 ROWS: Any = P(DP)
 # Pages that were gathered of all layers, [2 layers, n, k, page, d].
 PAGE_GROUPS: Any = P(None, DP, TP)
-PAGES: Any = PagedCache.cut(ROWS, GROUPS, paged=True)
+PAGES: Any = PagedCache.cut(ROWS, GROUPS)
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
@@ -56,19 +53,6 @@ def place_own(tree: Any, where: Any) -> Any:
 def everywhere(tree: Any, *, mesh: Mesh) -> Any:
     """Arrays of a mesh, whole on each of its devices."""
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
-
-
-def empty_cache(model: Decoder, batch: int, capacity: int) -> PagedCache:
-    """`PagedCache.empty`, where the model is: over a mesh, or on one device."""
-    config, mesh, share = model.config, model.mesh, model.share
-    if mesh is None:
-        return PagedCache.empty(config, batch, capacity, model.dtype)
-    groups = share.tp * share.own.kv_heads
-    config = dataclasses.replace(config, heads=groups, kv_heads=groups)
-    where = NamedSharding(mesh, GROUPS)
-    cache = PagedCache.empty(config, batch, capacity, model.dtype, where)
-    lengths = zeros((batch,), jnp.int32, NamedSharding(mesh, ROWS))
-    return dataclasses.replace(cache, lengths=lengths)
 
 
 def on_devices(params: Params) -> Params:

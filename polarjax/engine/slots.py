@@ -183,8 +183,7 @@ def put_pages(
         layers = jax.tree.unflatten(
             tree, [put(x, (pages,), new) for x, new in zip(arrays, data, strict=True)]
         )
-        filled = PagedCache.of_layers(layers, cache.lengths)
-        cache = dataclasses.replace(filled, table=cache.table)
+        cache = PagedCache.of_layers(layers, cache.lengths, cache.table)
         return dataclasses.replace(slots, cache=cache)
 
     kept = cut_slots(model)

@@ -226,8 +226,8 @@ def decode(
         logits, cache, made = extend(
             model,
             weights,
-            slots.token[:, None],
-            live.astype(jnp.int32),
+            slots.token,
+            live,
             slots.cache,
             policy=policy,
             density=slots.density,

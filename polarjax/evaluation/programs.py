@@ -81,7 +81,6 @@ def fork(
     """
 
     def apart(cache: PagedCache, rows: jax.Array) -> PagedCache:
-        assert cache.table is not None
         (c, shared), b = cache.table.shape, len(rows)
         own = -(-(room + (PAGE - 1 if shared else 0)) // PAGE)
         lengths = cache.lengths[rows]
@@ -99,8 +98,7 @@ def fork(
             return put(more, (first,), pages[last], unique=True)
 
         layers = jax.tree.map(grow, cache.apart())
-        grown = PagedCache.of_layers(layers, lengths)
-        return dataclasses.replace(grown, table=table)
+        return PagedCache.of_layers(layers, lengths, table)
 
     return model.share.over(apart, (PAGES, ROWS), PAGES)(cache, rows)
 
@@ -223,8 +221,7 @@ def decode_step(
       Logits float32[b, v], the cache, and int32[layers, k], how many live rows of the
       whole batch read each of the model's KV groups.
     """
-    counts = live.astype(jnp.int32)
-    found = extend(model, weights, token[:, None], counts, cache, policy=policy)
+    found = extend(model, weights, token, live, cache, policy=policy)
     every = jnp.stack([one.every for one in found.read])
     logits = model.share.gather_logits(found.logits)
     groups = model.share.add_up_batch(every.sum(axis=1, dtype=jnp.int32))

@@ -3,7 +3,6 @@
 from polarjax.mesh.share import Share
 from polarjax.model.attention import Gates, Prefix, Read
 from polarjax.model.decoder import (
-    BLOCK_TOKENS,
     Decoder,
     Observe,
     Reading,
@@ -21,7 +20,6 @@ from polarjax.model.decoder import (
 from polarjax.model.pick import Pick
 
 __all__ = [
-    "BLOCK_TOKENS",
     "Decoder",
     "Gates",
     "Observe",

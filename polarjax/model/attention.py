@@ -278,24 +278,6 @@ class Attention(Module):
         """KV groups of the whole model."""
         return self.share.whole.kv_heads
 
-    def chunk(
-        self, u: jax.Array, counts: jax.Array, cache: PagedCache
-    ) -> tuple[jax.Array, PagedCache]:
-        """Attention of several new tokens of each sequence, dense.
-
-        Args:
-          u: [b, t, m], the layer's input as attention reads it.
-          counts: int32[b], tokens that are new.
-          cache: of what comes before.
-
-        Returns:
-          Head outputs [b, t, h, d], and the cache with keys and values written.
-        """
-        places = cache.lengths[:, None] + jnp.arange(u.shape[1])
-        q, k, v, _ = self.project(u, places)
-        window = self.config.window(self.layer)
-        return cache.attend_chunk(self.layer, q, k, v, counts, window)
-
     def read(
         self, u: jax.Array, place: jax.Array, pieces: Pieces, cache: PagedCache
     ) -> tuple[jax.Array, PagedCache]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import traced_gpu
 
-# Queries, and keys, that `blockwise_attention` takes at once.
+# Queries that `spanned_attention` takes at once.
 BLOCK = 256
 
 
@@ -45,22 +43,6 @@ def causal_attention(
     return o.astype(dtype)
 
 
-def long_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None
-) -> jax.Array:
-    """As `causal_attention`, in memory that grows with t alone; not to be trained.
-
-    Args:
-      q: [b, t, h, d].
-      k: [b, t, k, d].
-      v: [b, t, k, d].
-      window: newest positions attended to, itself included; None for all.
-    """
-    if _flash(q) or q.shape[1] <= BLOCK:
-        return causal_attention(q, k, v, window)
-    return blockwise_attention(q, k, v, window)
-
-
 def _flash(q: jax.Array) -> bool:
     serves = flash_serves(q.dtype.itemsize, q.shape[1], q.shape[-1])
     return traced_gpu() is not None and serves
@@ -69,60 +51,6 @@ def _flash(q: jax.Array) -> bool:
 def flash_serves(itemsize: int, t: int, d: int) -> bool:
     """Whether cuDNN's flash attention takes such numbers, lengths and head dims."""
     return itemsize == 2 and t % 64 == 0 and d % 8 == 0 and d <= 128
-
-
-def blockwise_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None
-) -> jax.Array:
-    """Causal attention, a block of queries and a block of keys at a time.
-
-    Source: the online softmax of FlashAttention (arXiv 2205.14135), in plain XLA.
-
-    Args:
-      q: [b, t, h, d], t at least `BLOCK`.
-      k: [b, t, k, d].
-      v: [b, t, k, d].
-      window: newest positions attended to, itself included; None for all.
-    """
-    b, t, h, d = q.shape
-    groups = k.shape[2], h // k.shape[2]
-    window = window or t
-    within = jnp.arange(BLOCK)
-
-    def cut(x: jax.Array, start: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, start, BLOCK, axis=1)
-
-    def read(i: jax.Array, out: jax.Array) -> jax.Array:
-        # The last block may overlap the one before: its queries come out the same.
-        start = jnp.minimum(i * BLOCK, t - BLOCK)
-        query = start + within
-        part = cut(q, start).reshape(b, BLOCK, *groups, d)
-
-        def attend(j: jax.Array, carry: tuple) -> tuple:
-            top, total, sums = carry
-            begin = jnp.minimum(j * BLOCK, t - BLOCK)
-            key = begin + within
-            seen = (key >= j * BLOCK) & (key <= query[:, None])
-            seen &= key > query[:, None] - window
-            scores = _einsum("bqkgd,bskd->bkgqs", part, cut(k, begin)) / d**0.5
-            higher = jnp.maximum(top, jnp.where(seen, scores, top[..., None]).max(-1))
-            weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0)
-            shrink = jnp.exp(top - higher)
-            new = _einsum("bkgqs,bskd->bkgqd", weights.astype(v.dtype), cut(v, begin))
-            total = total * shrink + weights.sum(-1)
-            return higher, total, sums * shrink[..., None] + new
-
-        shape = (b, *groups, BLOCK)
-        lowest = jnp.full(shape, jnp.finfo(jnp.float32).min)
-        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-        empty = lowest, zeros(shape), zeros((*shape, d))
-        first = jnp.maximum(start - window + 1, 0) // BLOCK
-        last = (start + BLOCK - 1) // BLOCK
-        _, total, sums = lax.fori_loop(first, last + 1, attend, empty)
-        o = jnp.moveaxis(sums / total[..., None], 3, 1).reshape(b, BLOCK, h, d)
-        return lax.dynamic_update_slice_in_dim(out, o.astype(out.dtype), start, axis=1)
-
-    return lax.fori_loop(0, -(-t // BLOCK), read, jnp.zeros_like(q))
 
 
 def spanned_attention(

@@ -26,10 +26,6 @@ from polarjax.model.positions import LEARNED_OFFSET
 from polarjax.params import Tree
 from polarjax.policy import Dense, Policy, Seen
 
-# Of a prompt, computed at once: more are no faster on an H200 (LLaMA-3.1-8B, 8 x 2048:
-# 365 ms, 363 with four times as many), and what they need is half a gigabyte.
-BLOCK_TOKENS = 4096
-
 Observe = Callable[[int, jax.Array, jax.Array, jax.Array], Any]
 """(layer, attention's input [b, t, m], head outputs [b, t, h, d], MLP's input
 [b, t, m]) -> anything. Both inputs are what a norm puts out, that of layer 0 in a model
@@ -55,12 +51,12 @@ class Whole(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What new tokens come to.
+    """What one new token of each sequence comes to.
 
     Attributes:
       logits: float32[b, v], of a share its `own_logits`.
       cache: with the tokens.
-      read: by layer, what attention read; () of chunks, which read all.
+      read: by layer, what attention read.
     """
 
     logits: jax.Array
@@ -254,45 +250,40 @@ class Decoder(Module):
 
     def extend(
         self,
-        tokens: jax.Array,
-        counts: jax.Array,
+        token: jax.Array,
+        live: jax.Array,
         cache: PagedCache,
         policy: Policy | None = None,
         density: jax.Array | None = None,
         slot: jax.Array | None = None,
-        prefill_tokens: int = BLOCK_TOKENS,
-        fresh: bool = False,
     ) -> Step:
-        """Read new tokens of each sequence, behind those that the cache has.
-
-        One token of each is read as the policy says; more, a chunk of a prompt, dense.
+        """Read one new token of each sequence as the policy says, behind the cache's.
 
         Args:
-          tokens: int32[b, t], padded at the end with any id.
-          counts: int32[b], how many of them are new, up to t. Where t is 1: 0 for
-            sequences that have ended, whose cache stays as it is. Where it is more, at
-            least 1.
+          token: int32[b].
+          live: bool[b]; False for sequences that have ended, whose cache stays as it
+            is.
           cache: of what comes before; donate it.
           policy: bound to the weights; None for `Dense()`.
           density: float32[b], as in `Seen`; None for the policy's own.
           slot: int32[b], as in `Seen`; None for each row's number in the batch.
-          prefill_tokens: tokens of a chunk that are computed at once, attention apart.
-          fresh: whether the cache has nothing of any of the sequences, which the
-            fastest kernel for prompts needs to know.
-
-        Returns:
-          After each sequence's last new token.
         """
-        if tokens.shape[1] == 1 and not fresh:
-            ask = policy or Dense()
-            return self._step(tokens[:, 0], counts > 0, cache, ask, density, slot)
-        places = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-        x = self.embed(tokens, places)
-        for i, layer in enumerate(self.layers):
-            last = i == self.config.layers - 1
-            x, cache = layer.chunk(x, counts, cache, prefill_tokens, last, fresh)
-        cache = cache.grown(counts.astype(jnp.int32))
-        return Step(self.own_logits(x[:, 0]), cache, ())
+        b = len(token)
+        density = jnp.zeros(b) if density is None else density
+        slot = self.share.slots(b) if slot is None else slot
+        start = Seen(live, density, cache.lengths + 1, slot)
+        ask = policy or Dense()
+        x = self.embed(token, cache.lengths)
+        seen, parts, read = None, None, []
+        for layer in self.layers:
+            first = dataclasses.replace(start, before=seen)
+            x, parts, seen, cache, one = layer.step(x, parts, first, cache, ask)
+            seen = without_before(seen)
+            read.append(one)
+        if parts is not None:
+            x = x + parts.sum(axis=0).astype(x.dtype)
+        cache = cache.grown(live.astype(jnp.int32))
+        return Step(self.own_logits(x), cache, tuple(read))
 
     def read(self, tokens: jax.Array, pieces: Pieces, cache: PagedCache) -> Reading:
         """Read parts of prompts, dense, each behind what the cache has of its sequence.
@@ -328,32 +319,6 @@ class Decoder(Module):
           float32[n, v].
         """
         return self.own_logits(self.layers[-1].finish(x, o))
-
-    def _step(
-        self,
-        token: jax.Array,
-        live: jax.Array,
-        cache: PagedCache,
-        policy: Policy,
-        density: jax.Array | None,
-        slot: jax.Array | None,
-    ) -> Step:
-        b = len(token)
-        density = jnp.zeros(b) if density is None else density
-        visible = cache.lengths + 1
-        slot = self.share.slots(b) if slot is None else slot
-        start = Seen(live, density, visible, slot)
-        x = self.embed(token, cache.lengths)
-        seen, parts, read = None, None, []
-        for layer in self.layers:
-            first = dataclasses.replace(start, before=seen)
-            x, parts, seen, cache, one = layer.step(x, parts, first, cache, policy)
-            seen = without_before(seen)
-            read.append(one)
-        if parts is not None:
-            x = x + parts.sum(axis=0).astype(x.dtype)
-        cache = cache.grown(live.astype(jnp.int32))
-        return Step(self.own_logits(x), cache, tuple(read))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The last layer's output [..., m] to float32[..., v]."""
@@ -401,16 +366,14 @@ def whole(model: Decoder, weights: Tree, tokens: jax.Array, **options: Any) -> W
 def extend(
     model: Decoder,
     weights: Tree,
-    tokens: jax.Array,
-    counts: jax.Array,
+    token: jax.Array,
+    live: jax.Array,
     cache: PagedCache,
     **options: Any,
 ) -> Step:
     """`Decoder.extend` of a model with the weights that users hold; see `whole`."""
     variables = {"params": weights}
-    found = model.apply(
-        variables, tokens, counts, cache, method=Decoder.extend, **options
-    )
+    found = model.apply(variables, token, live, cache, method=Decoder.extend, **options)
     return cast(Step, found)
 
 

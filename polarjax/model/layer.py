@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +23,6 @@ from polarjax.model.attention import (
     positions_of,
     thinned,
 )
-from polarjax.model.causal import long_attention
 from polarjax.model.mlp import MLP
 from polarjax.model.module import Module
 from polarjax.model.norms import Norm
@@ -104,62 +101,6 @@ class Layer(Module):
         y = self.after(self.mlp_norm, y + self.mlp.whole(z, rows, thin))
         return y, seen, made
 
-    def chunk(
-        self,
-        x: jax.Array,
-        counts: jax.Array,
-        cache: PagedCache,
-        prefill_tokens: int,
-        last: bool,
-        fresh: bool,
-    ) -> tuple[jax.Array, PagedCache]:
-        """Several new tokens of each sequence, dense.
-
-        Args:
-          x: [b, t, m], the residual stream.
-          counts: int32[b], tokens that are new. Blocks of padding alone are left out.
-          cache: of what comes before.
-          prefill_tokens: tokens that are computed at once, attention apart.
-          last: whether no layer follows: only the last tokens then go on.
-          fresh: whether the cache has nothing of any of the sequences.
-
-        Returns:
-          [b, t, m], or [b, 1, m] after the last layer; and the cache.
-        """
-        longest = counts.max()
-        size = max(1, prefill_tokens // x.shape[0])
-
-        def add(layer: Layer, x: jax.Array, o: jax.Array) -> tuple[jax.Array]:
-            y = layer.after(layer.attention_norm, x + layer.attention.output(o))
-            z = layer.before(layer.mlp_norm, y)
-            return (layer.after(layer.mlp_norm, y + layer.mlp(z)),)
-
-        if fresh:
-            o, cache = self._attend_fresh(x, longest, size, cache)
-        else:
-            u = self.before(self.attention_norm, x)
-            o, cache = self.attention.chunk(u, counts, cache)
-        if last:
-            x, o = (
-                jax.vmap(lambda row, n: row[n - 1][None])(a, counts) for a in (x, o)
-            )
-        (x,) = _in_blocks(self, add, (x, o), longest, size)
-        return x, cache
-
-    def _attend_fresh(
-        self, x: jax.Array, longest: jax.Array, size: int, cache: PagedCache
-    ) -> tuple[jax.Array, PagedCache]:
-        """Attention of sequences to themselves alone, by the fastest kernel for it."""
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-
-        def project(layer: Layer, x: jax.Array, positions: jax.Array):
-            u = layer.before(layer.attention_norm, x)
-            return layer.attention.project(u, positions)[:3]
-
-        q, k, v = _in_blocks(self, project, (x, positions), longest, size)
-        o = long_attention(q, k, v, self.config.window(self.layer))
-        return o, cache.write(self.layer, k, v)
-
     def read(
         self,
         x: jax.Array,
@@ -237,40 +178,3 @@ class Layer(Module):
         if post:  # what was normalised is the stream
             x, parts = self.mlp_norm.add(z, parts)[1], None
         return x, parts, seen, cache, read
-
-
-def _in_blocks(
-    layer: Layer,
-    function: Callable[..., tuple[jax.Array, ...]],
-    arrays: tuple[jax.Array, ...],
-    longest: jax.Array,
-    size: int,
-) -> tuple[jax.Array, ...]:
-    """A function of single positions, applied to `size` of them at a time.
-
-    What it needs for itself is bounded so, however long the sequences.
-    """
-    t = arrays[0].shape[1]
-    if t <= size:
-        return function(layer, *arrays)
-
-    def block(layer: Layer, i: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        # Slices are moved to where they fit, so that the last may overlap the one
-        # before: both find the same.
-        start = i * size
-        cut = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in arrays)
-        return start, function(layer, *cut)
-
-    def step(layer: Layer, carry: tuple) -> tuple:
-        i, whole = carry
-        start, parts = block(layer, i)
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-        return i + 1, tuple(put(w, p, start) for w, p in zip(whole, parts, strict=True))
-
-    shapes = jax.eval_shape(lambda: block(layer, jnp.int32(0))[1])
-    whole = tuple(jnp.zeros((s.shape[0], t, *s.shape[2:]), s.dtype) for s in shapes)
-
-    def more(_, carry: tuple) -> Any:
-        return carry[0] * size < longest
-
-    return nn.while_loop(more, step, layer, (jnp.int32(0), whole))[1]

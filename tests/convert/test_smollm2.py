@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from polarjax.cache import PagedCache
 from polarjax.model import Decoder, extend
 from polarjax.params import read_folder
+from tests.models import empty_cache, read_prompts
 
 PROMPTS = [
     "Once upon a time",
@@ -128,15 +128,15 @@ def test_greedy_decoding_equals_transformers(model, continued):
     @jax.jit
     def run(weights, tokens, lengths):
         b, t = tokens.shape
-        one = jnp.ones(b, jnp.int32)
+        live = jnp.ones(b, bool)
 
         def step(carry, _):
             token, cache = carry
-            found = extend(decoder, weights, token[:, None], one, cache)
+            found = extend(decoder, weights, token, live, cache)
             return (found.logits.argmax(-1), found.cache), token
 
-        cache = PagedCache.empty(params.config, b, t + NEW, jnp.float32)
-        read = extend(decoder, weights, tokens, lengths, cache, fresh=True)
+        cache = empty_cache(params.config, b, t + NEW)
+        read = read_prompts(decoder, weights, tokens, lengths, cache)
         first = read.logits.argmax(-1), read.cache
         return jax.lax.scan(step, first, length=NEW)[1].T
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from polarjax.engine.alternatives import alternatives
-from polarjax.engine.checks import make_sampling, settings_of, stop_table, variant_of
+from polarjax.engine.checks import settings_of, stop_table, variant_of
 from polarjax.engine.rules import History, make_rules
 from polarjax.engine.sampling import Variant, draw, noise
 from polarjax.engine.settings import Settings
-from tests.models import LLAMA
+from tests.models import LLAMA, make_sampling
 
 V, ROWS, CONTEXT = 301, 48, 20
 CONFIG = dataclasses.replace(LLAMA, vocab_size=V, eos_ids=(3, 4))

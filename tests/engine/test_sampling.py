@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.engine.checks import make_sampling, settings_of, variant_of
+from polarjax.engine.checks import settings_of, variant_of
 from polarjax.engine.sampling import draw as draw_tokens
-from tests.models import LLAMA, random_params
+from tests.models import LLAMA, make_sampling, random_params
 from tests.policies.reference import random_prompts
 
 CONFIG = dataclasses.replace(LLAMA, layers=3)

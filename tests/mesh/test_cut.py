@@ -14,7 +14,6 @@ import polarjax
 from polarjax import Polar
 from polarjax.engine import steps
 from polarjax.engine.checks import (
-    make_sampling,
     settings_of,
     variant_of,
 )
@@ -33,7 +32,7 @@ from polarjax.policies import with_learned
 from polarjax.policies.routed import Routed
 from polarjax.policies.updates import init_updates
 from tests.mesh.one_of_several import sharing_neurons
-from tests.models import LLAMA, MHA, OPT, random_params, write_checkpoint
+from tests.models import LLAMA, MHA, OPT, make_sampling, random_params, write_checkpoint
 
 PROMPTS = [[1, 2, 3], [7] * 20, [5, 6]]
 SHAPES = [(8, 1), (4, 2)]

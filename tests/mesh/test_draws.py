@@ -10,12 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 import polarjax
 from polarjax.engine.alternatives import alternatives
-from polarjax.engine.checks import make_sampling, settings_of
+from polarjax.engine.checks import settings_of
 from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant, draw
 from polarjax.mesh.cut import make_mesh, shard
 from polarjax.mesh.share import Share
-from tests.models import LLAMA, random_params
+from tests.models import LLAMA, make_sampling, random_params
 
 PROMPTS = [[1, 2, 3], [7] * 20, [5, 6]]
 CONFIG = dataclasses.replace(

@@ -12,9 +12,9 @@ import pytest
 import polarjax
 from convert import convert
 from convert.export import export
-from polarjax.cache import PagedCache
 from polarjax.model import Decoder, extend, logits, whole
 from polarjax.params import read_folder
+from tests.models import empty_cache, read_prompts
 
 torch = pytest.importorskip("torch", reason="needs it: pip install torch")
 transformers = pytest.importorskip(
@@ -284,13 +284,13 @@ def run(model, weights, tokens, other, lengths):
 
     def step(carry, _):
         token, cache = carry
-        found = extend(model, weights, token[:, None], jnp.ones_like(lengths), cache)
+        found = extend(model, weights, token, lengths > 0, cache)
         return (found.logits.argmax(-1), found.cache), token
 
     every = logits(model, weights, whole(model, weights, tokens).x)
     context = other.shape[1] + NEW
-    cache = PagedCache.empty(model.config, len(other), context, jnp.float32)
-    last, cache, _ = extend(model, weights, other, lengths, cache, fresh=True)
+    cache = empty_cache(model.config, len(other), context)
+    last, cache, *_ = read_prompts(model, weights, other, lengths, cache)
     _, chosen = jax.lax.scan(step, (last.argmax(-1), cache), length=NEW)
     return every, last, chosen.T
 

@@ -9,7 +9,7 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from pallas_kernels import _backend, append_and_attend, select_head_attention
-from pallas_kernels.attention import configs, paged, triton
+from pallas_kernels.attention import configs, triton
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 
@@ -165,25 +165,16 @@ def test_matches_float64(name, page, implementation):
     case.check(run(case.args, implementation, **case.options))
 
 
-# A program for each group, then shares: of many groups, of parts of groups, of one
-# tile, of none.
-@pytest.mark.parametrize("programs", [0, 1, 5, 40])
-@pytest.mark.parametrize(("n", "window"), [(None, None), (2, 25)])
-def test_shares(programs, n, window, interpret):
-    case = shared_case(n, window)
-    config = configs.Config(block=16, programs=programs, num_warps=4, num_stages=2)
-    check_shares(case, triton.attend, config, interpret)
-
-
-# The same in pages, with pieces of a tile, of several, of a whole group.
+# Programs of many groups, of parts of groups, of one tile, of none; with pieces of a
+# tile, of several, of a whole group.
 @pytest.mark.parametrize(("programs", "piece"), [(1, 2), (5, 1), (5, 4), (40, 8)])
 @pytest.mark.parametrize(("n", "window"), [(None, None), (2, 25)])
 @pytest.mark.parametrize("page", [None, 32])
 def test_shares_of_pieces(programs, piece, n, window, page, interpret):
     case = shared_case(n, window)
     case = case if page is None else case.paged(page)
-    config = configs.PagedConfig(16, piece, programs, num_warps=4, num_stages=2)
-    check_shares(case, paged.attend, config, interpret)
+    config = configs.Config(16, piece, programs, num_warps=4, num_stages=2)
+    check_shares(case, config, interpret)
 
 
 def shared_case(n, window):
@@ -194,9 +185,9 @@ def shared_case(n, window):
     )
 
 
-def check_shares(case, attend, config, interpret):
+def check_shares(case, config, interpret):
     options = {**case.options, "config": config, "interpret": interpret}
-    attend = jax.jit(functools.partial(attend, scale=64**-0.5, **options))
+    attend = jax.jit(functools.partial(triton.attend, scale=64**-0.5, **options))
     case.check(attend(*case.args)[0])
     # The same with the last position still to be written.
     new, caches = take_newest(case)
@@ -279,7 +270,7 @@ def test_lists_of_pages(shared, appends, piece, implementation):
     lists, counts = (jnp.asarray(x, jnp.int32) for x in (lists, counts))
     options = {**case.options, "pages": lists, "n_pages": counts}
     if implementation != "xla":
-        config = configs.PagedConfig(16, piece, 7, num_warps=4, num_stages=2)
+        config = configs.Config(16, piece, 7, num_warps=4, num_stages=2)
         options = {
             **case.options,
             "pages": (lists, counts),
@@ -288,7 +279,7 @@ def test_lists_of_pages(shared, appends, piece, implementation):
             "config": config,
         }
         new, caches = take_newest(case) if appends else (None, case.args[1:3])
-        out, *_ = paged.attend(case.q, *caches, *case.args[3:], new, **options)
+        out, *_ = triton.attend(case.q, *caches, *case.args[3:], new, **options)
     elif appends:
         new, caches = take_newest(case)
         out, *_ = append_and_attend(
@@ -363,8 +354,7 @@ def test_nothing_to_read(implementation):
 @pytest.mark.parametrize(("h", "k"), [(6, 6), (6, 3), (34, 2)])
 def test_sweep(dtype, d, h, k, implementation):
     for s in (15, 700):
-        case = case_for(
-            implementation,
+        case = make_case(
             h=h,
             k=k,
             s=s,
@@ -372,6 +362,7 @@ def test_sweep(dtype, d, h, k, implementation):
             dtype=dtype,
             n=max(k - 1, 1),
             n_active=None,
+            lengths=(s, 1, s - 2),
         )
         case.check(run(case.args, implementation))
 
@@ -560,11 +551,7 @@ def test_lowers_for_cuda(model, dtype, lower_for_cuda, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", None)
     for args in (arrays, arrays + selection):
         text = lower_for_cuda(attend, *args)
-        count = n if len(args) > 4 else k
-        config = configs.heuristic(
-            b=b, n=count, g=h // k, s=s, d=d, itemsize=jnp.dtype(dtype).itemsize
-        )
-        assert text.count("@__gpu$xla.gpu.triton") == (2 if config.programs else 1)
+        assert text.count("@__gpu$xla.gpu.triton") == 2
         # The caches go to the kernel as they are: no copy in another order.
         assert "stablehlo.transpose" not in text
         assert "stablehlo.gather" not in text
@@ -601,14 +588,14 @@ def test_pages_lower_for_cuda(model, lists, lower_for_cuda):
 def test_heuristic_fits_the_hardware(itemsize, d, s):
     for b, n, g in ((1, 1, 1), (1, 8, 4), (16, 5, 8), (64, 72, 1), (4, 1, 128)):
         facts = {"b": b, "n": n, "g": g, "s": s, "d": d, "itemsize": itemsize}
-        found = [configs.heuristic(**facts)]
+        found = []
         for page in (None, 64):
-            found.append(configs.paged_heuristic(**facts, page=page))
+            found.append(configs.heuristic(**facts, page=page))
             assert 1 <= found[-1].programs and found[-1].piece.bit_count() == 1
         assert 64 % found[-1].block == 0
         for config in found:
             assert config.block >= 16 and config.block.bit_count() == 1
-            assert 0 <= config.programs <= b * n * -(-s // config.block)
+            assert config.programs <= b * n * -(-s // config.block)
             padded = 1 << (d - 1).bit_length()
             tiles = 2 * config.block * padded * itemsize * config.num_stages
             assert tiles <= 96 * 1024

@@ -20,7 +20,7 @@ class Config:
 
 
 DEFAULT = Config(64, 4)
-SHAPE = tables.attention_shape(b=64, n=4, g=4, s=4096, d=128, itemsize=2)
+SHAPE = tables.product_shape(axis=1, b=64, n=6144, m=4096, itemsize=2)
 
 
 def entry(**config):
@@ -33,21 +33,21 @@ def text(**sections):
 
 
 def test_an_entry_serves_its_bucket_and_nothing_else():
-    measured = tables.parse(text(attention=[entry(block=32)]), "x.json")
-    found = tables.lookup(measured, "attention", SHAPE, DEFAULT)
+    measured = tables.parse(text(product=[entry(block=32)]), "x.json")
+    found = tables.lookup(measured, "product", SHAPE, DEFAULT)
     assert found == Config(32, 4)
-    for other in (SHAPE | {"d": 64}, SHAPE | {"s": 8192}):
-        assert tables.lookup(measured, "attention", other, DEFAULT) is DEFAULT
+    for other in (SHAPE | {"m": 64}, SHAPE | {"n": 8192}):
+        assert tables.lookup(measured, "product", other, DEFAULT) is DEFAULT
     assert tables.lookup(measured, "mlp", SHAPE, DEFAULT) is DEFAULT
-    assert tables.lookup(None, "attention", SHAPE, DEFAULT) is DEFAULT
+    assert tables.lookup(None, "product", SHAPE, DEFAULT) is DEFAULT
 
 
 def test_buckets():
-    facts = {"g": 4, "d": 128, "itemsize": 2}
-    assert SHAPE == {"itemsize": 2, "g": 4, "d": 128, "s": 4096, "bn": 256}
-    # b * n and s to the nearest power of two by ratio.
-    assert tables.attention_shape(b=8, n=45, s=3000, **facts) == SHAPE
-    assert tables.attention_shape(b=8, n=46, s=3000, **facts)["bn"] == 512
+    facts = {"axis": 1, "m": 4096, "itemsize": 2}
+    assert SHAPE == {"itemsize": 2, "axis": 1, "b": 64, "m": 4096, "n": 6144}
+    # Outputs down to a multiple of 128.
+    assert tables.product_shape(b=33, n=6271, **facts) == SHAPE
+    assert tables.product_shape(b=33, n=6272, **facts)["n"] == 6272
     # The batch up to the next one; the neurons as they are.
     shape = tables.mlp_shape(b=65, n=11059, m=9216, gated=False, itemsize=2)
     assert shape == {"itemsize": 2, "gated": 0, "b": 128, "m": 9216, "n": 11059}
@@ -58,27 +58,26 @@ def test_buckets():
         64,
         128,
     ]
-    assert [tables.nearest_power_of_two(x) for x in (1, 2, 3, 5, 6)] == [1, 2, 4, 4, 8]
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"blok": 3}, r"x\.json: the attention entry for .*'d': 128.* unknown \['blok"),
+        ({"blok": 3}, r"x\.json: the product entry for .*'n': 6144.* unknown \['blok"),
         ({"block": 64.0}, "block = 64.0; it must be a int"),
         ({"block": True}, "block = True; it must be a int"),
         ({"fused": 1}, "fused = 1; it must be a bool"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(config, message):
-    measured = tables.parse(text(attention=[entry(**config)]), "x.json")
+    measured = tables.parse(text(product=[entry(**config)]), "x.json")
     with pytest.raises(ValueError, match=message):
-        tables.lookup(measured, "attention", SHAPE, DEFAULT)
+        tables.lookup(measured, "product", SHAPE, DEFAULT)
     short = entry()
     del short["config"]["block"]
-    measured = tables.parse(text(attention=[short]), "x.json")
+    measured = tables.parse(text(product=[short]), "x.json")
     with pytest.raises(ValueError, match=r"missing \['block'\]"):
-        tables.lookup(measured, "attention", SHAPE, DEFAULT)
+        tables.lookup(measured, "product", SHAPE, DEFAULT)
 
 
 DENSE = {"shape": tables.dense_shape(b=1, m=8, f=32, gated=True, itemsize=2)}
@@ -90,14 +89,14 @@ DENSE = {"shape": tables.dense_shape(b=1, m=8, f=32, gated=True, itemsize=2)}
         ("{", r"x\.json is not JSON"),
         ("[]", r"x\.json must be an object with the texts \['device', 'jax'\]"),
         ('{"device": "X"}', "must be an object with the texts"),
-        (text(atention=[]), r"unknown sections \['atention'\]"),
+        (text(prodduct=[]), r"unknown sections \['prodduct'\]"),
         (text(mlp={}), "mlp must be a list"),
-        (text(attention=[3]), r"entry 0 of attention must be an object with"),
-        (text(attention=[entry() | {"more": 1}]), "entry 0 of attention must be"),
-        (text(attention=[entry(), entry()]), "entry 1 of attention repeats the shape"),
-        (text(attention=[entry() | {"us": "1"}]), "us = '1'; it must be a float"),
+        (text(product=[3]), r"entry 0 of product must be an object with"),
+        (text(product=[entry() | {"more": 1}]), "entry 0 of product must be"),
+        (text(product=[entry(), entry()]), "entry 1 of product repeats the shape"),
+        (text(product=[entry() | {"us": "1"}]), "us = '1'; it must be a float"),
         (text(mlp=[entry()]), r"entry 0 of mlp must have a shape of \['itemsize', 'ga"),
-        (text(attention=[entry() | {"shape": SHAPE | {"s": 0.5}}]), "s = 0.5; it must"),
+        (text(product=[entry() | {"shape": SHAPE | {"n": 0.5}}]), "n = 0.5; it must"),
         (text(mlp_dense_above=[DENSE | {"fraction": 1.5}]), "fraction = 1.5, not in"),
         (text(mlp_dense_above=[DENSE]), "entry 0 of mlp_dense_above must be"),
     ],
@@ -108,11 +107,11 @@ def test_a_damaged_table_is_refused(bad, message):
 
 
 def test_what_the_kernels_ask(monkeypatch):
-    facts = dict(b=64, n=4, g=4, s=4096, d=128, itemsize=2)
+    facts = dict(axis=1, b=64, n=6144, m=4096, itemsize=2)
     layer = dict(b=2, m=8, gated=True, itemsize=2)
     measured = tables.parse(
         text(
-            attention=[entry(block=16)],
+            product=[entry(block=16)],
             mlp=[entry() | {"shape": tables.mlp_shape(n=16, **layer)}],
             mlp_dense_above=[
                 {"shape": tables.dense_shape(f=32, **layer), "fraction": 0.6}
@@ -121,7 +120,7 @@ def test_what_the_kernels_ask(monkeypatch):
         "x.json",
     )
     monkeypatch.setattr(tables, "shipped", lambda kind: measured)
-    assert tables.attention_config(DEFAULT, **facts).block == 16
+    assert tables.product_config(DEFAULT, **facts).block == 16
     assert tables.mlp_config(Config(1, 1), n=16, **layer) == DEFAULT
     assert tables.mlp_dense_above(f=32, **layer) == 0.6
     assert tables.mlp_dense_above(f=64, **layer) is None
@@ -131,10 +130,10 @@ def test_without_a_gpu_or_a_table_the_heuristic_serves():
     assert tables.shipped(None) is None
     assert tables.shipped("No Such GPU") is None
     assert tables.file_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3.json"
-    facts = dict(b=64, n=4, g=4, s=4096, d=128, itemsize=2)
+    facts = dict(axis=1, b=64, n=6144, m=4096, itemsize=2)
     if jax.default_backend() != "gpu":
         assert tables.device_kind() is None
-        assert tables.attention_config(DEFAULT, **facts) is DEFAULT
+        assert tables.product_config(DEFAULT, **facts) is DEFAULT
         assert tables.mlp_dense_above(b=1, m=8, f=32, gated=0, itemsize=2) is None
 
 
@@ -157,12 +156,10 @@ def shipped_tables():
 def test_shipped_tables_fit_the_kernels(path):
     measured = tables.parse(path.read_text(encoding="utf-8"), path.name)
     assert tables.file_name(measured.device) == path.name
-    for each in measured.sections.get("attention", ()):
-        shape = dict(each["shape"])
-        call = dict(b=shape.pop("bn"), k=1, n=1, **shape)
-        problem = problems.Attention(**_dtype(call))
+    for each in measured.sections.get("product", ()):
+        problem = problems.Product(**_dtype(dict(each["shape"])))
         assert problem.shape == each["shape"]
-        tables.lookup(measured, "attention", problem.shape, problem.default)
+        tables.lookup(measured, "product", problem.shape, problem.default)
     for each in measured.sections.get("mlp", ()):
         problem = problems.Mlp(f=each["shape"]["n"], **_dtype(dict(each["shape"])))
         assert problem.shape == each["shape"]
@@ -319,15 +316,15 @@ def test_the_command_writes_a_table(tmp_path, capsys):
     """Interpreted, where there is no GPU; other entries of the table stay."""
     out = tmp_path / "tables" / "toy.json"
     out.parent.mkdir()
-    other = SHAPE | {"d": 256}
+    other = SHAPE | {"m": 256}
     kind = jax.devices()[0].device_kind
-    before = {"device": kind, "jax": "0.1", "attention": [entry() | {"shape": other}]}
+    before = {"device": kind, "jax": "0.1", "product": [entry() | {"shape": other}]}
     out.write_text(json.dumps(before))
-    words = "attention:b=1,k=2,g=1,s=16,d=16,n=1,dtype=float32"
+    words = "product:b=1,m=16,n=16,dtype=float32"
     command = ["--toy", "--seconds", "0", "--shapes", words, "--out", str(out)]
     assert tune.main(command) == 0
     after = tables.parse(out.read_text(), str(out))
-    assert after.entry("attention", other) is not None
+    assert after.entry("product", other) is not None
     assert after.jax == jax.__version__ and after.device == kind
     assert [path.name for path in out.parent.iterdir()] == ["toy.json"]
     shown = capsys.readouterr().out
@@ -338,14 +335,14 @@ def test_the_command_writes_a_table(tmp_path, capsys):
 
 
 def test_a_winner_replaces_an_old_entry_and_a_loser_takes_it_out():
-    problem = problems.parse("attention:b=64,k=8,g=4,s=4096,d=128,n=4")
-    record = {"device": "X 1", "jax": "0", "attention": [entry()]}
+    problem = problems.parse("product:b=64,m=4096,n=6144")
+    record = {"device": "X 1", "jax": "0", "product": [entry()]}
     outcome = search.Outcome(Config(16, 2), 1.0, 2.0, search.Search())
     tune._enter(record, problem, outcome)
     measured = tables.parse(json.dumps(record), "x")
-    assert tables.lookup(measured, "attention", SHAPE, DEFAULT) == Config(16, 2)
+    assert tables.lookup(measured, "product", SHAPE, DEFAULT) == Config(16, 2)
     tune._enter(record, problem, dataclasses.replace(outcome, config=None))
-    assert record["attention"] == []
+    assert record["product"] == []
 
 
 def test_help_teaches(capsys):
@@ -353,7 +350,7 @@ def test_help_teaches(capsys):
         tune.main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "examples:" in shown and "attention:b=8,k=8,g=4" in shown
+    assert "examples:" in shown and "product:b=8,m=2048" in shown
 
 
 def test_a_product_is_served_by_its_bucket(monkeypatch):

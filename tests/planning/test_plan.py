@@ -13,7 +13,6 @@ from polarjax.bench import steps
 from polarjax.bench.shapes import MODELS
 from polarjax.cache import PagedCache
 from polarjax.cli import main, plan
-from polarjax.engine import places
 from polarjax.engine import steps as engine
 from polarjax.engine.sampling import Variant
 from polarjax.mesh.cut import local_config, make_mesh, shard
@@ -98,7 +97,9 @@ def test_bytes_are_those_of_the_arrays(config, policy, ranks):
         leaves = jax.tree.leaves(params.weights)
     held = sum({id(leaf): leaf.nbytes for leaf in leaves}.values())
     capacity = -(-context // PAGE) * PAGE
-    cache = PagedCache.empty(config, batch, capacity, jnp.bfloat16)
+    cache = PagedCache.pool(
+        config, batch, capacity, batch * capacity // PAGE, PAGE, jnp.bfloat16
+    )
     held += tree_bytes((cache.keys, cache.values))
     held += sampling_bytes(config, batch)
     held += prefill_bytes(config, bucket(batch * context), jnp.bfloat16)
@@ -288,8 +289,9 @@ def test_each_device_has_and_sends_what_is_planned(config, tp, dp, policy, ranks
     assert found.weight_bytes == on_first_device(params.weights)
     capacity = -(-context // PAGE) * PAGE
     model = make_decoder(config, params.weights)
-    cache = places.empty_cache(model, batch, capacity)
-    held = on_first_device((cache.keys, cache.values))
+    own = local_config(config, tp)
+    held = kv_row_bytes(config, jnp.bfloat16) * own.kv_heads * config.layers
+    held *= batch // dp * capacity
     if isinstance(policy, polarjax.Dense):
         held += on_first_device(params.weights)
     else:

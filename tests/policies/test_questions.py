@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.cache import PagedCache
 from polarjax.model import extend, logits, make_decoder, whole
 from polarjax.policies.mean_key import MeanKey
 from polarjax.policies.quest import Quest
 from polarjax.policy import Groups, Policy, Rows, Threshold, Wants
-from tests.models import LLAMA, OPT, random_params
+from tests.models import LLAMA, OPT, empty_cache, random_params
 from tests.policies.reference import Model
 
 GQA = dataclasses.replace(LLAMA, heads=6, kv_heads=3)
@@ -279,33 +278,8 @@ def test_pages(kind, share, span, least):
 def test_what_no_kernel_reads_is_refused_by_name(policy, what):
     params = random_params(GQA)
     model = make_decoder(GQA.architecture, params.weights)
-    cache = PagedCache.empty(GQA, 2, 16, jnp.float32)
-    one = jnp.ones((2, 1), jnp.int32)
+    cache, one = empty_cache(GQA, 2, 16), jnp.ones(2, jnp.int32)
     with pytest.raises(NotImplementedError, match=what):
-        extend(model, params.weights, one, one[:, 0], cache, policy=policy)
+        extend(model, params.weights, one, one > 0, cache, policy=policy)
     with pytest.raises(NotImplementedError, match=what):
         polarjax.generate(params, [[1, 2]], policy=policy, max_new_tokens=3)
-
-
-def test_a_chunk_goes_on_behind_what_the_cache_has():
-    params, tokens = random_params(GQA), tokens_of(GQA)
-    model = make_decoder(GQA.architecture, params.weights)
-    expected = masked(params, polarjax.Dense(), tokens)
-    cache = PagedCache.empty(GQA, 2, 48, jnp.float32)
-    # Ragged chunks: of each sequence some tokens more, at last all of its own.
-    ends = [(7, 5), (8, 6), (30, 29), (41, 29)]
-    begun = (0, 0)
-    for end in ends:
-        counts = np.array(end) - begun
-        if not counts.all():  # the second has ended: its last token once more
-            break
-        part = np.zeros((2, counts.max()), np.int32)
-        for row, (first, last) in enumerate(zip(begun, end, strict=True)):
-            part[row, : last - first] = tokens[row, first:last]
-        step = extend(model, params.weights, part, jnp.array(counts), cache)
-        cache, begun = step.cache, end
-        for row, last in enumerate(end):
-            np.testing.assert_allclose(
-                step.logits[row], expected[row, last - 1], atol=1e-4, rtol=1e-4
-            )
-    assert np.asarray(cache.lengths).tolist() == [30, 29]

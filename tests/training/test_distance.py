@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.cache import PagedCache
 from polarjax.model import Decoder, Prefix, extend, make_decoder
 from polarjax.policies import Polar, with_learned
 from polarjax.policies.updates import merge_updates
@@ -19,7 +18,7 @@ from polarjax.training.collect import observe_layers
 from polarjax.training.distance import divergence
 from polarjax.training.losses import head_loss, router_scores
 from polarjax.training.recovery import _gradients, straight_through
-from tests.models import random_params
+from tests.models import empty_cache, random_params, read_prompts
 from tests.training.mended import (
     BIASED,
     GQA,
@@ -72,9 +71,9 @@ def test_distance_is_that_of_decoding(config):
     weights, bound = Polar().bind(params)
     reader = Decoder(config)
     writer = Decoder(config, score_rows=bound.wants.scores)
-    cache = PagedCache.empty(config, 3, 16, jnp.float32)
+    cache = empty_cache(config, 3, 16)
     prompts = jnp.asarray(tokens), jnp.asarray(starts)
-    cache = extend(reader, params.weights, *prompts, cache, fresh=True).cache
+    cache = read_prompts(reader, params.weights, *prompts, cache).cache
     step = jax.jit(
         lambda token, live, cache, policy: extend(
             writer, weights, token, live, cache, policy=policy
@@ -84,8 +83,8 @@ def test_distance_is_that_of_decoding(config):
     for i in range(8 - starts.min()):
         at = np.minimum(starts + i, 7)
         live = starts + i < 8
-        token = jnp.asarray(tokens[range(3), at])[:, None]
-        logits, cache, _ = step(token, jnp.asarray(live, jnp.int32), cache, bound)
+        token = jnp.asarray(tokens[range(3), at])
+        logits, cache, _ = step(token, jnp.asarray(live), cache, bound)
         found.extend(kl(teacher[range(3), at], logits)[live])
     assert len(found) == 24 - starts.sum()
     ours = distance(params, jnp.asarray(tokens), jnp.asarray(starts))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import polarjax
-from polarjax.cache import PagedCache
 from polarjax.evaluation import router_recall
 from polarjax.mesh.cut import make_mesh, shard, whole_routers
 from polarjax.model import Decoder, Prefix, extend, make_decoder
@@ -19,7 +18,7 @@ from polarjax.training.collect import observe_heads, observe_layers
 from polarjax.training.neuron_budgets import measure_unions
 from polarjax.training.neurons import active_neurons, neuron_scores
 from polarjax.training.thresholds import sorted_scores
-from tests.models import LLAMA, MHA, OPT, random_params
+from tests.models import LLAMA, MHA, OPT, empty_cache, random_params
 from tests.training.unions import union_recall
 
 SMALL = dataclasses.replace(MHA, layers=3)
@@ -61,11 +60,11 @@ def decoded(params, tokens, policy):
     config, (b, t) = params.config, tokens.shape
     weights, bound = policy.bind(params)
     model = Decoder(config, score_rows=bound.wants.scores)
-    cache = PagedCache.empty(config, b, 16, jnp.float32)
-    live, found = jnp.ones(b, jnp.int32), []
+    cache = empty_cache(config, b, 16)
+    live, found = jnp.ones(b, bool), []
     for i in range(t):
         seen = {}
-        token, spy = tokens[:, i : i + 1], _Spy(bound, seen)
+        token, spy = tokens[:, i], _Spy(bound, seen)
         cache = extend(model, weights, token, live, cache, policy=spy).cache
         found.append([seen[layer] for layer in range(1, config.layers)])
     return found
