@@ -19,6 +19,7 @@ from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
 from polarjax.engine.compiled import are_known, noted, shapes_of
 from polarjax.engine.flight import Flight
+from polarjax.engine.packed import Layout, unpacked
 from polarjax.engine.places import ROWS, everywhere, place_own
 from polarjax.engine.plans import Piece, SwapIn, SwapOut
 from polarjax.engine.programs import device_of
@@ -28,6 +29,7 @@ from polarjax.engine.sampling import Variant
 from polarjax.engine.scoring import Asked, Span, asked_of
 from polarjax.engine.served import Drawing
 from polarjax.engine.slots import (
+    Begun,
     Edit,
     Row,
     edit,
@@ -54,6 +56,7 @@ _PROGRAMS = (
     steps.read_pieces,
     steps.score,
     steps.tell,
+    unpacked,
 )
 # Slots and entries of page tables that one program edits, in each part of the batch:
 # more take another call.
@@ -128,9 +131,14 @@ class Batch:
         self.slots = slots if self.mesh else jax.device_put(slots, self._device)
         self._drawing = drawing
         self.swaps = Swaps(self._dense, self._device)
+        # What edits nothing, and what reads nothing.
+        self._no_edit, self._no_begun = self._blanks()
+        self._no_reading = self._blank_reading()
+        blanks = self._no_edit, self._no_begun, self._no_reading
+        edits, begun, reading = (Layout.of(each, self.parts) for each in blanks)
+        self._layouts, self._reading_layout = (edits, begun), reading
         # Most edits begin no slot: what says so is on the devices once and for all.
-        self._blank = self._no_edit()
-        self._blank_placed = self._placed(self._blank)
+        self._begun_placed = self._placed(begun.pack(self._no_begun))
         self.compile_seconds = 0.0
         self._compile_once()
 
@@ -162,16 +170,18 @@ class Batch:
 
     def _compile(self) -> None:
         """Run each program once on nothing, so that none is compiled later."""
-        *reading, _ = self._reading((), {})
-        _, pieces, lasts = reading
-        change, variants = self._blank_placed, self._drawing.variants
+        (*reading, lasts), _ = self._reading((), {})
+        _, pieces = reading
+        variants = self._drawing.variants
+        change = self._placed(self._layouts[0].pack(self._no_edit))
+        edits = {"model": self._dense, "layouts": self._layouts}
         dense, decoding = {"model": self._dense}, self._decoding
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
             logits = self.slots.logits
             slow = [
-                (edit, (self.slots, change), dense),
-                (steps.read_pieces, (self._original, *reading[:2], self.slots), dense),
+                (edit, (self.slots, change, self._begun_placed), edits),
+                (steps.read_pieces, (self._original, *reading, self.slots), dense),
                 (steps.decode, (self._weights, self._policy, self.slots), decoding),
             ]
             if self._drawing.logprobs:
@@ -183,9 +193,9 @@ class Batch:
             ]
             with ThreadPoolExecutor(len(slow)) as pool:
                 list(pool.map(_compile_one, slow))
-        self.slots = edit(self.slots, change, **dense)
+        self.slots = edit(self.slots, change, self._begun_placed, **edits)
         self.slots, after, stream = steps.read_pieces(
-            self._original, *reading[:2], self.slots, **dense
+            self._original, *reading, self.slots, **dense
         )
         if self._drawing.prompt_logprobs:
             asked, _ = self._asked((), {})
@@ -233,12 +243,11 @@ class Batch:
         """The part of the batch that a slot is in, and its number there."""
         return divmod(slot, self.each)
 
-    def _no_edit(self) -> Edit:
-        return Edit(
-            frees=np.zeros(self.parts * self.each, bool),
-            slots=np.full(self.parts * _ROWS, self.each, np.int32),
-            rows=no_rows(self.config, self.parts * _ROWS, self.context),
-            entries=np.full((self.parts * _ENTRIES, 3), self.each, np.int32),
+    def _blanks(self) -> tuple[Edit, Begun]:
+        rows = self.parts * _ROWS
+        entries = np.full((self.parts * _ENTRIES, 3), self.each, np.int32)
+        return Edit(np.zeros(self.parts * self.each, bool), entries), Begun(
+            np.full(rows, self.each, np.int32), no_rows(self.config, rows, self.context)
         )
 
     def change(
@@ -263,29 +272,32 @@ class Batch:
             by_part[part][1].append((own, index, page))
         first = True
         while first or any(any(lists) for lists in by_part):
-            begun = any(begins for begins, _ in by_part)
-            edits = dataclasses.replace(
-                jax.tree.map(np.copy, self._blank) if begun else self._blank_placed,
-                frees=self._blank.frees.copy(),
-                entries=self._blank.entries.copy(),
-            )
+            change, begun = jax.tree.map(np.copy, self._no_edit), None
             if first:
-                edits.frees[list(frees)] = True
+                change.frees[list(frees)] = True
             first = False
+            if any(begins for begins, _ in by_part):
+                begun = jax.tree.map(np.copy, self._no_begun)
             for part, (begins, entries) in enumerate(by_part):
                 for i, (own, row) in enumerate(begins[:_ROWS], part * _ROWS):
-                    edits.slots[i] = own
-
-                    def fill(whole: np.ndarray, one: Any, i: int = i) -> None:
+                    assert begun is not None
+                    begun.slots[i] = own
+                    wholes, ones = jax.tree.leaves(begun.rows), jax.tree.leaves(row)
+                    for whole, one in zip(wholes, ones, strict=True):
                         whole[i] = one
-
-                    jax.tree.map(fill, edits.rows, row)
                 some = entries[:_ENTRIES]
                 if some:
                     at = part * _ENTRIES
-                    edits.entries[at : at + len(some)] = some
+                    change.entries[at : at + len(some)] = some
                 del begins[:_ROWS], entries[:_ENTRIES]
-            self.slots = edit(self.slots, self._placed(edits), model=self._dense)
+            edits, begins = self._layouts
+            self.slots = edit(
+                self.slots,
+                self._placed(edits.pack(change)),
+                self._placed(begins.pack(begun)) if begun else self._begun_placed,
+                model=self._dense,
+                layouts=self._layouts,
+            )
 
     def row(self, request: Request, positions: int, goes_on: bool = False) -> Row:
         """What a request's slot begins with, or goes on with.
@@ -317,14 +329,18 @@ class Batch:
         )
         return Row(**given)
 
+    def _blank_reading(self) -> tuple[np.ndarray, Pieces, np.ndarray]:
+        n, r = self.parts * self.sizes.tokens, self.parts * self.sizes.pieces
+        numbers: Any = [np.zeros(r, np.int32) for _ in range(4)]
+        return np.zeros(n, np.int32), Pieces(*numbers), np.zeros(r, bool)
+
     def _reading(
         self, reads: Sequence[Piece], requests: Mapping[int, Request]
-    ) -> tuple[jax.Array, Pieces, jax.Array, list[Request | None]]:
+    ) -> tuple[tuple[jax.Array, Pieces, jax.Array], list[Request | None]]:
         """The arguments for pieces, and whose first token is drawn after each."""
         n, r = self.sizes.tokens, self.sizes.pieces
-        tokens = np.zeros(self.parts * n, np.int32)
-        slots, starts, counts, firsts = np.zeros((4, self.parts * r), np.int32)
-        lasts = np.zeros(self.parts * r, bool)
+        whole: Any = jax.tree.map(np.copy, self._no_reading)
+        tokens, pieces, lasts = whole
         owners: list[Request | None] = [None] * (self.parts * r)
         used = [(0, 0)] * self.parts
         for piece in reads:
@@ -332,16 +348,16 @@ class Batch:
             i, start = used[part]
             used[part] = i + 1, start + piece.count
             at, request = part * r + i, requests[piece.slot]
-            slots[at], starts[at] = own, start
-            counts[at], firsts[at] = piece.count, piece.first
+            pieces.slots[at], pieces.starts[at] = own, start
+            pieces.counts[at], pieces.firsts[at] = piece.count, piece.first
             lasts[at] = piece.last
             new = request.prompt[piece.first : piece.first + piece.count]
             tokens[part * n + start : part * n + start + piece.count] = new
             if piece.last:
                 owners[at] = request
-        pieces: Any = Pieces(slots, starts, counts, firsts)  # type: ignore[arg-type]
-        tokens, pieces, lasts = self._placed((tokens, pieces, lasts))
-        return tokens, pieces, lasts, owners
+        layout = self._reading_layout
+        words = self._placed(layout.pack(whole))
+        return unpacked(words, model=self._dense, layout=layout), owners
 
     def read(self, reads: Sequence[Piece], requests: Mapping[int, Request]) -> Flight:
         """Read pieces of prompts, and draw the first token of those that end.
@@ -350,7 +366,7 @@ class Batch:
           reads: of a plan.
           requests: whose each slot is.
         """
-        tokens, pieces, lasts, owners = self._reading(reads, requests)
+        (tokens, pieces, lasts), owners = self._reading(reads, requests)
         dense = {"model": self._dense}
         self.slots, (logits, mass), stream = steps.read_pieces(
             self._original, tokens, pieces, self.slots, **dense

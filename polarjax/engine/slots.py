@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from pallas_kernels import put
 from polarjax.cache import PagedCache, zeros
 from polarjax.config import ModelConfig
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table
+from polarjax.engine.packed import Layout
 from polarjax.engine.places import GROUPS, PAGE_GROUPS, PAGES, ROWS
 from polarjax.engine.programs import device_of
 from polarjax.engine.rules import History
@@ -83,47 +84,64 @@ class Row:
     history: History
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Edit:
+class Edit(NamedTuple):
     """What the host changes before a program; of a mesh each part has its own share.
-
-    They take effect in this order.
 
     Attributes:
       frees: bool[b], slots that are dead from here on.
-      slots: int32[n], which of the part's slots the rows are for; numbers from its b on
-        for none.
-      rows: of n slots.
       entries: int32[e, 3], of page tables: slot, index in its row, page; slots from
         the part's b on for none.
     """
 
     frees: Any
-    slots: Any
-    rows: Row
     entries: Any
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
-def edit(slots: Slots, change: Edit, *, model: Decoder) -> Slots:
-    """The slots with what the host has changed.
+class Begun(NamedTuple):
+    """What slots begin with, or go on with, likewise.
+
+    Attributes:
+      slots: int32[n], which of the part's slots the rows are for; numbers from its b on
+        for none.
+      rows: of n slots.
+    """
+
+    slots: Any
+    rows: Row
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "layouts"), donate_argnames=("slots",)
+)
+def edit(
+    slots: Slots,
+    change: jax.Array,
+    begun: jax.Array,
+    *,
+    model: Decoder,
+    layouts: tuple[Layout, Layout],
+) -> Slots:
+    """The slots with what the host has changed: first some are freed, then some begin.
 
     Args:
       slots: donated.
-      change: what it has.
+      change: the words of an `Edit`.
+      begun: the words of a `Begun`.
       model: that the batch is of.
+      layouts: of both.
     """
 
-    def apply(slots: Slots, change: Edit) -> Slots:
-        rows = change.rows
+    def apply(slots: Slots, *words: jax.Array) -> Slots:
+        change, begun = (
+            layout.unpack(each) for layout, each in zip(layouts, words, strict=True)
+        )
+        rows = begun.rows
 
         def put(whole: jax.Array, part: jax.Array) -> jax.Array:
-            return whole.at[change.slots].set(part, mode="drop")
+            return whole.at[begun.slots].set(part, mode="drop")
 
         cache, dead = slots.cache, change.frees
         slot, index, page = change.entries.T
-        assert cache.table is not None
         cache = dataclasses.replace(
             cache,
             lengths=put(jnp.where(dead, 0, cache.lengths), rows.length),
@@ -141,8 +159,8 @@ def edit(slots: Slots, change: Edit, *, model: Decoder) -> Slots:
             history=jax.tree.map(put, slots.history, rows.history),
         )
 
-    kept, given = cut_slots(model), cut_edit()
-    return model.share.over(apply, (kept, given), kept)(slots, change)
+    kept = cut_slots(model)
+    return model.share.over(apply, (kept, ROWS, ROWS), kept)(slots, change, begun)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -195,12 +213,6 @@ def cut_slots(model: Decoder) -> Any:
     rows: Any = ROWS
     logits: Any = GROUPS if model.share.cuts_vocabulary else ROWS
     return Slots(PAGES, rows, rows, rows, rows, rows, rows, rows, logits, rows)
-
-
-def cut_edit() -> Any:
-    """How an edit lies on a mesh, a prefix of its tree."""
-    rows: Any = ROWS
-    return Edit(rows, rows, rows, rows)
 
 
 def no_rows(config: ModelConfig, count: int, context: int) -> Row:
