@@ -149,10 +149,10 @@ def encode_prompt(
             f"prompt {number} has {len(ids)} tokens; the model's context is "
             f"{config.context}, so a prompt may have {config.context - 1} at most"
         )
-    wrong = [x for x in ids if not 0 <= x < config.vocab_size]
-    if wrong:
+    if min(ids) < 0 or max(ids) >= config.vocab_size:
+        wrong = next(x for x in ids if not 0 <= x < config.vocab_size)
         raise ValueError(
-            f"prompt {number} has token id {wrong[0]}; ids go from 0 to "
+            f"prompt {number} has token id {wrong}; ids go from 0 to "
             f"{config.vocab_size - 1}"
         )
     return ids
@@ -166,6 +166,8 @@ def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
                 "lists of token ids"
             )
         return tokenizer.encode(prompt, name=f"prompt {i}")
+    if isinstance(prompt, list | tuple) and set(map(type, prompt)) == {int}:
+        return list(prompt)  # nearly all are so, and looking at each takes long
     ids = listed(f"prompt {i}", prompt)
     if isinstance(ids, list | tuple):
         whole = [isinstance(x, int | np.integer) for x in ids]
