@@ -18,8 +18,9 @@ from polarjax.engine import steps
 from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
 from polarjax.engine.compiled import are_known, noted, shapes_of
+from polarjax.engine.edits import Edits, row_words
 from polarjax.engine.flight import Flight
-from polarjax.engine.packed import Layout, unpacked
+from polarjax.engine.packed import pack, take_apart
 from polarjax.engine.places import ROWS, everywhere, place_own
 from polarjax.engine.plans import Piece, SwapIn, SwapOut
 from polarjax.engine.programs import device_of
@@ -28,16 +29,7 @@ from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant
 from polarjax.engine.scoring import Asked, Span, asked_of
 from polarjax.engine.served import Drawing
-from polarjax.engine.slots import (
-    Begun,
-    Edit,
-    Row,
-    edit,
-    empty_slots,
-    no_rows,
-    put_pages,
-    take_pages,
-)
+from polarjax.engine.slots import Row, edit, empty_slots, put_pages, take_pages
 from polarjax.engine.swaps import Kept, Swaps
 from polarjax.model import make_decoder
 from polarjax.params import Params
@@ -56,11 +48,25 @@ _PROGRAMS = (
     steps.read_pieces,
     steps.score,
     steps.tell,
-    unpacked,
+    take_apart,
 )
-# Slots and entries of page tables that one program edits, in each part of the batch:
-# more take another call.
-_ROWS, _ENTRIES = 8, 512
+# From the one that draws for the fewest to the one that draws for all.
+_VARIANTS = tuple(Variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """What a slot begins with, or goes on with.
+
+    Attributes:
+      words: int32[w], for the devices, of `polarjax.engine.edits.row_words`.
+      variant: number of the least variant that draws for it.
+      told: whether it is told more than its tokens.
+    """
+
+    words: np.ndarray
+    variant: int
+    told: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,20 +137,16 @@ class Batch:
         self.slots = slots if self.mesh else jax.device_put(slots, self._device)
         self._drawing = drawing
         self.swaps = Swaps(self._dense, self._device)
-        # What edits nothing, and what reads nothing.
-        self._no_edit, self._no_begun = self._blanks()
-        self._no_reading = self._blank_reading()
-        blanks = self._no_edit, self._no_begun, self._no_reading
-        edits, begun, reading = (Layout.of(each, self.parts) for each in blanks)
-        self._layouts, self._reading_layout = (edits, begun), reading
-        # Most edits begin no slot: what says so is on the devices once and for all.
-        self._begun_placed = self._placed(begun.pack(self._no_begun))
+        self._edits = Edits(config, self.parts, self.each, sizes.context, self._placed)
+        # Of each slot, as its `Begin` says.
+        self._needs = np.zeros(sizes.slots, np.int32)
+        self._told = np.zeros(sizes.slots, bool)
         self.compile_seconds = 0.0
         self._compile_once()
 
-    def _variant(self, requests: Sequence[Request]) -> Variant:
-        """The least that is compiled and draws for all of some requests."""
-        least = variant_of([one.settings for one in requests])
+    def _variant(self, slots: Sequence[int]) -> Variant:
+        """The least that is compiled and draws for all of some slots."""
+        least = _VARIANTS[self._needs[list(slots)].max(initial=0)]
         found = self._drawing.for_all(least)
         assert found is not None, f"no {least.value} drawing"
         return found
@@ -170,18 +172,16 @@ class Batch:
 
     def _compile(self) -> None:
         """Run each program once on nothing, so that none is compiled later."""
-        (*reading, lasts), _ = self._reading((), {})
-        _, pieces = reading
-        variants = self._drawing.variants
-        change = self._placed(self._layouts[0].pack(self._no_edit))
-        edits = {"model": self._dense, "layouts": self._layouts}
+        *reading, _ = self._reading((), {})
+        _, pieces, lasts = reading
+        change, variants = self._edits.nothing(), self._drawing.variants
         dense, decoding = {"model": self._dense}, self._decoding
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
             logits = self.slots.logits
             slow = [
-                (edit, (self.slots, change, self._begun_placed), edits),
-                (steps.read_pieces, (self._original, *reading, self.slots), dense),
+                (edit, (self.slots, *change), dense),
+                (steps.read_pieces, (self._original, *reading[:2], self.slots), dense),
                 (steps.decode, (self._weights, self._policy, self.slots), decoding),
             ]
             if self._drawing.logprobs:
@@ -193,9 +193,9 @@ class Batch:
             ]
             with ThreadPoolExecutor(len(slow)) as pool:
                 list(pool.map(_compile_one, slow))
-        self.slots = edit(self.slots, change, self._begun_placed, **edits)
+        self.slots = edit(self.slots, *change, **dense)
         self.slots, after, stream = steps.read_pieces(
-            self._original, *reading, self.slots, **dense
+            self._original, *reading[:2], self.slots, **dense
         )
         if self._drawing.prompt_logprobs:
             asked, _ = self._asked((), {})
@@ -229,6 +229,11 @@ class Batch:
         mesh = self.mesh
         return place_own(tree, NamedSharding(mesh, ROWS) if mesh else self._device)
 
+    def _together(self, tree: Any) -> Any:
+        """As `_placed`, in one copy: each of several would wait for the devices."""
+        packed = self._placed(pack(tree, self.parts))
+        return take_apart(packed, model=self._dense)
+
     def _for_all(self, tree: Any) -> Any:
         """Arrays of the devices where every process can look at all of them.
 
@@ -243,63 +248,26 @@ class Batch:
         """The part of the batch that a slot is in, and its number there."""
         return divmod(slot, self.each)
 
-    def _blanks(self) -> tuple[Edit, Begun]:
-        rows = self.parts * _ROWS
-        entries = np.full((self.parts * _ENTRIES, 3), self.each, np.int32)
-        return Edit(np.zeros(self.parts * self.each, bool), entries), Begun(
-            np.full(rows, self.each, np.int32), no_rows(self.config, rows, self.context)
-        )
-
     def change(
         self,
         frees: Sequence[int],
-        rows: Sequence[tuple[int, Row]],
+        begins: Sequence[tuple[int, Begin]],
         tables: Sequence[tuple[int, int, int]],
     ) -> None:
         """Edit slots; by several programs, where one has no room for all.
 
         Args:
           frees: slots that are dead from here on.
-          rows: what others begin with, each without an axis of slots.
+          begins: what others begin with.
           tables: entries of page tables: slot, index in its row, page.
         """
-        by_part = [([], []) for _ in range(self.parts)]
-        for slot, row in rows:
-            part, own = self._part(slot)
-            by_part[part][0].append((own, row))
-        for slot, index, page in tables:
-            part, own = self._part(slot)
-            by_part[part][1].append((own, index, page))
-        first = True
-        while first or any(any(lists) for lists in by_part):
-            change, begun = jax.tree.map(np.copy, self._no_edit), None
-            if first:
-                change.frees[list(frees)] = True
-            first = False
-            if any(begins for begins, _ in by_part):
-                begun = jax.tree.map(np.copy, self._no_begun)
-            for part, (begins, entries) in enumerate(by_part):
-                for i, (own, row) in enumerate(begins[:_ROWS], part * _ROWS):
-                    assert begun is not None
-                    begun.slots[i] = own
-                    wholes, ones = jax.tree.leaves(begun.rows), jax.tree.leaves(row)
-                    for whole, one in zip(wholes, ones, strict=True):
-                        whole[i] = one
-                some = entries[:_ENTRIES]
-                if some:
-                    at = part * _ENTRIES
-                    change.entries[at : at + len(some)] = some
-                del begins[:_ROWS], entries[:_ENTRIES]
-            edits, begins = self._layouts
-            self.slots = edit(
-                self.slots,
-                self._placed(edits.pack(change)),
-                self._placed(begins.pack(begun)) if begun else self._begun_placed,
-                model=self._dense,
-                layouts=self._layouts,
-            )
+        for slot, begin in begins:
+            self._needs[slot], self._told[slot] = begin.variant, begin.told
+        rows = [(slot, begin.words) for slot, begin in begins]
+        for change in self._edits.of(frees, rows, tables):
+            self.slots = edit(self.slots, *change, model=self._dense)
 
-    def row(self, request: Request, positions: int, goes_on: bool = False) -> Row:
+    def row(self, request: Request, positions: int, goes_on: bool = False) -> Begin:
         """What a request's slot begins with, or goes on with.
 
         Args:
@@ -314,33 +282,36 @@ class Batch:
         settings = [request.settings]
         stops = stop_table(settings, MOST_STOPS)
         sampling = sampling_of(self.config, settings, stops)
-        tokens = np.zeros(self.context, np.int32)
+        tokens = np.zeros((1, self.context), np.int32)
         known = [*request.prompt, *drawn]
-        tokens[: len(known)] = known
-        given: Any = dict(
-            length=positions,
-            token=drawn[-1] if drawn else 0,
-            live=goes_on and request.going,
-            remaining=request.limit - len(drawn),
-            density=request.settings.density or 0,
-            sampling=jax.tree.map(lambda x: x[0], sampling),
-            stop_ids=stops[0],
-            history=History(tokens, np.int32(len(request.prompt))),  # type: ignore
-        )
-        return Row(**given)
+        tokens[0, : len(known)] = known
 
-    def _blank_reading(self) -> tuple[np.ndarray, Pieces, np.ndarray]:
-        n, r = self.parts * self.sizes.tokens, self.parts * self.sizes.pieces
-        numbers: Any = [np.zeros(r, np.int32) for _ in range(4)]
-        return np.zeros(n, np.int32), Pieces(*numbers), np.zeros(r, bool)
+        def number(value: Any) -> np.ndarray:
+            return np.array([value], np.int32)
+
+        history: Any = History(tokens, number(len(request.prompt)))  # type: ignore
+        row = Row(
+            length=number(positions),
+            token=number(drawn[-1] if drawn else 0),
+            live=np.array([goes_on and request.going]),
+            remaining=number(request.limit - len(drawn)),
+            density=np.array([request.settings.density or 0], np.float32),
+            sampling=sampling,
+            stop_ids=stops,
+            history=history,
+        )
+        variant = _VARIANTS.index(variant_of(settings))
+        told = request.settings.logprobs is not None
+        return Begin(row_words(row), variant, told)
 
     def _reading(
         self, reads: Sequence[Piece], requests: Mapping[int, Request]
-    ) -> tuple[tuple[jax.Array, Pieces, jax.Array], list[Request | None]]:
+    ) -> tuple[jax.Array, Pieces, jax.Array, list[Request | None]]:
         """The arguments for pieces, and whose first token is drawn after each."""
         n, r = self.sizes.tokens, self.sizes.pieces
-        whole: Any = jax.tree.map(np.copy, self._no_reading)
-        tokens, pieces, lasts = whole
+        tokens = np.zeros(self.parts * n, np.int32)
+        slots, starts, counts, firsts = np.zeros((4, self.parts * r), np.int32)
+        lasts = np.zeros(self.parts * r, bool)
         owners: list[Request | None] = [None] * (self.parts * r)
         used = [(0, 0)] * self.parts
         for piece in reads:
@@ -348,16 +319,16 @@ class Batch:
             i, start = used[part]
             used[part] = i + 1, start + piece.count
             at, request = part * r + i, requests[piece.slot]
-            pieces.slots[at], pieces.starts[at] = own, start
-            pieces.counts[at], pieces.firsts[at] = piece.count, piece.first
+            slots[at], starts[at] = own, start
+            counts[at], firsts[at] = piece.count, piece.first
             lasts[at] = piece.last
             new = request.prompt[piece.first : piece.first + piece.count]
             tokens[part * n + start : part * n + start + piece.count] = new
             if piece.last:
                 owners[at] = request
-        layout = self._reading_layout
-        words = self._placed(layout.pack(whole))
-        return unpacked(words, model=self._dense, layout=layout), owners
+        pieces: Any = Pieces(slots, starts, counts, firsts)  # type: ignore[arg-type]
+        tokens, pieces, lasts = self._together((tokens, pieces, lasts))
+        return tokens, pieces, lasts, owners
 
     def read(self, reads: Sequence[Piece], requests: Mapping[int, Request]) -> Flight:
         """Read pieces of prompts, and draw the first token of those that end.
@@ -366,7 +337,7 @@ class Batch:
           reads: of a plan.
           requests: whose each slot is.
         """
-        (tokens, pieces, lasts), owners = self._reading(reads, requests)
+        tokens, pieces, lasts, owners = self._reading(reads, requests)
         dense = {"model": self._dense}
         self.slots, (logits, mass), stream = steps.read_pieces(
             self._original, tokens, pieces, self.slots, **dense
@@ -376,7 +347,7 @@ class Batch:
         if spans:
             scored = steps.score(self._original, *stream, asked, **dense)
             scored = self._for_all(scored)
-        drawing = [one for one in owners if one]
+        drawing = [piece.slot for piece in reads if piece.last]
         self.slots, (drawn, live) = steps.begin(
             logits,
             mass,
@@ -402,17 +373,17 @@ class Batch:
         asked, spans = asked_of(
             reads, requests, self.parts, self.each, self.sizes.tokens
         )
-        return (self._placed(asked) if spans or not reads else asked), spans
+        return (self._together(asked) if spans or not reads else asked), spans
 
     def _tell(
         self,
         logits: jax.Array,
         mass: jax.Array,
         token: jax.Array,
-        requests: Sequence[Request],
+        slots: Sequence[int],
     ) -> Alternatives | None:
-        """What there is to tell of tokens, if some request asks."""
-        if all(one.settings.logprobs is None for one in requests):
+        """What there is to tell of tokens, if the request of some slot asks."""
+        if not self._told[list(slots)].any():
             return None
         return self._for_all(steps.tell(logits, mass, token, model=self._dense))
 
@@ -429,11 +400,10 @@ class Batch:
         owners: list[Request | None] = [None] * (self.parts * self.each)
         for slot in slots:
             owners[slot] = requests[slot]
-        drawing = [requests[slot] for slot in slots]
         self.slots, (drawn, live) = steps.draw_tokens(
-            self.slots, model=self._dense, variant=self._variant(drawing)
+            self.slots, model=self._dense, variant=self._variant(slots)
         )
-        told = self._tell(self.slots.logits, self.slots.mass, drawn[0], drawing)
+        told = self._tell(self.slots.logits, self.slots.mass, drawn[0], slots)
         (token, logprob, valid), live = self._for_all((drawn, live))
         counts = self._for_all(counts)
         return Flight(token, logprob, valid, live, owners, told, counts)

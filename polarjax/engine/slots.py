@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from pallas_kernels import put
 from polarjax.cache import PagedCache, zeros
 from polarjax.config import ModelConfig
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table
-from polarjax.engine.packed import Layout
+from polarjax.engine.packed import Packed, unpack
 from polarjax.engine.places import GROUPS, PAGE_GROUPS, PAGES, ROWS
 from polarjax.engine.programs import device_of
 from polarjax.engine.rules import History
@@ -84,64 +84,47 @@ class Row:
     history: History
 
 
-class Edit(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Edit:
     """What the host changes before a program; of a mesh each part has its own share.
+
+    They take effect in this order.
 
     Attributes:
       frees: bool[b], slots that are dead from here on.
+      slots: int32[n], which of the part's slots begin with the `Row`s that come with
+        this; numbers from its b on for none.
       entries: int32[e, 3], of page tables: slot, index in its row, page; slots from
         the part's b on for none.
     """
 
     frees: Any
+    slots: Any
     entries: Any
 
 
-class Begun(NamedTuple):
-    """What slots begin with, or go on with, likewise.
-
-    Attributes:
-      slots: int32[n], which of the part's slots the rows are for; numbers from its b on
-        for none.
-      rows: of n slots.
-    """
-
-    slots: Any
-    rows: Row
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "layouts"), donate_argnames=("slots",)
-)
-def edit(
-    slots: Slots,
-    change: jax.Array,
-    begun: jax.Array,
-    *,
-    model: Decoder,
-    layouts: tuple[Layout, Layout],
-) -> Slots:
-    """The slots with what the host has changed: first some are freed, then some begin.
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+def edit(slots: Slots, change: Packed, begun: Packed, *, model: Decoder) -> Slots:
+    """The slots with what the host has changed.
 
     Args:
       slots: donated.
-      change: the words of an `Edit`.
-      begun: the words of a `Begun`.
+      change: what it has, an `Edit` with a row of words for each part of the batch.
+      begun: the `Row`s of n slots of each part, with a row of words for each.
       model: that the batch is of.
-      layouts: of both.
     """
 
-    def apply(slots: Slots, *words: jax.Array) -> Slots:
-        change, begun = (
-            layout.unpack(each) for layout, each in zip(layouts, words, strict=True)
-        )
-        rows = begun.rows
+    def apply(slots: Slots, packed: Packed, begun: Packed) -> Slots:
+        change: Edit = unpack(packed)
+        rows: Row = unpack(begun)
 
         def put(whole: jax.Array, part: jax.Array) -> jax.Array:
-            return whole.at[begun.slots].set(part, mode="drop")
+            return whole.at[change.slots].set(part, mode="drop")
 
         cache, dead = slots.cache, change.frees
         slot, index, page = change.entries.T
+        assert cache.table is not None
         cache = dataclasses.replace(
             cache,
             lengths=put(jnp.where(dead, 0, cache.lengths), rows.length),

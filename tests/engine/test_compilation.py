@@ -116,7 +116,7 @@ def arguments(params):
     """Of the programs of an engine: what reads pieces, and what decodes."""
     options = {"slots": 4, "context": 32, "page": 8, "prefill_tokens": 16}
     batch = polarjax.Engine(params, policy=polarjax.Polar(0.5), **options)._runner.batch
-    (tokens, pieces, _), _ = batch._reading((), {})
+    tokens, pieces, *_ = batch._reading((), {})
     read = params.weights, tokens, pieces, batch.slots
     decoded = batch._weights, batch._policy, batch.slots
     return (read, {"model": batch._dense}), (decoded, batch._decoding)
