@@ -54,7 +54,7 @@ from benchmarks.promises import ready, sameness, soak, speed
 from benchmarks.promises.common import Bench
 from benchmarks.promises.sizes import TOY, Sizes, Wanted, check_sizes
 from polarjax.bench import counts
-from polarjax.bench.rows import write_json
+from polarjax.bench.rows import read_runs, write_json
 from polarjax.bench.shapes import MODELS, TOY_MODELS
 from polarjax.evaluation.record import environment, now
 from polarjax.planning.sizes import at_least, positive
@@ -142,16 +142,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: if it is no file of this benchmark.
     """
-    try:
-        runs = json.loads(path.read_text(encoding="utf-8"))["engine"]
-        right = all(isinstance(run["results"], list) for run in runs)
-    except (ValueError, TypeError, LookupError):
-        right, runs = False, []
-    if not right:
-        raise ValueError(
-            f"{path} is no file of benchmarks.engine_promises: choose another name"
-        )
-    return runs
+    return read_runs(path, "engine", "benchmarks.engine_promises")
 
 
 def measure(args: argparse.Namespace, command: Sequence[str]) -> bool:

@@ -5,13 +5,13 @@
 FILE is what `benchmarks.engine_promises` has written.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_promises import read
+from benchmarks.tables import print_table
 
 _HOLDS = {True: "yes", False: "no", None: "not promised here"}
 
@@ -79,17 +79,13 @@ def shown(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    return print_table(
+        promises_table,
+        argv,
         prog="python -m benchmarks.promises_table",
         description="Print what the engine promises as a table in Markdown.",
+        writer="engine_promises",
     )
-    parser.add_argument("file", type=Path, help="that engine_promises wrote")
-    try:
-        print(promises_table(parser.parse_args(argv).file))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

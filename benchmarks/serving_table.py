@@ -5,12 +5,12 @@
 FILE is what `polarjax bench serve` and `benchmarks.transformers_serving` have written.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import print_table
 from polarjax.bench.serve_results import read
 
 Run = dict[str, Any]
@@ -132,17 +132,13 @@ def _spread(spread: dict[str, float] | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    return print_table(
+        serving_table,
+        argv,
         prog="python -m benchmarks.serving_table",
         description="Print results of serving as a table in Markdown.",
+        writer="a benchmark of serving",
     )
-    parser.add_argument("file", type=Path, help="that a benchmark of serving wrote")
-    try:
-        print(serving_table(parser.parse_args(argv).file))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

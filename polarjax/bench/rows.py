@@ -68,6 +68,27 @@ def read(path: Path) -> dict[str, Any]:
     return report
 
 
+def read_runs(path: Path, key: str, command: str) -> list[dict[str, Any]]:
+    """The runs of a file {key: [{"results": [...], ...}, ...]}.
+
+    Args:
+      path: of the file.
+      key: of the benchmark's own.
+      command: that writes such files, for the message.
+
+    Raises:
+      ValueError: if it is no file of this benchmark.
+    """
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))[key]
+        right = all(isinstance(run["results"], list) for run in runs)
+    except (ValueError, TypeError, LookupError):
+        right, runs = False, []
+    if not right:
+        raise ValueError(f"{path} is no file of {command}: choose another name")
+    return runs
+
+
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Replace a file by one that is written whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

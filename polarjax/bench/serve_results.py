@@ -8,7 +8,6 @@ result.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from polarjax.bench.counts import Compilations, Reached
 from polarjax.bench.latencies import Served, Spread
-from polarjax.bench.rows import write_json
+from polarjax.bench.rows import read_runs, write_json
 from polarjax.storage.writing import try_file
 
 CONTINUOUS, STATIC = "continuous", "static"
@@ -92,17 +91,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: if it is no file of this benchmark.
     """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        runs = report["serving"]
-        right = all(isinstance(run["results"], list) for run in runs)
-    except (ValueError, TypeError, LookupError):
-        right, runs = False, []
-    if not right:
-        raise ValueError(
-            f"{path} is no file of `polarjax bench serve`: choose another name"
-        )
-    return runs
+    return read_runs(path, "serving", "`polarjax bench serve`")
 
 
 def table(results: Sequence[Result]) -> Table:

@@ -30,7 +30,7 @@ from polarjax.engine.output import Output, make_output
 from polarjax.engine.places import on_devices
 from polarjax.engine.progress import Progress, following
 from polarjax.engine.request import Request
-from polarjax.engine.room import host_pages_of, sizes_of
+from polarjax.engine.room import ONLINE_TOKENS, host_pages_of, sizes_of
 from polarjax.engine.runner import Runner
 from polarjax.engine.sampling import Variant
 from polarjax.engine.scheduler import Scheduler
@@ -180,7 +180,7 @@ class Engine:
             prefill_tokens=sizes.tokens,
             pieces=sizes.pieces,
             # About as many decode steps as take as long as such a program.
-            rest=sizes.tokens // 512,
+            rest=sizes.tokens // ONLINE_TOKENS,
             parts=parts,
             host_pages=host_pages_of(params, sizes.page, swap_bytes),
         )

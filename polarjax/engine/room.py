@@ -14,18 +14,19 @@ from polarjax.planning.host_memory import host_memory
 from polarjax.planning.memory import (
     MEMORY_FRACTION,
     PAGE,
-    PREFILL_TOKENS,
     cache_bytes,
     check_fraction,
     pages_that_fit,
+    prefill_tokens_on,
 )
 from polarjax.planning.sizes import at_least, bucket, positive
 
 # Requests that one call of `generate` continues at once. More would hardly be faster,
 # and the host has work to do for each.
 _MOST_SLOTS = 512
-# Prompt tokens that one program reads while others decode, who wait for it.
-_ONLINE_TOKENS = 512
+# Prompt tokens that one program reads while others decode, who wait for it: about as
+# long as a decode step takes.
+ONLINE_TOKENS = 512
 
 # Of the host's memory, how much may hold pages of requests that gave way if nobody
 # says; and at most so much, half of what XLA takes for pinned memory by default.
@@ -34,7 +35,7 @@ _SWAP_SHARE, _MOST_SWAPPED = 0.25, 32 << 30
 
 def prefill_tokens_of(params: Params) -> int:
     """Prompt tokens that one program reads fastest."""
-    return PREFILL_TOKENS.get(device_of(params.weights).platform, 128)
+    return prefill_tokens_on(device_of(params.weights).platform)
 
 
 def sizes_of(
@@ -64,7 +65,7 @@ def sizes_of(
     """
     mesh, page = mesh_of(params.weights), positive("page", page)
     check_fraction(memory_fraction)
-    tokens = min(prefill_tokens_of(params), _ONLINE_TOKENS)
+    tokens = min(prefill_tokens_of(params), ONLINE_TOKENS)
     if prefill_tokens is not None:
         tokens = positive("prefill_tokens", prefill_tokens)
     if pages is None:

@@ -20,10 +20,15 @@ from polarjax.planning.host_memory import host_memory
 PAGE = 64
 # Tokens of prompts that one program reads: a GPU needs many to be busy, and where there
 # are fewer a CPU computes the rest in vain.
-PREFILL_TOKENS = {"gpu": 2048, "cpu": 128}
+_PREFILL_TOKENS = {"gpu": 2048, "cpu": 128}
 # Of what XLA may take. The rest is for what is not counted: programs, gaps between
 # buffers.
 MEMORY_FRACTION = 0.95
+
+
+def prefill_tokens_on(platform: str) -> int:
+    """Prompt tokens that one program reads fastest on a kind of device, as "gpu"."""
+    return _PREFILL_TOKENS.get(platform, _PREFILL_TOKENS["cpu"])
 
 
 def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> int:

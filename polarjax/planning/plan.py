@@ -22,12 +22,12 @@ from polarjax.planning.devices import Memory, check_link, known_gpu, live, sendi
 from polarjax.planning.memory import (
     MEMORY_FRACTION,
     PAGE,
-    PREFILL_TOKENS,
     cache_bytes,
     check_fraction,
     cpu_step_bytes,
     largest,
     prefill_bytes,
+    prefill_tokens_on,
     sampling_bytes,
 )
 from polarjax.planning.per_device import (
@@ -240,8 +240,7 @@ def plan(
         if memory.platform == "cpu":
             step = cpu_step_bytes(own.config, part, capacity, dtype, weights)
         # As many prompt tokens as `generate` reads at once, at most.
-        tokens = PREFILL_TOKENS.get(memory.platform, PREFILL_TOKENS["cpu"])
-        tokens = min(tokens, bucket(part * context))
+        tokens = min(prefill_tokens_on(memory.platform), bucket(part * context))
         prefill = prefill_bytes(own.config, tokens, dtype)
         return (
             held_bytes[density]
