@@ -12,10 +12,9 @@ Triton wants arrays of power-of-two size and dots of at least 16 rows: head dims
 groups are padded with masked loads, never in memory.
 """
 
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from pallas_kernels._backend import once, pltriton
 from pallas_kernels._dot import dot
 from pallas_kernels.attention.configs import Config, heuristic
 from pallas_kernels.attention.fold import fold_pieces
+from pallas_kernels.attention.line import Inputs, Line, Static
 from pallas_kernels.attention.pieces import Work
 from pallas_kernels.attention.sums import Sums
 
@@ -103,8 +103,8 @@ def attend(
         parts=1 if table is None else page // config.block,
         window=window,
     )
-    static = _Static(work, b, k, g, d, scale, softcap)
-    inputs = _Inputs(
+    static = Static(work, b, k, g, d, scale, softcap)
+    inputs = Inputs(
         lengths, heads, n_active, table, lists, counts, q, new, k_cache, v_cache
     )
     several = None
@@ -136,135 +136,17 @@ def attend(
     return out, *(written or (k_cache, v_cache))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What a kernel is compiled for: the work, the glossary's dimensions, options."""
-
-    work: Work
-    b: int
-    k: int
-    g: int
-    d: int
-    scale: float
-    softcap: float | None
-
-
-class _Inputs(NamedTuple):
-    """What a call reads: arrays outside of the kernels, refs inside."""
-
-    lengths: jax.Array  # [b]
-    heads: jax.Array | None  # [b, n]; None is every group
-    n_active: jax.Array | None  # [b]; None is n
-    table: jax.Array | None  # [b, m]; None where each sequence has one page, its own
-    lists: jax.Array | None  # [b, k or 1, p]; None is every page
-    counts: jax.Array | None  # [b, k or 1]
-    q: jax.Array  # [b, h, d]
-    new: tuple[jax.Array, jax.Array] | None  # keys and values to append, [b, k, d]
-    k_cache: jax.Array  # [pages, k, page, d]
-    v_cache: jax.Array  # [pages, k, page, d]
-
-    def active(self, sequence, static):
-        """How many groups are selected for a sequence, or for each of an array."""
-        if self.n_active is None:
-            return jnp.full_like(sequence, static.work.n)
-        return static.work.groups(self.n_active[sequence])
-
-    def group(self, sequence, slot, static, mask=None):
-        """The group in a slot of a sequence's selection, or in each of an array."""
-        if self.heads is None:
-            return slot
-        if mask is None:
-            group = self.heads[sequence, slot]
-        else:
-            at: Any = self.heads.at[sequence, slot]
-            group = pltriton.load(at, mask=mask, other=0)
-        # The clip keeps a wrong index from reading outside of the cache.
-        return jnp.clip(group, 0, static.k - 1)
-
-    def row(self, group):
-        """Which list a group reads."""
-        assert self.counts is not None
-        return group if self.counts.shape[1] > 1 else jnp.zeros_like(group)
-
-
-class _Line:
-    """The line of all tiles, which every program works out from the lengths.
-
-    It consists of runs of equal lists: the groups of a sequence, or where each group
-    has a list of its own, one group.
-    """
-
-    def __init__(self, inputs, static):
-        self.static, work = static, static.work
-        own = inputs.counts is not None and inputs.counts.shape[1] > 1
-        self.each = work.n if own else 1  # runs of a sequence
-        runs = static.b * self.each
-        self.index = jnp.arange(pl.next_power_of_2(runs), dtype=jnp.int32)
-        there = self.index < runs
-        sequence = lax.div(self.index, self.each)
-
-        def load(ref, *at):
-            return pltriton.load(ref.at[at], mask=there, other=0)
-
-        lengths = load(inputs.lengths, sequence)
-        groups = jnp.where(there, work.n, 0)
-        if inputs.n_active is not None:
-            groups = work.groups(load(inputs.n_active, sequence))
-        if inputs.counts is None:
-            _, self.tiles = work.tiles(lengths)
-        else:
-            slot = lax.rem(self.index, self.each)
-            group = inputs.group(sequence, slot, static, there) if own else slot
-            self.tiles = work.listed(lengths, load(inputs.counts, sequence, group))
-        if own:
-            groups = (slot < groups).astype(jnp.int32)
-        self.ends = jnp.cumsum(self.tiles * groups)
-        self.total = jnp.sum(self.tiles * groups)
-
-    def find(self, tile):
-        """The selected group that a tile is of; any that exists, beyond the last tile.
-
-        Returns:
-            Its sequence, its slot in the sequence's selection, and where in the line
-            its tiles start and stop.
-        """
-        work = self.static.work
-        before = self.ends <= tile
-        run = jnp.sum(before.astype(jnp.int32))
-        start = jnp.max(jnp.where(before, self.ends, 0))
-        tiles = jnp.sum(jnp.where(self.index == run, self.tiles, 0))
-        slot = lax.div(tile - start, jnp.maximum(tiles, 1))
-        start += slot * tiles
-        run = jnp.minimum(run, self.static.b * self.each - 1)
-        slot = jnp.minimum(slot, work.n - 1)
-        if self.each > 1:
-            slot = lax.rem(run, self.each)
-        return lax.div(run, self.each), slot, start, start + tiles
-
-    def piece_at(self, start, stop, tile):
-        """Where the first piece of a list begins that does so at a tile or behind.
-
-        Args:
-            start: of the list in the line.
-            stop: behind its last tile.
-            tile: within them.
-        """
-        size = self.static.work.piece_tiles(stop - start)
-        ahead = lax.div(tile - start + (size - 1), size) * size
-        return jnp.minimum(start + ahead, stop)
-
-
 def _attend_share(
-    inputs: _Inputs,
+    inputs: Inputs,
     cache_refs,  # None, or the caches, to append to
     piece_refs,  # None, or what fold_pieces takes
     out_ref,  # [b, h, d]
     *,
-    static: _Static,
+    static: Static,
 ):
     """Attend over the pieces that begin in one program's share of all tiles."""
     program, work = pl.program_id(0), static.work
-    line = _Line(inputs, static)
+    line = Line(inputs, static)
     begin, count = work.share(line.total, program)
     end = begin + count
 
