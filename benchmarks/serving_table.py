@@ -21,6 +21,7 @@ _HEAD = (
     "engine",
     "slots",
     "tokens/s",
+    "queued",
     "x transformers",
     "TTFT, p50 and p99",
     "TPOT, p50 and p99",
@@ -43,7 +44,8 @@ def serving_table(path: Path) -> str:
     lines = [
         "A load is played from its beginning to its last token; warming up is left "
         "out. Times in milliseconds; p50 is the median. Density and KV read are those "
-        "of the decode steps, layer 0 with them, where the engine counts them. Tokens "
+        "of the decode steps, layer 0 with them, where the engine counts them. Queued: "
+        "tokens a second until every request has its first one. Tokens "
         "a second are held against the fastest of transformers' with FlashAttention on "
         f"the same load. Raw results: `{path.name}`.",
         "",
@@ -112,12 +114,14 @@ def _cells(run: Run, result: Run, theirs: float | None) -> list[str]:
         read_part = f"{reached['kv_bytes'] / reached['kv_bytes_dense']:.3f}"
     ours = "" if _is_transformers(result) else f", {result['policy']}"
     itl = served["itl_ms"]
+    queued = served.get("queued_tokens_per_second")  # not in files of before
     return [
         run["load"]["name"],
         "all at once" if result["rate"] is None else f"{result['rate']:g}",
         result["how"] + ours,
         str(result["slots"] or ""),
         f"{served['tokens_per_second']:,.0f}",
+        f"{queued:,.0f}" if queued else "",
         over,
         _spread(served["ttft_ms"]),
         _spread(served["tpot_ms"]),

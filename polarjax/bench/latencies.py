@@ -118,6 +118,10 @@ class Served:
       seconds: from the beginning of the load to the last token.
       requests_per_second: over `seconds`.
       tokens_per_second: new tokens over `seconds`.
+      queued_seconds: from the beginning of the load until every request has its first
+        token, so that none waits any more.
+      queued_tokens_per_second: new tokens that came by then, over `queued_seconds`: the
+        rate of a batch that is full, where all was sent at once.
       total_tokens_per_second: prompt tokens and new ones over `seconds`.
       ttft_ms: time to the first token, over requests.
       tpot_ms: time per output token after the first, over requests of two or more.
@@ -136,6 +140,8 @@ class Served:
     seconds: float
     requests_per_second: float
     tokens_per_second: float
+    queued_seconds: float
+    queued_tokens_per_second: float
     total_tokens_per_second: float
     ttft_ms: Spread | None
     tpot_ms: Spread | None
@@ -167,6 +173,8 @@ def summarise(
     seconds = max(trace.ended for trace in traces)
     prompts = sum(trace.prompt_tokens for trace in traces)
     new = sum(trace.new_tokens for trace in traces)
+    queued = max(trace.chunks[0][0] for trace in traces)
+    by_then = sum(n for trace in traces for at, n in trace.chunks if at <= queued)
     gaps = np.array([gap for trace in traces for gap in trace.gaps]).reshape(-1, 2)
     counts = gaps[:, 1].astype(int)
     goodput = None
@@ -180,6 +188,8 @@ def summarise(
         seconds=seconds,
         requests_per_second=len(traces) / seconds,
         tokens_per_second=new / seconds,
+        queued_seconds=queued,
+        queued_tokens_per_second=by_then / queued,
         total_tokens_per_second=(prompts + new) / seconds,
         ttft_ms=Spread.of([trace.ttft for trace in traces]),
         tpot_ms=Spread.of([t for trace in traces if (t := trace.tpot) is not None]),

@@ -100,7 +100,7 @@ def table(results: Sequence[Result]) -> Table:
     made = Table(box=None)
     for name in ("", "policy"):
         made.add_column(name)
-    columns = ("rate", "req/s", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99")
+    columns = ("rate", "req/s", "tokens/s", "queued", "TTFT p50", "p99", "TPOT p50", "p99")
     columns += ("ITL p99", "E2EL p50", "p99", "density", "KV read")
     for name in (*columns, *(("good req/s",) if goodput else ())):
         made.add_column(name, justify="right")
@@ -117,6 +117,7 @@ def _cells(result: Result) -> list[str]:
         "inf" if result.rate is None else f"{result.rate:g}",
         f"{served.requests_per_second:,.2f}",
         f"{served.tokens_per_second:,.0f}",
+        f"{served.queued_tokens_per_second:,.0f}",
         *_spread(served.ttft_ms),
         *_spread(served.tpot_ms),
         _spread(served.itl_ms)[1],

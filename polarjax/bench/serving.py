@@ -101,7 +101,10 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
         if args.static:
             runs.add(static(params, way, args))
     console.print(serve_results.table(runs.results))
-    console.print("times in ms; ITL: gaps between a request's chunks of tokens")
+    console.print(
+        "times in ms; queued: tokens/s until every request has its first token; ITL: "
+        "gaps between a request's chunks of tokens"
+    )
     for note in serve_results.notes(runs.results):
         console.print(f"note: {note}")
     if runs.path:

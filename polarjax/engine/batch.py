@@ -99,6 +99,7 @@ class Batch:
       policy: bound.
       sizes: that it has.
       drawing: that requests may need.
+      host_pages: most that the host keeps of each part, of requests that give way.
       implementation: of the kernels; None chooses by device.
 
     Attributes:
@@ -113,6 +114,7 @@ class Batch:
         sizes: Sizes,
         *,
         drawing: Drawing,
+        host_pages: int = 0,
         implementation: Implementation | None = None,
     ) -> None:
         config = params.config
@@ -143,6 +145,9 @@ class Batch:
         self._told = np.zeros(sizes.slots, bool)
         self.compile_seconds = 0.0
         self._compile_once()
+        if self._may_give_way:
+            most = min(host_pages, sizes.pages)
+            self.slots = self.swaps.warm(self.slots, most)
 
     def _variant(self, slots: Sequence[int]) -> Variant:
         """The least that is compiled and draws for all of some slots."""
@@ -216,8 +221,6 @@ class Batch:
                 self._for_all(
                     steps.tell(slots.logits, slots.mass, drawn[0][0], **dense)
                 )
-        if self._may_give_way:
-            self.slots = self.swaps.warm(self.slots)
 
     @property
     def _decoding(self) -> dict[str, Any]:

@@ -173,6 +173,7 @@ class Engine:
             memory_fraction=memory_fraction,
         )
         ahead = at_least("ahead", ahead, 0)
+        host_pages = host_pages_of(params, sizes.page, swap_bytes)
         scheduler = Scheduler(
             sizes.slots,
             sizes.pages,
@@ -182,7 +183,7 @@ class Engine:
             # About as many decode steps as take as long as such a program.
             rest=sizes.tokens // ONLINE_TOKENS,
             parts=parts,
-            host_pages=host_pages_of(params, sizes.page, swap_bytes),
+            host_pages=host_pages,
         )
         batch = Batch(
             params,
@@ -190,6 +191,7 @@ class Engine:
             self._bound,
             sizes,
             drawing=self._drawing,
+            host_pages=host_pages,
             implementation=implementation,
         )
         self._compiled_seconds = batch.compile_seconds

@@ -23,6 +23,9 @@ from polarjax.engine.slots import Slots, put_pages, take_pages
 from polarjax.model import Decoder
 
 _PINNED = "pinned_host"
+# Pinned memory that is taken before requests come, at some 0.4 s per GB: taken when the
+# first of them gives way it would stop all others meanwhile. Once taken it is kept.
+_PINNED_AT_ONCE = 4 << 30
 
 
 @dataclasses.dataclass
@@ -111,12 +114,25 @@ class Swaps:
         self._count(groups, start)
         return slots
 
-    def warm(self, slots: Slots) -> Slots:
-        """Compile all that is needed, and copy trash to trash; donates the slots."""
+    def warm(self, slots: Slots, host_pages: int) -> Slots:
+        """Compile all that is needed, take pinned memory, and copy trash to trash.
+
+        Args:
+          slots: donated.
+          host_pages: most that the host may keep of each part of the batch at once.
+        """
         nowhere = np.zeros((self._parts, SWAP_PAGES), np.int32)
-        taken = self._take(slots, nowhere)
-        groups = {at: _to_host(shard.data) for at, shard in _shards(taken).items()}
-        return self._put(slots, self._on_devices(slots, groups), nowhere)
+        shards = _shards(self._take(slots, nowhere))
+        count = 1
+        if all(at.platform != "cpu" for at in shards):  # whose memory is all the host's
+            room = _PINNED_AT_ONCE // sum(x.data.nbytes for x in shards.values())
+            count = max(1, min(room, host_pages // SWAP_PAGES))
+        groups = [
+            {at: _to_host(shard.data) for at, shard in shards.items()}
+            for _ in range(count)
+        ]
+        jax.block_until_ready(groups)
+        return self._put(slots, self._on_devices(slots, groups[0]), nowhere)
 
     def _take(self, slots: Slots, numbers: np.ndarray) -> jax.Array:
         return take_pages(slots, self._placed(numbers), model=self._model)

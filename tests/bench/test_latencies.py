@@ -28,6 +28,9 @@ def test_a_load():
     assert served.seconds == 4.0
     assert served.requests_per_second == 0.75 and served.tokens_per_second == 3.0
     assert served.total_tokens_per_second == 18.0
+    # B is the last to have a token: by then A has all four, C three of its seven.
+    assert served.queued_seconds == 3.5
+    assert served.queued_tokens_per_second == 8 / 3.5
 
     def ms(spread):
         return pytest.approx(dataclasses.astuple(spread), rel=1e-9)
