@@ -68,10 +68,10 @@ def make_prefill(
             )
             slots, told = call(
                 steps.begin,
+                slots,
                 *after,
                 pieces,
                 lasts,
-                slots,
                 model=model,
                 variant=Variant.GREEDY,
             )

@@ -100,8 +100,8 @@ def table(results: Sequence[Result]) -> Table:
     made = Table(box=None)
     for name in ("", "policy"):
         made.add_column(name)
-    columns = ("rate", "req/s", "tokens/s", "queued", "TTFT p50", "p99", "TPOT p50", "p99")
-    columns += ("ITL p99", "E2EL p50", "p99", "density", "KV read")
+    columns = ("rate", "req/s", "tokens/s", "queued", "TTFT p50", "p99")
+    columns += ("TPOT p50", "p99", "ITL p99", "E2EL p50", "p99", "density", "KV read")
     for name in (*columns, *(("good req/s",) if goodput else ())):
         made.add_column(name, justify="right")
     for result in results:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +29,14 @@ from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant
 from polarjax.engine.scoring import Asked, Span, asked_of
 from polarjax.engine.served import Drawing
-from polarjax.engine.slots import Row, edit, empty_slots, put_pages, take_pages
+from polarjax.engine.slots import (
+    Row,
+    Slots,
+    edit,
+    empty_slots,
+    put_pages,
+    take_pages,
+)
 from polarjax.engine.swaps import Kept, Swaps
 from polarjax.model import make_decoder
 from polarjax.params import Params
@@ -180,12 +187,13 @@ class Batch:
         *reading, _ = self._reading((), {})
         _, pieces, lasts = reading
         change, variants = self._edits.nothing(), self._drawing.variants
+        bare = self.slots.bare
         dense, decoding = {"model": self._dense}, self._decoding
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
             logits = self.slots.logits
             slow = [
-                (edit, (self.slots, *change), dense),
+                (edit, (bare, *change), dense),
                 (steps.read_pieces, (self._original, *reading[:2], self.slots), dense),
                 (steps.decode, (self._weights, self._policy, self.slots), decoding),
             ]
@@ -193,12 +201,12 @@ class Batch:
                 told = logits, self.slots.mass, self.slots.token[None]
                 slow.append((steps.tell, told, dense))
             slow += [
-                (steps.draw_tokens, (self.slots,), {**dense, "variant": variant})
+                (steps.draw_tokens, (bare,), {**dense, "variant": variant})
                 for variant in variants
             ]
             with ThreadPoolExecutor(len(slow)) as pool:
                 list(pool.map(_compile_one, slow))
-        self.slots = edit(self.slots, *change, **dense)
+        self._on_rows(edit, *change, **dense)
         self.slots, after, stream = steps.read_pieces(
             self._original, *reading[:2], self.slots, **dense
         )
@@ -211,8 +219,8 @@ class Batch:
         self._for_all(counts)
         for variant in variants:
             static = {**dense, "variant": variant}
-            self.slots, first = steps.begin(*after, pieces, lasts, self.slots, **static)
-            self.slots, drawn = steps.draw_tokens(self.slots, **static)
+            first = self._on_rows(steps.begin, *after, pieces, lasts, **static)
+            drawn = self._on_rows(steps.draw_tokens, **static)
             for tree in (first, drawn):
                 self._for_all(tree)
             if self._drawing.logprobs:  # the first time compiles them
@@ -221,6 +229,26 @@ class Batch:
                 self._for_all(
                     steps.tell(slots.logits, slots.mass, drawn[0][0], **dense)
                 )
+
+    def _on_rows(self, program: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        """Call a program that leaves keys and values as they are.
+
+        They are not passed: each array takes the host a microsecond or two, and there
+        are two of every layer.
+
+        Args:
+          program: of slots first, which it gives back, before what else it yields.
+          *args: others.
+          **static: of the program.
+
+        Returns:
+          What else it yields.
+        """
+        cache = self.slots.cache
+        found = program(self.slots.bare, *args, **static)
+        slots, yields = (found, None) if isinstance(found, Slots) else found
+        self.slots = slots.over(cache)
+        return yields
 
     @property
     def _decoding(self) -> dict[str, Any]:
@@ -268,7 +296,7 @@ class Batch:
             self._needs[slot], self._told[slot] = begin.variant, begin.told
         rows = [(slot, begin.words) for slot, begin in begins]
         for change in self._edits.of(frees, rows, tables):
-            self.slots = edit(self.slots, *change, model=self._dense)
+            self._on_rows(edit, *change, model=self._dense)
 
     def row(self, request: Request, positions: int, goes_on: bool = False) -> Begin:
         """What a request's slot begins with, or goes on with.
@@ -351,12 +379,12 @@ class Batch:
             scored = steps.score(self._original, *stream, asked, **dense)
             scored = self._for_all(scored)
         drawing = [piece.slot for piece in reads if piece.last]
-        self.slots, (drawn, live) = steps.begin(
+        drawn, live = self._on_rows(
+            steps.begin,
             logits,
             mass,
             pieces,
             lasts,
-            self.slots,
             model=self._dense,
             variant=self._variant(drawing),
         )
@@ -403,8 +431,9 @@ class Batch:
         owners: list[Request | None] = [None] * (self.parts * self.each)
         for slot in slots:
             owners[slot] = requests[slot]
-        self.slots, (drawn, live) = steps.draw_tokens(
-            self.slots, model=self._dense, variant=self._variant(slots)
+        variant = self._variant(slots)
+        drawn, live = self._on_rows(
+            steps.draw_tokens, model=self._dense, variant=variant
         )
         told = self._tell(self.slots.logits, self.slots.mass, drawn[0], slots)
         (token, logprob, valid), live = self._for_all((drawn, live))

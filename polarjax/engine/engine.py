@@ -121,7 +121,7 @@ class Engine:
         pages: int | None = None,
         page: int = PAGE,
         prefill_tokens: int | None = None,
-        ahead: int = 1,
+        ahead: int = 2,
         swap_bytes: int | None = None,
         prefix_cache: bool = True,
         memory_fraction: float = MEMORY_FRACTION,

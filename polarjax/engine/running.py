@@ -5,10 +5,9 @@ plan plus a constant, and the plan at which it needs its next page, or has asked
 its tokens, is known when it starts or grows: it is noted under that plan's number, and
 `Part.grow` looks at those that are due, not at all.
 
-A page that is needed and not there makes somebody give way: who has asked for all its
-tokens and only waits to hear of its end; else, of those with the largest priority
-number, who has computed least; and never one alone. The other end of that order always
-goes on, so all come to their end.
+A page that is needed and not there makes somebody give way: of those with the largest
+priority number, who has computed least; and never one alone. The other end of that
+order always goes on, so all come to their end.
 
 What one that decodes has computed is kept by the host, and copied back when there is
 room again. Where the host's share is full the sequence begins anew: it will draw the
@@ -171,7 +170,8 @@ class Part:
         if last:
             del self._readers[0]
             if sequence.new_tokens == 1:
-                sequence.state = State.DRAWN
+                sequence.state, sequence.due = State.DRAWN, self.number + 1
+                self._due.setdefault(sequence.due, []).append(sequence)
             else:
                 self._start_decoding(sequence, prompt.length)
 
@@ -198,6 +198,8 @@ class Part:
     def grow(self, draft: Draft) -> list[Sequence]:
         """Give pages to those who need one for this plan's step.
 
+        Whose last token has been asked for leaves slot and pages to others.
+
         Returns:
           Those who had to give way for it, to be put back into the queue.
         """
@@ -207,14 +209,12 @@ class Part:
                 continue  # it has left meanwhile, or is here twice: it began anew
             sequence.due = -1
             if sequence.positions(self.number) == sequence.end:
-                self._stop_decoding(sequence, State.DRAWN)
+                self.vacate(sequence, draft)
             else:
                 growing.append(sequence)
         preempted = []
         while self.pool.available < len(growing):
-            victim = self._victim()
-            if victim.state is not State.DRAWN:
-                preempted.append(victim)
+            preempted.append(victim := self._victim())
             self._preempt(victim, draft)
             growing = [each for each in growing if each.state is State.DECODING]
         for sequence in growing:
@@ -226,10 +226,9 @@ class Part:
         return preempted
 
     def _victim(self) -> Sequence:
-        def rank(sequence: Sequence) -> tuple[bool, int, int, int]:
-            drawn = sequence.state is State.DRAWN
+        def rank(sequence: Sequence) -> tuple[int, int, int]:
             computed = sequence.positions(self.number)
-            return drawn, sequence.priority, -computed, sequence.order
+            return sequence.priority, -computed, sequence.order
 
         assert len(self.live) > 1, "one alone has all pages"
         return max(self.live.values(), key=rank)
@@ -239,7 +238,7 @@ class Part:
         self.vacate(victim, draft)
         if state is State.READING:  # dense, and so read again as it was
             victim.state = State.WAITING
-        elif state is State.DECODING:
+        else:
             kept = -(-len(table) // SWAP_PAGES) * SWAP_PAGES
             if self.kept + kept > self.host_pages:
                 victim.state = State.WAITING
@@ -271,7 +270,7 @@ class Part:
         draft.frees.append(slot)
         self._owed -= self._growth(sequence)
         self.pool.release(sequence.table)
-        sequence.slot, sequence.table = -1, []
+        sequence.slot, sequence.table, sequence.due = -1, [], -1
 
     def check(self) -> None:
         """Compare all that is known; for tests, as it looks at everything.
@@ -288,6 +287,7 @@ class Part:
         reading = sorted(sequence.slot for *_, sequence in self._readers)
         assert reading == sorted(by_state.pop(State.READING, ())), "who is read?"
         assert self._decoding == by_state.pop(State.DECODING, set()), "who decodes?"
+        # Of one token, which the next plan finds out.
         assert set(by_state) <= {State.DRAWN}, "somebody has a slot for nothing"
         owed = sum(map(self._growth, self.live.values()))
         assert owed == self._owed, "who may grow by how much?"

@@ -37,6 +37,11 @@ from polarjax.engine.sequence import State
 from polarjax.engine.waiting import Waiting
 from polarjax.planning.sizes import at_least, positive
 
+# Rests between prefill programs that are not full, where requests wait for slots. With
+# 64 slots and chats, a program of 512 tokens is half full after one decode step, and
+# costs as much as three: see `benchmarks/results`.
+PATIENCE = 8
+
 
 class Scheduler:
     """Makes a plan for each iteration of an engine.
@@ -48,7 +53,8 @@ class Scheduler:
       prefill_tokens: that one prefill program reads, in each part.
       pieces: of prompts that one prefill program reads, in each part.
       rest: plans without one that follow a prefill program, while others decode, unless
-        the next would be full: what it costs does not depend on what is in it.
+        the next would be full: what it costs does not depend on what is in it. They are
+        `PATIENCE` times as many while more wait than there are free slots.
       parts: equal parts that a mesh cuts the batch into. Part i has the slots from
         i * slots / parts on and pages of its own, which its rows of the table number.
       root: what the pages' contents depend on, see `PagePool`.
@@ -81,7 +87,7 @@ class Scheduler:
         tokens = positive("prefill_tokens", prefill_tokens)
         pieces = positive("pieces", pieces)
         self._tokens, self._rest = tokens, at_least("rest", rest, 0)
-        self._reads_from = 0  # number of the plan from which on prompts are read again
+        self._reads = -1  # number of the newest plan that has read prompts
         each = self.slots // self.parts
         self._parts = [
             Part(
@@ -238,7 +244,7 @@ class Scheduler:
             tuple(chain.from_iterable(part.decodes for part in self._parts)),
         )
         if plan.reads:
-            self._reads_from = plan.number + 1 + self._rest
+            self._reads = plan.number
         self._draft = Draft()
         for part in self._parts:
             part.next_plan()
@@ -246,12 +252,14 @@ class Scheduler:
 
     def _reads_now(self) -> bool:
         """Whether this plan may read prompts."""
-        if self._parts[0].number >= self._reads_from:
+        free, waiting = sum(len(part.free) for part in self._parts), self.waiting
+        # Who waits long for a slot hardly cares; the sooner the others end the better.
+        rest = self._rest * (PATIENCE if waiting > free else 1)
+        if self._parts[0].number > self._reads + rest:
             return True
         if not any(part.decodes for part in self._parts):
             return True  # nobody is kept from anything else
         # About what those who wait would bring, as far as there are slots for them.
-        free, waiting = sum(len(part.free) for part in self._parts), self.waiting
         new = self._waiting.tokens * min(free, waiting) // max(waiting, 1)
         unread = sum(part.unread for part in self._parts)
         return unread + new >= self._tokens * self.parts
@@ -325,7 +333,7 @@ class Scheduler:
             assert has_slot or sequence.slot == -1, f"{sequence.id!r} is lost"
             queued = sequence.state in (State.WAITING, State.SWAPPED)
             assert sequence.queued == queued, f"{sequence.id!r} waits for nothing"
-            # A drawn one may have had to give its slot up.
+            # A drawn one has none, but for the plan that draws its only token.
             assert has_slot != queued or sequence.state is State.DRAWN
         for part in self._parts:
             kept = sum(

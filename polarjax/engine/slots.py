@@ -57,6 +57,21 @@ class Slots:
     logits: jax.Array
     mass: jax.Array
 
+    @property
+    def bare(self) -> Slots:
+        """The same without keys and values, for programs that leave those alone."""
+        cache = dataclasses.replace(self.cache, keys=(), values=())
+        return dataclasses.replace(self, cache=cache)
+
+    def over(self, cache: PagedCache) -> Slots:
+        """Bare ones with keys and values again.
+
+        Args:
+          cache: that has them.
+        """
+        cache = dataclasses.replace(self.cache, keys=cache.keys, values=cache.values)
+        return dataclasses.replace(self, cache=cache)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +124,7 @@ def edit(slots: Slots, change: Packed, begun: Packed, *, model: Decoder) -> Slot
     """The slots with what the host has changed.
 
     Args:
-      slots: donated.
+      slots: donated; may be bare.
       change: what it has, an `Edit` with a row of words for each part of the batch.
       begun: the `Row`s of n slots of each part, with a row of words for each.
       model: that the batch is of.

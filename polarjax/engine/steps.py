@@ -132,11 +132,11 @@ def score(
     jax.jit, static_argnames=("model", "variant"), donate_argnames=("slots",)
 )
 def begin(
+    slots: Slots,
     logits: jax.Array,
     mass: jax.Array,
     pieces: Pieces,
     lasts: jax.Array,
-    slots: Slots,
     *,
     model: Decoder,
     variant: Variant,
@@ -144,11 +144,11 @@ def begin(
     """Draw the first token of requests whose prompts have been read.
 
     Args:
+      slots: donated; may be bare.
       logits: float32[r, v], after each piece.
       mass: float32[r], their log-sum-exp.
       pieces: whose they are.
       lasts: bool[r], whether a piece ends its prompt.
-      slots: donated.
       model: that the batch is of.
       variant: of drawing, at least what one of them needs.
 
@@ -157,7 +157,7 @@ def begin(
     """
     share = model.share
 
-    def follow(logits, mass, pieces, lasts, slots):
+    def follow(slots, logits, mass, pieces, lasts):
         def mine(array: jax.Array) -> jax.Array:
             return array[pieces.slots]
 
@@ -190,8 +190,8 @@ def begin(
 
     kept, rows = cut_slots(model), ROWS
     yields = GROUPS if share.cuts_vocabulary else ROWS
-    specs = yields, rows, Pieces(rows, rows, rows, rows), rows, kept
-    args = logits, mass, pieces, lasts, slots
+    specs = kept, yields, rows, Pieces(rows, rows, rows, rows), rows
+    args = slots, logits, mass, pieces, lasts
     return share.over(follow, specs, (kept, _TOLD))(*args)
 
 
@@ -256,7 +256,7 @@ def draw_tokens(
     """Draw the next token of each live slot, after `decode`.
 
     Args:
-      slots: donated.
+      slots: donated; may be bare.
       model: that the batch is of.
       variant: of drawing, at least what one of them needs.
 

@@ -131,7 +131,7 @@ class Swaps:
             {at: _to_host(shard.data) for at, shard in shards.items()}
             for _ in range(count)
         ]
-        jax.block_until_ready(groups)
+        jax.block_until_ready([list(group.values()) for group in groups])
         return self._put(slots, self._on_devices(slots, groups[0]), nowhere)
 
     def _take(self, slots: Slots, numbers: np.ndarray) -> jax.Array:

@@ -277,7 +277,7 @@ def test_a_prefill_reads_its_prompts(mesh):
         def call(function, *args, **options):
             found = function(*args, **options)
             if function is engine.begin:
-                pieces, lasts = (jax.tree.map(np.asarray, x) for x in args[2:4])
+                pieces, lasts = (jax.tree.map(np.asarray, x) for x in args[3:5])
                 for i in np.flatnonzero(lasts):
                     part = i // (2 if mesh else 4)
                     drawn[2 * part + pieces.slots[i]] = int(found[1][0][0][0, i])

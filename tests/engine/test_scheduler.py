@@ -37,12 +37,31 @@ def test_one_new_token_needs_no_step_and_no_page_for_it():
     one.finish()
 
 
-def test_a_slot_waits_for_its_end_when_all_its_tokens_are_asked_for():
-    one = run(late=3)
-    one.add("a", range(3), 2)
-    plans = [one.step() for _ in range(6)]
-    assert [plan.decodes for plan in plans] == [(0,), (), (), (), (), ()]
-    assert [plan.frees for plan in plans] == [(), (), (), (), (0,), ()]
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_slot_is_free_when_all_its_tokens_are_asked_for(tokens):
+    one = run(slots=1, late=3)
+    for id in "ab":
+        one.add(id, range(3), tokens)
+    plans = [one.step() for _ in range(4)]
+    decodes = [(0,), (0,), (), ()] if tokens == 2 else [()] * 4
+    assert [plan.decodes for plan in plans] == decodes
+    assert [plan.frees for plan in plans] == [(), (0,), (0,), ()]
+    one.finish()  # and hears of both ends later
+    assert one.device.finished == {"a": tokens, "b": tokens}
+
+
+def test_it_rests_longer_while_more_wait_than_there_are_slots():
+    one = run(slots=2, prefill_tokens=10, rest=1)
+    for id in range(4):
+        one.add(id, [id] * 3, 3 + 30 * (id == 0))
+    reads = [[piece.slot for piece in one.step().reads] for _ in range(24)]
+    # Slot 1 is free from plan 3 on, and two wait for it: a rest of 8 plans.
+    wanted = [[] for _ in range(24)]
+    wanted[0], wanted[9] = [0, 1], [1]
+    # Once the last has a slot nobody waits for one: a rest of one plan.
+    wanted[11] = [1]
+    assert reads == wanted
+    one.finish()
 
 
 def test_pieces_of_several_prompts_share_a_program():
