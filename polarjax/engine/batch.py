@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,10 @@ class Batch:
         self.slots = slots if self.mesh else jax.device_put(slots, self._device)
         self._drawing = drawing
         self.swaps = Swaps(self._dense, self._device)
+        where = NamedSharding(self.mesh, ROWS) if self.mesh else self._device
+        # Each part's share of arrays of the host goes to its devices. No method: what
+        # knows this batch would keep its memory when it ends.
+        self._placed = functools.partial(place_own, where=where)
         self._edits = Edits(config, self.parts, self.each, sizes.context, self._placed)
         # Of each slot, as its `Begin` says.
         self._needs = np.zeros(sizes.slots, np.int32)
@@ -255,13 +260,8 @@ class Batch:
         """The static arguments of `steps.decode`."""
         return {"model": self._model, "kind": type(self._policy)}
 
-    def _placed(self, tree: Any) -> Any:
-        """Arrays of the host, each part's share on its devices."""
-        mesh = self.mesh
-        return place_own(tree, NamedSharding(mesh, ROWS) if mesh else self._device)
-
     def _together(self, tree: Any) -> Any:
-        """As `_placed`, in one copy: each of several would wait for the devices."""
+        """Arrays of the host on the devices, in one copy: each would wait for them."""
         packed = self._placed(pack(tree, self.parts))
         return take_apart(packed, model=self._dense)
 

@@ -344,6 +344,25 @@ def test_a_closed_engine_says_so(params):
             call()
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_a_closed_engine_gives_its_memory_back_at_once(params, busy):
+    """Not when garbage is collected: the next engine may come before that."""
+    engine = polarjax.Engine(params, slots=2, context=48, page=16, **GREEDY)
+    engine.generate([[1, 2, 3]], max_new_tokens=3, stop_ids=())
+    shape = engine._runner.batch.slots.cache.keys[0].shape
+    if busy:
+        engine.add([1] * 20)
+        engine.step()
+    gc.collect()
+    gc.disable()
+    try:
+        engine.close()
+        left = [x for x in jax.live_arrays() if x.shape == shape]
+    finally:
+        gc.enable()
+    assert not left
+
+
 def test_what_is_of_no_use_to_an_engine_is_named(params):
     with pytest.raises(TypeError, match=r"params must be polarjax\.Params, got None"):
         polarjax.Engine(None)  # pyright: ignore
