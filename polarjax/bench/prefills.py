@@ -1,5 +1,6 @@
 """Prompts, read by the compiled programs that an engine reads them with."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from polarjax import Params
 from polarjax.bench.steps import shuffled_pages, with_table
 from polarjax.cache import Pieces
 from polarjax.engine import places, steps
+from polarjax.engine.chunk import Asks, ask, empty_chunk
+from polarjax.engine.packed import pack
 from polarjax.engine.sampling import Variant
 from polarjax.engine.slots import empty_slots
 from polarjax.model import make_decoder
@@ -49,6 +52,7 @@ def make_prefill(
     padding = (0, 0), (0, -each * tokens % at_once)
     ids = np.pad(np.asarray(ids, np.int32).reshape(parts, -1), padding)
     lengths = jnp.full(each, tokens, jnp.int32)
+    chunk = empty_chunk(model, at_once, each, weights)
     calls = []
     for first in range(0, ids.shape[1], at_once):
         pieces = Pieces.among(lengths, first, at_once)
@@ -57,23 +61,19 @@ def make_prefill(
             lambda x: np.tile(np.asarray(x), parts), (pieces, lasts)
         )
         some = ids[:, first : first + at_once].reshape(-1)
-        calls.append(places.place_rows((some, pieces, lasts), model.mesh))
+        asks = pack(Asks(some, pieces, lasts), parts)
+        calls.append(places.place_rows(asks, model.mesh))
 
     def read(call: Callable[..., Any]) -> None:
-        nonlocal slots
-        told = None
-        for some, pieces, lasts in calls:
-            slots, after, _ = call(
-                steps.read_pieces, weights, some, pieces, slots, model=model
-            )
+        nonlocal chunk, slots
+        told, static = None, {"model": model}
+        for packed in calls:
+            asks = call(ask, chunk.asks, packed, **static)
+            chunk = dataclasses.replace(chunk, asks=asks)
+            chunk, slots = call(steps.read_pieces, weights, chunk, slots, **static)
+            after = chunk.asks, chunk.logits, chunk.mass
             slots, told = call(
-                steps.begin,
-                slots,
-                *after,
-                pieces,
-                lasts,
-                model=model,
-                variant=Variant.GREEDY,
+                steps.begin, slots, *after, variant=Variant.GREEDY, **static
             )
         jax.block_until_ready((slots.token, told))
 

@@ -83,7 +83,7 @@ def layers_step(
     norm = jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + 1e-5)
     cache = cache.grown(jnp.ones_like(zeros))
     after = Stream(cache, (wide * norm).astype(x.dtype))
-    return after, (jnp.stack(reads)[None], cache.lengths[None])
+    return after, (jnp.stack(reads), cache.lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +119,9 @@ class Step:
             state, (reads, visible) = layers_step(*args, model=self.model)
             none = jnp.zeros(visible.shape, jnp.int32)
             return state, Drawn(none, none, none, reads, visible)
-        state, counts = engine.decode(*args, **self._decoding)
+        state = engine.decode(*args, **self._decoding)
         state, (drawn, _) = engine.draw_tokens(state, **self._drawing)
-        return state, Drawn(*drawn, *counts)
+        return state, drawn
 
     @property
     def _decoding(self) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def step_bytes(
         for each in drawn
     )
     kv = rows / len(drawn) * kv_row_bytes(config, params.dtype)
-    reads = policy.reads(config, Load(drawn[0].visible.shape[1], config.context))
+    reads = policy.reads(config, Load(len(drawn[0].visible), config.context))
     weights, policy = of_one((weights, policy))
     return step_weight_bytes(weights, config, policy, reads), kv
 
@@ -316,13 +316,13 @@ def busiest_rows(drawn: Drawn, config: ModelConfig) -> int:
     of the copies of the model that with most.
 
     Args:
-      drawn: what the steps brought, over a mesh, of sequences that are equally long.
+      drawn: what a step brought, over a mesh, of sequences that are equally long.
       config: of the model.
     """
     assert drawn.own is not None
-    most = np.asarray(drawn.own, np.int64).max(axis=3)  # [steps, layers, dp]
-    seen = seen_tokens(drawn, config)[:, :, :1]
-    return int((most * seen).sum(axis=(0, 1)).max())
+    most = np.asarray(drawn.own, np.int64).max(axis=2)  # [layers, dp]
+    seen = seen_tokens(drawn, config)[:, :1]
+    return int((most * seen).sum(axis=0).max())
 
 
 def sent_bytes(params: Params, policy: Policy, batch: int, where: Devices) -> int:

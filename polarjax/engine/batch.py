@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from pallas_kernels import Implementation
-from polarjax.cache import Pieces
 from polarjax.engine import steps
 from polarjax.engine.alternatives import Alternatives
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
+from polarjax.engine.chunk import Asks, Chunk, ask, empty_chunk
 from polarjax.engine.compiled import are_known, noted, shapes_of
 from polarjax.engine.edits import Edits, row_words
 from polarjax.engine.flight import Flight
@@ -28,7 +28,7 @@ from polarjax.engine.programs import device_of
 from polarjax.engine.request import Request
 from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant
-from polarjax.engine.scoring import Asked, Span, asked_of
+from polarjax.engine.scoring import Span, asked_of
 from polarjax.engine.served import Drawing
 from polarjax.engine.slots import (
     Row,
@@ -46,6 +46,7 @@ from polarjax.settings import default_numbers
 
 # Of all batches: what is kept of them is bounded.
 _PROGRAMS = (
+    ask,
     edit,
     everywhere,
     put_pages,
@@ -145,6 +146,11 @@ class Batch:
         )
         # Committed, as programs return them: else the first would be compiled twice.
         self.slots = slots if self.mesh else jax.device_put(slots, self._device)
+        self.chunk = empty_chunk(
+            self._dense, sizes.tokens, sizes.pieces, params.weights
+        )
+        if not self.mesh:
+            self.chunk = jax.device_put(self.chunk, self._device)
         self._drawing = drawing
         self.swaps = Swaps(self._dense, self._device)
         where = NamedSharding(self.mesh, ROWS) if self.mesh else self._device
@@ -189,21 +195,20 @@ class Batch:
 
     def _compile(self) -> None:
         """Run each program once on nothing, so that none is compiled later."""
-        *reading, _ = self._reading((), {})
-        _, pieces, lasts = reading
+        self._ask((), {})
         change, variants = self._edits.nothing(), self._drawing.variants
-        bare = self.slots.bare
-        dense, decoding = {"model": self._dense}, self._decoding
+        dense, bare = {"model": self._dense}, self.slots.bare
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
-            logits = self.slots.logits
+            reading = self._original, self.chunk, self.slots
+            decoding = self._weights, self._policy, self.slots
             slow = [
                 (edit, (bare, *change), dense),
-                (steps.read_pieces, (self._original, *reading[:2], self.slots), dense),
-                (steps.decode, (self._weights, self._policy, self.slots), decoding),
+                (steps.read_pieces, reading, dense),
+                (steps.decode, decoding, self._decoding),
             ]
             if self._drawing.logprobs:
-                told = logits, self.slots.mass, self.slots.token[None]
+                told = self.slots.logits, self.slots.mass, self.slots.token
                 slow.append((steps.tell, told, dense))
             slow += [
                 (steps.draw_tokens, (bare,), {**dense, "variant": variant})
@@ -212,28 +217,41 @@ class Batch:
             with ThreadPoolExecutor(len(slow)) as pool:
                 list(pool.map(_compile_one, slow))
         self._on_rows(edit, *change, **dense)
-        self.slots, after, stream = steps.read_pieces(
-            self._original, *reading[:2], self.slots, **dense
-        )
+        self._read()
         if self._drawing.prompt_logprobs:
-            asked, _ = self._asked((), {})
-            self._for_all(steps.score(self._original, *stream, asked, **dense))
-        self.slots, counts = steps.decode(
-            self._weights, self._policy, self.slots, **decoding
-        )
-        self._for_all(counts)
+            self._score((), {})
+        self._decode()
         for variant in variants:
-            static = {**dense, "variant": variant}
-            first = self._on_rows(steps.begin, *after, pieces, lasts, **static)
-            drawn = self._on_rows(steps.draw_tokens, **static)
-            for tree in (first, drawn):
-                self._for_all(tree)
-            if self._drawing.logprobs:  # the first time compiles them
-                slots = self.slots
-                self._for_all(steps.tell(*after, first[0][0], **dense))
-                self._for_all(
-                    steps.tell(slots.logits, slots.mass, drawn[0][0], **dense)
-                )
+            first, _ = self._begin(variant)
+            drawn, _ = self._draw(variant)
+            if self._drawing.logprobs:
+                self._tell_all(self.chunk, first[0])
+                self._tell_all(self.slots, drawn.token)
+
+    def _read(self) -> None:
+        self.chunk, self.slots = steps.read_pieces(
+            self._original, self.chunk, self.slots, model=self._dense
+        )
+
+    def _decode(self) -> None:
+        self.slots = steps.decode(
+            self._weights, self._policy, self.slots, **self._decoding
+        )
+
+    def _begin(self, variant: Variant) -> Any:
+        chunk, static = self.chunk, {"model": self._dense, "variant": variant}
+        asks, logits, mass = chunk.asks, chunk.logits, chunk.mass
+        found = self._on_rows(steps.begin, asks, logits, mass, **static)
+        return self._for_all(found)
+
+    def _draw(self, variant: Variant) -> Any:
+        found = self._on_rows(steps.draw_tokens, model=self._dense, variant=variant)
+        return self._for_all(found)
+
+    def _tell_all(self, those: Chunk | Slots, token: jax.Array) -> Alternatives:
+        """What there is to tell of tokens that were drawn from those logits."""
+        found = steps.tell(those.logits, those.mass, token, model=self._dense)
+        return self._for_all(found)
 
     def _on_rows(self, program: Callable[..., Any], *args: Any, **static: Any) -> Any:
         """Call a program that leaves keys and values as they are.
@@ -259,11 +277,6 @@ class Batch:
     def _decoding(self) -> dict[str, Any]:
         """The static arguments of `steps.decode`."""
         return {"model": self._model, "kind": type(self._policy)}
-
-    def _together(self, tree: Any) -> Any:
-        """Arrays of the host on the devices, in one copy: each would wait for them."""
-        packed = self._placed(pack(tree, self.parts))
-        return take_apart(packed, model=self._dense)
 
     def _for_all(self, tree: Any) -> Any:
         """Arrays of the devices where every process can look at all of them.
@@ -335,14 +348,13 @@ class Batch:
         told = request.settings.logprobs is not None
         return Begin(row_words(row), variant, told)
 
-    def _reading(
+    def _ask(
         self, reads: Sequence[Piece], requests: Mapping[int, Request]
-    ) -> tuple[jax.Array, Pieces, jax.Array, list[Request | None]]:
-        """The arguments for pieces, and whose first token is drawn after each."""
+    ) -> list[Request | None]:
+        """Say which pieces are read next; whose first token is drawn after each."""
         n, r = self.sizes.tokens, self.sizes.pieces
-        tokens = np.zeros(self.parts * n, np.int32)
-        slots, starts, counts, firsts = np.zeros((4, self.parts * r), np.int32)
-        lasts = np.zeros(self.parts * r, bool)
+        asks = Asks.none(self.parts * n, self.parts * r)
+        pieces: Any = asks.pieces
         owners: list[Request | None] = [None] * (self.parts * r)
         used = [(0, 0)] * self.parts
         for piece in reads:
@@ -350,16 +362,17 @@ class Batch:
             i, start = used[part]
             used[part] = i + 1, start + piece.count
             at, request = part * r + i, requests[piece.slot]
-            slots[at], starts[at] = own, start
-            counts[at], firsts[at] = piece.count, piece.first
-            lasts[at] = piece.last
+            pieces.slots[at], pieces.starts[at] = own, start
+            pieces.counts[at], pieces.firsts[at] = piece.count, piece.first
+            asks.lasts[at] = piece.last
             new = request.prompt[piece.first : piece.first + piece.count]
-            tokens[part * n + start : part * n + start + piece.count] = new
+            asks.tokens[part * n + start : part * n + start + piece.count] = new
             if piece.last:
                 owners[at] = request
-        pieces: Any = Pieces(slots, starts, counts, firsts)  # type: ignore[arg-type]
-        tokens, pieces, lasts = self._together((tokens, pieces, lasts))
-        return tokens, pieces, lasts, owners
+        packed = self._placed(pack(asks, self.parts))
+        asks = ask(self.chunk.asks, packed, model=self._dense)
+        self.chunk = dataclasses.replace(self.chunk, asks=asks)
+        return owners
 
     def read(self, reads: Sequence[Piece], requests: Mapping[int, Request]) -> Flight:
         """Read pieces of prompts, and draw the first token of those that end.
@@ -368,55 +381,38 @@ class Batch:
           reads: of a plan.
           requests: whose each slot is.
         """
-        tokens, pieces, lasts, owners = self._reading(reads, requests)
-        dense = {"model": self._dense}
-        self.slots, (logits, mass), stream = steps.read_pieces(
-            self._original, tokens, pieces, self.slots, **dense
-        )
-        asked, spans = self._asked(reads, requests)
-        scored = None
-        if spans:
-            scored = steps.score(self._original, *stream, asked, **dense)
-            scored = self._for_all(scored)
+        owners = self._ask(reads, requests)
+        self._read()
+        scored, spans = self._score(reads, requests)
         drawing = [piece.slot for piece in reads if piece.last]
-        drawn, live = self._on_rows(
-            steps.begin,
-            logits,
-            mass,
-            pieces,
-            lasts,
-            model=self._dense,
-            variant=self._variant(drawing),
-        )
-        told = self._tell(logits, mass, drawn[0], drawing)
-        (token, logprob, valid), live = self._for_all((drawn, live))
+        (token, logprob, valid), live = self._begin(self._variant(drawing))
+        told = self._tell(self.chunk, token, drawing)
         return Flight(
             token, logprob, valid, live, owners, told, scored=scored, spans=spans
         )
 
-    def _asked(
+    def _score(
         self, reads: Sequence[Piece], requests: Mapping[int, Request]
-    ) -> tuple[Asked, list[Span]]:
-        """What requests ask about pieces of their prompts, and whose the answers are.
+    ) -> tuple[Alternatives | None, list[Span]]:
+        """What there is to tell of tokens of prompts, and whose it is.
 
-        Nothing is sent to the devices where nobody asks.
+        Nothing is computed where nobody asks, unless there is nothing to read.
         """
-        asked, spans = asked_of(
-            reads, requests, self.parts, self.each, self.sizes.tokens
-        )
-        return (self._together(asked) if spans or not reads else asked), spans
+        each, tokens = self.each, self.sizes.tokens
+        asked, spans = asked_of(reads, requests, self.parts, each, tokens)
+        if reads and not spans:
+            return None, spans
+        asked = take_apart(self._placed(pack(asked, self.parts)), model=self._dense)
+        x, o = self.chunk.x, self.chunk.o
+        scored = steps.score(self._original, x, o, asked, model=self._dense)
+        return self._for_all(scored), spans
 
     def _tell(
-        self,
-        logits: jax.Array,
-        mass: jax.Array,
-        token: jax.Array,
-        slots: Sequence[int],
+        self, those: Chunk | Slots, token: jax.Array, slots: Sequence[int]
     ) -> Alternatives | None:
         """What there is to tell of tokens, if the request of some slot asks."""
-        if not self._told[list(slots)].any():
-            return None
-        return self._for_all(steps.tell(logits, mass, token, model=self._dense))
+        asked = self._told[list(slots)].any()
+        return self._tell_all(those, token) if asked else None
 
     def decode(self, slots: Sequence[int], requests: Mapping[int, Request]) -> Flight:
         """One decode step.
@@ -425,20 +421,16 @@ class Batch:
           slots: that take it.
           requests: whose each slot is.
         """
-        self.slots, counts = steps.decode(
-            self._weights, self._policy, self.slots, **self._decoding
-        )
+        self._decode()
         owners: list[Request | None] = [None] * (self.parts * self.each)
         for slot in slots:
             owners[slot] = requests[slot]
-        variant = self._variant(slots)
-        drawn, live = self._on_rows(
-            steps.draw_tokens, model=self._dense, variant=variant
+        drawn, live = self._draw(self._variant(slots))
+        told = self._tell(self.slots, drawn.token, slots)
+        counts = drawn.reads, drawn.visible, drawn.own
+        return Flight(
+            drawn.token, drawn.logprob, drawn.valid, live, owners, told, counts
         )
-        told = self._tell(self.slots.logits, self.slots.mass, drawn[0], slots)
-        (token, logprob, valid), live = self._for_all((drawn, live))
-        counts = self._for_all(counts)
-        return Flight(token, logprob, valid, live, owners, told, counts)
 
     def keep(self, gone: SwapOut) -> Kept:
         """Take what a request has to the host, before its slot is freed.

@@ -22,9 +22,9 @@ class Flight:
     """What a program has begun to draw.
 
     Attributes:
-      token: int32[1, n], on the devices until they are asked for, as all.
-      logprob: float32[1, n].
-      valid: bool[1, n], whether the token belongs to the output.
+      token: int32[n], on the devices until they are asked for, as all.
+      logprob: float32[n].
+      valid: bool[n], whether the token belongs to the output.
       live: bool[n], who goes on after it.
       requests: whose each is; None for nobody's.
       told: what there is to tell of each; None where nobody asks.
@@ -56,7 +56,7 @@ class Flight:
     @property
     def _drawn(self) -> tuple:
         drawn = self.token, self.logprob, self.valid, self.live
-        return *drawn, self.told, self.scored
+        return *drawn, self.told, self.counts, self.scored
 
     def has(self, requests: Sequence[Request]) -> bool:
         """Whether it brings something for one of some requests."""
@@ -64,9 +64,7 @@ class Flight:
 
     def home(self) -> Landed:
         """The same as arrays of the host; may take a while."""
-        token, logprob, valid, live, told, scored = to_host(self._drawn)
-        counts = to_host(self.counts)
-        return Landed(token[0], logprob[0], valid[0], live, told, counts, scored)
+        return Landed(*to_host(self._drawn))
 
 
 @dataclasses.dataclass

@@ -17,6 +17,9 @@ from polarjax.params import Params
 # How a cache on a mesh is cut: batch, and KV groups.
 GROUPS: Any = P(DP, TP)
 ROWS: Any = P(DP)
+# What there is of each layer and request, and of each layer and device.
+COLUMNS: Any = P(None, DP)
+OWN: Any = P(None, DP, TP)
 # Pages that were gathered of all layers, [2 layers, n, k, page, d].
 PAGE_GROUPS: Any = P(None, DP, TP)
 PAGES: Any = PagedCache.cut(ROWS, GROUPS)

@@ -18,7 +18,7 @@ from polarjax.policy import Tree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What one step, or stacked by a leading axis, several steps brought.
+    """What a decode step brought.
 
     Attributes:
       token: int32[b].

@@ -272,8 +272,7 @@ class Runner:
                 counting = self.counting and flight.call == self._calls
                 if new.counts is not None and counting:
                     one: Any = new.token, new.logprob, new.valid
-                    drawn = (x[None] for x in one)
-                    self.tally.add(Drawn(*drawn, *new.counts), 1)
+                    self.tally.add(Drawn(*one, *new.counts))
                 got = new.hand_on(flight.requests, flight.spans)
                 for request in got:
                     if not request.going:

@@ -16,7 +16,14 @@ from polarjax.cache import PagedCache, zeros
 from polarjax.config import ModelConfig
 from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table
 from polarjax.engine.packed import Packed, unpack
-from polarjax.engine.places import GROUPS, PAGE_GROUPS, PAGES, ROWS
+from polarjax.engine.places import (
+    COLUMNS,
+    GROUPS,
+    OWN,
+    PAGE_GROUPS,
+    PAGES,
+    ROWS,
+)
 from polarjax.engine.programs import device_of
 from polarjax.engine.rules import History
 from polarjax.engine.sampling import Sampling
@@ -30,8 +37,10 @@ from polarjax.params import Tree
 class Slots:
     """All that a batch is between two programs, each of which takes it and gives it on.
 
-    Its arrays are donated: they stay where they are, so that what was captured of a
-    program need not be captured anew.
+    Its arrays are donated: they stay where they are. XLA replays the kernels of a large
+    program as a graph on a GPU, and edits all of it first where a single array has
+    moved, which takes the host a millisecond or more. So what the large programs yield
+    is here, and small ones tell it to the host.
 
     Attributes:
       cache: everything before `token`.
@@ -44,6 +53,10 @@ class Slots:
       history: what each request has read and written.
       logits: float32[b, v], of the newest decode step.
       mass: float32[b], their log-sum-exp.
+      reads: int32[layers, b], KV groups that it has read.
+      visible: int32[b], tokens in the cache of each live request, its newest included.
+      own: int32[layers, dp, tp], KV groups that each device of a mesh has read of all
+        its live requests; None on one device.
     """
 
     cache: PagedCache
@@ -56,6 +69,9 @@ class Slots:
     history: History
     logits: jax.Array
     mass: jax.Array
+    reads: jax.Array
+    visible: jax.Array
+    own: jax.Array | None = None
 
     @property
     def bare(self) -> Slots:
@@ -119,7 +135,9 @@ class Edit:
     entries: Any
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+@functools.partial(
+    jax.jit, static_argnames=("model",), donate_argnames=("slots",), keep_unused=True
+)
 def edit(slots: Slots, change: Packed, begun: Packed, *, model: Decoder) -> Slots:
     """The slots with what the host has changed.
 
@@ -210,7 +228,15 @@ def cut_slots(model: Decoder) -> Any:
     """How the slots lie on a model's mesh, a prefix of their tree."""
     rows: Any = ROWS
     logits: Any = GROUPS if model.share.cuts_vocabulary else ROWS
-    return Slots(PAGES, rows, rows, rows, rows, rows, rows, rows, logits, rows)
+    return Slots(
+        PAGES,
+        *(rows,) * 7,
+        logits=logits,
+        mass=rows,
+        reads=COLUMNS,
+        visible=rows,
+        own=OWN,
+    )
 
 
 def no_rows(config: ModelConfig, count: int, context: int) -> Row:
@@ -267,6 +293,8 @@ def empty_slots(
         put = functools.partial(jax.device_put, device=place(ROWS))
         logits = GROUPS if share.cuts_vocabulary else ROWS
         shape = (count, model.config.vocab_size)
+        layers = model.config.layers
+        devices = (layers, share.dp, share.tp)
         return Slots(
             cache=dataclasses.replace(
                 cache, lengths=put(rows.length), table=put(np.asarray(cache.table))
@@ -280,4 +308,7 @@ def empty_slots(
             history=jax.tree.map(put, rows.history),
             logits=zeros(shape, jnp.float32, place(logits)),
             mass=zeros((count,), jnp.float32, place(ROWS)),
+            reads=zeros((layers, count), jnp.int32, place(COLUMNS)),
+            visible=zeros((count,), jnp.int32, place(ROWS)),
+            own=None if share.alone else zeros(devices, jnp.int32, place(OWN)),
         )

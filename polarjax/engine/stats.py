@@ -96,9 +96,9 @@ class Stats:
 
 
 def seen_tokens(drawn: Drawn, config: ModelConfig) -> np.ndarray:
-    """Tokens of each request that a layer's attention sees, int64[steps, layers, b]."""
+    """Tokens of each request that a layer's attention sees, int64[layers, b]."""
     windows = [config.window(i) or config.context for i in range(config.layers)]
-    visible = np.asarray(drawn.visible, np.int64)[..., None, :]  # [steps, 1, b]
+    visible = np.asarray(drawn.visible, np.int64)
     return np.minimum(visible, np.array(windows)[:, None])
 
 
@@ -113,26 +113,26 @@ def busiest_reads(drawn: Drawn) -> tuple[float, float]:
     """KV groups that the busiest of the devices that share the model read, and a mean.
 
     Args:
-      drawn: what some decode steps brought.
+      drawn: what a decode step brought.
 
     Returns:
-      Over steps, layers and parts of the batch: the sums; 0 on one device.
+      Over layers and parts of the batch: the sums; 0 on one device.
     """
     if drawn.own is None:
         return 0.0, 0.0
-    own = np.asarray(drawn.own, np.int64)  # [steps, layers, dp, tp]
-    return float(own.max(axis=3).sum()), float(own.mean(axis=3).sum())
+    own = np.asarray(drawn.own, np.int64)  # [layers, dp, tp]
+    return float(own.max(axis=2).sum()), float(own.mean(axis=2).sum())
 
 
 def kv_rows(drawn: Drawn, config: ModelConfig) -> tuple[int, int]:
-    """Keys (and as many values) that some decode steps had to read.
+    """Keys (and as many values) that a decode step had to read.
 
     Args:
-      drawn: what the steps brought.
+      drawn: what it brought.
       config: of the model.
 
     Returns:
-      Over steps, layers, groups and requests: those read, and what they would have
+      Over layers, groups and requests: those read, and what they would have
       been with every group.
     """
     seen = seen_tokens(drawn, config)
@@ -166,19 +166,18 @@ class Tally:
         self.kv_read = self.kv_whole = 0
         self.swapped_bytes, self.swap_seconds = 0, 0.0
 
-    def add(self, drawn: Drawn, steps: int) -> None:
-        """Count what some steps brought.
+    def add(self, drawn: Drawn) -> None:
+        """Count what a step brought.
 
         Args:
-          drawn: of the steps, on the host.
-          steps: that were taken.
+          drawn: of the step, on the host.
         """
         visible = np.asarray(drawn.visible)
-        self.steps += steps
-        self.slots = visible.shape[1]
-        self._reads += np.asarray(drawn.reads, np.int64).sum(axis=(0, 2))
+        self.steps += 1
+        self.slots = len(visible)
+        self._reads += np.asarray(drawn.reads, np.int64).sum(axis=1)
         self._live += int((visible > 0).sum())
-        self.busy += int((visible > 0).any(axis=1).sum())
+        self.busy += bool((visible > 0).any())
         read, whole = kv_rows(drawn, self._config)
         self.kv_read += read
         self.kv_whole += whole

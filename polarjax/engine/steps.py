@@ -2,6 +2,9 @@
 
 What the model yields and what is drawn from it are programs of their own. A request so
 gets the same logits, bit for bit, whatever its mates need for drawing.
+
+Arguments that are donated and not used are kept: an array that is written anew would
+else take the place of another, and so on, and all would wander from step to step.
 """
 
 from __future__ import annotations
@@ -12,61 +15,59 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from polarjax.cache import Pieces
 from polarjax.engine.alternatives import Alternatives, alternatives
+from polarjax.engine.chunk import Asks, Chunk, cut_chunk
 from polarjax.engine.places import GROUPS, ROWS
-from polarjax.engine.programs import own_reads
+from polarjax.engine.programs import Drawn, own_reads
 from polarjax.engine.sampling import Variant, draw
 from polarjax.engine.scoring import Asked
 from polarjax.engine.settings import MOST_ALTERNATIVES
 from polarjax.engine.slots import Slots, cut_slots
-from polarjax.mesh.cut import DP, TP, field_specs
+from polarjax.mesh.cut import field_specs
 from polarjax.model import Decoder, Share, extend, last_logits, read
 from polarjax.policy import Policy, Tree
 
 Told = tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]
-"""What the host is told: tokens int32[1, n], log-probabilities float32[1, n] and which
-count bool[1, n], of one step; and who is live after it, bool[n]."""
-
-_TOLD: Any = (P(None, DP), ROWS)
+"""What the host is told: tokens int32[n], log-probabilities float32[n] and which count
+bool[n]; and who is live after it, bool[n]."""
 
 # Tokens of prompts whose logits are in memory at a time.
 _SCORED = 128
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("model",),
+    donate_argnames=("chunk", "slots"),
+    keep_unused=True,
+)
 def read_pieces(
-    weights: Tree, tokens: jax.Array, pieces: Pieces, slots: Slots, *, model: Decoder
-) -> tuple[Slots, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    weights: Tree, chunk: Chunk, slots: Slots, *, model: Decoder
+) -> tuple[Chunk, Slots]:
     """Read pieces of prompts, dense.
 
     Args:
       weights: the original ones.
-      tokens: int32[n], those of all pieces; of a mesh each part of the batch has its
-        own share, and slots and starts are counted in it.
-      pieces: whose they are.
+      chunk: which, donated.
       slots: donated.
       model: without score rows, as the weights.
 
     Returns:
-      The slots; logits after each piece, float32[r, v], and their log-sum-exp; x and o
-      of the `Reading`, for `score`.
+      The chunk with what came of it, and the slots.
     """
     share = model.share
 
-    def follow(weights, tokens, pieces, slots):
-        found = read(model, weights, tokens, pieces, slots.cache)
-        after = found.logits, mass_of(found.logits, share)
-        return dataclasses.replace(slots, cache=found.cache), after, (found.x, found.o)
+    def follow(weights, chunk, slots):
+        asks = chunk.asks
+        found = read(model, weights, asks.tokens, asks.pieces, slots.cache)
+        mass = mass_of(found.logits, share)
+        chunk = Chunk(asks, found.logits, mass, found.x, found.o)
+        return chunk, dataclasses.replace(slots, cache=found.cache)
 
-    kept, rows = cut_slots(model), ROWS
-    specs = share.weight_specs(weights), rows, Pieces(rows, rows, rows, rows), kept
-    yields = GROUPS if share.cuts_vocabulary else ROWS
-    args = weights, tokens, pieces, slots
-    found = kept, (yields, rows), (rows, GROUPS)
-    return share.over(follow, specs, found)(*args)
+    kept = cut_chunk(model), cut_slots(model)
+    specs = share.weight_specs(weights), *kept
+    return share.over(follow, specs, kept)(weights, chunk, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -81,7 +82,7 @@ def score(
 
     Args:
       weights: the original ones.
-      x: [n, m], of the `Reading`.
+      x: [n, m], of the `Chunk`.
       o: [n, h, d], likewise.
       asked: which tokens.
       model: that has read, without score rows.
@@ -129,14 +130,16 @@ def score(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "variant"), donate_argnames=("slots",)
+    jax.jit,
+    static_argnames=("model", "variant"),
+    donate_argnames=("slots",),
+    keep_unused=True,
 )
 def begin(
     slots: Slots,
+    asks: Asks,
     logits: jax.Array,
     mass: jax.Array,
-    pieces: Pieces,
-    lasts: jax.Array,
     *,
     model: Decoder,
     variant: Variant,
@@ -145,10 +148,9 @@ def begin(
 
     Args:
       slots: donated; may be bare.
+      asks: what has been read.
       logits: float32[r, v], after each piece.
       mass: float32[r], their log-sum-exp.
-      pieces: whose they are.
-      lasts: bool[r], whether a piece ends its prompt.
       model: that the batch is of.
       variant: of drawing, at least what one of them needs.
 
@@ -157,12 +159,14 @@ def begin(
     """
     share = model.share
 
-    def follow(slots, logits, mass, pieces, lasts):
+    def follow(slots, asks, logits, mass):
+        pieces = asks.pieces
+
         def mine(array: jax.Array) -> jax.Array:
             return array[pieces.slots]
 
         b = len(slots.token)
-        to = jnp.where(lasts & (pieces.counts > 0), pieces.slots, b)
+        to = jnp.where(asks.lasts & (pieces.counts > 0), pieces.slots, b)
 
         def put(whole: jax.Array, part: jax.Array) -> jax.Array:
             return whole.at[to].set(part, mode="drop")
@@ -186,17 +190,19 @@ def begin(
             remaining=put(slots.remaining, drawn.remaining),
             history=jax.tree.map(put, slots.history, drawn.history),
         )
-        return slots, _told(drawn)
+        return slots, drawn.told
 
     kept, rows = cut_slots(model), ROWS
     yields = GROUPS if share.cuts_vocabulary else ROWS
-    specs = kept, yields, rows, Pieces(rows, rows, rows, rows), rows
-    args = slots, logits, mass, pieces, lasts
-    return share.over(follow, specs, (kept, _TOLD))(*args)
+    specs = kept, rows, yields, rows
+    return share.over(follow, specs, (kept, rows))(slots, asks, logits, mass)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "kind"), donate_argnames=("slots",)
+    jax.jit,
+    static_argnames=("model", "kind"),
+    donate_argnames=("slots",),
+    keep_unused=True,
 )
 def decode(
     weights: Tree,
@@ -205,7 +211,7 @@ def decode(
     *,
     model: Decoder,
     kind: type | None = None,
-) -> tuple[Slots, tuple[jax.Array, jax.Array, jax.Array | None]]:
+) -> Slots:
     """One decode step of all live slots, but for what is drawn after it.
 
     Args:
@@ -217,7 +223,7 @@ def decode(
         fields for the same, and the program of one policy for the other's.
 
     Returns:
-      The slots, with logits; and what was read: `Drawn.reads`, `visible` and `own`.
+      The slots, with logits and with what was read.
     """
     share = model.share
 
@@ -233,26 +239,30 @@ def decode(
             density=slots.density,
             slot=slots.sampling.seed.astype(jnp.int32),
         )
-        reads = jnp.stack([one.groups for one in made])
-        visible = jnp.where(live, cache.lengths, 0)
-        own = None if share.alone else own_reads(made)[None]
-        slots = dataclasses.replace(
-            slots, cache=cache, logits=logits, mass=mass_of(logits, share)
+        return dataclasses.replace(
+            slots,
+            cache=cache,
+            logits=logits,
+            mass=mass_of(logits, share),
+            reads=jnp.stack([one.groups for one in made]),
+            visible=jnp.where(live, cache.lengths, 0),
+            own=None if share.alone else own_reads(made),
         )
-        return slots, (reads[None], visible[None], own)
 
-    kept, later = cut_slots(model), P(None, DP)
-    counts = P(None, None, DP), later, P(None, None, DP, TP)
+    kept = cut_slots(model)
     specs = share.weight_specs(weights), field_specs(policy), kept
-    return share.over(follow, specs, (kept, counts))(weights, policy, slots)
+    return share.over(follow, specs, kept)(weights, policy, slots)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "variant"), donate_argnames=("slots",)
+    jax.jit,
+    static_argnames=("model", "variant"),
+    donate_argnames=("slots",),
+    keep_unused=True,
 )
 def draw_tokens(
     slots: Slots, *, model: Decoder, variant: Variant
-) -> tuple[Slots, Told]:
+) -> tuple[Slots, tuple[Drawn, jax.Array]]:
     """Draw the next token of each live slot, after `decode`.
 
     Args:
@@ -261,7 +271,7 @@ def draw_tokens(
       variant: of drawing, at least what one of them needs.
 
     Returns:
-      The slots, and what was drawn, of b.
+      The slots; what the step has brought; and who is live after it, bool[b].
     """
     share = model.share
 
@@ -278,17 +288,20 @@ def draw_tokens(
             share,
             variant,
         )
+        told, live = drawn.told
+        brought = Drawn(*told, slots.reads, slots.visible, slots.own)
         slots = dataclasses.replace(
             slots,
             token=drawn.token,
-            live=drawn.live,
+            live=live,
             remaining=drawn.remaining,
             history=drawn.history,
         )
-        return slots, _told(drawn)
+        return slots, (brought, live)
 
-    kept = cut_slots(model)
-    return share.over(follow, (kept,), (kept, _TOLD))(slots)
+    kept, rows = cut_slots(model), ROWS
+    brought = Drawn(rows, rows, rows, kept.reads, rows, kept.own)
+    return share.over(follow, (kept,), (kept, (brought, rows)))(slots)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -300,7 +313,7 @@ def tell(
     Args:
       logits: float32[n, v], that they were drawn from.
       mass: float32[n], their log-sum-exp.
-      token: int32[1, n], as the host is told them.
+      token: int32[n], as the host is told them.
       model: that the batch is of.
 
     Returns:
@@ -310,10 +323,10 @@ def tell(
     cut = share if share.cuts_vocabulary else None
 
     def follow(logits, mass, token):
-        return alternatives(logits, mass, token[0], cut)
+        return alternatives(logits, mass, token, cut)
 
     yields = GROUPS if share.cuts_vocabulary else ROWS
-    specs = yields, ROWS, P(None, DP)
+    specs = yields, ROWS, ROWS
     return share.over(follow, specs, ROWS)(logits, mass, token)
 
 
@@ -327,6 +340,10 @@ class _New:
     live: jax.Array
     remaining: jax.Array
     history: Any
+
+    @property
+    def told(self) -> Told:
+        return (self.token, self.logprob, self.valid), self.live
 
 
 def _draw(
@@ -343,11 +360,6 @@ def _draw(
     remaining = remaining - valid.astype(jnp.int32)
     history = history.add(token, position, live)
     return _New(token, logprob, valid, valid & (remaining > 0), remaining, history)
-
-
-def _told(drawn: _New) -> Told:
-    found = drawn.token, drawn.logprob, drawn.valid
-    return jax.tree.map(lambda x: x[None], found), drawn.live
 
 
 def mass_of(logits: jax.Array, share: Share) -> jax.Array:

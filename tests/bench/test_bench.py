@@ -257,7 +257,7 @@ def test_layers_alone_compute_what_the_layers_compute():
     np.testing.assert_allclose(state.x, x, atol=1e-4)
     assert state.cache.layers == 3 and len(state.cache.keys[0]) == 1  # but a number
     np.testing.assert_allclose(state.cache.keys[2], cache.keys[2], atol=1e-4)
-    assert drawn.visible.tolist() == [[40, 40]]
+    assert drawn.visible.tolist() == [40, 40]
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     counted = step_weight_bytes(weights, config, bound)
     assert counted == whole - 4 * config.dim  # all but the row that says the dtype
@@ -277,10 +277,10 @@ def test_a_prefill_reads_its_prompts(mesh):
         def call(function, *args, **options):
             found = function(*args, **options)
             if function is engine.begin:
-                pieces, lasts = (jax.tree.map(np.asarray, x) for x in args[3:5])
-                for i in np.flatnonzero(lasts):
+                asks, (token, *_) = jax.tree.map(np.asarray, (args[1], found[1][0]))
+                for i in np.flatnonzero(asks.lasts):
                     part = i // (2 if mesh else 4)
-                    drawn[2 * part + pieces.slots[i]] = int(found[1][0][0][0, i])
+                    drawn[2 * part + asks.pieces.slots[i]] = int(token[i])
             return found
 
         read(call)

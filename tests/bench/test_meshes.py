@@ -164,18 +164,21 @@ def test_noise_is_made_where_it_lies_and_one_program_runs():
     jax.clear_caches()
     _, _, [drawn] = rounds.times([step], state, 64, 1)
     assert engine.decode._cache_size() == engine.draw_tokens._cache_size() == 1
-    assert len(drawn) == 63 and drawn[0].own.shape == (1, 2, 2, 2)
+    assert len(drawn) == 63 and drawn[0].own.shape == (2, 2, 2)
 
 
 def test_the_floor_is_that_of_the_busiest():
     """Two steps of two layers; 2 copies of the model, each over 2 devices."""
-    own = [[[[3, 1], [2, 2]], [[0, 4], [1, 1]]], [[[2, 2], [2, 2]], [[4, 0], [2, 2]]]]
-    visible = np.array([[10] * 4, [11] * 4])
+    own = [[[3, 1], [2, 2]], [[0, 4], [1, 1]]], [[[2, 2], [2, 2]], [[4, 0], [2, 2]]]
     empty = np.zeros(0)
-    drawn = Drawn(empty, empty, empty, empty, visible, np.array(own))
+    both = [
+        Drawn(empty, empty, empty, empty, np.array([n] * 4), np.array(each))
+        for n, each in zip((10, 11), own, strict=True)
+    ]
     # The first copy's: 3 and 4 groups, then 2 and 4.
-    assert steps.busiest_rows(drawn, CONFIG) == 10 * (3 + 4) + 11 * (2 + 4)
-    assert imbalance([drawn, drawn]) == (3 + 2 + 4 + 1 + 2 + 2 + 4 + 2) / 15
+    rows = [steps.busiest_rows(drawn, CONFIG) for drawn in both]
+    assert rows == [10 * (3 + 4), 11 * (2 + 4)]
+    assert imbalance(both) == (3 + 2 + 4 + 1 + 2 + 2 + 4 + 2) / 15
 
 
 HLO = """

@@ -90,9 +90,10 @@ def test_the_table(capsys):
     head, first, second = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["policy", "rate", "req/s", "tokens/s"]
     # 4 tokens of 2 requests in 1 s; first tokens after 0.5 and 1 s; 0.1 s a token.
-    shown = "continuous dense inf 2.00 4 750 995 100 100 200 850 997 0.750 0.750 1.00"
+    shown = "continuous dense inf 2.00 4 4 750 995 100 100 200 850 997 0.750 0.750"
+    shown += " 1.00"
     assert first.split() == shown.split()
-    shown = "continuous dense 4 2.00 4 750 995 100 100 200 850 997 unknown unknown"
+    shown = "continuous dense 4 2.00 4 4 750 995 100 100 200 850 997 unknown unknown"
     assert second.split() == shown.split()
     [note] = serve_results.notes(rows)
     assert note.startswith("3 programs were compiled while dense, continuous at 4")
@@ -127,15 +128,15 @@ def test_the_table_for_a_page(written, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[4].startswith("| 1 | ") and "| chat: 5 requests, " in lines[4]
     assert "| torch 2, transformers 5 |" in lines[5]
-    rows = [line.split(" | ") for line in lines if line.count(" | ") == 11]
+    rows = [line.split(" | ") for line in lines if line.count(" | ") == 12]
     assert {len(row) for row in rows} == {len(serving_table._HEAD)}
     head, continuous, paced, static, *rest = rows
-    assert head[6] == "x transformers" and continuous[3] == "continuous, density 0.5"
+    assert head[7] == "x transformers" and continuous[3] == "continuous, density 0.5"
     assert (continuous[2], paced[2]) == ("all at once", "500")
-    assert (continuous[6], paced[6].strip()) == ("2.00", "")
-    assert float(static[6]) > 0 and continuous[10:] == ["0.750", "0.750 |"]
+    assert (continuous[7], paced[7].strip()) == ("2.00", "")
+    assert float(static[7]) > 0 and continuous[11:] == ["0.750", "0.750 |"]
     assert rest[0][3] == "transformers, paged|flash_attention_3, compile level 0"
-    assert not any(row[6].strip() for row in rest)
+    assert not any(row[7].strip() for row in rest)
     path.write_text("{}")
     assert serving_table.main([str(path)]) == 1
     assert "is no file of" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import polarjax
 from polarjax.engine import compiled as programs
 from polarjax.engine import steps
+from polarjax.mesh.cut import make_mesh, shard
 from polarjax.policies import with_learned
 from tests.models import LLAMA, random_params
 from tests.policies.reference import random_prompts
@@ -116,8 +117,7 @@ def arguments(params):
     """Of the programs of an engine: what reads pieces, and what decodes."""
     options = {"slots": 4, "context": 32, "page": 8, "prefill_tokens": 16}
     batch = polarjax.Engine(params, policy=polarjax.Polar(0.5), **options)._runner.batch
-    tokens, pieces, *_ = batch._reading((), {})
-    read = params.weights, tokens, pieces, batch.slots
+    read = params.weights, batch.chunk, batch.slots
     decoded = batch._weights, batch._policy, batch.slots
     return (read, {"model": batch._dense}), (decoded, batch._decoding)
 
@@ -145,12 +145,44 @@ def test_a_step_writes_into_the_cache_that_is_there(params):
     slots = args[2]
     old = [*slots.cache.keys, *slots.cache.values]
     places = {array.unsafe_buffer_pointer() for array in old}
-    now, _ = steps.decode(*args, **static)
+    now = steps.decode(*args, **static)
     assert all(array.is_deleted() for array in old)
     new = (*now.cache.keys, *now.cache.values)
     assert {array.unsafe_buffer_pointer() for array in new} == places
     # What the next call needs is still there.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(args[0]))
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2)], ids=["one device", "mesh"])
+@pytest.mark.devices(4)
+def test_what_large_programs_are_given_never_moves(params, mesh):
+    """Where one array has moved a GPU's graph of hundreds of kernels is edited."""
+    options = {"slots": 4, "context": 32, "page": 8, "prefill_tokens": 16}
+    policy = polarjax.Polar(0.5)
+    model = params if mesh is None else shard(params, make_mesh(*mesh))
+    with polarjax.Engine(model, policy=policy, **options) as engine:
+        batch = engine._runner.batch
+
+        def places():
+            return [
+                [
+                    shard.data.unsafe_buffer_pointer()
+                    for shard in leaf.addressable_shards
+                ]
+                for leaf in jax.tree.leaves((batch.chunk, batch.slots))
+            ]
+
+        # On a CPU the first arrays may be the host's own.
+        engine.generate([[1, 2]], max_new_tokens=2, stop_ids=())
+        before = places()
+        for i in range(5):
+            asked = polarjax.Settings(
+                max_new_tokens=3 + i, logprobs=2, prompt_logprobs=1, stop_ids=()
+            )
+            engine.add([1 + i] * (4 + 3 * i), asked)
+        while not engine.idle:
+            engine.step()
+            assert places() == before
 
 
 def test_no_step_copies_a_cache(params, as_users_do):

@@ -10,6 +10,7 @@ import pytest
 import polarjax
 from polarjax.cache import Pieces
 from polarjax.engine import steps
+from polarjax.engine.chunk import empty_chunk
 from polarjax.engine.slots import empty_slots
 from polarjax.model import (
     Decoder,
@@ -104,10 +105,8 @@ def test_a_long_prompt_needs_little_memory():
     params = random_params(config)
     model = make_decoder(config.architecture, params.weights, implementation="xla")
     slots = empty_slots(model, 1, t, t // 64 + 1, 64, params.weights)
-    numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
-    ids = jax.ShapeDtypeStruct((size,), jnp.int32)
-    pieces = Pieces(numbers, numbers, numbers, numbers)
-    program = steps.read_pieces.lower(params.weights, ids, pieces, slots, model=model)
+    chunk = empty_chunk(model, size, 1, params.weights)
+    program = steps.read_pieces.lower(params.weights, chunk, slots, model=model)
     memory = program.compile().memory_analysis()
     cache = sum(leaf.nbytes for leaf in (*slots.cache.keys, *slots.cache.values))
     assert memory.alias_size_in_bytes >= cache
