@@ -173,6 +173,19 @@ class PagedCache:
         keys, values = zip(*layers, strict=True)
         return cls(keys, values, lengths, table)
 
+    @property
+    def bare(self) -> PagedCache:
+        """The same without keys and values: who has what, and how much."""
+        return dataclasses.replace(self, keys=(), values=())
+
+    def over(self, cache: PagedCache) -> PagedCache:
+        """A bare one with keys and values again.
+
+        Args:
+          cache: that has them.
+        """
+        return dataclasses.replace(self, keys=cache.keys, values=cache.values)
+
     def grown(self, counts: jax.Array) -> PagedCache:
         """The cache once so many new positions of each are in every layer.
 

@@ -16,22 +16,19 @@ from jax.sharding import NamedSharding
 from pallas_kernels import Implementation
 from polarjax.engine import steps
 from polarjax.engine.alternatives import Alternatives
-from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
-from polarjax.engine.chunk import Asks, Chunk, ask, empty_chunk
+from polarjax.engine.chunk import Chunk, ask, asks_of, empty_chunk
 from polarjax.engine.compiled import are_known, noted, shapes_of
-from polarjax.engine.edits import Edits, row_words
+from polarjax.engine.edits import Begin, Edits, begin_of
 from polarjax.engine.flight import Flight
 from polarjax.engine.packed import pack, take_apart
 from polarjax.engine.places import ROWS, everywhere, place_own
 from polarjax.engine.plans import Piece, SwapIn, SwapOut
 from polarjax.engine.programs import device_of
 from polarjax.engine.request import Request
-from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant
 from polarjax.engine.scoring import Span, asked_of
 from polarjax.engine.served import Drawing
 from polarjax.engine.slots import (
-    Row,
     Slots,
     edit,
     empty_slots,
@@ -59,23 +56,6 @@ _PROGRAMS = (
     steps.tell,
     take_apart,
 )
-# From the one that draws for the fewest to the one that draws for all.
-_VARIANTS = tuple(Variant)
-
-
-@dataclasses.dataclass(frozen=True)
-class Begin:
-    """What a slot begins with, or goes on with.
-
-    Attributes:
-      words: int32[w], for the devices, of `polarjax.engine.edits.row_words`.
-      variant: number of the least variant that draws for it.
-      told: whether it is told more than its tokens.
-    """
-
-    words: np.ndarray
-    variant: int
-    told: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +149,7 @@ class Batch:
 
     def _variant(self, slots: Sequence[int]) -> Variant:
         """The least that is compiled and draws for all of some slots."""
-        least = _VARIANTS[self._needs[list(slots)].max(initial=0)]
+        least = tuple(Variant)[self._needs[list(slots)].max(initial=0)]
         found = self._drawing.for_all(least)
         assert found is not None, f"no {least.value} drawing"
         return found
@@ -312,64 +292,18 @@ class Batch:
             self._on_rows(edit, *change, model=self._dense)
 
     def row(self, request: Request, positions: int, goes_on: bool = False) -> Begin:
-        """What a request's slot begins with, or goes on with.
-
-        Args:
-          request: whose it is.
-          positions: that the cache has of it.
-          goes_on: whether it does so after its tokens, of which none is on its way;
-            else it begins, and they will be drawn again.
-        """
-        # Of one that was computed again it may have been amid what it repeats.
-        here = len(request.tokens) - request.repeats
-        drawn = request.tokens[:here] if goes_on else []
-        settings = [request.settings]
-        stops = stop_table(settings, MOST_STOPS)
-        sampling = sampling_of(self.config, settings, stops)
-        tokens = np.zeros((1, self.context), np.int32)
-        known = [*request.prompt, *drawn]
-        tokens[0, : len(known)] = known
-
-        def number(value: Any) -> np.ndarray:
-            return np.array([value], np.int32)
-
-        history: Any = History(tokens, number(len(request.prompt)))  # type: ignore
-        row = Row(
-            length=number(positions),
-            token=number(drawn[-1] if drawn else 0),
-            live=np.array([goes_on and request.going]),
-            remaining=number(request.limit - len(drawn)),
-            density=np.array([request.settings.density or 0], np.float32),
-            sampling=sampling,
-            stop_ids=stops,
-            history=history,
-        )
-        variant = _VARIANTS.index(variant_of(settings))
-        told = request.settings.logprobs is not None
-        return Begin(row_words(row), variant, told)
+        """What a request's slot begins with, see `polarjax.engine.edits.begin_of`."""
+        return begin_of(self.config, self.context, request, positions, goes_on)
 
     def _ask(
         self, reads: Sequence[Piece], requests: Mapping[int, Request]
     ) -> list[Request | None]:
         """Say which pieces are read next; whose first token is drawn after each."""
-        n, r = self.sizes.tokens, self.sizes.pieces
-        asks = Asks.none(self.parts * n, self.parts * r)
-        pieces: Any = asks.pieces
-        owners: list[Request | None] = [None] * (self.parts * r)
-        used = [(0, 0)] * self.parts
-        for piece in reads:
-            part, own = self._part(piece.slot)
-            i, start = used[part]
-            used[part] = i + 1, start + piece.count
-            at, request = part * r + i, requests[piece.slot]
-            pieces.slots[at], pieces.starts[at] = own, start
-            pieces.counts[at], pieces.firsts[at] = piece.count, piece.first
-            asks.lasts[at] = piece.last
-            new = request.prompt[piece.first : piece.first + piece.count]
-            asks.tokens[part * n + start : part * n + start + piece.count] = new
-            if piece.last:
-                owners[at] = request
-        packed = self._placed(pack(asks, self.parts))
+        sizes, parts = self.sizes, self.parts
+        asks, owners = asks_of(
+            reads, requests, parts, self.each, sizes.tokens, sizes.pieces
+        )
+        packed = self._placed(pack(asks, parts))
         asks = ask(self.chunk.asks, packed, model=self._dense)
         self.chunk = dataclasses.replace(self.chunk, asks=asks)
         return owners

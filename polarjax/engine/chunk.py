@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ from jax.sharding import NamedSharding
 from polarjax.cache import Pieces, zeros
 from polarjax.engine.packed import Packed, unpack
 from polarjax.engine.places import GROUPS, ROWS
+from polarjax.engine.plans import Piece
 from polarjax.engine.programs import device_of
+from polarjax.engine.request import Request
 from polarjax.model import Decoder
 from polarjax.params import Tree
 
@@ -117,3 +120,44 @@ def ask(asks: Asks, packed: Packed, *, model: Decoder) -> Asks:
         return unpack(packed)
 
     return model.share.over(follow, (ROWS, ROWS), ROWS)(asks, packed)
+
+
+def asks_of(
+    reads: Sequence[Piece],
+    requests: Mapping[int, Request],
+    parts: int,
+    each: int,
+    tokens: int,
+    pieces: int,
+) -> tuple[Asks, list[Request | None]]:
+    """What is read next, as arrays of the host.
+
+    Args:
+      reads: the pieces, of a plan.
+      requests: whose each slot is.
+      parts: of the batch.
+      each: slots of each part.
+      tokens: that one program reads in each part, n.
+      pieces: likewise, r.
+
+    Returns:
+      The pieces, and whose first token is drawn after each; None for nobody's.
+    """
+    asks = Asks.none(parts * tokens, parts * pieces)
+    here: Any = asks.pieces
+    owners: list[Request | None] = [None] * (parts * pieces)
+    used = [(0, 0)] * parts
+    for piece in reads:
+        part, own = divmod(piece.slot, each)
+        i, start = used[part]
+        used[part] = i + 1, start + piece.count
+        at, request = part * pieces + i, requests[piece.slot]
+        here.slots[at], here.starts[at] = own, start
+        here.counts[at], here.firsts[at] = piece.count, piece.first
+        asks.lasts[at] = piece.last
+        new = request.prompt[piece.first : piece.first + piece.count]
+        start += part * tokens
+        asks.tokens[start : start + piece.count] = new
+        if piece.last:
+            owners[at] = request
+    return asks, owners

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from polarjax.config import ModelConfig
+from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
 from polarjax.engine.packed import Packed, pack
+from polarjax.engine.request import Request
+from polarjax.engine.rules import History
+from polarjax.engine.sampling import Variant
 from polarjax.engine.slots import Edit, Row, no_rows
 
 # Slots and entries of page tables that one program edits, in each part of the batch:
@@ -93,6 +97,67 @@ class Edits:
             if not any(any(lists) for lists in by_part):
                 return
             dead = np.zeros_like(dead)
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """What a slot begins with, or goes on with.
+
+    Attributes:
+      words: int32[w], for the devices, of `row_words`.
+      variant: number of the least variant that draws for it, as `Variant` lists them.
+      told: whether it is told more than its tokens.
+    """
+
+    words: np.ndarray
+    variant: int
+    told: bool
+
+
+def begin_of(
+    config: ModelConfig,
+    context: int,
+    request: Request,
+    positions: int,
+    goes_on: bool = False,
+) -> Begin:
+    """What a request's slot begins with, or goes on with.
+
+    Args:
+      config: what the model is.
+      context: positions that a request may have.
+      request: whose slot it is.
+      positions: that the cache has of it.
+      goes_on: whether it does so after its tokens, of which none is on its way; else it
+        begins, and they will be drawn again.
+    """
+    # Of one that was computed again it may have been amid what it repeats.
+    here = len(request.tokens) - request.repeats
+    drawn = request.tokens[:here] if goes_on else []
+    settings = [request.settings]
+    stops = stop_table(settings, MOST_STOPS)
+    sampling = sampling_of(config, settings, stops)
+    tokens = np.zeros((1, context), np.int32)
+    known = [*request.prompt, *drawn]
+    tokens[0, : len(known)] = known
+
+    def number(value: Any) -> np.ndarray:
+        return np.array([value], np.int32)
+
+    history: Any = History(tokens, number(len(request.prompt)))  # type: ignore
+    row = Row(
+        length=number(positions),
+        token=number(drawn[-1] if drawn else 0),
+        live=np.array([goes_on and request.going]),
+        remaining=number(request.limit - len(drawn)),
+        density=np.array([request.settings.density or 0], np.float32),
+        sampling=sampling,
+        stop_ids=stops,
+        history=history,
+    )
+    variant = tuple(Variant).index(variant_of(settings))
+    told = request.settings.logprobs is not None
+    return Begin(row_words(row), variant, told)
 
 
 def row_words(row: Row) -> np.ndarray:

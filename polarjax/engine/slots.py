@@ -76,8 +76,7 @@ class Slots:
     @property
     def bare(self) -> Slots:
         """The same without keys and values, for programs that leave those alone."""
-        cache = dataclasses.replace(self.cache, keys=(), values=())
-        return dataclasses.replace(self, cache=cache)
+        return dataclasses.replace(self, cache=self.cache.bare)
 
     def over(self, cache: PagedCache) -> Slots:
         """Bare ones with keys and values again.
@@ -85,8 +84,7 @@ class Slots:
         Args:
           cache: that has them.
         """
-        cache = dataclasses.replace(self.cache, keys=cache.keys, values=cache.values)
-        return dataclasses.replace(self, cache=cache)
+        return dataclasses.replace(self, cache=self.cache.over(cache))
 
 
 @jax.tree_util.register_dataclass

@@ -9,9 +9,9 @@ import pytest
 import polarjax
 from polarjax.engine import batch as batches
 from polarjax.engine import edits
-from polarjax.engine.checks import sampling_of, stop_table
+from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table
 from polarjax.engine.edits import Edits, row_words
-from polarjax.engine.packed import pack, unpack
+from polarjax.engine.packed import pack, take_apart, unpack
 from polarjax.engine.rules import History
 from polarjax.engine.slots import Row, edit, empty_slots, no_rows
 from polarjax.mesh.cut import make_mesh, shard
@@ -71,7 +71,8 @@ def test_each_part_of_a_mesh_gets_its_share():
     with polarjax.Engine(params, slots=4, context=CONTEXT, **GREEDY) as engine:
         batch = engine._runner.batch
         given = tree(2)
-        found = batch._together(given)
+        packed = batch._placed(pack(given, batch.parts))
+        found = take_apart(packed, model=batch._dense)
         assert_bits(found, given)
         for one in jax.tree.leaves(found):
             if one.size:  # XLA leaves arrays of nothing whole
@@ -91,7 +92,7 @@ def random_row(i):
             presence_penalty=0.1 * i,
         )
     ]
-    stops = stop_table(settings, batches.MOST_STOPS)
+    stops = stop_table(settings, MOST_STOPS)
     tokens = np.full((1, CONTEXT), i, np.int32)
     prompt = np.array([3], np.int32)
     return Row(
@@ -155,16 +156,16 @@ def test_slots_get_what_they_begin_with(monkeypatch):
 def test_a_plan_takes_three_copies_at_most(monkeypatch):
     params = random_params(CONFIG)
     sizes = {"slots": 4, "context": 32, "page": 8, "prefill_tokens": 16}
+    taken, place = [], batches.place_own
+
+    def counted(tree, where):
+        leaves = jax.tree.leaves(tree)
+        taken.append(sum(isinstance(x, np.ndarray) for x in leaves))
+        return place(tree, where)
+
+    monkeypatch.setattr(batches, "place_own", counted)
     with polarjax.Engine(params, **sizes, **GREEDY) as engine:
-        taken = []
-        place = batches.place_own
-
-        def counted(tree, where):
-            leaves = jax.tree.leaves(tree)
-            taken.append(sum(isinstance(x, np.ndarray) for x in leaves))
-            return place(tree, where)
-
-        monkeypatch.setattr(batches, "place_own", counted)
+        taken.clear()
         requests = []
         seen = set()
         while not engine.idle or len(requests) < 12:
