@@ -328,9 +328,9 @@ class Engine:
     def step(self) -> list[Request]:
         """Go on: begin what waits, take a decode step, and hand on what has come.
 
-        An interruption while the host waits loses nothing. After one that leaves the
-        arrays on the devices half-way, the requests are cancelled and the engine is of
-        no further use.
+        Ctrl-C loses nothing: it is heard while the host waits, or once what was begun
+        is done. After an exception that leaves the arrays on the devices half-way, the
+        requests are cancelled and the engine is of no further use.
 
         Returns:
           The requests that got tokens or ended.

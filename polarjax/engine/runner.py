@@ -18,6 +18,7 @@ from polarjax.engine.batch import Batch
 from polarjax.engine.clock import Clock
 from polarjax.engine.errors import RequestFailed
 from polarjax.engine.flight import Flight
+from polarjax.engine.interrupts import held_back
 from polarjax.engine.plans import Plan
 from polarjax.engine.programs import Drawn
 from polarjax.engine.request import Request
@@ -209,9 +210,10 @@ class Runner:
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """What is done within cannot be taken up again where it was interrupted."""
-        self.half_way = True
-        yield
-        self.half_way = False
+        with held_back():
+            self.half_way = True
+            yield
+            self.half_way = False
 
     def _send(self, plan: Plan) -> None:
         """Have the devices do what a plan says."""

@@ -1,6 +1,7 @@
 """What users do to an engine at any moment: cancel, stream, interrupt."""
 
 import dataclasses
+import signal
 
 import jax
 import numpy as np
@@ -192,6 +193,32 @@ def test_an_interruption_loses_nothing_or_ends_all(params, monkeypatch, ahead):
                 run(engine)
                 assert engine._runner.scheduler.preemptions
                 assert [one.tokens for one in requests] == expected
+
+
+@pytest.mark.parametrize("where", [(Batch, "change"), (Batch, "decode")])
+def test_ctrl_c_in_a_step_costs_no_engine(params, monkeypatch, where):
+    """It is heard once what was begun is done."""
+    original, calls = getattr(*where), iter(range(10**6))
+    few = {**WHOLE, "max_new_tokens": 40}
+    wanted = make_engine(params).generate([[3, 4, 5], [7]], **few).tokens
+    engine = make_engine(params)
+    requests = [engine.add(ids, PLAIN) for ids in ([3, 4, 5], [7])]
+    heard = 0
+
+    def interrupted(*args):
+        if next(calls) % 3 == 0:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(*where, interrupted)
+    while any(one.going for one in requests):
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            heard += 1
+    assert heard > 1 and [one.tokens for one in requests] == wanted
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    engine.close()
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
