@@ -36,11 +36,15 @@ def make_engine(params, **options):
 
 @pytest.fixture(scope="module")
 def alone(params):
+    return by_itself(make_engine(params, prefix_cache=False))
+
+
+def by_itself(engine):
     """What a request gets of an engine that has no other."""
-    engine, known = make_engine(params, prefix_cache=False), {}
+    known = {}
 
     def ask(prompt, settings):
-        key = tuple(prompt), settings
+        key = tuple(prompt), repr(settings)
         if key not in known:
             request = engine.add(prompt, settings)
             while request.going:
@@ -117,7 +121,22 @@ def random_request(rng, shared):
     return prompt, polarjax.Settings(**settings)
 
 
-def play(engine, seed, alone):
+def ruled_request(rng, shared, densities):
+    """The same with rules of every kind."""
+    prompt, settings = random_request(rng, shared)
+    ids = tuple(sorted({*rng.integers(0, 331, 40).tolist()}))
+    rules = (
+        {"logit_bias": {i: 2.5 - i % 5 for i in ids[:5]}, "frequency_penalty": 0.7},
+        {"allowed_token_ids": ids, "min_p": 0.05, "temperature": 1.3, "seed": 7},
+        {"min_tokens": 5, "stop_ids": ids, "presence_penalty": -0.3},
+        {},
+    )[int(rng.integers(4))]
+    if not densities:
+        rules = {**rules, "density": None}
+    return prompt, dataclasses.replace(settings, **rules)
+
+
+def play(engine, seed, alone, request_of=random_request):
     """A trace of arrivals, steps and cancels; how many requests it had."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(1, 300, 40).tolist()
@@ -125,7 +144,7 @@ def play(engine, seed, alone):
     spoils = seed % 3 == 0
     while left or any(request.going for *_, request in asked):
         while left and rng.random() < 0.4:
-            prompt, settings = random_request(rng, shared)
+            prompt, settings = request_of(rng, shared)
             for j in range(int(rng.choice([1, 1, 1, 3]))):  # samples share pages
                 one = dataclasses.replace(settings, sample=j)
                 asked.append((prompt, one, engine.add(prompt, one)))
@@ -189,6 +208,38 @@ def test_a_request_is_the_request_alone_in_any_load(params, alone, compiled, see
     for engine in engines:
         assert len(engine._runner.scheduler) == 0
         assert not engine._runner.kept and not engine._runner.anew
+
+
+CUTS = {"budgets": (4, 2, 2, 2), "thresholds": (0.0,) * 4}
+MANY = pytest.mark.slow  # as each has programs of its own
+
+
+@pytest.mark.usefixtures("as_users_do")
+@pytest.mark.parametrize(
+    ("model", "policy", "densities"),
+    [
+        ({"config": LLAMA, **CUTS}, polarjax.Adaptive(), False),
+        ({"config": LLAMA}, polarjax.Polar(0.5, balanced=2), True),
+        pytest.param({"config": LLAMA, "dtype": "bfloat16"}, None, True, marks=MANY),
+        pytest.param({"config": LLAMA, "head_rank": 8}, None, True, marks=MANY),
+        pytest.param({"config": LLAMA}, polarjax.Oracle(0.5), True, marks=MANY),
+        pytest.param({"config": LLAMA}, polarjax.Random(0.5), False, marks=MANY),
+        pytest.param({"config": OPT}, None, True, marks=MANY),
+        pytest.param({"config": MHA}, polarjax.Polar(0.25), True, marks=MANY),
+    ],
+)
+def test_so_it_is_of_every_policy_and_rule(model, policy, densities):
+    made = dict(model)
+    config = dataclasses.replace(made.pop("config"), context=CONTEXT)
+    dtype = jnp.dtype(made.pop("dtype", "float32"))
+    cut = random_params(config, routers=True, **made)
+    cut = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, cut)
+    options = {"policy": policy, "densities": densities}
+    asked = by_itself(make_engine(cut, prefix_cache=False, **options))
+    engine = make_engine(cut, ahead=2, **options)
+    request_of = functools.partial(ruled_request, densities=densities)
+    count = sum(play(engine, seed, asked, request_of) for seed in range(1, 8))
+    assert engine._runner.scheduler.preemptions > 0.1 * count
 
 
 def test_tokens_are_those_that_were_recorded():
