@@ -29,10 +29,12 @@ from polarjax.engine.sampling import Variant
 from polarjax.engine.scoring import Span, asked_of
 from polarjax.engine.served import Drawing
 from polarjax.engine.slots import (
+    Ruled,
     Slots,
     edit,
     empty_slots,
     put_pages,
+    set_rules,
     take_pages,
 )
 from polarjax.engine.swaps import Kept, Swaps
@@ -47,6 +49,7 @@ _PROGRAMS = (
     edit,
     everywhere,
     put_pages,
+    set_rules,
     take_pages,
     steps.begin,
     steps.decode,
@@ -176,14 +179,14 @@ class Batch:
     def _compile(self) -> None:
         """Run each program once on nothing, so that none is compiled later."""
         self._ask((), {})
-        change, variants = self._edits.nothing(), self._drawing.variants
+        change, variants = next(self._edits.of((), (), ())), self._drawing.variants
         dense, bare = {"model": self._dense}, self.slots.bare
         if next(iter(self.slots.token.devices())).platform == "gpu":
             # Each takes seconds, and several can be compiled at a time.
             reading = self._original, self.chunk, self.slots
             decoding = self._weights, self._policy, self.slots
             slow = [
-                (edit, (bare, *change), dense),
+                (edit, (bare, change), dense),
                 (steps.read_pieces, reading, dense),
                 (steps.decode, decoding, self._decoding),
             ]
@@ -196,7 +199,9 @@ class Batch:
             ]
             with ThreadPoolExecutor(len(slow)) as pool:
                 list(pool.map(_compile_one, slow))
-        self._on_rows(edit, *change, **dense)
+        self._on_rows(edit, change, **dense)
+        if Variant.FULL in variants:
+            self._rule(0, None)
         self._read()
         if self._drawing.prompt_logprobs:
             self._score((), {})
@@ -289,7 +294,14 @@ class Batch:
             self._needs[slot], self._told[slot] = begin.variant, begin.told
         rows = [(slot, begin.words) for slot, begin in begins]
         for change in self._edits.of(frees, rows, tables):
-            self._on_rows(edit, *change, model=self._dense)
+            self._on_rows(edit, change, model=self._dense)
+        for slot, begin in begins:
+            if begin.ruled is not None:
+                self._rule(slot, begin.ruled)
+
+    def _rule(self, slot: int, ruled: Ruled | None) -> None:
+        rules = self._edits.rules_of(slot, ruled)
+        self._on_rows(set_rules, rules, model=self._dense)
 
     def row(self, request: Request, positions: int, goes_on: bool = False) -> Begin:
         """What a request's slot begins with, see `polarjax.engine.edits.begin_of`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -277,6 +278,17 @@ def sampling_of(
       requests: settings of each, checked.
       ends: int32[b, e], tokens that end each, filled up with -1.
     """
+    rules = make_rules(config, requests, ends)
+    return dataclasses.replace(plain_sampling_of(config, requests), rules=rules)
+
+
+def plain_sampling_of(config: ModelConfig, requests: Sequence[Settings]) -> Sampling:
+    """The same without rules.
+
+    Args:
+      config: what the model is.
+      requests: settings of each, checked.
+    """
     v = config.vocab_size
 
     def numbers(values: list, dtype: Any) -> Any:
@@ -289,7 +301,6 @@ def sampling_of(
         numbers([one.min_p for one in requests], np.float32),
         numbers([one.seed for one in requests], np.uint32),
         numbers([one.sample for one in requests], np.uint32),
-        make_rules(config, requests, ends),
     )
 
 

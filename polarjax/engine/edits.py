@@ -6,15 +6,21 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from polarjax.config import ModelConfig
-from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
+from polarjax.engine.checks import (
+    MOST_STOPS,
+    plain_sampling_of,
+    stop_table,
+    variant_of,
+)
 from polarjax.engine.packed import Packed, pack
 from polarjax.engine.request import Request
-from polarjax.engine.rules import History
+from polarjax.engine.rules import make_rules
 from polarjax.engine.sampling import Variant
-from polarjax.engine.slots import Edit, Row, no_rows
+from polarjax.engine.slots import Edit, Row, Ruled, no_rows, no_rules
 
 # Slots and entries of page tables that one program edits, in each part of the batch:
 # more take another call.
@@ -22,7 +28,7 @@ _ROWS, _ENTRIES = 8, 512
 
 
 class Edits:
-    """Makes the arguments of `polarjax.engine.slots.edit`.
+    """Makes the arguments of `polarjax.engine.slots.edit` and `set_rules`.
 
     Args:
       config: what the model is.
@@ -42,23 +48,20 @@ class Edits:
     ) -> None:
         self._parts, self._each, self._place = parts, each, place
         count = parts * _ROWS
-        self._rows = pack(no_rows(config, count, context), count)
-        # Most edits begin no slot: what says so is on the devices once and for all.
-        self._no_rows = place(self._rows)
-
-    def nothing(self) -> tuple[Packed, Packed]:
-        """An edit that changes nothing, on the devices."""
-        return next(self.of((), (), ()))
+        self._rows = pack(no_rows(config, count), count)
+        self._no_rules = Ruled(
+            np.full(parts, each, np.int32),
+            no_rules(config, parts),
+            np.zeros((parts, context), np.int32),
+        )
 
     def of(
         self,
         frees: Sequence[int],
         rows: Sequence[tuple[int, np.ndarray]],
         tables: Sequence[tuple[int, int, int]],
-    ) -> Iterator[tuple[Packed, Packed]]:
+    ) -> Iterator[Packed]:
         """Edits, on the devices; several, where one has no room for all.
-
-        Each takes one copy to the devices, and one more where slots begin.
 
         Args:
           frees: slots that are dead from here on.
@@ -75,28 +78,36 @@ class Edits:
         dead = np.zeros(self._parts * self._each, bool)
         dead[list(frees)] = True
         while True:
-            begun = any(begins for begins, _ in by_part)
-            words = self._rows.words.copy() if begun else None
+            words = self._rows.words.copy()
             slots = np.full(self._parts * _ROWS, self._each, np.int32)
             entries = np.full((self._parts * _ENTRIES, 3), self._each, np.int32)
             for part, (begins, new) in enumerate(by_part):
                 for i, (own, row) in enumerate(begins[:_ROWS], part * _ROWS):
-                    assert words is not None
                     slots[i], words[i] = own, row
                 if some := new[:_ENTRIES]:
                     at = part * _ENTRIES
                     entries[at : at + len(some)] = some
                 del begins[:_ROWS], new[:_ENTRIES]
-            change = pack(Edit(dead, slots, entries), self._parts)
-            if words is None:
-                yield self._place(change), self._no_rows
-            else:
-                yield self._place(
-                    (change, dataclasses.replace(self._rows, words=words))
-                )
+            begun = dataclasses.replace(self._rows, words=words)
+            yield self._place(pack(Edit(dead, slots, begun, entries), self._parts))
             if not any(any(lists) for lists in by_part):
                 return
             dead = np.zeros_like(dead)
+
+    def rules_of(self, slot: int, ruled: Ruled | None) -> Packed:
+        """The rules of a slot, on the devices.
+
+        Args:
+          slot: which.
+          ruled: of a `Begin`; None for no slot's.
+        """
+        whole, (part, own) = self._no_rules, divmod(slot, self._each)
+        if ruled is not None:
+            whole = jax.tree.map(np.copy, whole)
+            for array, one in zip(*map(jax.tree.leaves, (whole, ruled)), strict=True):
+                array[part] = one[0]
+            whole.slot[part] = own
+        return self._place(pack(whole, self._parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +118,13 @@ class Begin:
       words: int32[w], for the devices, of `row_words`.
       variant: number of the least variant that draws for it, as `Variant` lists them.
       told: whether it is told more than its tokens.
+      ruled: rules, where it has any; of no slot yet.
     """
 
     words: np.ndarray
     variant: int
     told: bool
+    ruled: Ruled | None = None
 
 
 def begin_of(
@@ -134,30 +147,29 @@ def begin_of(
     # Of one that was computed again it may have been amid what it repeats.
     here = len(request.tokens) - request.repeats
     drawn = request.tokens[:here] if goes_on else []
-    settings = [request.settings]
-    stops = stop_table(settings, MOST_STOPS)
-    sampling = sampling_of(config, settings, stops)
-    tokens = np.zeros((1, context), np.int32)
-    known = [*request.prompt, *drawn]
-    tokens[0, : len(known)] = known
+    one, ruled = request.settings, None
+    stops = stop_table([one], MOST_STOPS)
 
     def number(value: Any) -> np.ndarray:
         return np.array([value], np.int32)
 
-    history: Any = History(tokens, number(len(request.prompt)))  # type: ignore
+    if one.has_rules:
+        tokens = np.zeros((1, context), np.int32)
+        known = [*request.prompt, *drawn]
+        tokens[0, : len(known)] = known
+        ruled = Ruled(number(0), make_rules(config, [one], stops), tokens)
     row = Row(
         length=number(positions),
         token=number(drawn[-1] if drawn else 0),
         live=np.array([goes_on and request.going]),
         remaining=number(request.limit - len(drawn)),
-        density=np.array([request.settings.density or 0], np.float32),
-        sampling=sampling,
+        density=np.array([one.density or 0], np.float32),
+        sampling=plain_sampling_of(config, [one]),
         stop_ids=stops,
-        history=history,
+        prompt=number(len(request.prompt)),
     )
-    variant = tuple(Variant).index(variant_of(settings))
-    told = request.settings.logprobs is not None
-    return Begin(row_words(row), variant, told)
+    variant = tuple(Variant).index(variant_of([one]))
+    return Begin(row_words(row), variant, one.logprobs is not None, ruled)
 
 
 def row_words(row: Row) -> np.ndarray:

@@ -42,6 +42,13 @@ class Rules:
     presence: jax.Array
     frequency: jax.Array
 
+    @classmethod
+    def nothing(cls) -> Any:
+        """One number for each array, of requests that ask for nothing."""
+        everything: Any = np.uint32(2**32 - 1)
+        none: Any = -1
+        return cls(none, 0.0, everything, 0, none, 1.0, 0.0, 0.0)  # type: ignore
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from pallas_kernels import put
 from polarjax.cache import PagedCache, zeros
 from polarjax.config import ModelConfig
-from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table
+from polarjax.engine.checks import MOST_STOPS, plain_sampling_of, stop_table
 from polarjax.engine.packed import Packed, unpack
 from polarjax.engine.places import (
     COLUMNS,
@@ -25,7 +25,7 @@ from polarjax.engine.places import (
     ROWS,
 )
 from polarjax.engine.programs import device_of
-from polarjax.engine.rules import History
+from polarjax.engine.rules import History, Rules, make_rules
 from polarjax.engine.sampling import Sampling
 from polarjax.engine.settings import Settings
 from polarjax.model import Decoder
@@ -98,9 +98,9 @@ class Row:
       live: bool, whether it takes decode steps at once.
       remaining: int32, tokens it may still draw.
       density: float32.
-      sampling: how it draws.
+      sampling: how it draws, but for rules.
       stop_ids: int32[e].
-      history: what it has read and written.
+      prompt: int32, tokens of its prompt.
     """
 
     length: Any
@@ -110,7 +110,7 @@ class Row:
     density: Any
     sampling: Sampling
     stop_ids: Any
-    history: History
+    prompt: Any
 
 
 @jax.tree_util.register_dataclass
@@ -122,35 +122,54 @@ class Edit:
 
     Attributes:
       frees: bool[b], slots that are dead from here on.
-      slots: int32[n], which of the part's slots begin with the `Row`s that come with
-        this; numbers from its b on for none.
+      slots: int32[n], which of the part's slots begin with the rows; numbers from its b
+        on for none.
+      rows: n of `Row`, with a row of words for each.
       entries: int32[e, 3], of page tables: slot, index in its row, page; slots from
         the part's b on for none.
     """
 
     frees: Any
     slots: Any
+    rows: Packed
     entries: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ruled:
+    """What a slot needs besides, whose request has rules; arrays [1, ...].
+
+    It is large, and most requests have none.
+
+    Attributes:
+      slot: int32, of the part of the batch; its b for none.
+      rules: of the request.
+      tokens: int32[context], of its prompt, and what it has drawn behind them.
+    """
+
+    slot: Any
+    rules: Rules
+    tokens: Any
 
 
 @functools.partial(
     jax.jit, static_argnames=("model",), donate_argnames=("slots",), keep_unused=True
 )
-def edit(slots: Slots, change: Packed, begun: Packed, *, model: Decoder) -> Slots:
-    """The slots with what the host has changed.
+def edit(slots: Slots, packed: Packed, *, model: Decoder) -> Slots:
+    """The slots with what the host has changed; those that begin have no rules.
 
     Args:
       slots: donated; may be bare.
-      change: what it has, an `Edit` with a row of words for each part of the batch.
-      begun: the `Row`s of n slots of each part, with a row of words for each.
+      packed: an `Edit` with a row of words for each part of the batch.
       model: that the batch is of.
     """
 
-    def apply(slots: Slots, packed: Packed, begun: Packed) -> Slots:
+    def apply(slots: Slots, packed: Packed) -> Slots:
         change: Edit = unpack(packed)
-        rows: Row = unpack(begun)
+        rows: Row = unpack(change.rows)
 
-        def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        def put(whole: jax.Array, part: Any) -> jax.Array:
             return whole.at[change.slots].set(part, mode="drop")
 
         cache, dead = slots.cache, change.frees
@@ -161,6 +180,8 @@ def edit(slots: Slots, change: Packed, begun: Packed, *, model: Decoder) -> Slot
             lengths=put(jnp.where(dead, 0, cache.lengths), rows.length),
             table=cache.table.at[slot, index].set(page, mode="drop"),
         )
+        new = dataclasses.replace(rows.sampling, rules=Rules.nothing())
+        history = slots.history
         return dataclasses.replace(
             slots,
             cache=cache,
@@ -168,13 +189,48 @@ def edit(slots: Slots, change: Packed, begun: Packed, *, model: Decoder) -> Slot
             live=put(slots.live & ~dead, rows.live),
             remaining=put(slots.remaining, rows.remaining),
             density=put(slots.density, rows.density),
-            sampling=jax.tree.map(put, slots.sampling, rows.sampling),
+            sampling=jax.tree.map(put, slots.sampling, new),
             stop_ids=put(slots.stop_ids, rows.stop_ids),
-            history=jax.tree.map(put, slots.history, rows.history),
+            # What another has left of tokens changes nothing where there are no rules.
+            history=dataclasses.replace(
+                history, prompt=put(history.prompt, rows.prompt)
+            ),
         )
 
     kept = cut_slots(model)
-    return model.share.over(apply, (kept, ROWS, ROWS), kept)(slots, change, begun)
+    return model.share.over(apply, (kept, ROWS), kept)(slots, packed)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model",), donate_argnames=("slots",), keep_unused=True
+)
+def set_rules(slots: Slots, packed: Packed, *, model: Decoder) -> Slots:
+    """The slots with the rules of one, after the `edit` in which it begins.
+
+    Args:
+      slots: donated; may be bare.
+      packed: a `Ruled` with a row of words for each part of the batch.
+      model: that the batch is of.
+    """
+
+    def apply(slots: Slots, packed: Packed) -> Slots:
+        one: Ruled = unpack(packed)
+
+        def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+            return whole.at[one.slot].set(part, mode="drop")
+
+        sampling, history = slots.sampling, slots.history
+        rules = jax.tree.map(put, sampling.rules, one.rules)
+        return dataclasses.replace(
+            slots,
+            sampling=dataclasses.replace(sampling, rules=rules),
+            history=dataclasses.replace(
+                history, tokens=put(history.tokens, one.tokens)
+            ),
+        )
+
+    kept = cut_slots(model)
+    return model.share.over(apply, (kept, ROWS), kept)(slots, packed)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -237,27 +293,36 @@ def cut_slots(model: Decoder) -> Any:
     )
 
 
-def no_rows(config: ModelConfig, count: int, context: int) -> Row:
+def no_rows(config: ModelConfig, count: int) -> Row:
     """Rows of nothing, as arrays of the host.
 
     Args:
       config: what the model is.
       count: of rows, n.
-      context: tokens that there is room for in each history.
     """
     numbers: Any = np.zeros(count, np.int32)
     idle = [Settings(stop_ids=())] * count
-    stops = stop_table(idle, MOST_STOPS)
     return Row(
         length=numbers,
         token=numbers.copy(),
         live=np.zeros(count, bool),
         remaining=numbers.copy(),
         density=np.zeros(count, np.float32),
-        sampling=sampling_of(config, idle, stops),
-        stop_ids=stops,
-        history=History.empty(count, context),
+        sampling=plain_sampling_of(config, idle),
+        stop_ids=stop_table(idle, MOST_STOPS),
+        prompt=numbers.copy(),
     )
+
+
+def no_rules(config: ModelConfig, count: int) -> Rules:
+    """Rules of requests that have none, as arrays of the host.
+
+    Args:
+      config: what the model is.
+      count: of requests, n.
+    """
+    idle = [Settings(stop_ids=())] * count
+    return make_rules(config, idle, stop_table(idle, MOST_STOPS))
 
 
 def empty_slots(
@@ -286,7 +351,9 @@ def empty_slots(
         cache = PagedCache.pool(
             config, count, context, parts * pages, page, model.dtype, place(GROUPS)
         )
-        rows = no_rows(model.config, count, context)
+        rows = no_rows(model.config, count)
+        rules = no_rules(model.config, count)
+        sampling = dataclasses.replace(rows.sampling, rules=rules)
         # In turn, not at once: beside a cache that fills the device there is no room.
         put = functools.partial(jax.device_put, device=place(ROWS))
         logits = GROUPS if share.cuts_vocabulary else ROWS
@@ -301,9 +368,9 @@ def empty_slots(
             live=put(rows.live),
             remaining=put(rows.remaining),
             density=put(rows.density),
-            sampling=jax.tree.map(put, rows.sampling),
+            sampling=jax.tree.map(put, sampling),
             stop_ids=put(rows.stop_ids),
-            history=jax.tree.map(put, rows.history),
+            history=jax.tree.map(put, History.empty(count, context)),
             logits=zeros(shape, jnp.float32, place(logits)),
             mass=zeros((count,), jnp.float32, place(ROWS)),
             reads=zeros((layers, count), jnp.int32, place(COLUMNS)),

@@ -9,11 +9,20 @@ import pytest
 import polarjax
 from polarjax.engine import batch as batches
 from polarjax.engine import edits
-from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table
+from polarjax.engine.checks import MOST_STOPS, plain_sampling_of, stop_table
 from polarjax.engine.edits import Edits, row_words
 from polarjax.engine.packed import pack, take_apart, unpack
-from polarjax.engine.rules import History
-from polarjax.engine.slots import Row, edit, empty_slots, no_rows
+from polarjax.engine.rules import make_rules
+from polarjax.engine.sampling import Variant
+from polarjax.engine.slots import (
+    Row,
+    Ruled,
+    edit,
+    empty_slots,
+    no_rows,
+    no_rules,
+    set_rules,
+)
 from polarjax.mesh.cut import make_mesh, shard
 from polarjax.model import make_decoder
 from tests.models import GREEDY, LLAMA, random_params
@@ -81,6 +90,7 @@ def test_each_part_of_a_mesh_gets_its_share():
 
 
 def random_row(i):
+    """What a slot begins with, and its rules."""
     settings = [
         polarjax.Settings(
             temperature=0.5 + i,
@@ -93,18 +103,19 @@ def random_row(i):
         )
     ]
     stops = stop_table(settings, MOST_STOPS)
-    tokens = np.full((1, CONTEXT), i, np.int32)
-    prompt = np.array([3], np.int32)
-    return Row(
-        length=np.array([4 + i], np.int32),
-        token=np.array([i], np.int32),
+    number = np.array([i], np.int32)
+    row = Row(
+        length=4 + number,
+        token=number,
         live=np.array([i % 2 == 0]),
-        remaining=np.array([9 + i], np.int32),
+        remaining=9 + number,
         density=np.array([0.25], np.float32),
-        sampling=sampling_of(CONFIG, settings, stops),
+        sampling=plain_sampling_of(CONFIG, settings),
         stop_ids=stops,
-        history=History(tokens, prompt),  # type: ignore[arg-type]
+        prompt=3 + number,
     )
+    rules = make_rules(CONFIG, settings, stops)
+    return row, Ruled(0 * number, rules, np.full((1, CONTEXT), i, np.int32))
 
 
 def test_slots_get_what_they_begin_with(monkeypatch):
@@ -115,42 +126,56 @@ def test_slots_get_what_they_begin_with(monkeypatch):
     model = make_decoder(CONFIG.architecture, params.weights)
     slots = empty_slots(model, 5, CONTEXT, 9, 8, params.weights)
     changes = Edits(CONFIG, 1, 5, CONTEXT, jax.device_put)
-    rows = {slot: random_row(slot) for slot in (0, 2, 3)}
+    rows, rules = {}, {}
+    for slot in (0, 2, 3):
+        rows[slot], rules[slot] = random_row(slot)
     given = [(slot, row_words(row)) for slot, row in rows.items()]
     tables = [(slot, j, 1 + slot + j) for slot in (0, 2, 3) for j in range(2)]
     # Who has left a slot that another begins with has done so before that.
     all_edits = list(changes.of((0, 2, 3), given, tables))
     assert len(all_edits) == 2
     for one in all_edits:
-        slots = edit(slots, *one, model=model)
+        slots = edit(slots, one, model=model)
+    for slot, ruled in rules.items():
+        slots = set_rules(slots, changes.rules_of(slot, ruled), model=model)
+    slots = set_rules(slots, changes.rules_of(0, None), model=model)  # nobody's
 
-    def there(slots):
+    def there(slots, i):
         cache = slots.cache
-        return Row(
+        row = Row(
             cache.lengths,
             slots.token,
             slots.live,
             slots.remaining,
             slots.density,
-            slots.sampling,
+            dataclasses.replace(slots.sampling, rules=None),
             slots.stop_ids,
-            slots.history,
+            slots.history.prompt,
         )
+        found = row, slots.sampling.rules, slots.history.tokens
+        return jax.tree.map(lambda x: np.asarray(x[i : i + 1]), found)
 
-    nothing = no_rows(CONFIG, 1, CONTEXT)
     for slot in range(5):
-        found = jax.tree.map(lambda x, i=slot: np.asarray(x[i : i + 1]), there(slots))
-        assert_bits(found, rows.get(slot, nothing))
+        row, own, tokens = there(slots, slot)
+        assert_bits(row, rows.get(slot, no_rows(CONFIG, 1)))
+        ruled = rules.get(slot)
+        assert_bits(own, ruled.rules if ruled else no_rules(CONFIG, 1))
+        assert np.asarray(tokens).tolist() == [[slot if ruled else 0] * CONTEXT]
     expected = np.zeros((5, 2), np.int32)
     for slot, index, page in tables:
         expected[slot, index] = page
     np.testing.assert_array_equal(slots.cache.table, expected)
 
     (freed,) = changes.of((2,), (), ())
-    slots = edit(slots, *freed, model=model)
+    slots = edit(slots, freed, model=model)
     assert np.asarray(slots.live).tolist() == [True, False, False, False, False]
     assert np.asarray(slots.cache.lengths).tolist() == [4, 0, 0, 7, 0]
     assert np.asarray(slots.token).tolist() == [0, 0, 2, 3, 0]
+    # Who begins without rules has none, whatever the slot had.
+    (begun,) = changes.of((), [(3, given[1][1])], ())
+    slots = edit(slots, begun, model=model)
+    row, own, _ = there(slots, 3)
+    assert_bits((row, own), (rows[2], no_rules(CONFIG, 1)))
 
 
 def test_a_plan_takes_three_copies_at_most(monkeypatch):
@@ -164,13 +189,15 @@ def test_a_plan_takes_three_copies_at_most(monkeypatch):
         return place(tree, where)
 
     monkeypatch.setattr(batches, "place_own", counted)
-    with polarjax.Engine(params, **sizes, **GREEDY) as engine:
+    drawing = {**GREEDY, "variants": [Variant.FULL]}
+    with polarjax.Engine(params, **sizes, **drawing) as engine:
         taken.clear()
         requests = []
         seen = set()
         while not engine.idle or len(requests) < 12:
             if len(requests) < 12:
-                asked = polarjax.Settings(max_new_tokens=12, stop_ids=())
+                rules = {"repetition_penalty": 1.2} if len(requests) == 5 else {}
+                asked = polarjax.Settings(max_new_tokens=12, stop_ids=(), **rules)
                 requests.append(engine.add([1 + len(requests)] * 9, asked))
             # Copies of what is not packed are made nowhere else.
             with jax.transfer_guard_host_to_device("disallow"):
@@ -178,6 +205,5 @@ def test_a_plan_takes_three_copies_at_most(monkeypatch):
             seen.add(tuple(taken))
             taken.clear()
     assert all(len(one.tokens) == 12 for one in requests)
-    # An edit without rows, and with some; each with a read, and without.
-    assert seen <= {(), (1,), (2,), (1, 1), (2, 1)}
-    assert {(1,), (2, 1)} <= seen
+    # An edit, and a read; and the rules of one that begins, which most have not.
+    assert seen == {(), (1,), (1, 1), (1, 1, 1)}
