@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from pallas_kernels import Implementation
 from polarjax.engine import steps
 from polarjax.engine.alternatives import Alternatives
-from polarjax.engine.checks import MOST_STOPS, sampling_of, stop_table, variant_of
+from polarjax.engine.checks import sampling_of, stop_table, variant_of
 from polarjax.engine.chunk import Asks, Chunk, ask, empty_chunk
 from polarjax.engine.compiled import are_known, noted, shapes_of
 from polarjax.engine.edits import Edits, row_words
@@ -30,6 +30,7 @@ from polarjax.engine.rules import History
 from polarjax.engine.sampling import Variant
 from polarjax.engine.scoring import Span, asked_of
 from polarjax.engine.served import Drawing
+from polarjax.engine.settings import MOST_STOPS
 from polarjax.engine.slots import (
     Row,
     Slots,

@@ -109,9 +109,10 @@ def generate(
       top_p: probability mass to draw from, in (0, 1], or one per request.
       seed: of the draws: one per request, or a number s that gives request i the seed
         s + i.
-      stop: strings that end a text; they are cut off. A special token's own text, such
-        as "<|im_end|>", does so too, although texts do not show special tokens.
-      stop_ids: token ids that end a text; None means the model's own.
+      stop: strings that end a text, 64 at most, of at most 256 characters; they are
+        cut off. A special token's own text, such as "<|im_end|>", does so too, although
+        texts do not show special tokens.
+      stop_ids: token ids that end a text, 64 at most; None means the model's own.
       min_p: how probable a token must be, as a part of what the best is, in [0, 1], or
         one per request. In which order all these apply, `polarjax.Settings` says.
       repetition_penalty: what logits of tokens of prompt and output are divided by

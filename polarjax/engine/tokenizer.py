@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import tokenizers
 
 from polarjax.config import ModelConfig
+from polarjax.engine.coverage import most_characters
 from polarjax.engine.detokenize import Pieces
 from polarjax.engine.templates import DEFAULT, check_text, choose, render
 from polarjax.params import (
@@ -117,6 +119,14 @@ class Tokenizer:
         """
         check_text(text, name)
         return self.backend.encode(text, add_special_tokens=special).ids
+
+    def least_tokens(self, characters: int) -> int:
+        """Tokens that any text has at least which is so long; 0 if nothing says.
+
+        Args:
+          characters: of the text.
+        """
+        return math.ceil(characters / most_characters(self.backend))
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, without special tokens, on all cores.
