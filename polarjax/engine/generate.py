@@ -33,7 +33,7 @@ from polarjax.mesh.cut import mesh_of, shard
 from polarjax.mesh.processes import from_main
 from polarjax.model import make_decoder
 from polarjax.params import Params
-from polarjax.planning.memory import MEMORY_FRACTION
+from polarjax.planning.memory import MEMORY_FRACTION, check_sizes
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies import Density, named
 from polarjax.policies.budgets import count
@@ -218,13 +218,16 @@ def generate(
     dense = any(one.density and count(one.density, k) == k for one in asked)
     if policy is not None and dense and "neurons" in policy.asks:
         policy = policy.asking(tuple(x for x in policy.asks if x != "neurons"))
-    if prefill_tokens is None:
+    if prefill_tokens is not None:
+        prefill_tokens = positive("prefill_tokens", prefill_tokens)
+        check_sizes(params, 1, prefill_tokens, memory_fraction)
+    else:
         prefill_tokens = min(bucket(sum(lengths)), prefill_tokens_of(params))
     needs = [end for end, one in zip(ends, asked, strict=True) for _ in range(one.n)]
     slots, context = room_for(
         params,
         needs,
-        prefill_tokens=positive("prefill_tokens", prefill_tokens),
+        prefill_tokens=prefill_tokens,
         memory_fraction=memory_fraction,
     )
     if many:  # each looks at its own host's memory

@@ -72,7 +72,7 @@ def sizes_of(
     tokens = min(prefill_tokens_of(params), ONLINE_TOKENS)
     if prefill_tokens is not None:
         tokens = positive("prefill_tokens", prefill_tokens)
-    check_sizes(params, slots, tokens, memory_fraction)
+    check_sizes(params, slots, prefill_tokens, memory_fraction)
     if pages is None:
         count = pages_that_fit(
             params,
@@ -142,7 +142,6 @@ def room_for(
     Raises:
       ValueError: if not even the longest request fits; it says what would.
     """
-    check_sizes(params, 1, prefill_tokens, memory_fraction)
     parts, batch = axis_size(mesh_of(params.weights), DP), len(tokens)
     most = params.config.context
     context = min(bucket(max(tokens)), most)

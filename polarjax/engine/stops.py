@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from polarjax.config import ModelConfig
 from polarjax.engine.settings import LONGEST_STOP, MOST_STOP_STRINGS, MOST_STOPS
 from polarjax.engine.templates import check_text
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.engine.values import (
     check_count,
-    is_array,
+    is_row,
     is_sequence,
     listed,
     per_request,
@@ -52,8 +50,8 @@ def stop_tokens(stop_ids: Any, config: ModelConfig) -> tuple[int, ...]:
     if stop_ids is None:
         stop_ids = config.eos_ids
     v = config.vocab_size
-    several = is_sequence(stop_ids) or isinstance(stop_ids, set | frozenset)
-    if not several and not (is_array(stop_ids) and np.ndim(stop_ids)):
+    several = isinstance(stop_ids, set | frozenset) or is_sequence(stop_ids)
+    if not several and not is_row(stop_ids):
         raise ValueError(
             f"stop_ids must be a list of token ids, got {quoted(stop_ids)}"
         )

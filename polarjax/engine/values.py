@@ -35,10 +35,7 @@ def each(name: str, value: Any, batch: int) -> list[Any]:
     Raises:
       ValueError: if there are several, but not one per request.
     """
-    if is_array(value) and np.ndim(value):
-        count = np.shape(value)[0]
-    else:
-        count = length(value) if is_sequence(value) else None
+    count = length(value) if is_row(value) or is_sequence(value) else None
     if count not in (None, batch):  # before anything is done with each
         raise ValueError(f"{name} has {quoted(count)} values for {batch} prompts")
     found = listed(name, value)
@@ -48,6 +45,11 @@ def each(name: str, value: Any, batch: int) -> list[Any]:
 def is_array(value: Any) -> bool:
     """Whether something is an array, of the host or of a device."""
     return isinstance(value, np.ndarray | jax.Array)
+
+
+def is_row(value: Any) -> bool:
+    """Whether something is an array of several values, be it of one."""
+    return is_array(value) and bool(np.ndim(value))
 
 
 def is_sequence(value: Any) -> bool:

@@ -146,14 +146,14 @@ def pages_that_fit(
 
 
 def check_sizes(
-    params: Params, slots: int, prefill_tokens: int, memory_fraction: float
+    params: Params, slots: int, prefill_tokens: int | None, memory_fraction: float
 ) -> None:
     """Raise where a size alone asks for more memory than there is.
 
     Args:
       params: the model, in its devices' memory.
       slots: of all parts, b.
-      prefill_tokens: prompt tokens that one program reads.
+      prefill_tokens: prompt tokens that one program reads; None where nobody says.
       memory_fraction: of the memory that XLA may take, in (0, 1].
 
     Raises:
@@ -161,7 +161,7 @@ def check_sizes(
     """
     room = _Room.of(params, memory_fraction)
     one = prefill_bytes(room.own, 1, params.dtype)
-    _check_fits("prefill_tokens", prefill_tokens, one, room)
+    _check_fits("prefill_tokens", prefill_tokens or 1, one, room)
     _check_fits("slots", slots, sampling_bytes(params.config, 1) / room.dp, room)
 
 
@@ -180,7 +180,7 @@ def check_pages(params: Params, pages: int, page: int, memory_fraction: float) -
     room = _Room.of(params, memory_fraction)
     if pages > (most := most_pages(room.own, page)):
         raise ValueError(
-            f"pages must be at most {most}, of {page} positions each, got {pages}: "
+            f"pages must be at most {most}, of {page} positions each, got {quoted(pages)}: "
             "kernels number the elements of a cache in 32 bits"
         )
     _check_fits("pages", pages, cache_bytes(room.own, 1, page, params.dtype), room)

@@ -32,7 +32,7 @@ def positive(name: str, value: Any, most: float = _MOST) -> int:
     return _at_most(name, int(value), most)
 
 
-def at_least(name: str, value: Any, low: int, most: float = _MOST) -> int:
+def at_least(name: str, value: Any, low: int, most: float = math.inf) -> int:
     """A whole number with a smallest value.
 
     Args:
@@ -91,7 +91,7 @@ def _whole(value: Any) -> bool:
 
 def _finite(value: Any) -> bool:
     number = isinstance(value, float | np.floating) or _whole(value)
-    return number and abs(value) <= _LARGEST_FLOAT
+    return number and bool(abs(value) <= _LARGEST_FLOAT)
 
 
 def up_to_context(
