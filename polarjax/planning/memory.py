@@ -180,8 +180,8 @@ def check_pages(params: Params, pages: int, page: int, memory_fraction: float) -
     room = _Room.of(params, memory_fraction)
     if pages > (most := most_pages(room.own, page)):
         raise ValueError(
-            f"pages must be at most {most}, of {page} positions each, got {quoted(pages)}: "
-            "kernels number the elements of a cache in 32 bits"
+            f"pages must be at most {most}, of {page} positions each, got "
+            f"{quoted(pages)}: kernels number the elements of a cache in 32 bits"
         )
     _check_fits("pages", pages, cache_bytes(room.own, 1, page, params.dtype), room)
 
