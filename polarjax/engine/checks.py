@@ -214,7 +214,7 @@ def check_text_fits(text: str, tokenizer: Tokenizer, context: int, name: str) ->
     Raises:
       ValueError: saying how many tokens it has at least.
     """
-    if len(text) >= context and (least := tokenizer.least_tokens(len(text))) >= context:
+    if len(text) >= context and (least := tokenizer.least_tokens(text)) >= context:
         raise ValueError(
             f"{name} has {len(text)} characters, which are {least} tokens at least, "
             f"and there is room for {context} with the answer: shorten it"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from polarjax.config import ModelConfig
-from polarjax.engine.coverage import most_characters
+from polarjax.engine.coverage import coverage_of
 from polarjax.engine.detokenize import Pieces
 from polarjax.engine.templates import DEFAULT, check_text, choose, render
 from polarjax.params import (
@@ -120,13 +119,16 @@ class Tokenizer:
         check_text(text, name)
         return self.backend.encode(text, add_special_tokens=special).ids
 
-    def least_tokens(self, characters: int) -> int:
-        """Tokens that any text has at least which is so long; 0 if nothing says.
+    def least_tokens(self, text: str) -> int:
+        """Tokens that a text has at least, found without making any.
 
         Args:
-          characters: of the text.
+          text: any.
+
+        Returns:
+          0 where nothing can be said of such a tokenizer.
         """
-        return math.ceil(characters / most_characters(self.backend))
+        return coverage_of(self.backend).least_tokens(text)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, without special tokens, on all cores.

@@ -9,7 +9,7 @@ from tokenizers import pre_tokenizers as pre
 
 from polarjax.config import ModelConfig
 from polarjax.engine.checks import encode_prompt
-from polarjax.engine.coverage import most_characters
+from polarjax.engine.coverage import coverage_of
 from polarjax.engine.tokenizer import Tokenizer as Ours
 from tests.engine.tiny_tokenizers import BYTE_KINDS, KINDS
 from tests.models import LLAMA, byte_tokenizer
@@ -50,6 +50,19 @@ def changed(pre_tokenizer=None, normalizer=None, added=()):
     return tokenizer
 
 
+def without(text, normalizer=None):
+    """A byte-level tokenizer that lacks some bytes, as SmolLM2's does."""
+    [(spelled, _)] = pre.ByteLevel(False, use_regex=False).pre_tokenize_str(text)
+    kept = sorted(set(pre.ByteLevel.alphabet()) - set(spelled))
+    tokenizer = merging("a" * 8)
+    vocabulary = {name: i for i, name in enumerate([*kept, "aa", "aaaa"])}
+    merges = [("a", "a"), ("aa", "aa")]
+    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges)
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    return tokenizer
+
+
 KNOWN = {
     **BYTE_KINDS,
     "spaces": lambda: merging(" " * 32),
@@ -57,11 +70,15 @@ KNOWN = {
     "NFKC": lambda: merging("\u1f82", normalizers.NFKC()),
     "shorter": lambda: merging("-" * 8, normalizers.Replace("spaces", "-")),
     "digits": lambda: changed(pre.Sequence([pre.Digits(), pre.ByteLevel()])),
+    "without controls": lambda: without("\t\x04"),
     "longer": lambda: changed(
         normalizer=normalizers.Replace("x", "x" * 9), added=[AddedToken("xx")]
     ),
 }
 TEXTS = [
+    "\x04",
+    "a\x04",
+    "\U000f0000",
     "a b",
     " ",
     "spaces",
@@ -81,12 +98,13 @@ TEXTS = [
 @pytest.mark.parametrize("kind", KNOWN)
 def test_no_text_has_fewer_tokens(kind):
     tokenizer, rng = KNOWN[kind](), np.random.default_rng(0)
-    most = most_characters(tokenizer)
-    assert 1 <= most < math.inf
+    coverage = coverage_of(tokenizer)
+    assert 1 <= coverage.most < math.inf
     texts = [text * 500 for text in TEXTS]
     texts += ["".join(rng.choice(TEXTS, size=30)) for _ in range(300)]
     for text in texts:
-        assert len(text) <= most * len(tokenizer.encode(text).ids), text[:20]
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert coverage.least_tokens(text) <= len(ids), text[:20]
 
 
 def test_the_bound_is_reached():
@@ -95,7 +113,7 @@ def test_the_bound_is_reached():
         ("spaces" * 8, merging("-" * 8, normalizers.Replace("spaces", "-"))),
     ):
         ids = tokenizer.encode(text * 10, add_special_tokens=False).ids
-        assert len(ids) * most_characters(tokenizer) == 10 * len(text)
+        assert coverage_of(tokenizer).least_tokens(text * 10) == len(ids)
     # What NFC composes is longer than the longest piece.
     composing = merging("\u1f82", normalizers.NFC())
     [_] = composing.encode(COMPOSED).ids
@@ -114,11 +132,13 @@ def test_the_bound_is_reached():
         changed(added=[AddedToken("<x>", lstrip=True)]),
         changed(added=[AddedToken("<x>", rstrip=True)]),
         Tokenizer(models.BPE(vocab={"a": 0}, merges=[])),  # drops all but "a"
+        without("\t", normalizers.Prepend("x")),
+        without("é"),  # whose second byte others need
     ],
 )
 def test_nothing_is_said_of_a_tokenizer_that_may_drop_something(tokenizer):
-    assert most_characters(tokenizer) == math.inf
-    assert Ours(tokenizer).least_tokens(10**9) == 0
+    assert coverage_of(tokenizer).most == math.inf
+    assert Ours(tokenizer).least_tokens("a" * 10**6) == 0
 
 
 class Counting:
@@ -127,8 +147,8 @@ class Counting:
     def __init__(self, backend):
         self._backend, self.texts = Ours(backend), []
 
-    def least_tokens(self, characters):
-        return self._backend.least_tokens(characters)
+    def least_tokens(self, text):
+        return self._backend.least_tokens(text)
 
     def encode(self, text, special=True, name=""):
         self.texts.append(len(text))
