@@ -43,10 +43,12 @@ def resolve(implementation: Implementation | None) -> Implementation:
     """
     if implementation is None:
         return default_implementation()
-    if implementation not in get_args(Implementation):
+    named = isinstance(implementation, str)
+    if not named or implementation not in get_args(Implementation):
         names = ", ".join(repr(name) for name in get_args(Implementation))
+        shown = repr(implementation[:40]) if named else type(implementation).__name__
         raise ValueError(
-            f"implementation is {implementation!r}; it must be one of {names}, or "
+            f"implementation is {shown}; it must be one of {names}, or "
             "None for the default backend's own"
         )
     return implementation

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from polarjax.config import LARGEST, NO_CONFIG, POLICY
 from polarjax.storage.checked import UNSTORED, Between, read_record
 from polarjax.storage.files import FileError, parse_json
+from polarjax.storage.quoted import quoted
 
 Tree = dict[str, Any]
 
@@ -374,7 +375,7 @@ def check_policy(policy: Any) -> Policy:
       TypeError: naming what it is instead.
     """
     if isinstance(policy, type) or not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a policy like Dense(), got {policy!r:.80}")
+        raise TypeError(f"policy must be a policy like Dense(), got {quoted(policy)}")
     fields = dataclasses.is_dataclass(policy)
     if not fields or any(leaf is policy for leaf in jax.tree.leaves(policy)):
         raise TypeError(

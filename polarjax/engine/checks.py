@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import reprlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +19,14 @@ from polarjax.engine.settings import (
     MOST_SAMPLES,
     Settings,
 )
-from polarjax.engine.templates import check_text
+from polarjax.engine.stops import stop_strings, stop_tokens
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.engine.values import (
     biases,
     each,
     flags,
+    is_array,
+    length,
     listed,
     per_request,
     token_sets,
@@ -32,9 +34,7 @@ from polarjax.engine.values import (
 from polarjax.params import Params
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies.budgets import check_densities
-
-# Tokens that may end one request.
-MOST_STOPS = 64
+from polarjax.storage.quoted import quoted
 
 
 def check_params(params: Any) -> Params:
@@ -44,7 +44,7 @@ def check_params(params: Any) -> Params:
       TypeError: naming what it is instead.
     """
     if not isinstance(params, Params):
-        raise TypeError(f"params must be polarjax.Params, got {params!r:.60}")
+        raise TypeError(f"params must be polarjax.Params, got {quoted(params)}")
     return params
 
 
@@ -54,8 +54,8 @@ def check_errors(errors: Any) -> Any:
     Raises:
       ValueError: if not.
     """
-    if errors not in ("raise", "keep"):
-        raise ValueError(f"errors must be 'raise' or 'keep', got {errors!r:.60}")
+    if not isinstance(errors, str) or errors not in ("raise", "keep"):
+        raise ValueError(f"errors must be 'raise' or 'keep', got {quoted(errors)}")
     return errors
 
 
@@ -67,11 +67,14 @@ def check_flags(**flags: Any) -> None:
     """
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r:.60}")
+            raise TypeError(f"{name} must be True or False, got {quoted(value)}")
 
 
 def encode_prompts(
-    prompts: Any, tokenizer: Tokenizer | None, config: ModelConfig
+    prompts: Any,
+    tokenizer: Tokenizer | None,
+    config: ModelConfig,
+    context: int | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt.
 
@@ -79,6 +82,7 @@ def encode_prompts(
       prompts: a list of str, or of lists or arrays of token ids, or int[b, t].
       tokenizer: of the checkpoint, or None.
       config: of the model.
+      context: as of `encode_prompt`.
 
     Raises:
       TypeError: if prompts is not such a list.
@@ -86,11 +90,14 @@ def encode_prompts(
         lacks.
     """
     listed = enumerate(_several(prompts))
-    return [encode_prompt(i, p, tokenizer, config) for i, p in listed]
+    return [encode_prompt(i, p, tokenizer, config, context) for i, p in listed]
 
 
 def encode_or_say_why(
-    prompts: Any, tokenizer: Tokenizer | None, config: ModelConfig
+    prompts: Any,
+    tokenizer: Tokenizer | None,
+    config: ModelConfig,
+    context: int | None = None,
 ) -> tuple[list[list[int]], list[str | None]]:
     """As `encode_prompts`, but that a wrong prompt is no reason to refuse the others.
 
@@ -105,7 +112,7 @@ def encode_or_say_why(
     for i, prompt in enumerate(_several(prompts)):
         ids, why = [], None
         try:
-            ids = encode_prompt(i, prompt, tokenizer, config)
+            ids = encode_prompt(i, prompt, tokenizer, config, context)
         except (TypeError, ValueError) as error:
             why = str(error)
         encoded.append(ids)
@@ -127,7 +134,11 @@ def _several(prompts: Any) -> list[Any] | tuple[Any, ...]:
 
 
 def encode_prompt(
-    number: int, prompt: Any, tokenizer: Tokenizer | None, config: ModelConfig
+    number: int,
+    prompt: Any,
+    tokenizer: Tokenizer | None,
+    config: ModelConfig,
+    context: int | None = None,
 ) -> list[int]:
     """Token ids of one prompt.
 
@@ -136,36 +147,49 @@ def encode_prompt(
       prompt: a str, or a list or array of token ids.
       tokenizer: of the checkpoint, or None.
       config: of the model.
+      context: tokens that there is room for, with the answer: a text that is far
+        beyond is refused before it is encoded, which would hold up others. None for
+        the model's. Others that are too long are for `check_length` to refuse.
 
     Raises:
       TypeError: if it is neither.
       ValueError: if it is empty, too long, no Unicode text or has an id that the model
         lacks.
     """
-    ids = _encode(number, prompt, tokenizer)
+    room = min(context or config.context, config.context)
+    if isinstance(prompt, list | tuple) or is_array(prompt):
+        _check_context(number, length(prompt), config)  # before a look at each
+    ids = _encode(number, prompt, tokenizer, room)
     if not ids:
         raise ValueError(f"prompt {number} is empty: it must have at least one token")
-    if len(ids) >= config.context:
-        raise ValueError(
-            f"prompt {number} has {len(ids)} tokens; the model's context is "
-            f"{config.context}, so a prompt may have {config.context - 1} at most"
-        )
+    _check_context(number, len(ids), config)
     if min(ids) < 0 or max(ids) >= config.vocab_size:
         wrong = next(x for x in ids if not 0 <= x < config.vocab_size)
         raise ValueError(
-            f"prompt {number} has token id {wrong}; ids go from 0 to "
+            f"prompt {number} has token id {quoted(wrong)}; ids go from 0 to "
             f"{config.vocab_size - 1}"
         )
     return ids
 
 
-def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
+def _check_context(number: int, tokens: int, config: ModelConfig) -> None:
+    if tokens >= config.context:
+        raise ValueError(
+            f"prompt {number} has {tokens} tokens; the model's context is "
+            f"{config.context}, so a prompt may have {config.context - 1} at most"
+        )
+
+
+def _encode(
+    i: int, prompt: Any, tokenizer: Tokenizer | None, context: int
+) -> list[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(
                 f"prompt {i} is a str, but this checkpoint has no tokenizer: pass "
                 "lists of token ids"
             )
+        check_text_fits(prompt, tokenizer, context, f"prompt {i}")
         return tokenizer.encode(prompt, name=f"prompt {i}")
     if isinstance(prompt, list | tuple) and set(map(type, prompt)) == {int}:
         return list(prompt)  # nearly all are so, and looking at each takes long
@@ -175,8 +199,27 @@ def _encode(i: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
         if all(whole) and not any(isinstance(x, bool) for x in ids):
             return [int(x) for x in ids]
     raise TypeError(
-        f"prompt {i} must be a str or a list of token ids, got {reprlib.repr(prompt)}"
+        f"prompt {i} must be a str or a list of token ids, got {quoted(prompt)}"
     )
+
+
+def check_text_fits(text: str, tokenizer: Tokenizer, context: int, name: str) -> None:
+    """Raise if a text has more tokens than there is room for, before any are made.
+
+    Args:
+      text: any.
+      tokenizer: that it is for.
+      context: tokens that there is room for, with the answer.
+      name: of the text, for the message.
+
+    Raises:
+      ValueError: saying how many tokens it has at least.
+    """
+    if len(text) >= context and (least := tokenizer.least_tokens(text)) >= context:
+        raise ValueError(
+            f"{name} has {len(text)} characters, which are {least} tokens at least, "
+            f"and there is room for {context} with the answer: shorten it"
+        )
 
 
 def settings_of(
@@ -195,7 +238,8 @@ def settings_of(
     """
     plain = vars(Settings())
     if unknown := sorted(asked.keys() - plain.keys()):
-        raise TypeError(f"no setting {unknown[0]!r}: there are {', '.join(plain)}")
+        name = quoted(unknown[0], 30)
+        raise TypeError(f"no setting {name}: there are {', '.join(plain)}")
     given = {**plain, **asked}
     v, found = config.vocab_size, {}
 
@@ -206,7 +250,8 @@ def settings_of(
 
     name = "max_new_tokens"
     found[name] = [
-        min(positive(name, n), config.context) for n in each(name, given[name], batch)
+        min(positive(name, n, math.inf), config.context)
+        for n in each(name, given[name], batch)
     ]
     numbers("temperature", 0.0, 1e6)
     numbers("top_k", 0, 2**31 - 1, whole=True)
@@ -244,6 +289,35 @@ def settings_of(
     rows = zip(*found.values(), strict=True)
     settings = [Settings(**dict(zip(found, row, strict=True))) for row in rows]
     return [_of_one_mind(one, v) for one in settings]
+
+
+def settings_of_one(
+    config: ModelConfig, tokenizer: Tokenizer | None, settings: Settings | None
+) -> Settings:
+    """Settings of one request, checked; None for those that there are by default.
+
+    Args:
+      config: what the model is.
+      tokenizer: of the checkpoint, or None.
+      settings: each field of which is one value, never a list of one per request.
+
+    Raises:
+      TypeError: if they are no settings.
+      ValueError: naming the setting, the value and the range.
+    """
+    if settings is None:
+        settings = Settings()
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings must be polarjax.Settings, got {quoted(settings)}")
+    alike = ("stop", "stop_ids")  # which `generate` has for all requests
+    asked = {
+        name: value
+        if name in alike or (name == "density" and value is None)
+        else [value]
+        for name, value in vars(settings).items()
+    }
+    [one] = settings_of(config, tokenizer, 1, asked)
+    return one
 
 
 def _of_one_mind(one: Settings, vocabulary: int) -> Settings:
@@ -316,41 +390,6 @@ def variant_of(requests: Sequence[Settings]) -> Variant:
         return Variant.FILTERED
     drawn = any(one.temperature > 0 for one in requests)
     return Variant.SAMPLED if drawn else Variant.GREEDY
-
-
-def stop_strings(stop: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
-    """The strings that end a text, from one or several.
-
-    Raises:
-      ValueError: if one is no string, empty or no Unicode text, or there is no
-        tokenizer.
-    """
-    stops = stop if isinstance(stop, list | tuple) else (stop,)
-    if not all(isinstance(s, str) and s for s in stops):
-        raise ValueError(f"stop must be non-empty strings, got {stop!r}")
-    for s in stops:
-        check_text(s, f"the stop string {s!a}")
-    if stops and tokenizer is None:
-        raise ValueError("stop strings need a tokenizer, this checkpoint has none")
-    return tuple(stops)
-
-
-def stop_tokens(stop_ids: Any, config: ModelConfig) -> tuple[int, ...]:
-    """The token ids that end a request; None means the model's own.
-
-    Raises:
-      ValueError: if one is no token id of the model.
-    """
-    if stop_ids is None:
-        return config.eos_ids
-    v = config.vocab_size
-    stop_ids = listed("stop_ids", stop_ids)
-    several = isinstance(stop_ids, Sequence | set | frozenset)
-    if not several or isinstance(stop_ids, str):
-        raise ValueError(f"stop_ids must be a list of token ids, got {stop_ids!r}")
-    many = list(stop_ids)
-    found = per_request("stop_ids", many, len(many), 0, v - 1, whole=True)
-    return tuple(int(x) for x in found)
 
 
 def stop_table(requests: Sequence[Settings], width: int | None = None) -> np.ndarray:

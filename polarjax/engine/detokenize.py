@@ -208,7 +208,7 @@ def _find_rule(decoder: tokenizers.decoders.Decoder | None) -> _Rule | None:
     steps = record["decoders"] if record["type"] == "Sequence" else [record]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
 
         def spelled(text: str) -> bytes:
             if any(character not in alphabet for character in text):
@@ -242,7 +242,7 @@ def _find_rule(decoder: tokenizers.decoders.Decoder | None) -> _Rule | None:
     return _Rule(fallen_back, strip)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The characters that GPT-2's vocabulary writes bytes in.
 
     Those that can be printed are Latin-1's; the others follow from U+0100 on.

@@ -10,16 +10,12 @@ import jax
 import numpy as np
 
 from polarjax.config import ModelConfig
-from polarjax.engine.checks import (
-    MOST_STOPS,
-    plain_sampling_of,
-    stop_table,
-    variant_of,
-)
+from polarjax.engine.checks import plain_sampling_of, stop_table, variant_of
 from polarjax.engine.packed import Packed, pack
 from polarjax.engine.request import Request
 from polarjax.engine.rules import make_rules
 from polarjax.engine.sampling import Variant
+from polarjax.engine.settings import MOST_STOPS
 from polarjax.engine.slots import Edit, Row, Ruled, no_rows, no_rules
 
 # Slots and entries of page tables that one program edits, in each part of the batch:

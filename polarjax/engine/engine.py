@@ -6,6 +6,7 @@ Binding, placing, sizing and compiling are done once, when it is made.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from polarjax.engine.checks import (
     encode_prompt,
     encode_prompts,
     settings_of,
+    settings_of_one,
 )
 from polarjax.engine.clock import Clock
 from polarjax.engine.errors import QueueFull
@@ -53,8 +55,13 @@ from polarjax.params import Params
 from polarjax.planning.crossover import settle
 from polarjax.planning.memory import MEMORY_FRACTION, PAGE
 from polarjax.planning.sizes import at_least, positive
+from polarjax.policies.budgets import check_density
 from polarjax.policy import Load, Policy
 from polarjax.settings import default_numbers
+from polarjax.storage.quoted import quoted
+
+# More steps than hide any host; each ended request is drawn for in vain as long.
+_MOST_AHEAD = 64
 
 Stream = Callable[[int, str, list[int]], None]
 Errors = Literal["raise", "keep"]
@@ -85,7 +92,7 @@ class Engine:
         while those who decode wait; None for 512 on a GPU. 2,048 are read about 1.13
         times as fast, and let others wait almost four times as long.
       ahead: steps that are sent to the device before the host looks at what one has
-        brought.
+        brought; at most 64.
       swap_bytes: of the host's memory that each process may fill with pages of
         requests that gave way; None for a quarter of it, and at most 32 GiB. A request
         that finds no room there is computed again, from its prompt on.
@@ -136,7 +143,7 @@ class Engine:
     ) -> None:
         params = check_params(params)
         if load is not None and not isinstance(load, Load):
-            raise TypeError(f"load must be a polarjax.policy.Load, got {load!r:.60}")
+            raise TypeError(f"load must be a polarjax.policy.Load, got {quoted(load)}")
         check_flags(
             densities=densities,
             prefix_cache=prefix_cache,
@@ -151,18 +158,20 @@ class Engine:
         self.params, self.mesh = params, mesh_of(params.weights)
         config, parts = params.config, axis_size(self.mesh, DP)
         self.tokenizer = Tokenizer.load(config)
-        context = config.context if context is None else positive("context", context)
-        self.context = min(context, config.context)
+        most = config.context if context is None else context
+        self.context = min(positive("context", most, math.inf), config.context)
         slots = positive("slots", slots)
         self.slots = slots + -slots % parts
         load = load or Load(self.slots, max(1, self.context // 2))
         positive("load's batch", load.batch)
         positive("load's context", load.context)
+        if load.density is not None:
+            check_density(load.density, "load's density")
         self._many = self.mesh is not None and self.mesh.is_multi_process
         self.policy, self._notes = settle(params, policy, load, densities)
         self.weights, self._bound = self.policy.bind(params)
         self._densities = densities
-        self.max_waiting = positive("max_waiting", max_waiting)
+        self.max_waiting = positive("max_waiting", max_waiting, math.inf)
         sizes = sizes_of(
             params,
             self.slots,
@@ -172,7 +181,7 @@ class Engine:
             prefill_tokens=prefill_tokens,
             memory_fraction=memory_fraction,
         )
-        ahead = at_least("ahead", ahead, 0)
+        ahead = at_least("ahead", ahead, 0, _MOST_AHEAD)
         host_pages = host_pages_of(params, sizes.page, swap_bytes)
         scheduler = Scheduler(
             sizes.slots,
@@ -269,11 +278,9 @@ class Engine:
                 "lets wait: add this one when some have ended, or make the engine with "
                 "a larger max_waiting"
             )
-        config, settings = self.params.config, settings or Settings()
-        if not isinstance(settings, Settings):
-            raise TypeError(f"settings must be polarjax.Settings, got {settings!r}")
-        ids = encode_prompt(number or 0, prompt, self.tokenizer, config)
-        [one] = settings_of(config, self.tokenizer, 1, vars(settings))
+        config = self.params.config
+        one = settings_of_one(config, self.tokenizer, settings)
+        ids = encode_prompt(number or 0, prompt, self.tokenizer, config, self.context)
         request = self._request(ids, one, number or 0)
         request.number = self._added if number is None else number
         self._added += 1
@@ -319,7 +326,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request of this engine: it gets no further tokens."""
         if not isinstance(request, Request):
-            raise TypeError(f"cancel takes what add returned, got {request!r}")
+            raise TypeError(f"cancel takes what add returned, got {quoted(request)}")
         if request.going and not self._runner.has(request):
             raise ValueError("this request is another engine's, which can cancel it")
         self._runner.cancel(request)
@@ -400,14 +407,15 @@ class Engine:
                 "with yours: take add and step, or an engine of your own"
             )
         if stream is not None and not callable(stream):
-            raise TypeError(f"stream must be a function, got {stream!r}")
+            raise TypeError(f"stream must be a function, got {quoted(stream)}")
+        config = self.params.config
         if check_errors(errors) == "keep":
-            tried = encode_or_say_why(prompts, self.tokenizer, self.params.config)
+            tried = encode_or_say_why(prompts, self.tokenizer, config, self.context)
         else:
-            found = encode_prompts(prompts, self.tokenizer, self.params.config)
+            found = encode_prompts(prompts, self.tokenizer, config, self.context)
             tried = found, [None] * len(found)
         encoded, wrong = from_main(tried) if self._many else tried
-        asked = settings_of(self.params.config, self.tokenizer, len(encoded), settings)
+        asked = settings_of(config, self.tokenizer, len(encoded), settings)
         clock = self._runner.clock = Clock()
         clock.seconds["compile"] += self._compiled_seconds
         self._compiled_seconds = 0.0

@@ -33,7 +33,7 @@ from polarjax.mesh.cut import mesh_of, shard
 from polarjax.mesh.processes import from_main
 from polarjax.model import make_decoder
 from polarjax.params import Params
-from polarjax.planning.memory import MEMORY_FRACTION
+from polarjax.planning.memory import MEMORY_FRACTION, check_sizes
 from polarjax.planning.sizes import bucket, positive
 from polarjax.policies import Density, named
 from polarjax.policies.budgets import count
@@ -109,9 +109,10 @@ def generate(
       top_p: probability mass to draw from, in (0, 1], or one per request.
       seed: of the draws: one per request, or a number s that gives request i the seed
         s + i.
-      stop: strings that end a text; they are cut off. A special token's own text, such
-        as "<|im_end|>", does so too, although texts do not show special tokens.
-      stop_ids: token ids that end a text; None means the model's own.
+      stop: strings that end a text, 64 at most, of at most 256 characters; they are
+        cut off. A special token's own text, such as "<|im_end|>", does so too, although
+        texts do not show special tokens.
+      stop_ids: token ids that end a text, 64 at most; None means the model's own.
       min_p: how probable a token must be, as a part of what the best is, in [0, 1], or
         one per request. In which order all these apply, `polarjax.Settings` says.
       repetition_penalty: what logits of tokens of prompt and output are divided by
@@ -217,13 +218,16 @@ def generate(
     dense = any(one.density and count(one.density, k) == k for one in asked)
     if policy is not None and dense and "neurons" in policy.asks:
         policy = policy.asking(tuple(x for x in policy.asks if x != "neurons"))
-    if prefill_tokens is None:
+    if prefill_tokens is not None:
+        prefill_tokens = positive("prefill_tokens", prefill_tokens)
+        check_sizes(params, 1, prefill_tokens, memory_fraction)
+    else:
         prefill_tokens = min(bucket(sum(lengths)), prefill_tokens_of(params))
     needs = [end for end, one in zip(ends, asked, strict=True) for _ in range(one.n)]
     slots, context = room_for(
         params,
         needs,
-        prefill_tokens=positive("prefill_tokens", prefill_tokens),
+        prefill_tokens=prefill_tokens,
         memory_fraction=memory_fraction,
     )
     if many:  # each looks at its own host's memory

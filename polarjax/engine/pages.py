@@ -35,6 +35,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from polarjax.planning.sizes import at_least, positive
+from polarjax.storage.quoted import quoted
 
 _TOKEN_BYTES = 4
 
@@ -144,7 +145,7 @@ class PagePool:
         ids = np.asarray(tokens)
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
-                f"a prompt must be one or more token ids, got {tokens!r:.60}"
+                f"a prompt must be one or more token ids, got {quoted(tokens)}"
             )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high > np.iinfo(np.int32).max:

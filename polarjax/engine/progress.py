@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from polarjax.mesh.processes import is_main
+from polarjax.storage.quoted import quoted
 from polarjax.terminal.output import make_console, tokens_bar
 
 # As progress(requests that have ended, requests, new tokens of all).
@@ -34,7 +35,7 @@ def following(progress: bool | Progress, total: int) -> Iterator[Progress]:
     else:
         raise TypeError(
             "progress must be True, False or a function of (requests done, requests, "
-            f"new tokens), got {progress!r:.60}"
+            f"new tokens), got {quoted(progress)}"
         )
 
 

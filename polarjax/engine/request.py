@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -367,7 +367,7 @@ class _Search:
     """
 
     def __init__(self, stops: Sequence[str]):
-        self._stops = stops
+        self._stops = sorted(stops)
         self._most = max(map(len, stops)) - 1  # characters that one may yet begin in
         self._tail, self._length = "", 0
 
@@ -375,8 +375,11 @@ class _Search:
         """Where the first stop string begins that is complete with more text."""
         if not text:
             return None
-        text, start = self._tail + text, self._length - len(self._tail)
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        read, start = len(self._tail), self._length - len(self._tail)
+        text = self._tail + text
+        # A stop string that ended before would have been found before.
+        places = (text.find(s, max(0, read - len(s) + 1)) for s in self._stops)
+        found = [at for at in places if at >= 0]
         return start + min(found) if found else None
 
     def add(self, text: str) -> int | None:
@@ -389,6 +392,10 @@ class _Search:
 
     def settled(self) -> int:
         """Characters up to the first that may begin a stop string."""
-        starts = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
-        held = max((len(s) for s in starts if self._tail.endswith(s)), default=0)
-        return self._length - held
+        for held in range(len(self._tail), 0, -1):
+            end = self._tail[-held:]
+            # In their order, what begins with something stands right behind it.
+            i = bisect_left(self._stops, end)
+            if i < len(self._stops) and self._stops[i].startswith(end):
+                return self._length - held
+        return self._length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 from polarjax.engine.batch import Sizes
@@ -16,6 +17,8 @@ from polarjax.planning.memory import (
     PAGE,
     cache_bytes,
     check_fraction,
+    check_pages,
+    check_sizes,
     pages_that_fit,
     prefill_tokens_on,
 )
@@ -63,11 +66,13 @@ def sizes_of(
     Raises:
       ValueError: if one is out of range, or there is no room for a request.
     """
-    mesh, page = mesh_of(params.weights), positive("page", page)
+    mesh = mesh_of(params.weights)
+    page = positive("page", page, bucket(max(context, PAGE)))
     check_fraction(memory_fraction)
     tokens = min(prefill_tokens_of(params), ONLINE_TOKENS)
     if prefill_tokens is not None:
         tokens = positive("prefill_tokens", prefill_tokens)
+    check_sizes(params, slots, prefill_tokens, memory_fraction)
     if pages is None:
         count = pages_that_fit(
             params,
@@ -81,6 +86,7 @@ def sizes_of(
             count = from_main(count)
     else:
         count = at_least("pages", pages, 2)
+        check_pages(params, count, page, memory_fraction)
     pieces = min(slots // axis_size(mesh, DP), max(tokens // 32, 8))
     return Sizes(slots, context, count, page, tokens, pieces)
 
@@ -102,7 +108,8 @@ def host_pages_of(params: Params, page: int, swap_bytes: int | None) -> int:
         share = int(_SWAP_SHARE * host.limit) if host else _MOST_SWAPPED
         room = min(share, _MOST_SWAPPED)
     else:
-        room = at_least("swap_bytes", swap_bytes, 0)
+        host = host_memory()
+        room = at_least("swap_bytes", swap_bytes, 0, host.limit if host else math.inf)
     if mesh is not None and mesh.is_multi_process:  # whose hosts may differ
         room = from_main(room)
         room *= len({device.process_index for device in mesh.devices.flat})

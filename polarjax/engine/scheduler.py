@@ -36,6 +36,7 @@ from polarjax.engine.running import Part
 from polarjax.engine.sequence import State
 from polarjax.engine.waiting import Waiting
 from polarjax.planning.sizes import at_least, positive
+from polarjax.storage.quoted import quoted
 
 # Rests between prefill programs that are not full, where requests wait for slots. With
 # 64 slots and chats, a program of 512 tokens is half full after one decode step, and
@@ -159,11 +160,13 @@ class Scheduler:
           TypeError: if a value is of another type.
         """
         if id in self._sequences:
-            raise ValueError(f"sequence {id!r} is here already: give each its own id")
+            raise ValueError(
+                f"sequence {quoted(id)} is here already: give each its own id"
+            )
         if not isinstance(priority, int) or isinstance(priority, bool):
-            raise TypeError(f"priority must be an integer, got {priority!r:.60}")
+            raise TypeError(f"priority must be an integer, got {quoted(priority)}")
         if not isinstance(salt, bytes):
-            raise TypeError(f"salt must be bytes, got {salt!r:.60}")
+            raise TypeError(f"salt must be bytes, got {quoted(salt)}")
         if deadline is not None and math.isnan(deadline):
             raise ValueError("deadline must be a number or None, got nan")
         pool = self._parts[0].pool
@@ -183,9 +186,10 @@ class Scheduler:
         needed = pool.pages_for(sequence.end)
         if needed > pool.pages - 1:
             raise ValueError(
-                f"sequence {id!r} of {hashed.length} prompt tokens and up to {new} new "
-                f"ones needs {needed} pages of {pool.page} positions, and there are "
-                f"{pool.pages - 1}: ask for fewer tokens, or give the cache more pages"
+                f"sequence {quoted(id)} of {hashed.length} prompt tokens and up to "
+                f"{new} new ones needs {needed} pages of {pool.page} positions, and "
+                f"there are {pool.pages - 1}: ask for fewer tokens, or give the cache "
+                "more pages"
             )
         self._arrivals += 1
         self._sequences[id] = sequence

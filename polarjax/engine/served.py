@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from polarjax.config import ModelConfig
-from polarjax.engine.checks import MOST_STOPS, variant_of
+from polarjax.engine.checks import variant_of
 from polarjax.engine.pages import PagePool
 from polarjax.engine.sampling import Variant
 from polarjax.engine.settings import Settings
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.policies.budgets import count
 from polarjax.policy import Load, Policy
+from polarjax.storage.quoted import quoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +64,11 @@ def check_variants(variants: Any) -> tuple[Variant, ...]:
       TypeError: if one is none.
       ValueError: if there is none.
     """
+    if not isinstance(variants, Iterable):
+        raise TypeError(f"variants must be Variants of drawing, got {quoted(variants)}")
     variants = tuple(variants)
     if not all(isinstance(one, Variant) for one in variants):
-        raise TypeError(f"variants must be Variants of drawing, got {variants!r}")
+        raise TypeError(f"variants must be Variants of drawing, got {quoted(variants)}")
     if not variants:
         raise ValueError("variants is empty: name at least one way of drawing")
     return variants
@@ -84,10 +88,6 @@ def check_served(
     Raises:
       ValueError: naming the setting.
     """
-    if len(one.stop_ids or ()) > MOST_STOPS:
-        raise ValueError(
-            f"stop_ids are {len(one.stop_ids or ())}, at most {MOST_STOPS} will do"
-        )
     if one.n != 1:
         raise ValueError(
             f"n must be 1 for one request, got {one.n}: add each of "

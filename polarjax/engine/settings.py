@@ -10,11 +10,18 @@ from typing import Self
 MOST_BIASES = 300
 MOST_ALTERNATIVES = 20
 MOST_SAMPLES = 128
+# More than anybody has use for: each new token is looked at for all of them. OpenAI's
+# interface takes 4 strings.
+MOST_STOPS = 64
+MOST_STOP_STRINGS, LONGEST_STOP = 64, 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How one request is continued; see `polarjax.generate`.
+
+    Each is one value: a list of one per request is `generate`'s alone. They are checked
+    when a request is made of them.
 
     What changes the scores of tokens does so in this order: `logit_bias`, then
     `allowed_token_ids` and `min_tokens`, then the penalties (repetition, frequency,
@@ -30,8 +37,8 @@ class Settings:
       top_k: most probable tokens to draw from; 0 for all.
       top_p: probability mass to draw from.
       seed: of the draws.
-      stop: strings that end the text.
-      stop_ids: token ids that end it; None for the model's own.
+      stop: strings that end the text, 64 at most, of at most 256 characters.
+      stop_ids: token ids that end it, 64 at most; None for the model's own.
       min_p: how probable a token must be, as a part of what the best is, in [0, 1].
       repetition_penalty: what logits of tokens of prompt and output are divided by
         where they are positive, and multiplied by where not; from 0.01 to 100.
@@ -61,14 +68,17 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] | None = None
+    # What may be a list or a dict is compared, but not hashed.
+    stop: tuple[str, ...] = dataclasses.field(default=(), hash=False)
+    stop_ids: tuple[int, ...] | None = dataclasses.field(default=None, hash=False)
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    allowed_token_ids: tuple[int, ...] | None = None
+    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = dataclasses.field(
+        default=None, hash=False
+    )
     min_tokens: int = 0
     ignore_eos: bool = False
     n: int = 1

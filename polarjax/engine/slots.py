@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from pallas_kernels import put
 from polarjax.cache import PagedCache, zeros
 from polarjax.config import ModelConfig
-from polarjax.engine.checks import MOST_STOPS, plain_sampling_of, stop_table
+from polarjax.engine.checks import plain_sampling_of, stop_table
 from polarjax.engine.packed import Packed, unpack
 from polarjax.engine.places import (
     COLUMNS,
@@ -27,7 +27,7 @@ from polarjax.engine.places import (
 from polarjax.engine.programs import device_of
 from polarjax.engine.rules import History, Rules, make_rules
 from polarjax.engine.sampling import Sampling
-from polarjax.engine.settings import Settings
+from polarjax.engine.settings import MOST_STOPS, Settings
 from polarjax.model import Decoder
 from polarjax.params import Tree
 

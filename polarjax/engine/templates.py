@@ -14,6 +14,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from polarjax.storage.quoted import quoted
+
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 
 # What a message's reasoning is called; templates read one or another.
@@ -81,7 +83,7 @@ def render(
     chat = _plain(list(messages), "messages")
     for i, message in enumerate(chat):
         if not isinstance(message, dict):
-            raise ValueError(f"messages[{i}] must be a dict, got {message!r}")
+            raise ValueError(f"messages[{i}] must be a dict, got {quoted(message)}")
     if not chat:
         raise ValueError("the conversation is empty: pass at least one message")
     chat = [_readable(message) for message in chat]

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from polarjax.config import ModelConfig
+from polarjax.engine.coverage import coverage_of
 from polarjax.engine.detokenize import Pieces
 from polarjax.engine.templates import DEFAULT, check_text, choose, render
 from polarjax.params import (
@@ -117,6 +118,17 @@ class Tokenizer:
         """
         check_text(text, name)
         return self.backend.encode(text, add_special_tokens=special).ids
+
+    def least_tokens(self, text: str) -> int:
+        """Tokens that a text has at least, found without making any.
+
+        Args:
+          text: any.
+
+        Returns:
+          0 where nothing can be said of such a tokenizer.
+        """
+        return coverage_of(self.backend).least_tokens(text)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, without special tokens, on all cores.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
+
+from polarjax.storage.quoted import quoted
 
 
 def listed(name: str, value: Any) -> Any:
@@ -18,7 +19,8 @@ def listed(name: str, value: Any) -> Any:
       TypeError: if the array is being traced.
     """
     if isinstance(value, list | tuple):
-        return [listed(name, x) if isinstance(x, jax.Array) else x for x in value]
+        arrays = np.ndarray | jax.Array
+        return [listed(name, x) if isinstance(x, arrays) else x for x in value]
     if isinstance(value, Tracer):
         raise TypeError(
             f"{name} is being traced: generate looks at its values, so it cannot be "
@@ -33,12 +35,53 @@ def each(name: str, value: Any, batch: int) -> list[Any]:
     Raises:
       ValueError: if there are several, but not one per request.
     """
-    value = listed(name, value)
-    many = isinstance(value, Sequence) and not isinstance(value, str)
-    values: list[Any] = list(value) if many else [value] * batch
-    if len(values) != batch:
-        raise ValueError(f"{name} has {len(values)} values for {batch} prompts")
-    return values
+    count = length(value) if is_row(value) or is_sequence(value) else None
+    if count not in (None, batch):  # before anything is done with each
+        raise ValueError(f"{name} has {quoted(count)} values for {batch} prompts")
+    found = listed(name, value)
+    return [found] * batch if count is None else list(found)
+
+
+def is_array(value: Any) -> bool:
+    """Whether something is an array, of the host or of a device."""
+    return isinstance(value, np.ndarray | jax.Array)
+
+
+def is_row(value: Any) -> bool:
+    """Whether something is an array of several values, be it of one."""
+    return is_array(value) and bool(np.ndim(value))
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether something is a sequence of values, which texts and bytes are not."""
+    one = isinstance(value, str | bytes | bytearray | memoryview)
+    return isinstance(value, Sequence) and not one
+
+
+def length(value: Any) -> int:
+    """Items of a collection, or of an array's first axis, however many they are."""
+    if isinstance(value, range):  # whose length may be more than Python's `len` says
+        steps = value.stop - value.start
+        return max(0, -(-steps // value.step))
+    if is_array(value):
+        return np.shape(value)[0] if np.ndim(value) else 1
+    return len(value)
+
+
+def check_count(name: str, value: Any, most: int, what: str) -> None:
+    """Raise if a client sends more than is worth a look at each.
+
+    Args:
+      name: of the setting.
+      value: a collection, or an array.
+      most: items that it may have.
+      what: they are.
+
+    Raises:
+      ValueError: naming the setting and both numbers.
+    """
+    if (count := length(value)) > most:
+        raise ValueError(f"{name} must be {most} {what} at most, got {quoted(count)}")
 
 
 def _is_number(x: Any, whole: bool) -> bool:
@@ -77,8 +120,7 @@ def per_request(
         if not _is_number(x, whole) or not low <= x <= high:
             none = "None or " if optional else ""
             raise ValueError(
-                f"{name} must be {none}{what} from {low} to {high}, "
-                f"got {reprlib.repr(x)}"
+                f"{name} must be {none}{what} from {low} to {high}, got {quoted(x)}"
             )
     return values
 
@@ -92,7 +134,7 @@ def flags(name: str, value: Any, batch: int) -> list[bool]:
     values = each(name, value, batch)
     for x in values:
         if not isinstance(x, bool | np.bool_):
-            raise ValueError(f"{name} must be True or False, got {reprlib.repr(x)}")
+            raise ValueError(f"{name} must be True or False, got {quoted(x)}")
     return [bool(x) for x in values]
 
 
@@ -112,28 +154,32 @@ def biases(
     Raises:
       ValueError: naming the setting, what is wrong, and what would be right.
     """
+    if value is None or isinstance(value, Mapping):
+        return [_biases(name, value, vocabulary, most)] * batch
     given = each(name, value, batch)
-    found: list[dict[int, float] | None] = []
-    for one in given:
-        if one is None:
-            found.append(None)
-            continue
-        if not isinstance(one, Mapping):
+    return [_biases(name, one, vocabulary, most) for one in given]
+
+
+def _biases(
+    name: str, value: Any, vocabulary: int, most: int
+) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{name} must be None or a dict from token ids to numbers, got "
+            f"{quoted(value)}"
+        )
+    if len(value) > most:
+        raise ValueError(f"{name} must name {most} tokens at most, got {len(value)}")
+    for token, bias in value.items():
+        _check_token(name, token, vocabulary)
+        if not _is_number(bias, whole=False) or not -100 <= bias <= 100:
             raise ValueError(
-                f"{name} must be None or a dict from token ids to numbers, got "
-                f"{reprlib.repr(one)}"
+                f"{name} of token {token} must be a number from -100 to 100, got "
+                f"{quoted(bias)}"
             )
-        if len(one) > most:
-            raise ValueError(f"{name} must name {most} tokens at most, got {len(one)}")
-        for token, bias in one.items():
-            _check_token(name, token, vocabulary)
-            if not _is_number(bias, whole=False) or not -100 <= bias <= 100:
-                raise ValueError(
-                    f"{name} of token {token} must be a number from -100 to 100, got "
-                    f"{reprlib.repr(bias)}"
-                )
-        found.append({int(token): float(bias) for token, bias in one.items()})
-    return found
+    return {int(token): float(bias) for token, bias in value.items()}
 
 
 def token_sets(
@@ -153,27 +199,29 @@ def token_sets(
     Raises:
       ValueError: naming the setting, what is wrong, and what would be right.
     """
-    value = listed(name, value)
+    if isinstance(value, list | tuple) or is_array(value):
+        check_count(name, value, max(vocabulary, batch), "token ids")
+        value = listed(name, value)
     several = isinstance(value, list | tuple) and any(
-        x is None or isinstance(x, list | tuple | set | frozenset | range | np.ndarray)
+        x is None or isinstance(x, list | tuple | set | frozenset | range)
         for x in value
     )
-    return [
-        _token_set(name, one, vocabulary)
-        for one in each(name, value if several else [value] * batch, batch)
-    ]
+    if not several:
+        return [_token_set(name, value, vocabulary)] * batch
+    return [_token_set(name, one, vocabulary) for one in each(name, value, batch)]
 
 
-def _token_set(name: str, value: Any, vocabulary: int) -> tuple[int, ...] | None:
-    ids = listed(name, value)
+def _token_set(name: str, ids: Any, vocabulary: int) -> tuple[int, ...] | None:
     if ids is None:
         return None
     if not isinstance(ids, list | tuple | set | frozenset | range) or not ids:
         raise ValueError(
             f"{name} must be None or a list of token ids, at least one, got "
-            f"{reprlib.repr(ids)}"
+            f"{quoted(ids)}"
         )
-    for token in ids:
+    check_count(name, ids, vocabulary, "token ids")
+    plain = set(map(type, ids)) == {int}  # nearly all are, and each look takes long
+    for token in (min(ids), max(ids)) if plain else ids:
         _check_token(name, token, vocabulary)
     return tuple(sorted({int(token) for token in ids}))
 
@@ -182,5 +230,5 @@ def _check_token(name: str, token: Any, vocabulary: int) -> None:
     if not _is_number(token, whole=True) or not 0 <= token < vocabulary:
         raise ValueError(
             f"{name} must name token ids from 0 to {vocabulary - 1}, got "
-            f"{reprlib.repr(token)}"
+            f"{quoted(token)}"
         )

@@ -28,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from polarjax.config import ModelConfig
 from polarjax.mesh.processes import from_main, is_main, to_host
 from polarjax.params import Params, Placement, Tree, taught
+from polarjax.storage.quoted import quoted
 
 DP, TP = "dp", "tp"
 # First match wins. Heads, neurons and the vocabulary are rows in every matrix.
@@ -106,7 +107,7 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
     if not isinstance(mesh, Mesh):
         raise TypeError(
             "mesh must be a jax.sharding.Mesh, such as polarjax.mesh.cut.make_mesh() "
-            f"makes, got {mesh!r:.60}"
+            f"makes, got {quoted(mesh)}"
         )
     if TP not in mesh.shape or not {DP, TP} >= set(mesh.axis_names):
         raise ValueError(

@@ -15,6 +15,7 @@ from polarjax.mesh.cut import DP, TP, axis_size, local_config, mesh_of
 from polarjax.params import Params
 from polarjax.planning.cost import kv_row_bytes
 from polarjax.planning.host_memory import host_memory
+from polarjax.storage.quoted import quoted
 
 # Positions of a page of the cache.
 PAGE = 64
@@ -144,6 +145,56 @@ def pages_that_fit(
     )
 
 
+def check_sizes(
+    params: Params, slots: int, prefill_tokens: int | None, memory_fraction: float
+) -> None:
+    """Raise where a size alone asks for more memory than there is.
+
+    Args:
+      params: the model, in its devices' memory.
+      slots: of all parts, b.
+      prefill_tokens: prompt tokens that one program reads; None where nobody says.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
+
+    Raises:
+      ValueError: naming the size, and the most that would fit.
+    """
+    room = _Room.of(params, memory_fraction)
+    one = prefill_bytes(room.own, 1, params.dtype)
+    _check_fits("prefill_tokens", prefill_tokens or 1, one, room)
+    _check_fits("slots", slots, sampling_bytes(params.config, 1) / room.dp, room)
+
+
+def check_pages(params: Params, pages: int, page: int, memory_fraction: float) -> None:
+    """Raise where a cache alone asks for more memory than there is.
+
+    Args:
+      params: the model, in its devices' memory.
+      pages: of each part of the batch.
+      page: positions of each.
+      memory_fraction: of the memory that XLA may take, in (0, 1].
+
+    Raises:
+      ValueError: saying how many would fit.
+    """
+    room = _Room.of(params, memory_fraction)
+    if pages > (most := most_pages(room.own, page)):
+        raise ValueError(
+            f"pages must be at most {most}, of {page} positions each, got "
+            f"{quoted(pages)}: kernels number the elements of a cache in 32 bits"
+        )
+    _check_fits("pages", pages, cache_bytes(room.own, 1, page, params.dtype), room)
+
+
+def _check_fits(name: str, count: int, each: float, room: _Room) -> None:
+    if count * each > room.free >= each:  # with less it is not the size that is wrong
+        raise ValueError(
+            f"{name} must be at most {int(room.free // each)}, got {count}: they need "
+            f"{count * each / 1e9:.3g} GB, and the device has {room.free / 1e9:.3g} GB "
+            "left"
+        )
+
+
 def most_pages(config: ModelConfig, page: int) -> int:
     """Pages of a cache whose elements can be numbered, as kernels do, in 32 bits.
 
@@ -234,7 +285,8 @@ def check_fraction(memory_fraction: float) -> None:
     number = isinstance(memory_fraction, int | float | np.number)
     if not number or isinstance(memory_fraction, bool) or not 0 < memory_fraction <= 1:
         raise ValueError(
-            f"memory_fraction must be above 0 and at most 1, got {memory_fraction!r}"
+            "memory_fraction must be above 0 and at most 1, got "
+            f"{quoted(memory_fraction)}"
         )
 
 

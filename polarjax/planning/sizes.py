@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
 
 from polarjax.config import ModelConfig
+from polarjax.storage.quoted import quoted
+
+# Of what is counted: devices number it in 32 bits.
+_MOST = 2**31 - 1
+_LARGEST_FLOAT = sys.float_info.max
 
 
-def positive(name: str, value: Any) -> int:
+def positive(name: str, value: Any, most: float = _MOST) -> int:
     """A setting that counts something.
 
+    Args:
+      name: of the setting.
+      value: as it was set.
+      most: that it may be.
+
     Raises:
-      ValueError: if it is not a positive integer.
+      ValueError: if it is not a positive integer, or more.
     """
     if not _whole(value) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return int(value)
+        raise ValueError(f"{name} must be a positive integer, got {quoted(value)}")
+    return _at_most(name, int(value), most)
 
 
-def at_least(name: str, value: Any, low: int) -> int:
+def at_least(name: str, value: Any, low: int, most: float = math.inf) -> int:
     """A whole number with a smallest value.
 
+    Args:
+      name: of the setting.
+      value: as it was set.
+      low: the least that it may be.
+      most: and the most.
+
     Raises:
-      ValueError: if it is not an integer, or less.
+      ValueError: if it is not an integer, or less, or more.
     """
     if not _whole(value) or value < low:
-        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-    return int(value)
+        raise ValueError(
+            f"{name} must be an integer of at least {low}, got {quoted(value)}"
+        )
+    return _at_most(name, int(value), most)
+
+
+def _at_most(name: str, value: int, most: float) -> int:
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {quoted(value)}")
+    return value
 
 
 def above_zero(name: str, value: Any, most: float = math.inf) -> float:
@@ -45,7 +70,7 @@ def above_zero(name: str, value: Any, most: float = math.inf) -> float:
     """
     if not _finite(value) or not 0 < value <= most:
         limit = "" if most == math.inf else f" and at most {most:g}"
-        raise ValueError(f"{name} must be a number above 0{limit}, got {value!r}")
+        raise ValueError(f"{name} must be a number above 0{limit}, got {quoted(value)}")
     return float(value)
 
 
@@ -56,7 +81,7 @@ def not_negative(name: str, value: Any) -> float:
       ValueError: if it is no finite number from 0 on.
     """
     if not _finite(value) or value < 0:
-        raise ValueError(f"{name} must be a number from 0 on, got {value!r}")
+        raise ValueError(f"{name} must be a number from 0 on, got {quoted(value)}")
     return float(value)
 
 
@@ -66,7 +91,7 @@ def _whole(value: Any) -> bool:
 
 def _finite(value: Any) -> bool:
     number = isinstance(value, float | np.floating) or _whole(value)
-    return number and math.isfinite(value)
+    return number and bool(abs(value) <= _LARGEST_FLOAT)
 
 
 def up_to_context(

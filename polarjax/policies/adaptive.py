@@ -12,6 +12,7 @@ from polarjax.params import Params, Tree
 from polarjax.policies.budgets import asked_groups, check_density, count, neuron_counts
 from polarjax.policies.routed import bind_routers
 from polarjax.policy import Learned, Load, Policy, Reads
+from polarjax.storage.quoted import quoted
 
 _setting = {"static": True, "setting": True}
 _static = {"static": True}
@@ -99,10 +100,12 @@ def check_asks(asks: tuple[str, ...]) -> None:
       ValueError: naming the first that is none.
     """
     if not isinstance(asks, tuple):
-        raise ValueError(f"asks must be a tuple of names, got {asks!r}")
+        raise ValueError(f"asks must be a tuple of names, got {quoted(asks)}")
     unknown = [name for name in asks if name not in ("groups", "neurons")]
     if unknown:
-        raise ValueError(f'asks may name "groups" and "neurons", got {unknown[0]!r}')
+        raise ValueError(
+            f'asks may name "groups" and "neurons", got {quoted(unknown[0])}'
+        )
 
 
 def check_thresholds(learned: Learned) -> tuple[float, ...]:
@@ -144,7 +147,7 @@ def wanted_neurons(
     if policy.neuron_density is None:
         largest = max((b for b, _ in learned.neuron_budgets), default=1)
         return neuron_counts(config, learned, policy.batch or largest)
-    n = count(check_density(policy.neuron_density), config.neurons)
+    n = count(check_density(policy.neuron_density, "neuron_density"), config.neurons)
     if config.activation != "relu":
         raise ValueError(
             f"neuron sparsity needs a ReLU MLP, the model's is "

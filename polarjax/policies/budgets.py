@@ -14,6 +14,7 @@ import numpy as np
 
 from polarjax.config import ModelConfig
 from polarjax.policy import Groups, Learned, Load
+from polarjax.storage.quoted import quoted
 
 Density = float | Sequence[float] | None
 
@@ -159,8 +160,12 @@ def check_parts(kv_heads: int, parts: int) -> None:
 _LEAST_DENSITY = 2.0**-20
 
 
-def check_density(density: Any) -> float:
+def check_density(density: Any, name: str = "density") -> float:
     """Raise unless a density is a number in (0, 1].
+
+    Args:
+      density: as it was set.
+      name: of the setting.
 
     Raises:
       ValueError: naming the value.
@@ -170,7 +175,7 @@ def check_density(density: Any) -> float:
     number = isinstance(density, int | float | np.number)
     if not number or isinstance(density, bool) or not 0 < density <= 1:
         raise ValueError(
-            f"density must be a number above 0 and at most 1, got {density!r}"
+            f"{name} must be a number above 0 and at most 1, got {quoted(density)}"
         )
     return max(float(density), _LEAST_DENSITY)
 
@@ -189,9 +194,9 @@ def check_densities(density: Density, batch: int) -> np.ndarray:
         return np.zeros(batch, np.float32)
     if isinstance(density, np.ndarray | jax.Array):
         density = density.tolist()
-    many = list(density) if isinstance(density, list | tuple) else [density] * batch
+    many = density if isinstance(density, list | tuple) else [density] * batch
     if len(many) != batch:
-        raise ValueError(f"{len(many)} densities for {batch} prompts")
+        raise ValueError(f"density has {len(many)} values for {batch} prompts")
     return np.array([check_density(d) for d in many], np.float32)
 
 
@@ -221,7 +226,8 @@ def fixed_budgets(
     if not learned.budgets:
         raise ValueError(
             "no density given and no adapter loaded that brings its own: pass "
-            "density= (--density), or load with adapter= (--adapter)"
+            "generate density= (--density), or an Engine policy= with one, such as "
+            "Polar(0.5); or load with adapter= (--adapter)"
         )
     if learned.adaptive:
         raise ValueError(

@@ -7,6 +7,7 @@ from polarjax.policies.oracle import Oracle
 from polarjax.policies.polar import Polar
 from polarjax.policies.random import Random
 from polarjax.policy import Dense, Policy
+from polarjax.storage.quoted import quoted
 
 NAMES = ("dense", "polar", "adaptive", "oracle", "random")
 
@@ -31,7 +32,7 @@ def named(
     """
     if name not in NAMES:
         others = ", ".join(sorted(NAMES[1:]))
-        raise ValueError(f"no policy {name!r}: there are dense, {others}")
+        raise ValueError(f"no policy {quoted(name)}: there are dense, {others}")
     if name in ("dense", "adaptive") and density is not None:
         how = "reads all" if name == "dense" else "goes by thresholds"
         raise ValueError(f"the policy {name} takes no density: it {how}")

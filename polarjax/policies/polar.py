@@ -27,6 +27,7 @@ from polarjax.policies.budgets import (
 )
 from polarjax.policies.routed import bind_routers
 from polarjax.policy import Learned, Load, Policy, Reads
+from polarjax.storage.quoted import quoted
 
 _setting = {"static": True, "setting": True}
 _static = {"static": True}
@@ -75,7 +76,9 @@ class Polar(OfAdapter):
             ("batch", 1 if self.batch is None else self.batch),
         ):
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+                raise ValueError(
+                    f"{name} must be a positive integer, got {quoted(value)}"
+                )
         params = with_policy(params, self)
         config, learned = params.config, params.policy.learned
         tp = axis_size(mesh_of(params.weights), TP)

@@ -15,6 +15,7 @@ from polarjax.policies.budgets import HeadBudget, fixed_budgets
 from polarjax.policies.updates import merge_updates
 from polarjax.policy import Groups, Learned, Load, Policy, Seen
 from polarjax.settings import draw_key
+from polarjax.storage.quoted import quoted
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +44,7 @@ class Random(Policy):
         """Only the budgets, and recovery's updates; see `Policy.bind`."""
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(
-                f"seed must be an integer from 0 to 2**32 - 1, got {self.seed!r}"
+                f"seed must be an integer from 0 to 2**32 - 1, got {quoted(self.seed)}"
             )
         params = with_policy(params, self)
         config, learned = params.config, params.policy.learned

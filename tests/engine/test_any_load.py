@@ -308,6 +308,8 @@ def test_what_could_never_run_is_refused(params):
         ValueError, match="needs 5 pages of 16 positions, and there are"
     ):
         engine.add([1] * 40, polarjax.Settings(max_new_tokens=40))
-    with pytest.raises(ValueError, match="stop_ids are 65, at most 64"):
+    with pytest.raises(
+        ValueError, match="stop_ids must be 64 token ids at most, got 65"
+    ):
         engine.add([1], polarjax.Settings(stop_ids=tuple(range(65))))
     assert engine.idle

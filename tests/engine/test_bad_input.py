@@ -166,7 +166,6 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path):
             {"min_tokens": 1, "stop_ids": [5, 6], "allowed_token_ids": [6]},
             "min_tokens 1 leaves nothing to draw: all allowed_token_ids .* stop_ids",
         ),
-        ({"min_tokens": 1, "stop_ids": range(257)}, "min_tokens 1 leaves nothing"),
         *(
             ({"ignore_eos": bad}, "ignore_eos must be True or False, got")
             for bad in (1, None, "yes", [True, 0])
@@ -222,6 +221,12 @@ def test_settings(params, settings, message):
 def test_settings_that_no_engine_follows_yet(settings, message):
     with pytest.raises(ValueError, match=message):
         settings_of(CONFIG, None, 2, settings)
+
+
+def test_a_vocabulary_that_ends_at_every_token():
+    small = dataclasses.replace(CONFIG, vocab_size=60)
+    with pytest.raises(ValueError, match="min_tokens 1 leaves nothing to draw"):
+        settings_of(small, None, 2, {"min_tokens": 1, "stop_ids": range(60)})
 
 
 def test_settings_of_one_request_or_of_each():

@@ -9,11 +9,12 @@ import pytest
 import polarjax
 from polarjax.engine import batch as batches
 from polarjax.engine import edits
-from polarjax.engine.checks import MOST_STOPS, plain_sampling_of, stop_table
+from polarjax.engine.checks import plain_sampling_of, stop_table
 from polarjax.engine.edits import Edits, row_words
 from polarjax.engine.packed import pack, take_apart, unpack
 from polarjax.engine.rules import make_rules
 from polarjax.engine.sampling import Variant
+from polarjax.engine.settings import MOST_STOPS
 from polarjax.engine.slots import (
     Row,
     Ruled,

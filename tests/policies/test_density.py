@@ -169,9 +169,9 @@ def test_an_engine_refuses_them_too(params, prompts, policy):
 
 
 def test_the_number_of_densities_must_be_that_of_prompts(params, prompts):
-    with pytest.raises(ValueError, match="3 densities for 4 prompts"):
+    with pytest.raises(ValueError, match="density has 3 values for 4 prompts"):
         generate(params, prompts, density=[0.5] * 3)
-    with pytest.raises(ValueError, match="0 densities for 4 prompts"):
+    with pytest.raises(ValueError, match="density has 0 values for 4 prompts"):
         generate(params, prompts, density=[])
 
 
