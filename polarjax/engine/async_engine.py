@@ -193,4 +193,5 @@ class AsyncEngine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._driver.stop()  # also if no thread is free to wait for it
         await asyncio.get_running_loop().run_in_executor(None, self.close)

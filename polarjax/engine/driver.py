@@ -20,6 +20,7 @@ from polarjax.engine.engine import Engine
 from polarjax.engine.errors import RequestFailed
 from polarjax.engine.request import Piece, Request
 from polarjax.engine.streams import next_piece
+from polarjax.settings import default_numbers
 
 _CLOSED = "this engine is closed: make a new one"
 
@@ -85,6 +86,7 @@ class Driver:
             raise RuntimeError(self._closed)
         self._engine._check_room()
 
+    @default_numbers
     def prepare(
         self, prompt: str | Sequence[int], settings: Settings | None
     ) -> Request:
@@ -156,9 +158,9 @@ class Driver:
         with self._lock:
             if self._closed:
                 return False
-            # Not "" again: garbage that is collected right here may have closed it.
-            self._closed = last or self._closed
             self._commands.put(command)
+            if last:  # else it stays what garbage, collected right here, has made it
+                self._closed = last
             return True
 
     # What follows is the thread's.
@@ -191,9 +193,9 @@ class Driver:
 
     def _obey(self) -> None:
         """Carry out what was asked for; wait for it where there is nothing else."""
-        sleeps = self._engine.idle and not self._inbox
-        # Those who ask without end do not keep readers from their pieces.
-        for _ in range(self._commands.qsize() or int(sleeps)):
+        # No more than that: who asks without end keeps no reader from his pieces, and
+        # what the last command has ended is handed over before the thread sleeps again.
+        for _ in range(self._commands.qsize() or int(self._engine.idle)):
             self._commands.get()()
 
     def _fail(self, error: BaseException) -> None:

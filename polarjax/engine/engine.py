@@ -304,7 +304,6 @@ class Engine:
                 "a larger max_waiting"
             )
 
-    @default_numbers
     def _prepare(
         self,
         prompt: str | Sequence[int],

@@ -371,3 +371,23 @@ def test_a_thread_that_fails_refuses_what_still_waits(engine):
     engine.step = fail
     with contextlib.suppress(RuntimeError):
         run(engine, work)
+
+
+def test_garbage_that_closes_amid_a_command_keeps_it_closed(engine):
+    """It may be collected at any moment, in the thread of whoever asks."""
+    served = polarjax.AsyncEngine(engine)
+    driver, commands = served._driver, served._driver._commands
+
+    class Collecting:
+        def put(self, command):
+            driver._commands = commands
+            driver.stop()
+            commands.put(command)
+
+    driver._commands = Collecting()
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        asyncio.run(served.add([1], LONG))
+    driver.thread.join(5)
+    assert not driver.thread.is_alive()
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        asyncio.run(served.add([1], LONG))
