@@ -1,42 +1,19 @@
 """An engine with a thread of its own, for any number of readers in event loops.
 
-Readers never call the engine. They put commands, to add a request or to cancel one,
-into a queue; the thread carries them out between two steps, and after each step hands
-every event loop, in one call, what is new for its readers.
+Readers never call the engine: `polarjax.engine.driver` does, in its thread. Prompts and
+settings are checked where they come from, before the thread hears of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
-import queue
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+import weakref
+from collections.abc import AsyncIterator, Sequence
 
-from polarjax.engine.checks import Settings, encode_prompt
+from polarjax.engine.checks import Settings
+from polarjax.engine.driver import Driver, Reader
 from polarjax.engine.engine import Engine
-from polarjax.engine.errors import RequestFailed
-from polarjax.engine.request import Piece, Request
-from polarjax.engine.streams import next_piece
-
-_CLOSED = "this engine is closed: make a new one"
-
-
-@dataclasses.dataclass(eq=False)
-class _Reader:
-    """Where the thread leaves what is new.
-
-    Attributes:
-      loop: of who reads.
-      items: pieces, or what ended them. Each piece but the last has a token or a
-        character at least, so the request's own limit bounds them.
-      request: once the engine has taken it.
-    """
-
-    loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[Piece | Exception]
-    request: Request | None = None
+from polarjax.engine.request import Piece
 
 
 class AsyncStream:
@@ -45,16 +22,16 @@ class AsyncStream:
     A reader that does not read holds up nobody: its pieces wait for it, at most
     `max_new_tokens` tokens of them. A wait that is given up (`asyncio.wait_for`) loses
     no piece. As a context manager it cancels the request at the end, and so it does
-    when nobody holds it any more.
+    when nobody holds it any more. It is for one task at a time, of one event loop.
 
     Args:
       reader: that the engine's thread fills.
-      cancel: ends the reader's request.
+      served: whose it is, and which lives as long as it does.
     """
 
-    def __init__(self, reader: _Reader, cancel: Callable[[_Reader], None]):
-        self._reader, self._cancel = reader, cancel
-        self._ended = False
+    def __init__(self, reader: Reader, served: AsyncEngine):
+        self._reader, self._served = reader, served
+        self._ended = self._being_read = False
 
     def __aiter__(self) -> AsyncStream:
         return self
@@ -64,22 +41,45 @@ class AsyncStream:
 
         Raises:
           RequestFailed: if the model yields NaN for the request.
-          RuntimeError: if the engine was closed, or failed.
+          RuntimeError: if the engine was closed, or failed; or another task waits for
+            the next piece already, or this one runs in another event loop than `add`
+            did.
         """
         if self._ended:
             raise StopAsyncIteration
-        item = await self._reader.items.get()
+        if asyncio.get_running_loop() is not self._reader.loop:
+            raise RuntimeError(
+                "this stream belongs to the event loop in which it was added: read it "
+                "there, or add the request in this one"
+            )
+        if self._being_read:
+            raise RuntimeError(
+                "this stream is being read already, and each of its pieces is for one "
+                "reader: let one task read it, and hand on what it gets"
+            )
+        self._being_read = True
+        try:
+            item = await self._reader.items.get()
+            # Closed meanwhile: nothing is wanted but that it ends.
+            while self._ended and isinstance(item, Piece) and not item.finish_reason:
+                item = await self._reader.items.get()
+        finally:
+            self._being_read = False
         if isinstance(item, Exception):
             self._ended = True
             raise item
-        self._ended = bool(item.finish_reason)
+        self._ended = self._ended or bool(item.finish_reason)
         return item
 
     def close(self) -> None:
-        """Cancel the request, if it goes on: within one step."""
+        """Cancel the request, if it goes on: within one step.
+
+        A task that waits for a piece gets the last one, whose reason is "cancelled";
+        who asks for one later gets none.
+        """
         if not self._ended:
             self._ended = True
-            self._cancel(self._reader)
+            self._served._driver.cancel(self._reader)
 
     async def aclose(self) -> None:
         """As `close`."""
@@ -98,31 +98,32 @@ class AsyncStream:
 class AsyncEngine:
     """An engine that a thread of its own drives, whenever there is something to do.
 
+    It is closed when nobody holds it nor a stream of it any more, and when the process
+    ends.
+
     Args:
       engine: which nobody else may call from now on. It ends with this one.
 
     Raises:
+      TypeError: if it is no `polarjax.Engine`.
       ValueError: if its mesh spans several processes, which would have to be told the
         same at the same steps.
+      RuntimeError: if it is closed, another `AsyncEngine` has it, or requests of it go
+        on.
     """
 
     def __init__(self, engine: Engine) -> None:
+        if not isinstance(engine, Engine):
+            raise TypeError(f"engine must be a polarjax.Engine, got {engine!r:.60}")
         if engine.mesh is not None and engine.mesh.is_multi_process:
             raise ValueError(
                 "AsyncEngine takes an engine of one process, this one's mesh spans "
                 "several: call its generate on all of them"
             )
-        self._engine = engine
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        # Collecting garbage may cancel a stream amid another command of this thread.
-        self._lock, self._closed = threading.RLock(), ""
-        self._going = True  # of the thread, which alone knows what follows
-        self._inbox: dict[Request, None] = {}
-        self._readers: dict[Request, _Reader] = {}
-        self._thread = threading.Thread(
-            target=self._run, name="polarjax engine", daemon=True
-        )
-        self._thread.start()
+        self._driver = Driver(engine)
+        # Not waited for: garbage is collected in any thread, the engine's as well. When
+        # the process ends, the driver sees to itself.
+        weakref.finalize(self, self._driver.stop).atexit = False
 
     async def add(
         self, prompt: str | Sequence[int], settings: Settings | None = None
@@ -143,16 +144,14 @@ class AsyncEngine:
           QueueFull: if as many requests wait as the engine lets wait.
           RuntimeError: if the engine is closed.
         """
-        loop, engine = asyncio.get_running_loop(), self._engine
-        config = engine.params.config
-        # A long text takes milliseconds, which other readers need not wait for.
-        ids = await loop.run_in_executor(
-            None, encode_prompt, 0, prompt, engine.tokenizer, config
-        )
+        loop, driver = asyncio.get_running_loop(), self._driver
+        driver.check_takes()  # before long work
+        # A long text takes a while, which neither this loop nor the engine waits for.
+        request = await loop.run_in_executor(None, driver.prepare, prompt, settings)
         taken: asyncio.Future[None] = loop.create_future()
-        reader = _Reader(loop, asyncio.Queue())
-        self._send(lambda: self._admit(ids, settings, reader, taken))
-        stream = AsyncStream(reader, self._cancel)
+        reader = Reader(loop, asyncio.Queue())
+        driver.admit(request, reader, taken)
+        stream = AsyncStream(reader, self)
         try:
             await taken
         except BaseException:
@@ -182,10 +181,7 @@ class AsyncEngine:
 
     def close(self) -> None:
         """End the engine, once its step has ended; all streams end with an error."""
-        with contextlib.suppress(RuntimeError):
-            self._send(self._stop, last=_CLOSED)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._driver.close()
 
     def __enter__(self) -> AsyncEngine:
         return self
@@ -197,127 +193,5 @@ class AsyncEngine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._driver.stop()  # also if no thread is free to wait for it
         await asyncio.get_running_loop().run_in_executor(None, self.close)
-
-    def _send(self, command: Callable[[], None], last: str = "") -> None:
-        """Have the thread do something; what is taken here is carried out.
-
-        Args:
-          command: without arguments.
-          last: why nothing is taken after it, if nothing is.
-
-        Raises:
-          RuntimeError: if nothing is taken any more.
-        """
-        with self._lock:
-            if self._closed:
-                raise RuntimeError(self._closed)
-            self._closed = last
-            self._commands.put(command)
-
-    def _cancel(self, reader: _Reader) -> None:
-        def cancel() -> None:
-            if reader.request is not None:
-                self._engine.cancel(reader.request)
-
-        with contextlib.suppress(RuntimeError):  # closed: it has been cancelled
-            self._send(cancel)
-
-    # What follows is the thread's.
-
-    def _stop(self) -> None:
-        self._going = False
-
-    def _run(self) -> None:
-        failure = None
-        try:
-            while self._going:
-                self._obey()
-                if self._going and not self._engine.idle:
-                    with contextlib.suppress(RequestFailed):  # they say so themselves
-                        self._engine.step()
-                self._deliver()
-        except Exception as error:  # what became of the arrays is not known
-            failure = error
-        with self._lock:
-            self._closed = self._closed or f"the engine failed: {failure}"
-        if failure is not None:
-            self._fail(failure)
-        self._engine.close()
-        self._deliver()
-        while not self._commands.empty():  # of before it failed: they are refused
-            self._commands.get()()
-
-    def _obey(self) -> None:
-        """Carry out what was asked for; wait for it where there is nothing else."""
-        while self._going and (self._engine.idle or not self._commands.empty()):
-            self._commands.get()()
-
-    def _fail(self, error: Exception) -> None:
-        """Let every reader know why there is no more."""
-        for reader in self._readers.values():
-            told = RuntimeError(f"the engine failed: {error}")
-            told.__cause__ = error
-            self._hand_over(reader.loop, [(reader, told)])
-        self._readers.clear()
-
-    def _admit(
-        self,
-        ids: list[int],
-        settings: Settings | None,
-        reader: _Reader,
-        taken: asyncio.Future[None],
-    ) -> None:
-        error = None
-        try:
-            reader.request = request = self._engine.add(ids, settings)
-        except Exception as why:
-            error = why
-        else:
-            request.inbox = self._inbox
-            self._readers[request] = reader
-
-        def answer() -> None:
-            if taken.done():  # who asked waits no longer
-                return
-            if error is None:
-                taken.set_result(None)
-            else:
-                taken.set_exception(error)
-
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            reader.loop.call_soon_threadsafe(answer)
-
-    def _deliver(self) -> None:
-        """Hand each event loop what is new for its readers."""
-        news: dict[asyncio.AbstractEventLoop, list[_News]] = {}
-        for request in self._inbox:
-            reader = self._readers.get(request)
-            if reader is None:
-                continue
-            try:
-                item = next_piece(request)
-            except (RequestFailed, RuntimeError) as error:
-                item = error
-            if item is not None:
-                news.setdefault(reader.loop, []).append((reader, item))
-            if not request.going:
-                del self._readers[request]
-        self._inbox.clear()
-        for loop, items in news.items():
-            self._hand_over(loop, items)
-
-    def _hand_over(self, loop: asyncio.AbstractEventLoop, items: list[_News]) -> None:
-        def put() -> None:
-            for reader, item in items:
-                reader.items.put_nowait(item)
-
-        try:
-            loop.call_soon_threadsafe(put)
-        except RuntimeError:  # the loop is closed, and its readers are gone
-            for reader, _ in items:
-                if reader.request is not None:
-                    reader.request.cancel()
-
-
-_News = tuple[_Reader, Piece | Exception]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -213,6 +214,9 @@ class Engine:
             wire=Wire() if self._many else None,
         )
         self._added, self._ended = 0, ""
+        # An `AsyncEngine`'s, which alone may call this one; and what ends both.
+        self._thread: threading.Thread | None = None
+        self._close_owner: Callable[[], None] | None = None
 
     def __enter__(self) -> Engine:
         return self
@@ -221,8 +225,14 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End every request, and give the memory of cache and bound weights back."""
-        self._end("this engine is closed: make a new one")
+        """End every request, and give the memory of cache and bound weights back.
+
+        Where an `AsyncEngine` has this engine, that is closed too.
+        """
+        if self._close_owner is None or self._thread is threading.current_thread():
+            self._end("this engine is closed: make a new one")
+        else:
+            self._close_owner()
 
     def _end(self, why: str) -> None:
         """Cancel what is open; the arrays go, whatever became of them."""
@@ -230,11 +240,30 @@ class Engine:
             return
         self._ended = why
         self._runner.end(why)
+        self._thread = self._close_owner = None
         del self._bound, self.weights
+
+    def _lend(self, thread: threading.Thread, close: Callable[[], None]) -> None:
+        """Serve one thread alone from now on, whose owner is closed by `close`."""
+        self._check_open()
+        if self._runner.going:
+            raise RuntimeError(
+                "requests of this engine go on, which an AsyncEngine would have to "
+                "share with whoever drives them: read them to their end, or cancel them"
+            )
+        self._thread, self._close_owner = thread, close
 
     def _check_open(self) -> None:
         if self._ended:
             raise RuntimeError(self._ended)
+        self._check_thread()
+
+    def _check_thread(self) -> None:
+        if self._thread not in (None, threading.current_thread()):
+            raise RuntimeError(
+                "this engine is an AsyncEngine's, which alone calls it, in a thread of "
+                "its own: call add and stream of that one, or make another engine"
+            )
 
     @property
     def waiting(self) -> int:
@@ -272,16 +301,37 @@ class Engine:
           RuntimeError: if the engine is closed.
         """
         self._check_open()
+        self._check_room()
+        request = self._prepare(prompt, settings, number or 0)
+        return self._take(request, number)
+
+    def _check_room(self) -> None:
         if self.waiting >= self.max_waiting:
             raise QueueFull(
                 f"{self.waiting} requests wait for this engine, the most that it "
                 "lets wait: add this one when some have ended, or make the engine with "
                 "a larger max_waiting"
             )
+
+    def _prepare(
+        self,
+        prompt: str | Sequence[int],
+        settings: Settings | None = None,
+        number: int = 0,
+    ) -> Request:
+        """A request for `_take`, checked. It changes nothing: any thread may call it.
+
+        While another closes the engine, it may raise anything.
+        """
         config = self.params.config
         one = settings_of_one(config, self.tokenizer, settings)
-        ids = encode_prompt(number or 0, prompt, self.tokenizer, config, self.context)
-        request = self._request(ids, one, number or 0)
+        ids = encode_prompt(number, prompt, self.tokenizer, config, self.context)
+        return self._request(ids, one, number)
+
+    def _take(self, request: Request, number: int | None = None) -> Request:
+        """Let a request of `_prepare` wait, if there is room for one more."""
+        self._check_open()
+        self._check_room()
         request.number = self._added if number is None else number
         self._added += 1
         self._runner.admit(request)
@@ -324,9 +374,14 @@ class Engine:
         return TokenStream(self.add(prompt, settings), self.step)
 
     def cancel(self, request: Request) -> None:
-        """End a request of this engine: it gets no further tokens."""
+        """End a request of this engine: it gets no further tokens.
+
+        Raises:
+          RuntimeError: if the engine is an `AsyncEngine`'s.
+        """
         if not isinstance(request, Request):
             raise TypeError(f"cancel takes what add returned, got {quoted(request)}")
+        self._check_thread()
         if request.going and not self._runner.has(request):
             raise ValueError("this request is another engine's, which can cancel it")
         self._runner.cancel(request)

@@ -87,6 +87,11 @@ class Runner:
         """Whether no request waits or goes on."""
         return not self._requests
 
+    @property
+    def going(self) -> bool:
+        """Whether a request goes on that nobody has cancelled."""
+        return any(request.going for request in self._requests.values())
+
     def admit(self, request: Request) -> None:
         """A request waits from now on."""
         request.id, self._ids = self._ids, self._ids + 1

@@ -117,7 +117,9 @@ class Tokenizer:
           ValueError: if it holds lone surrogates: it is no text then.
         """
         check_text(text, name)
-        return self.backend.encode(text, add_special_tokens=special).ids
+        # Of one text alone: `encode` would hold up all threads of Python meanwhile.
+        [found] = self.backend.encode_batch_fast([text], add_special_tokens=special)
+        return found.ids
 
     def least_tokens(self, text: str) -> int:
         """Tokens that a text has at least, found without making any.

@@ -226,18 +226,18 @@ async def leave(served, way):
 def test_who_leaves_cancels_the_request_within_a_step(engine, way, monkeypatch):
     """And its neighbour goes on."""
     steps, added = [], []
-    step, add = engine.step, engine.add
+    step, take = engine.step, engine._take
 
     def slow_step():
         steps.append(time.sleep(0.05))  # so that none ends before it is left
         return step()
 
     def noted(*given):
-        added.append(add(*given))
+        added.append(take(*given))
         return added[-1]
 
     monkeypatch.setattr(engine, "step", slow_step)
-    monkeypatch.setattr(engine, "add", noted)
+    monkeypatch.setattr(engine, "_take", noted)
 
     async def work(served):
         neighbour = asyncio.create_task(read(served, [1, 2]))
@@ -291,7 +291,7 @@ def test_what_is_refused_is_told_to_who_asked(params):
 def test_closing_ends_all_readers(engine):
     async def work(served):
         readers = [asyncio.create_task(read(served, prompt)) for prompt in PROMPTS]
-        while len(served._readers) < 4:
+        while len(served._driver._readers) < 4:
             await asyncio.sleep(0)
         served.close()
         served.close()
@@ -357,7 +357,7 @@ def test_many_readers_that_come_and_go_leave_nothing(engine, expected):
 
     async def work(served):
         found = await asyncio.gather(*(one(served, i) for i in range(120)))
-        while not engine.idle or served._readers or served._inbox:
+        while not engine.idle or served._driver._readers or served._driver._inbox:
             await asyncio.sleep(0.01)
         return found
 
