@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from polarjax.engine.engine import Engine
 from polarjax.engine.offline import Counted, continue_lines
 from polarjax.engine.progress import token_bar
 from polarjax.engine.prompt_lines import Line, Reader, Survey, read_lines, survey
-from polarjax.engine.sampling import Variant
 from polarjax.evaluation.record import model
 from polarjax.loading import find_adapter, load, read_config
 from polarjax.params import Params
@@ -26,7 +26,7 @@ from polarjax.planning.sizes import bucket, positive
 from polarjax.policies import named
 from polarjax.policy import Load, Policy
 from polarjax.storage.files import check_file
-from polarjax.storage.line_file import LineFile, check_new
+from polarjax.storage.line_file import LineFile, check_new, files_of
 from polarjax.terminal.output import bytes_bar, make_console
 
 
@@ -37,9 +37,12 @@ def continue_file(args: argparse.Namespace) -> None:
       args: that `polarjax.terminal.generate` describes.
 
     Raises:
-      ValueError: as `load` and `Engine`; or if a line of the input is no request.
+      ValueError: as `load` and `Engine`; if the results would be written over the
+        prompts; or if a line of the input is no request.
       FileExistsError: if there is an output already, or work on another one.
+      FileNotFoundError: if the output's folder is not there.
     """
+    _check_apart(args.input, args.output)
     check_new(args.output, args.overwrite)
     slots = positive("--slots", args.slots)
     config = read_config(args.checkpoint)
@@ -57,15 +60,14 @@ def continue_file(args: argparse.Namespace) -> None:
     with Engine(
         params,
         policy=policy,
-        slots=min(slots, bucket(found.count, 1)),
+        slots=min(slots, bucket(found.requests, 1)),
         context=min(bucket(found.tokens), context),
-        load=Load(min(slots, found.count), found.mean, reader.defaults.density),
+        load=Load(min(slots, found.requests), found.mean, reader.defaults.density),
         densities=found.densities,
         memory_fraction=args.memory_fraction,
-        # No line has a field for more.
-        variants=(Variant.GREEDY, Variant.SAMPLED, Variant.FILTERED),
-        logprobs=False,
-        prompt_logprobs=False,
+        variants=found.variants,
+        logprobs=found.logprobs,
+        prompt_logprobs=found.prompt_logprobs,
     ) as engine:
         facts = {
             "input": found.sha256,
@@ -81,6 +83,26 @@ def continue_file(args: argparse.Namespace) -> None:
             args.work = str(file.partial)  # that is named when it is interrupted
             _go_on(args, engine, reader, file, found)
             file.finish()
+
+
+def _check_apart(source: str, output: str) -> None:
+    """Raise if the prompts are in a file that work on the output writes or deletes.
+
+    Args:
+      source: path of the prompts; links are followed, as they are of the output.
+      output: path of the results.
+
+    Raises:
+      ValueError: naming both.
+    """
+    for file in files_of(output):
+        if not (os.path.exists(source) and os.path.exists(file)):
+            continue  # what cannot be read is named where it is read
+        if os.path.samefile(source, file):
+            raise ValueError(
+                f"--input {source} and --output {output}: work on the output writes "
+                f"{file}, and that is the input: choose another --output"
+            )
 
 
 def _survey(path: str, reader: Reader, context: int) -> Survey:
@@ -133,7 +155,7 @@ def _skip(lines: Iterator[Line], file: LineFile) -> None:
         try:
             result = json.loads(text)
             same = line is not None and line.label.items() <= result.items()
-            same &= "text" in result or "error" in result
+            same &= not result.keys().isdisjoint(("text", "choices", "error"))
         except (ValueError, AttributeError, TypeError, RecursionError):
             same = False
         if not same:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from polarjax.config import ModelConfig
-from polarjax.engine.checks import Settings, encode_prompt
+from polarjax.engine.checks import Settings, encode_prompt, settings_of, variant_of
+from polarjax.engine.sampling import Variant
 from polarjax.engine.templates import choose
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.storage.files import LARGEST_TABLE, FileError, check_file, parse_json
 
 _PROMPTS = ("prompt", "messages")
-_SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
-_LISTS = ("stop", "stop_ids")  # the settings that are not one number
+# Which sample a request is says its place among the line's `n`.
+FIELDS = tuple(x.name for x in dataclasses.fields(Settings) if x.name != "sample")
+_FLAGS = ("ignore_eos", "echo")
+_TOKEN_IDS = ("stop_ids", "allowed_token_ids")
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # as JSON has it where it is a key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +59,7 @@ def read_lines(path: str | Path) -> Iterator[Line]:
     """The lines of a file, read as they are asked for.
 
     Args:
-      path: of a regular file, UTF-8.
+      path: of a regular file, UTF-8; a line, and so a file, may begin with its mark.
 
     Raises:
       FileError: if a line is no request; it is named by its number.
@@ -65,7 +73,7 @@ def read_lines(path: str | Path) -> Iterator[Line]:
             if len(line) > LARGEST_TABLE:
                 raise FileError(f"{name} has more than {LARGEST_TABLE} bytes")
             try:
-                text = line.decode()
+                text = line.decode("utf-8-sig")
             except ValueError as reason:
                 raise FileError(f"{name} is not UTF-8 text: {reason}") from None
             if text.strip():
@@ -74,7 +82,7 @@ def read_lines(path: str | Path) -> Iterator[Line]:
 
 
 def _parse(index: int, name: str, record: dict[str, Any], end: int) -> Line:
-    known = ("id", *_PROMPTS, *_SETTINGS)
+    known = ("id", *_PROMPTS, *FIELDS)
     if unknown := [key for key in record if key not in known]:
         raise FileError(f"{name} has no field {unknown[0]!r}: {', '.join(known)}")
     if len([key for key in _PROMPTS if key in record]) != 1:
@@ -87,11 +95,49 @@ def _parse(index: int, name: str, record: dict[str, Any], end: int) -> Line:
     own = record.get("id")
     if own is not None and (isinstance(own, bool) or not isinstance(own, str | int)):
         raise FileError(f"{name}: id must be a text or a whole number")
-    settings = {key: record[key] for key in _SETTINGS if key in record}
-    for key, value in settings.items():
-        if isinstance(value, list | dict) and key not in _LISTS:
-            raise FileError(f"{name}: {key} must be a number")
+    settings = {
+        key: _shaped(f"{name}: {key}", key, record[key])
+        for key in FIELDS
+        if key in record
+    }
     return Line(index, name, own, prompt, messages, settings, end)
+
+
+def _shaped(what: str, key: str, value: Any) -> Any:
+    """A setting of one request, where the checks would take one for each of several.
+
+    Args:
+      what: it is, for messages.
+      key: its name.
+      value: as JSON has it.
+
+    Raises:
+      FileError: if it has not the shape of one; its range is checked later.
+    """
+    many = isinstance(value, list | dict)
+    if key in _TOKEN_IDS:
+        ids = isinstance(value, list) and all(type(x) is int for x in value)
+        if value is not None and not ids:
+            raise FileError(f"{what} must be a list of token ids")
+    elif key == "stop":
+        if many and not (isinstance(value, list) and all(map(_is_text, value))):
+            raise FileError(f"{what} must be a text or a list of texts")
+    elif key == "logit_bias":
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise FileError(f"{what} must be an object from token ids to numbers")
+        if wrong := [x for x in value if not _TOKEN_ID.fullmatch(x)]:
+            raise FileError(f"{what} has the key {wrong[0]!r}, which is no token id")
+        return {int(x): bias for x, bias in value.items()}
+    elif many:
+        kind = "true or false" if key in _FLAGS else "a number"
+        raise FileError(f"{what} must be {kind}")
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +179,16 @@ class Reader:
         return encode_prompt(line.index, prompt, self.tokenizer, self.config)
 
     def settings(self, line: Line) -> Settings:
-        """How a line's prompt is continued; not yet checked."""
+        """How a line's prompt is continued, all `n` samples of it.
+
+        Raises:
+          TypeError: if a setting is of no kind that it could be.
+          ValueError: if one is out of range; it is named.
+        """
         seed = (self.defaults.seed + line.index) % 2**32
-        own = {"seed": seed, **line.settings}
-        return dataclasses.replace(self.defaults, **own)
+        asked = {**vars(self.defaults), "seed": seed, **line.settings}
+        [one] = settings_of(self.config, self.tokenizer, 1, asked)
+        return one
 
     def check_chat(self, line: Line) -> None:
         """Raise if a line is a conversation, and there is no template for one.
@@ -160,16 +212,25 @@ class Survey:
     Attributes:
       sha256: of the file.
       count: prompts.
+      requests: samples of them, as many as the engine could continue at once; at
+        least 1.
       tokens: most of a request, prompt and answer together; at least 1.
       mean: positions in the cache of a request, half-way through its answer.
       densities: whether a line asks for a density.
+      variants: of drawing that lines need; at least one.
+      logprobs: whether a line asks for the most probable tokens at each step.
+      prompt_logprobs: whether one asks for those of its prompt.
     """
 
     sha256: str
     count: int
+    requests: int
     tokens: int
     mean: int
     densities: bool
+    variants: tuple[Variant, ...]
+    logprobs: bool
+    prompt_logprobs: bool
 
 
 def survey(
@@ -181,7 +242,8 @@ def survey(
     """Read a file once, from end to end, before the work.
 
     A prompt that the engine will refuse is no reason to stop, but a line that is no
-    request is.
+    request is. What a refused prompt asks for is looked at all the same, so that the
+    engine refuses it for what is wrong with it.
 
     Args:
       path: of the file.
@@ -190,34 +252,79 @@ def survey(
       tell: of the bytes that have been read, after each line.
 
     Raises:
-      FileError: if it is no regular file, has no prompt, or a line is no request; that
-        is named by its number.
+      FileError: if it is no regular file, has no prompt, a line is no request, or two
+        have one id; the line is named by its number.
       ValueError: if there is a conversation, and no template for one.
     """
     path = Path(path)
     check_file(path)
-    count = most = 0
-    middles, good, densities = 0.0, 0, False
+    count = requests = most = 0
+    middles, densities = 0.0, reader.defaults.density is not None
+    variants, logprobs, of_prompts = set(), False, False
+    hashes = array("q")  # of the ids, which might not all fit into the memory
     for line in read_lines(path):
         count += 1
         tell(line.end)
         reader.check_chat(line)
+        if line.id is not None:
+            hashes.append(hash(line.id))
+        densities |= line.settings.get("density") is not None
+        try:
+            asked = reader.settings(line)
+        except (TypeError, ValueError):
+            continue
+        variants.add(variant_of([asked]))
+        logprobs |= asked.logprobs is not None
+        of_prompts |= asked.told_of_prompt is not None
         try:
             length = len(reader.encode(line))
         except (TypeError, ValueError):
             continue
         if length >= context:
             continue
-        asked = reader.settings(line)
-        densities |= asked.density is not None
-        limit = asked.max_new_tokens
-        limit = limit if type(limit) is int and limit > 0 else 1
-        limit = min(limit, context - length)
+        limit = min(asked.max_new_tokens, context - length)
         most = max(most, length + limit)
-        middles, good = middles + length + limit / 2, good + 1
+        middles += asked.n * (length + limit / 2)
+        requests += asked.n
     if not count:
         raise FileError(f"{path} has no prompts: write one JSON object a line")
+    _check_ids(path, hashes)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    mean = max(1, round(middles / max(good, 1)))
-    return Survey(digest, count, max(most, 1), mean, densities)
+    return Survey(
+        sha256=digest,
+        count=count,
+        requests=max(requests, 1),
+        tokens=max(most, 1),
+        mean=max(1, round(middles / max(requests, 1))),
+        densities=densities,
+        variants=tuple(v for v in Variant if v in variants) or (Variant.GREEDY,),
+        logprobs=logprobs,
+        prompt_logprobs=of_prompts,
+    )
+
+
+def _check_ids(path: Path, hashes: array[int]) -> None:
+    """Raise if two lines have one id: who looks results up by it would lose one.
+
+    Args:
+      path: of the file, which is read again where the hashes do not tell.
+      hashes: of the ids.
+
+    Raises:
+      FileError: naming both.
+    """
+    found, times = np.unique(np.array(hashes), return_counts=True)
+    suspects = set(found[times > 1].tolist())
+    if not suspects:
+        return
+    seen: dict[str | int, str] = {}
+    for line in read_lines(path):
+        if line.id is None or hash(line.id) not in suspects:
+            continue
+        if line.id in seen:
+            raise FileError(
+                f"{line.name} has the id {line.id!r} of {seen[line.id]}: give each "
+                "line an id of its own, or none"
+            )
+        seen[line.id] = line.name

@@ -27,7 +27,7 @@ class LineFile:
     file's name; an older file stays until then.
 
     Args:
-      path: of the file to be made; its folder is made too.
+      path: of the file to be made, in a folder that is there.
       facts: all that decides what the lines are, as JSON values. Lines that were made
         under other facts are not taken up.
       overwrite: whether a finished file, or lines of other facts, may go.
@@ -38,6 +38,7 @@ class LineFile:
     Raises:
       FileExistsError: if there are such, another process writes them, or one of the
         files is somebody else's.
+      FileNotFoundError: if the folder is not there.
       OSError: if it cannot be written.
     """
 
@@ -46,13 +47,12 @@ class LineFile:
     ) -> None:
         self.path = Path(path)
         check_new(path, overwrite)
-        self._target = Path(os.path.realpath(path))  # a link stays one
-        self.partial = self._target.with_name(f"{self._target.name}.partial")
-        self._facts_file = self._target.with_name(f"{self.partial.name}.json")
+        self._target, self.partial, self._facts_file = files_of(path)
         self._facts = json.loads(json.dumps(facts))
         self._synced = time.monotonic()
         if self.partial.exists() and not self.partial.is_file():
             raise FileExistsError(self._foreign(self.partial))
+        new, held = not self.partial.exists(), False
         try:
             file = open(self.partial, "ab", buffering=0)
         except OSError as error:
@@ -63,12 +63,15 @@ class LineFile:
                     f"another process is writing {self.partial}: wait for it, or "
                     "choose another name"
                 )
+            held = True
             if not self._ours(overwrite):
                 file.truncate(0)
             self.done, end = self._count()
             file.truncate(end)  # a line that was cut short goes
             write_file(self._facts_file, json.dumps({_HEAD: self._facts}) + "\n")
         except BaseException:
+            if new and held:  # nothing is in it, and nothing comes
+                self.partial.unlink(missing_ok=True)
             file.close()
             raise
         self._file = file
@@ -162,19 +165,43 @@ class LineFile:
         self.close()
 
 
+def files_of(path: str | Path) -> tuple[Path, Path, Path]:
+    """The files that work on a file of lines makes, replaces or deletes.
+
+    Args:
+      path: of the file; a link to it stays one.
+
+    Returns:
+      The file itself, its lines so far, and what they are made of.
+    """
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f"{target.name}.partial")
+    return target, partial, partial.with_name(f"{partial.name}.json")
+
+
 def check_new(path: str | Path, overwrite: bool) -> None:
     """Raise unless a file can be made there: before the work, not after it.
 
     Args:
-      path: of the file; its folder is made.
+      path: of the file.
       overwrite: whether one that is there may go.
 
     Raises:
       FileExistsError: if it may not, or what is there is no file.
+      FileNotFoundError: if its folder is not there: a typo shall make none.
       OSError: if it cannot be written.
     """
-    if Path(path).exists() and not overwrite:
+    if os.path.isdir(path):
+        raise FileExistsError(f"{path} is a folder: name a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileExistsError(
+            f"{path} is a device or the like, which no file can replace: name a file"
+        )
+    if os.path.exists(path) and not overwrite:
         raise FileExistsError(
             f"{path} exists, and is finished: choose another name, or --overwrite it"
         )
+    folder = files_of(path)[0].parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} for {path}: make it")
     try_file(path)
