@@ -97,11 +97,11 @@ def _check_apart(source: str, output: str) -> None:
     """
     for file in files_of(output):
         if not (os.path.exists(source) and os.path.exists(file)):
-            continue  # what cannot be read is named where it is read
+            continue  # a source that is not there is named where it is read
         if os.path.samefile(source, file):
             raise ValueError(
-                f"--input {source} and --output {output}: work on the output writes "
-                f"{file}, and that is the input: choose another --output"
+                f"--input {source} is {file}, which work on --output {output} writes: "
+                "the prompts would be lost; choose another --output"
             )
 
 

@@ -74,18 +74,20 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "a file of prompts",
         'Each line of --input is a JSON object: "prompt" (a text, or token ids) or '
-        '"messages" (of a conversation), an "id" of its own if you like, and what '
-        "differs from the options: max_new_tokens, density, temperature, top_k, "
-        "top_p, seed, stop, stop_ids, min_p, repetition_penalty, "
-        "presence_penalty, frequency_penalty, logit_bias, allowed_token_ids, "
-        "min_tokens, ignore_eos, n, logprobs, prompt_logprobs, echo. Each line of "
-        "--output has the id (else the index), text, tokens, finish_reason and "
-        'prompt_tokens (where the line has n, a list of "choices" of the first '
-        "three), and what log-probabilities were asked for; or the id and an "
-        "error.",
+        '"messages" (of a conversation), an "id" if you like, and what differs from '
+        "the options: max_new_tokens, density, temperature, top_k, top_p, seed, stop, "
+        "stop_ids, min_p, repetition_penalty, presence_penalty, frequency_penalty, "
+        "logit_bias, allowed_token_ids, min_tokens, ignore_eos, n, logprobs, "
+        "prompt_logprobs, echo. Each line of --output has the id (else the index), "
+        "text, tokens, finish_reason and prompt_tokens (with n: choices, a list of n "
+        "answers), and the logprobs that were asked for; or the id and an error.",
     ).add_argument
     add("--input", metavar="FILE", help="prompts, as JSON lines")
-    add("--output", metavar="FILE", help="results, as JSON lines, in the same order")
+    add(
+        "--output",
+        metavar="FILE",
+        help="results, as JSON lines, in the same order; in a folder that is there",
+    )
     add(
         "--overwrite",
         action="store_true",

@@ -17,7 +17,7 @@ from polarjax import Settings
 from polarjax.cli import main, prompt_file
 from polarjax.engine.engine import Engine
 from polarjax.engine.offline import continue_lines
-from polarjax.engine.prompt_lines import FIELDS, Reader, read_lines
+from polarjax.engine.prompt_lines import Reader, read_lines
 from polarjax.policies import save_adapter
 from tests.models import GREEDY, LLAMA, random_params, write_checkpoint
 
@@ -299,108 +299,6 @@ def test_options_that_do_not_fit(words, error, command, capsys):
 def test_prompts_come_from_one_place(words, error, capsys):
     assert main.main(["generate", "model", *words.split()]) == 1
     assert error in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("again", [[], ["--overwrite"]])
-@pytest.mark.parametrize("ending", ["", ".partial", ".partial.json"])
-@pytest.mark.parametrize("link", [None, os.link, os.symlink])
-def test_prompts_are_not_written_over(command, tmp_path, capsys, again, ending, link):
-    prompts = tmp_path / f"mine.jsonl{ending}"
-    write(prompts, LINES)
-    before = prompts.read_bytes()
-    source = prompts
-    if link:
-        link(prompts, source := tmp_path / "other.jsonl")
-    command[command.index("--input") + 1] = str(source)
-    command[command.index("--output") + 1] = str(tmp_path / "mine.jsonl")
-    assert main.main([*command, *again]) == 1
-    said = capsys.readouterr().err
-    assert "and that is the input: choose another --output" in " ".join(said.split())
-    assert prompts.read_bytes() == before
-
-
-def test_lines_ask_for_all_that_the_library_gives(checkpoint, command, tmp_path):
-    rules = {"allowed_token_ids": [65, 66, 67], "logit_bias": {"66": 50.0}}
-    told = {"logprobs": 2, "prompt_logprobs": 1}
-    lines = [
-        {"prompt": "one", "n": 3, "temperature": 1.0, "seed": 4, **told},
-        {"prompt": "two", **rules, "echo": True},
-        {"prompt": "three", "n": 1, "min_p": 0.1, "temperature": 1.0},
-        {"prompt": "four", "frequency_penalty": 1.0, "presence_penalty": 0.5},
-        {"prompt": "five", "ignore_eos": True, "min_tokens": 2, "stop_ids": [9]},
-    ]
-    write(tmp_path / "in.jsonl", lines)
-    at = command.index("--adapter")
-    assert main.main([*command[:at], *command[at + 2 :]]) == 0
-    many, biased, one, *others = read(tmp_path / "out.jsonl")
-    with polarjax.Engine(polarjax.load(checkpoint), slots=4, context=64) as engine:
-
-        def find(i):
-            asked = {"seed": i, "max_new_tokens": 6, **lines[i]}
-            asked["logit_bias"] = {66: 50.0} if "logit_bias" in asked else None
-            return engine.generate([asked.pop("prompt")], **asked)
-
-        found = find(0)
-        assert [x["tokens"] for x in many["choices"]] == found.tokens
-        assert [x["logprobs"] for x in many["choices"]] == found.logprobs
-        tops = many["choices"][1]["alternatives"]
-        assert [x["ids"] for x in tops] == [list(x.ids) for x in found.alternatives[1]]
-        assert many["prompt_logprobs"] == found.prompt_logprobs[0]
-        assert "logprobs" not in biased and "logprobs" not in one["choices"][0]
-        assert biased["tokens"] == [66] * 6 and biased["text"] == find(1).texts[0]
-        assert [x["tokens"] for x in one["choices"]] == find(2).tokens
-        for i, other in enumerate(others, 3):
-            assert [other["tokens"]] == find(i).tokens
-
-
-def test_the_help_names_what_a_line_may_have(capsys):
-    with pytest.raises(SystemExit):
-        main.main(["generate", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"differs from the options: {', '.join(FIELDS)}. Each" in said
-
-
-def test_a_mark_at_the_beginning_is_no_text(command, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "one"}\r\n')
-    assert main.main(command) == 0
-    assert len(read(tmp_path / "out.jsonl")) == 1
-
-
-def test_lines_of_one_id_are_refused(command, tmp_path, capsys):
-    lines = [{"prompt": "x", "id": i} for i in ("a", 1, "b", "a")]
-    write(tmp_path / "in.jsonl", lines)
-    assert main.main(command) == 1
-    said = " ".join(capsys.readouterr().err.split())
-    assert "line 4 has the id 'a' of" in said and "line 1: give each line" in said
-
-
-@pytest.mark.parametrize(
-    ("output", "error"),
-    [
-        ("no/such/out.jsonl", "there is no folder"),
-        (".", "is a folder: name a file in it"),
-        (os.devnull, "is a device or the like"),
-    ],
-)
-def test_an_output_that_can_be_no_file(output, error, command, tmp_path, capsys):
-    where = output if output == os.devnull else str(tmp_path / output)
-    command[command.index("--output") + 1] = where
-    assert main.main(command) == 1
-    assert error in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "no").exists()
-
-
-def test_a_refused_run_leaves_nothing(command, tmp_path):
-    command[command.index("--slots") + 1] = "0"
-    assert main.main(command) == 1
-    assert [x.name for x in tmp_path.iterdir()] == ["in.jsonl"]
-
-
-def test_prompts_that_are_too_long_fail_alone_whatever_they_ask(command, tmp_path):
-    write(tmp_path / "in.jsonl", [{"prompt": "long" * 30, "density": 0.5}] * 2)
-    assert main.main(command) == 0
-    results = read(tmp_path / "out.jsonl")
-    assert ["has 120 tokens" in one["error"] for one in results] == [True] * 2
 
 
 def test_a_context_may_be_asked_for(command, tmp_path):
