@@ -139,7 +139,7 @@ class Load:
         self.rng = np.random.default_rng(seed)
         self.scheduler = Scheduler(slots, slots * 9, prefill_tokens=2048)
         self.count, self.clients, self.new = 0, clients, new
-        self.ends = collections.defaultdict(list)
+        self.ends, self.limits = collections.defaultdict(list), {}
         self.open = 0
         self.target = slots + waiting
         self.seconds = []
@@ -147,10 +147,11 @@ class Load:
     def step(self):
         while self.open < self.target:
             prompt = self.rng.integers(0, 9, self.rng.integers(1, 400))
+            self.limits[self.count] = int(self.rng.integers(1, self.new))
             self.scheduler.add(
                 self.count,
                 prompt,
-                int(self.rng.integers(1, self.new)),
+                self.limits[self.count],
                 client=self.count % self.clients,
                 deadline=1e9 * (1 + self.rng.random()),
             )
@@ -160,7 +161,9 @@ class Load:
         plan = self.scheduler.plan()
         self.seconds.append(time.process_time() - begin)
         for begun in plan.begins:
-            ends = plan.number + int(self.rng.integers(1, self.new))
+            # By a stop token, or by its last one, after which it has no slot.
+            most = self.limits[begun.sequence]
+            ends = plan.number + int(self.rng.integers(1, most + 1))
             self.ends[ends].append(begun.sequence)
         for id in self.ends.pop(plan.number, ()):
             self.open -= self.scheduler.ended(id)
