@@ -14,6 +14,7 @@ from polarjax.engine.checks import Settings
 from polarjax.engine.driver import Driver, Reader
 from polarjax.engine.engine import Engine
 from polarjax.engine.request import Piece
+from polarjax.storage.quoted import quoted
 
 
 class AsyncStream:
@@ -114,7 +115,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         if not isinstance(engine, Engine):
-            raise TypeError(f"engine must be a polarjax.Engine, got {engine!r:.60}")
+            raise TypeError(f"engine must be a polarjax.Engine, got {quoted(engine)}")
         if engine.mesh is not None and engine.mesh.is_multi_process:
             raise ValueError(
                 "AsyncEngine takes an engine of one process, this one's mesh spans "

@@ -127,13 +127,11 @@ class Batch:
             sizes.page,
             params.weights,
         )
-        # Committed, as programs return them: else the first would be compiled twice.
-        self.slots = slots if self.mesh else jax.device_put(slots, self._device)
-        self.chunk = empty_chunk(
-            self._dense, sizes.tokens, sizes.pieces, params.weights
-        )
+        chunk = empty_chunk(self._dense, sizes.tokens, sizes.pieces, params.weights)
         if not self.mesh:
-            self.chunk = jax.device_put(self.chunk, self._device)
+            # Committed, as programs return them: or the first is compiled twice.
+            slots, chunk = jax.device_put((slots, chunk), self._device)
+        self.slots, self.chunk = slots, chunk
         self._drawing = drawing
         self.swaps = Swaps(self._dense, self._device)
         where = NamedSharding(self.mesh, ROWS) if self.mesh else self._device
@@ -273,10 +271,6 @@ class Batch:
             return tree
         return everywhere(tree, mesh=self.mesh)
 
-    def _part(self, slot: int) -> tuple[int, int]:
-        """The part of the batch that a slot is in, and its number there."""
-        return divmod(slot, self.each)
-
     def change(
         self,
         frees: Sequence[int],
@@ -384,8 +378,7 @@ class Batch:
         Args:
           gone: of a plan.
         """
-        part, _ = self._part(gone.slot)
-        return self.swaps.keep(self.slots, gone.pages, part)
+        return self.swaps.keep(self.slots, gone.pages, gone.slot // self.each)
 
     def restore(self, back: SwapIn, kept: Kept) -> None:
         """Put pages of a request back; its slot is still to be filled.

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from polarjax.cache import Pieces, zeros
 from polarjax.engine.packed import Packed, unpack
-from polarjax.engine.places import GROUPS, ROWS
+from polarjax.engine.places import GROUPS, ROWS, logits_cut
 from polarjax.engine.plans import Piece
 from polarjax.engine.programs import device_of
 from polarjax.engine.request import Request
@@ -72,9 +72,7 @@ class Chunk:
 def cut_chunk(model: Decoder) -> Any:
     """How a chunk lies on a model's mesh, a prefix of its tree."""
     rows: Any = ROWS
-    return Chunk(
-        rows, GROUPS if model.share.cuts_vocabulary else rows, rows, rows, GROUPS
-    )
+    return Chunk(rows, logits_cut(model.share), rows, rows, GROUPS)
 
 
 def empty_chunk(model: Decoder, tokens: int, pieces: int, weights: Tree) -> Chunk:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from polarjax.cache import PagedCache
 from polarjax.mesh.cut import DP, TP
+from polarjax.mesh.share import Share
 from polarjax.params import Params
 
 # How a cache on a mesh is cut: batch, and KV groups.
@@ -23,6 +24,11 @@ OWN: Any = P(None, DP, TP)
 # Pages that were gathered of all layers, [2 layers, n, k, page, d].
 PAGE_GROUPS: Any = P(None, DP, TP)
 PAGES: Any = PagedCache.cut(ROWS, GROUPS)
+
+
+def logits_cut(share: Share) -> Any:
+    """How logits of rows lie, [rows, v]: by the vocabulary too, where that is cut."""
+    return GROUPS if share.cuts_vocabulary else ROWS
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from pallas_kernels import put
 from polarjax.cache import PagedCache, zeros
 from polarjax.config import ModelConfig
-from polarjax.engine.checks import plain_sampling_of, stop_table
+from polarjax.engine.checks import plain_sampling_of, sampling_of, stop_table
 from polarjax.engine.packed import Packed, unpack
 from polarjax.engine.places import (
     COLUMNS,
@@ -23,6 +23,7 @@ from polarjax.engine.places import (
     PAGE_GROUPS,
     PAGES,
     ROWS,
+    logits_cut,
 )
 from polarjax.engine.programs import device_of
 from polarjax.engine.rules import History, Rules, make_rules
@@ -281,11 +282,10 @@ def put_pages(
 def cut_slots(model: Decoder) -> Any:
     """How the slots lie on a model's mesh, a prefix of their tree."""
     rows: Any = ROWS
-    logits: Any = GROUPS if model.share.cuts_vocabulary else ROWS
     return Slots(
         PAGES,
         *(rows,) * 7,
-        logits=logits,
+        logits=logits_cut(model.share),
         mass=rows,
         reads=COLUMNS,
         visible=rows,
@@ -352,11 +352,10 @@ def empty_slots(
             config, count, context, parts * pages, page, model.dtype, place(GROUPS)
         )
         rows = no_rows(model.config, count)
-        rules = no_rules(model.config, count)
-        sampling = dataclasses.replace(rows.sampling, rules=rules)
+        idle = [Settings(stop_ids=())] * count
+        sampling = sampling_of(model.config, idle, rows.stop_ids)
         # In turn, not at once: beside a cache that fills the device there is no room.
         put = functools.partial(jax.device_put, device=place(ROWS))
-        logits = GROUPS if share.cuts_vocabulary else ROWS
         shape = (count, model.config.vocab_size)
         layers = model.config.layers
         devices = (layers, share.dp, share.tp)
@@ -371,7 +370,7 @@ def empty_slots(
             sampling=jax.tree.map(put, sampling),
             stop_ids=put(rows.stop_ids),
             history=jax.tree.map(put, History.empty(count, context)),
-            logits=zeros(shape, jnp.float32, place(logits)),
+            logits=zeros(shape, jnp.float32, place(logits_cut(share))),
             mass=zeros((count,), jnp.float32, place(ROWS)),
             reads=zeros((layers, count), jnp.int32, place(COLUMNS)),
             visible=zeros((count,), jnp.int32, place(ROWS)),

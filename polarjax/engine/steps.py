@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from polarjax.engine.alternatives import Alternatives, alternatives
 from polarjax.engine.chunk import Asks, Chunk, cut_chunk
-from polarjax.engine.places import GROUPS, ROWS
+from polarjax.engine.places import GROUPS, ROWS, logits_cut
 from polarjax.engine.programs import Drawn, own_reads
 from polarjax.engine.sampling import Variant, draw
 from polarjax.engine.scoring import Asked
@@ -193,7 +193,7 @@ def begin(
         return slots, drawn.told
 
     kept, rows = cut_slots(model), ROWS
-    yields = GROUPS if share.cuts_vocabulary else ROWS
+    yields = logits_cut(share)
     specs = kept, rows, yields, rows
     return share.over(follow, specs, (kept, rows))(slots, asks, logits, mass)
 
@@ -325,7 +325,7 @@ def tell(
     def follow(logits, mass, token):
         return alternatives(logits, mass, token, cut)
 
-    yields = GROUPS if share.cuts_vocabulary else ROWS
+    yields = logits_cut(share)
     specs = yields, ROWS, ROWS
     return share.over(follow, specs, ROWS)(logits, mass, token)
 

@@ -16,6 +16,7 @@ from polarjax.engine.prompt_lines import FIELDS, Reader, read_lines, survey
 from polarjax.engine.sampling import Variant
 from polarjax.engine.tokenizer import Tokenizer
 from polarjax.storage.files import FileError
+from tests.cli.test_prompt_file import read, write
 from tests.models import LLAMA, random_params, write_checkpoint
 
 CONFIG = dataclasses.replace(
@@ -43,15 +44,6 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lines") / "model"
     write_checkpoint(folder, random_params(CONFIG, routers=True))
     return folder
-
-
-def write(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
